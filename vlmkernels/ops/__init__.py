@@ -1,0 +1,7 @@
+"""The ops: public function, schema, shape function, gradient, and which kernel runs where."""
+
+from vlmkernels.ops.gated_residual import gated_residual
+from vlmkernels.ops.info_nce import info_nce
+from vlmkernels.ops.sigmoid_loss import sigmoid_loss
+
+__all__ = ["gated_residual", "info_nce", "sigmoid_loss"]

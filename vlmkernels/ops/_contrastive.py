@@ -1,0 +1,105 @@
+"""What the contrastive ops share: checks of the arguments, targets, norms."""
+
+import torch
+from torch import Tensor
+
+# One stored tile of the CPU kernel: 128 x 256 exponentials and a 64-byte header (csrc/include/vlmkernels/info_nce.h).
+TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
+
+
+def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
+    """Bytes of the whole tiles of exponentials, in the precision of the features, that fit in `store_bytes`."""
+    tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
+    itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
+    tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER
+    return torch.sym_min(tiles, store_bytes // tile) * tile
+
+
+def feature_faults(query: Tensor, key: Tensor) -> list[str]:
+    faults = []
+    if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
+        faults.append(
+            f"query must be [N, D] and key [M, D], got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    if query.device != key.device:
+        faults.append(f"query and key must be on one device, got {query.device} and {key.device}")
+    if query.dtype != key.dtype and not torch.is_autocast_enabled(query.device.type):
+        faults.append(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
+    if not (query.is_floating_point() and key.is_floating_point()):
+        faults.append(f"query and key must be floating point, got {query.dtype} and {key.dtype}")
+    return faults
+
+
+def positives_faults(query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None) -> list[str]:
+    faults = []
+    named = [("positives" if key_ids is None else "positives[0]", positives, query), ("positives[1]", key_ids, key)]
+    for name, ids, features in named:
+        if ids is None or features.dim() != 2:
+            continue
+        if ids.shape != features.shape[:1] or ids.dtype != torch.int64 or ids.device != features.device:
+            faults.append(
+                f"{name} must be int64 of shape ({features.shape[0]},) on {features.device}, "
+                f"got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
+            )
+    return faults
+
+
+def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
+    if not isinstance(value, Tensor):
+        return []
+    if value.numel() != 1 or not value.is_floating_point():
+        return [f"{name} must be a float or a floating-point tensor with one element, got {value.dtype} {tuple(value.shape)}"]
+    if value.device != query.device:
+        return [f"{name} must be on {query.device}, got {value.device}"]
+    return []
+
+
+def as_scalar(value: float | Tensor, query: Tensor) -> Tensor:
+    """A float as a tensor in the dtype of the sums; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
+    return query.new_full((), value, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
+    """1 / max(|x_i|, 1e-12), [rows], in the dtype of the sums."""
+    if not normalize:
+        return None
+    work = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=work).clamp_min(1e-12).reciprocal()
+
+
+def checked_indices(op: str, positives: Tensor, m: int) -> Tensor:
+    """Indices of the positives with -1 for rows without one; anything else outside [0, M) is an error."""
+    absent = positives == -100
+    valid = (absent | ((positives >= 0) & (positives < m))).all()
+    if positives.is_cuda:
+        torch._assert_async(valid, f"{op}: positives must be in [0, M) or -100")
+    elif not valid:
+        low, high = int(positives.min()), int(positives.max())
+        raise IndexError(f"{op}: positives must be in [0, M = {m}) or -100, got values from {low} to {high}")
+    return torch.where(absent, -1, positives)
+
+
+def group_labels(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal ids as equal labels in [0, N + M), without a host synchronisation: ([N], [M])."""
+    ids = torch.cat([query_ids, key_ids])
+    ordered, order = ids.sort()
+    step = torch.zeros_like(ids)
+    step[1:] = ordered[1:] != ordered[:-1]
+    labels = torch.empty_like(ids).scatter_(0, order, step.cumsum(0))
+    return labels[: len(query_ids)], labels[len(query_ids) :]
+
+
+def segment_sum(
+    x: Tensor,  # [rows, D]
+    labels: Tensor,  # [rows]
+    counts: Tensor,  # [labels] how often each label occurs
+) -> Tensor:  # [labels, D]
+    """Sum of the rows of each label, in a fixed order."""
+    return torch.segment_reduce(x[labels.argsort(stable=True)], "sum", lengths=counts, axis=0, unsafe=True, initial=0)
+
+
+def label(device: str) -> str:
+    """What info() shows for an op composed of the streaming sweeps."""
+    return "C++ sweeps" if device == "CPU" else "Triton sweeps"

@@ -1,0 +1,204 @@
+"""InfoNCE from two streaming sweeps, on every device that has kernels for them.
+
+`info_nce_stats` gives the maxima and sums of exponentials of the rows and columns of S = scale a_i b_j <q_i, k_j>, where a, b
+are inverse norms or 1. `info_nce_grads` gives the products of the softmaxes with the features. Everything that is
+O((N + M) D) or less, targets, smoothing, weights and reductions, is here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import LIB
+from vlmkernels.ops import _contrastive as contrastive
+
+# positives [N] holds key indices, -1 where a row has none. positive_logit is -inf there. Columns are skipped unless asked for.
+LIB.define(
+    "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
+    " bool columns, int store_bytes) -> (Tensor row_max, Tensor row_sum, Tensor positive_logit, Tensor col_max,"
+    " Tensor col_sum, Tensor store)"
+)
+# With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef:
+#   D_i  = query_extra_i + sum_{j != p_i} (u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}) b_j k_j + w_i b_{p_i} k_{p_i}
+#   D'_j = key_extra_j   + sum_{i: p_i != j} (the same) a_i q_i + sum_{i: p_i = j} w_i a_i q_i
+#   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i), the second term only when normalised
+#   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
+LIB.define(
+    "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
+    " Tensor row_lse, Tensor col_lse, Tensor row_coef, Tensor col_coef, Tensor positive_coef, Tensor? query_extra,"
+    " Tensor? key_extra, Tensor store, int store_bytes, bool need_query, bool need_key)"
+    " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)"
+)
+_stats = torch.ops.vlmkernels.info_nce_stats
+_grads = torch.ops.vlmkernels.info_nce_grads
+
+
+@dataclass
+class _Targets:
+    """Which keys are positive: an index for each row, and the groups of equal ids when they were given."""
+
+    index: Tensor  # [N] one positive key of each row, -1 where it has none
+    query_label: Tensor | None = None  # [N]
+    key_label: Tensor | None = None  # [M]
+    query_count: Tensor | None = None  # [N + M] how many queries carry each label
+    key_count: Tensor | None = None  # [N + M]
+    all_rows: bool = False  # every row, and every column when symmetric, is counted
+
+    @classmethod
+    def of(cls, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device) -> "_Targets":
+        if positives is None:
+            return cls(torch.arange(n, device=device), all_rows=True)
+        if key_ids is None:
+            return cls(contrastive.checked_indices("info_nce", positives, m))
+        query_label, key_label = contrastive.group_labels(positives, key_ids)
+        zeros = torch.zeros(n + m, dtype=torch.int64, device=device)
+        query_count = zeros.scatter_add(0, query_label, torch.ones_like(query_label))
+        key_count = zeros.scatter_add(0, key_label, torch.ones_like(key_label))
+        first = zeros.scatter_reduce(0, key_label, torch.arange(m, device=device), "amin", include_self=False)
+        index = torch.where(key_count[query_label] > 0, first[query_label], -1)
+        return cls(index, query_label, key_label, query_count, key_count)
+
+    def row_weight(self, weight: Tensor | None, like: Tensor) -> Tensor:
+        counted = torch.ones_like(like) if self.all_rows else (self.index >= 0).to(like.dtype)
+        return counted if weight is None else counted * weight.to(like.dtype)
+
+    def col_weight(self, weight: Tensor | None, like: Tensor) -> Tensor:
+        if self.key_label is None:
+            counted = torch.ones_like(like)
+        else:
+            counted = (self.query_count[self.key_label] > 0).to(like.dtype)
+        return counted if weight is None else counted * weight.to(like.dtype)
+
+
+def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes):
+    n, m = query.shape[0], key.shape[0]
+    work = torch.promote_types(query.dtype, torch.float32)
+    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
+    targets = _Targets.of(positives, key_ids, n, m, query.device)
+    row_max, row_sum, positive, col_max, col_sum, store = _stats(
+        query, key, scale, a, b, targets.index, symmetric, store_bytes
+    )
+    row_log, col_log = row_sum.log(), col_sum.log()
+    row_lse, col_lse = row_max + row_log, col_max + col_log
+    row_gap = (row_max - positive) + row_log
+    col_gap = col_max.new_empty(0)
+    if symmetric:
+        at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
+        col_gap = (col_max[at] - positive) + col_log[at] if m else positive
+    s = scale.to(work).reshape(())
+    sides = [(query, a, key, b, row_lse, row_gap, targets.row_weight(weight, row_lse), False)]
+    if symmetric:
+        sides.append((key, b, query, a, col_lse, col_gap, targets.col_weight(weight, col_lse), True))
+    total = None
+    for x, x_inv, y, y_inv, lse, gap, w, columns in sides:
+        loss = _label_loss(x, x_inv, y, y_inv, lse, gap, s, targets, columns)
+        if smoothing:
+            mean = s * _dots(x, x_inv, _weighted_sum(y, y_inv)) / max(len(y), 1)
+            loss = (1 - smoothing) * loss + smoothing * (lse - mean)
+        loss = _reduce(loss if targets.all_rows else torch.where(w > 0, loss, 0), w, reduction)
+        total = loss if total is None else (total + loss) * 0.5
+    return total, row_lse, col_lse, row_gap, col_gap, store
+
+
+def backward(
+    dloss, query, key, scale, positives, key_ids, weight, row_lse, col_lse, row_gap, col_gap, store,
+    symmetric, smoothing, normalize, reduction, store_bytes, needs,
+):  # fmt: skip
+    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
+    n, m = query.shape[0], key.shape[0]
+    targets = _Targets.of(positives, key_ids, n, m, query.device)
+    share = (0.5 if symmetric else 1.0) * dloss.to(row_lse.dtype)
+    u = share * _mean_weight(targets.row_weight(weight, row_lse), reduction)  # [N]
+    v = share * _mean_weight(targets.col_weight(weight, col_lse), reduction) if symmetric else col_lse  # [M]
+    hit = 0.0 if targets.key_label is not None else 1 - smoothing  # the target of the positive, when it stands alone
+    positive_coef = u * (torch.expm1(-row_gap) + (1 - hit))
+    if symmetric and n:
+        at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
+        positive_coef = positive_coef + v[at] * (torch.expm1(-col_gap) + (1 - hit))
+    need_query = needs[0] or (needs[2] and not needs[1])
+    extra_q = _extra(query, a, key, b, u, v, targets, smoothing, symmetric, False) if need_query else None
+    extra_k = _extra(key, b, query, a, v, u, targets, smoothing, symmetric, True) if needs[1] else None
+    dquery, dkey, query_dot, key_dot = _grads(
+        query, key, scale, a, b, targets.index, row_lse, col_lse, u, v, positive_coef, extra_q, extra_k, store,
+        store_bytes, need_query, needs[1],
+    )  # fmt: skip
+    dscale = scale.new_empty(0)
+    if needs[2]:
+        dot, inv = (query_dot, a) if need_query else (key_dot, b)
+        dscale = (dot if inv is None else dot * inv).sum().to(scale.dtype).reshape(scale.shape)
+    return dquery if needs[0] else query.new_empty(0), dkey, dscale
+
+
+def _label_loss(x, x_inv, y, y_inv, lse, gap, scale, targets: _Targets, columns: bool) -> Tensor:
+    """lse minus the mean logit of the positives, [rows of x]."""
+    if targets.key_label is None:
+        return gap
+    own, other, counts = _labels(targets, columns)
+    sums = contrastive.segment_sum(_scaled(y, y_inv), other, counts)[own]  # [rows, D]
+    dots = (x * sums).sum(-1)
+    mean = (dots if x_inv is None else dots * x_inv) / counts[own].clamp_min(1)
+    return lse - scale * mean
+
+
+def _extra(x, x_inv, y, y_inv, own_coef, other_coef, targets: _Targets, smoothing, symmetric, columns) -> Tensor | None:
+    """The targets' part of D [rows of x, D] that is not the single positive of each row; None when there is none.
+
+    own_coef weighs the direction whose softmax runs over y, other_coef the one that runs over x.
+    """
+    extra = None
+    use_own, use_other = symmetric or not columns, symmetric or columns
+    if smoothing:
+        extra = _scaled(x, None).new_zeros(x.shape)
+        if use_own:
+            extra.addmm_(own_coef[:, None], _weighted_sum(y, y_inv)[None], alpha=-smoothing / len(y))
+        if use_other:
+            extra -= smoothing / len(x) * _weighted_sum(_scaled(y, y_inv), other_coef)
+    if targets.key_label is not None:
+        own, other, counts = _labels(targets, columns)
+        own_counts = targets.key_count if columns else targets.query_count
+        sums = _scaled(y, y_inv)
+        part = sums.new_zeros(x.shape)
+        if use_own:
+            per_row = own_coef / counts[own].clamp_min(1)
+            part += per_row[:, None] * contrastive.segment_sum(sums, other, counts)[own]
+        if use_other:
+            weighted = (other_coef / own_counts[other].clamp_min(1))[:, None] * sums
+            part += contrastive.segment_sum(weighted, other, counts)[own]
+        extra = part.mul_(smoothing - 1) if extra is None else extra.add_(part, alpha=smoothing - 1)
+    return extra
+
+
+def _labels(targets: _Targets, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of the rows of x, of the rows of y, and how many rows of y carry each label."""
+    if columns:
+        return targets.key_label, targets.query_label, targets.query_count
+    return targets.query_label, targets.key_label, targets.key_count
+
+
+def _scaled(x: Tensor, inv_norm: Tensor | None) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if inv_norm is None else x * inv_norm[:, None]
+
+
+def _weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_i weight_i x_i, [D]."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.sum(0) if weight is None else weight @ x
+
+
+def _dots(x: Tensor, inv_norm: Tensor | None, vector: Tensor) -> Tensor:
+    dots = x.to(vector.dtype) @ vector
+    return dots if inv_norm is None else dots * inv_norm
+
+
+def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    weighted = loss * weight
+    if reduction == "none":
+        return weighted
+    total = weighted.sum()
+    return total / weight.sum().where(weight.sum() > 0, 1) if reduction == "mean" else total
+
+
+def _mean_weight(weight: Tensor, reduction: str) -> Tensor:
+    return weight / weight.sum().where(weight.sum() > 0, 1) if reduction == "mean" else weight

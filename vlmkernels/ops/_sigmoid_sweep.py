@@ -1,0 +1,56 @@
+"""The sigmoid loss from one streaming sweep, on every device that has a kernel for it.
+
+The logistic loss needs no sum over a row before its gradient is known, so loss and gradients come from one look at the logits.
+"""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import LIB
+from vlmkernels.ops import _contrastive as contrastive
+
+# z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; t_ij = +1 where j = positives_i (-1: none) or where
+# query_ids_i = key_ids_j (one of the two forms is given), -1 elsewhere; u = row_coef.
+#   row_loss_i = sum_j softplus(-t_ij z_ij)       g_ij = -u_i t_ij sigmoid(-t_ij z_ij)
+#   row_dbias_i = sum_j g_ij                      row_dscale_i = sum_j g_ij a_i b_j <q_i, k_j>
+#   dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i), D_i = sum_j g_ij b_j k_j, the second term only when normalised; dk likewise
+# Outputs that are not needed have size 0.
+LIB.define(
+    "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm, Tensor? key_inv_norm,"
+    " Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef, bool need_loss, bool need_query,"
+    " bool need_key, bool need_scalars)"
+    " -> (Tensor row_loss, Tensor dquery, Tensor dkey, Tensor row_dscale, Tensor row_dbias)"
+)
+
+
+def forward(query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars):
+    coef = 1 / max(query.shape[0], 1) if reduction == "mean" else 1.0
+    row_coef = query.new_full((query.shape[0],), coef, dtype=torch.promote_types(query.dtype, torch.float32))
+    needs = (need_query, need_key, need_scalars, need_scalars)
+    rows, *grads = _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, True, needs)
+    return rows if reduction == "none" else rows.sum() * coef, *grads
+
+
+def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
+    work = torch.promote_types(query.dtype, torch.float32)
+    coef = dloss.to(work) / (max(query.shape[0], 1) if reduction == "mean" else 1)
+    row_coef = coef.expand(query.shape[0]).contiguous()
+    return tuple(_sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, False, needs)[1:])
+
+
+def _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs) -> list[Tensor]:
+    index = query_ids = None
+    if key_ids is not None:
+        query_ids = positives
+    elif positives is None:
+        index = torch.arange(query.shape[0], device=query.device)
+    else:
+        index = contrastive.checked_indices("sigmoid_loss", positives, key.shape[0])
+    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
+    rows, dquery, dkey, row_dscale, row_dbias = torch.ops.vlmkernels.sigmoid_sweep(
+        query, key, scale, bias, a, b, index, query_ids, key_ids, row_coef, need_loss, needs[0], needs[1],
+        needs[2] or needs[3],
+    )  # fmt: skip
+    dscale = row_dscale.sum().to(scale.dtype).reshape(scale.shape) if needs[2] else scale.new_empty(0)
+    dbias = row_dbias.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else bias.new_empty(0)
+    return [rows, dquery, dkey, dscale, dbias]

@@ -1,0 +1,92 @@
+"""out = x + tanh(gate) * y."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.reference.gated_residual import gated_residual_bwd, gated_residual_fwd
+
+
+def gated_residual(
+    x: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor,  # 1 or D elements, any shape
+    *,
+    row_mask: Tensor | None = None,  # [...] bool
+) -> Tensor:  # [..., D]
+    """Add a branch to the residual stream through a tanh gate: ``x + tanh(gate) * y`` in one pass.
+
+    The gated cross-attention of Flamingo (Alayrac et al. 2022, section 3.1.2): with ``gate = 0`` the result equals ``x``.
+
+    Args:
+        x: residual stream ``[..., D]``.
+        y: branch output, the shape of ``x``.
+        gate: one element, or ``D`` elements for one gate per channel, in any shape; its gradient has that shape.
+        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned whatever ``y`` holds, and
+            nothing flows to ``y`` or ``gate``.
+
+    Returns:
+        A new tensor of dtype ``promote_types(x, y)``; the gate's dtype never promotes. Sums run in float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: naming every argument whose shape, dtype or device does not fit.
+    """
+    faults = []
+    if x.dim() == 0 or x.shape != y.shape:
+        faults.append(f"x and y must have one shape [..., D], got x {tuple(x.shape)} and y {tuple(y.shape)}")
+    elif gate.numel() not in (1, x.shape[-1]):
+        faults.append(f"gate must have 1 or D = {x.shape[-1]} elements, got {tuple(gate.shape)}")
+    if row_mask is not None and (row_mask.dtype != torch.bool or row_mask.shape != x.shape[:-1]):
+        faults.append(
+            f"row_mask must be bool {tuple(x.shape[:-1])}, got {row_mask.dtype} {tuple(row_mask.shape)}"
+        )
+    if not all(t.is_floating_point() for t in (x, y, gate)):
+        faults.append(f"x, y and gate must be floating point, got {x.dtype}, {y.dtype} and {gate.dtype}")
+    devices = {t.device for t in (x, y, gate, row_mask) if t is not None}
+    if len(devices) > 1:
+        faults.append(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    if faults:
+        raise ValueError("gated_residual: " + "; ".join(faults))
+    return _op(x, y, gate, row_mask)
+
+
+def _fake(x: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
+    torch._check(x.shape == y.shape, lambda: f"x {x.shape} and y {y.shape} differ")
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
+
+
+def _fake_bwd(
+    dout: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | None, need_y: bool, need_gate: bool
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape if need_y else 0), gate.new_empty(gate.shape if need_gate else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, y, gate, row_mask = inputs
+    ctx.save_for_backward(y, gate, row_mask)
+    ctx.x_dtype = x.dtype
+
+
+def _backward(ctx, dout):
+    need_x, need_y, need_gate, _ = ctx.needs_input_grad
+    y, gate, row_mask = ctx.saved_tensors
+    dy = dgate = None
+    if need_y or need_gate:
+        dy, dgate = _bwd(dout, y, gate, row_mask, need_y, need_gate)
+    return dout.to(ctx.x_dtype) if need_x else None, dy if need_y else None, dgate if need_gate else None, None
+
+
+_op = define(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, Tensor? row_mask) -> Tensor",
+    reference=gated_residual_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_bwd = define(
+    "gated_residual_bwd(Tensor dout, Tensor y, Tensor gate, Tensor? row_mask, bool need_y, bool need_gate)"
+    " -> (Tensor dy, Tensor dgate)",
+    reference=gated_residual_bwd,
+    fake=_fake_bwd,
+)

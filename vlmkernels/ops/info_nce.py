@@ -1,0 +1,148 @@
+"""loss = cross-entropy of scale * q k^T along its rows, averaged with that along its columns when symmetric."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define, has_kernel, kernel
+from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.ops import _info_nce_sweeps as sweeps
+from vlmkernels.reference.info_nce import info_nce_bwd, info_nce_fwd
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    scale: float | Tensor,
+    *,
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
+    weight: Tensor | None = None,  # [N]
+    reduction: str = "mean",
+    store_bytes: int = 2**28,
+) -> Tensor:
+    """Contrastive cross-entropy (InfoNCE) of the logits ``scale * query @ key.T``, which are never materialised.
+
+    The symmetric form is the loss of CLIP (Radford et al. 2021, figure 3): ``(rows + columns) / 2``; the one-directional
+    form is InfoNCE (van den Oord et al. 2018, equation 4); targets uniform over equal ids are those of SupCon
+    (Khosla et al. 2020, equation 2).
+
+    Args:
+        query: ``[N, D]``.
+        key: ``[M, D]``, same dtype and device.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its shape.
+        positives: the targets. ``None``: key i belongs to query i (``M == N`` when symmetric, else ``M >= N``, the rest are
+            negatives). ``[N]`` int64: index of each query's key, -100 for a row that is not counted; needs
+            ``symmetric=False``. ``(query_ids [N], key_ids [M])`` int64: uniform over the keys with an equal id; a row or
+            column without one is not counted.
+        symmetric: average with the cross-entropy along the columns.
+        label_smoothing: in [0, 1); mixes the targets with the uniform distribution over all keys (queries).
+        normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
+        weight: ``[N]``, not negative, no gradient; row i and column i take ``weight[i]``; symmetric needs ``M == N``.
+        reduction: "mean" divides each direction by its own sum of weights, "sum", or "none" for ``[N]`` losses (symmetric:
+            half the row's plus half the column's, needs ``M == N``). With nothing counted the loss is 0.
+        store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which then
+            performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
+
+    Returns:
+        float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that dtype.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+        IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
+    """
+    key_ids = None
+    if isinstance(positives, tuple):
+        positives, key_ids = positives
+    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(query, key, positives, key_ids)
+    faults += contrastive.scalar_faults("scale", scale, query)
+    n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
+    if positives is None and (n != m if symmetric else m < n):
+        faults.append(f"without positives, {'symmetric needs M == N' if symmetric else 'M >= N'}, got N = {n} and M = {m}")
+    if symmetric and positives is not None and key_ids is None:
+        faults.append("positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)")
+    if weight is not None and weight.shape != (n,):
+        faults.append(f"weight must be [N] = ({n},), got {tuple(weight.shape)}")
+    if weight is not None and weight.device != query.device:
+        faults.append(f"weight must be on {query.device}, got {weight.device}")
+    if symmetric and n != m and (weight is not None or reduction == "none"):
+        faults.append(f"weight and reduction='none' need M == N when symmetric, got N = {n} and M = {m}")
+    if reduction not in ("mean", "sum", "none"):
+        faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0 <= label_smoothing < 1:
+        faults.append(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if store_bytes < 0:
+        faults.append(f"store_bytes must not be negative, got {store_bytes}")
+    if n > 0 and m == 0:
+        faults.append(f"key has no rows while query has {n}")
+    if faults:
+        raise ValueError("info_nce: " + "; ".join(faults))
+    scale = contrastive.as_scalar(scale, query)
+    weight = weight.detach() if weight is not None else None
+    return _op(
+        query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes
+    )[0]
+
+
+def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
+    device = query.device.type.upper()
+    return contrastive.store_size(query, key, store_bytes) if has_kernel("info_nce_stats", device) else 0
+
+
+def _fake(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
+    n, m = query.shape[0], key.shape[0]
+    stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    gaps = has_kernel("info_nce_stats", query.device.type.upper())
+    return (
+        stats.new_empty((n,) if reduction == "none" else ()),
+        stats.new_empty(n),
+        stats.new_empty(m if symmetric else 0),
+        stats.new_empty(n if gaps else 0),
+        stats.new_empty(n if gaps and symmetric else 0),
+        query.new_empty(_store_size(query, key, store_bytes), dtype=torch.uint8),
+    )
+
+
+def _fake_bwd(dloss, query, key, scale, *rest):
+    needs = rest[-1]
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.symmetric, ctx.label_smoothing, ctx.normalize, ctx.reduction, ctx.store_bytes = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *unused):
+    needs = list(ctx.needs_input_grad[:3])
+    if dloss is None or not any(needs):
+        return (None,) * 11
+    options = (ctx.symmetric, ctx.label_smoothing, ctx.normalize, ctx.reduction, ctx.store_bytes)
+    grads = _bwd(dloss, *ctx.saved_tensors, *options, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
+
+
+_TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
+_OPTIONS = "bool symmetric, float label_smoothing, bool normalize, str reduction, SymInt store_bytes"
+_STATS = "Tensor row_lse, Tensor col_lse, Tensor row_gap, Tensor col_gap, Tensor store"
+
+_op = define(
+    f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
+    reference=info_nce_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_bwd = define(
+    f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[] needs)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dscale)",
+    reference=info_nce_bwd,
+    fake=_fake_bwd,
+)
+for _device in ("CPU", "CUDA"):
+    if has_kernel("info_nce_stats", _device):
+        kernel("info_nce", _device, sweeps.forward, contrastive.label(_device))
+        kernel("info_nce_bwd", _device, sweeps.backward, contrastive.label(_device))

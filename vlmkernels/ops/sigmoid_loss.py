@@ -1,0 +1,112 @@
+"""loss = -(1/N) sum_ij log sigmoid(t_ij (scale * <q_i, k_j> + bias)), t = +1 on positives and -1 elsewhere."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define, has_kernel, kernel
+from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.ops import _sigmoid_sweep as sweep
+from vlmkernels.reference.sigmoid_loss import sigmoid_loss_bwd, sigmoid_loss_fwd
+
+
+def sigmoid_loss(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    scale: float | Tensor,
+    bias: float | Tensor,
+    *,
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """The pairwise logistic loss of SigLIP (Zhai et al. 2023, equation 1); the logits are never materialised.
+
+    Args:
+        query: ``[N, D]``.
+        key: ``[M, D]``, same dtype and device.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its shape.
+        bias: is added to them; likewise.
+        positives: ``None``: key i belongs to query i, ``M >= N``, the other keys are negatives. ``[N]`` int64: index of each
+            query's key, -100 for a row without one. ``(query_ids [N], key_ids [M])`` int64: every pair of equal ids.
+            A row without positives stays, all its pairs being negatives.
+        normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
+        reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
+
+    Returns:
+        float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+        IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
+    """
+    key_ids = None
+    if isinstance(positives, tuple):
+        positives, key_ids = positives
+    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(query, key, positives, key_ids)
+    faults += contrastive.scalar_faults("scale", scale, query) + contrastive.scalar_faults("bias", bias, query)
+    if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
+        faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
+    if reduction not in ("mean", "sum", "none"):
+        faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if faults:
+        raise ValueError("sigmoid_loss: " + "; ".join(faults))
+    scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
+    ahead = torch.is_grad_enabled() and reduction != "none"  # one incoming gradient: the forward can form all of them
+    needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
+    return _op(
+        query, key, scale, bias, positives, key_ids, normalize, reduction, needs[0], needs[1], needs[2] or needs[3]
+    )[0]
+
+
+def _fake(query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars):
+    work = torch.promote_types(query.dtype, torch.float32)
+    ahead = has_kernel("sigmoid_sweep", query.device.type.upper())
+    needs = [ahead and need for need in (need_query, need_key, need_scalars, need_scalars)]
+    loss = query.new_empty((query.shape[0],) if reduction == "none" else (), dtype=work)
+    return loss, *(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), needs, strict=True))
+
+
+def _fake_bwd(dloss, query, key, scale, bias, *rest):
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), rest[-1], strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.normalize, ctx.reduction, need_query, need_key, need_scalars = inputs
+    ctx.ahead = (need_query, need_key, need_scalars, need_scalars)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *unused):
+    needs = list(ctx.needs_input_grad[:4])
+    if dloss is None or not any(needs):
+        return (None,) * 11
+    inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    if all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need):
+        grads = [grad * dloss.to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
+        return *grads, *(None,) * 7
+    grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+
+
+_TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positives, Tensor? key_ids"
+_OPTIONS = "bool normalize, str reduction"
+_GRADS = "Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias"
+
+_op = define(
+    f"sigmoid_loss({_TENSORS}, {_OPTIONS}, bool need_query, bool need_key, bool need_scalars) -> (Tensor loss, {_GRADS})",
+    reference=sigmoid_loss_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_bwd = define(
+    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
+    reference=sigmoid_loss_bwd,
+    fake=_fake_bwd,
+)
+for _device in ("CPU", "CUDA"):
+    if has_kernel("sigmoid_sweep", _device):
+        kernel("sigmoid_loss", _device, sweep.forward, contrastive.label(_device))
+        kernel("sigmoid_loss_bwd", _device, sweep.backward, contrastive.label(_device))

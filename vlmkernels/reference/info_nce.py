@@ -1,0 +1,142 @@
+"""Contrastive cross-entropy of S = scale * q k^T along its rows, and along its columns when symmetric.
+
+With r_i = logsumexp_j S_ij, c_j = logsumexp_i S_ij, targets T (rows sum to 1) and T' (columns sum to 1):
+
+    l_i  = r_i - sum_j T_ij S_ij            l'_j = c_j - sum_i T'_ij S_ij
+    dS_ij = u_i (exp(S_ij - r_i) - T_ij) + v_j (exp(S_ij - c_j) - T'_ij)
+    dq = scale * dS k        dk = scale * dS^T q        dscale = sum_ij dS_ij <q_i, k_j>
+
+where u_i = dL/dl_i and v_j = dL/dl'_j hold the weights, the reduction and the incoming gradient. When the features are
+normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as l2_normalize
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    scale: float | Tensor,
+    *,
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
+    weight: Tensor | None = None,  # [N]
+    reduction: str = "mean",
+    store_bytes: int = 0,
+) -> Tensor:
+    """The definition, dense and differentiable by autograd; `store_bytes` has no meaning here."""
+    positives, key_ids = positives if isinstance(positives, tuple) else (positives, None)
+    return _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction)[0]
+
+
+def info_nce_fwd(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
+    """The raw op: (loss, row_lse [N], col_lse [M], row_gap [N], col_gap [N], store); size 0 where it keeps nothing.
+
+    The gaps, lse minus the logit of the row's positive, are only kept by the fused kernels.
+    """
+    loss, row_lse, col_lse = _loss(
+        query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
+    )
+    none = row_lse.new_empty(0)
+    return loss, row_lse, col_lse, none, none.clone(), query.new_empty(0, dtype=torch.uint8)
+
+
+def info_nce_bwd(
+    dloss, query, key, scale, positives, key_ids, weight, row_lse, col_lse, row_gap, col_gap, store,
+    symmetric, label_smoothing, normalize, reduction, store_bytes, needs,
+):  # fmt: skip
+    """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
+    work = row_lse.dtype
+    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    cosine = q @ k.T  # [N, M]
+    logits = scale.to(work).reshape(()) * cosine
+    rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
+    u, v = _coefficients(dloss, rows, cols, weight, symmetric, reduction)
+    dlogits = u[:, None] * ((logits - row_lse[:, None]).exp() - rows)  # [N, M]
+    if symmetric:
+        dlogits += v * ((logits - col_lse).exp() - cols)
+    dquery, dkey, dscale = query.new_empty(0), key.new_empty(0), scale.new_empty(0)
+    if needs[0]:
+        dquery = _feature_grad(scale * (dlogits @ k), query, normalize)
+    if needs[1]:
+        dkey = _feature_grad(scale * (dlogits.T @ q), key, normalize)
+    if needs[2]:
+        dscale = (dlogits * cosine).sum().to(scale.dtype).reshape(scale.shape)
+    return dquery, dkey, dscale
+
+
+def _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction):
+    work = torch.promote_types(query.dtype, torch.float32)
+    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    scale = scale.to(work).reshape(()) if isinstance(scale, Tensor) else scale
+    logits = scale * (q @ k.T)  # [N, M]
+    rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
+    row_loss = -(rows * logits.log_softmax(1)).sum(1)  # [N]
+    losses = [(row_loss, _weight(rows.sum(1), weight))]
+    if symmetric:
+        col_loss = -(cols * logits.log_softmax(0)).sum(0)  # [M]
+        losses.append((col_loss, _weight(cols.sum(0), weight)))
+    loss = sum(_reduce(each, w, reduction) for each, w in losses) / len(losses)
+    return loss, logits.logsumexp(1), logits.logsumexp(0) if symmetric else logits.new_empty(0)
+
+
+def _features(x: Tensor, normalize: bool, work: torch.dtype) -> Tensor:
+    return l2_normalize(x.to(work), dim=-1) if normalize else x.to(work)
+
+
+def _feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
+    if normalize:
+        norm = torch.linalg.vector_norm(x.to(grad.dtype), dim=-1, keepdim=True)
+        unit = x.to(grad.dtype) / norm.clamp_min(1e-12)
+        radial = unit * (unit * grad).sum(-1, keepdim=True)
+        grad = torch.where(norm > 1e-12, grad - radial, grad) / norm.clamp_min(1e-12)
+    return x.new_empty(x.shape).copy_(grad)
+
+
+def _targets(positives, key_ids, smoothing: float, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """T [N, M] with rows summing to 1, and T' [N, M] with columns summing to 1; 0 where a row or column has no target."""
+    if positives is None:
+        same = torch.eye(n, m, dtype=torch.bool, device=like.device)
+    elif key_ids is None:
+        same = positives[:, None] == torch.arange(m, device=like.device)
+    else:
+        same = positives[:, None] == key_ids
+    same = same.to(like.dtype)
+
+    def spread(counts: Tensor, classes: int) -> Tensor:
+        uniform = same / counts.clamp_min(1)
+        return torch.where(counts > 0, (1 - smoothing) * uniform + smoothing / max(classes, 1), 0)
+
+    return spread(same.sum(1, keepdim=True), m), spread(same.sum(0, keepdim=True), n)
+
+
+def _weight(target_mass: Tensor, weight: Tensor | None) -> Tensor:
+    """The weight of each row or column: 0 where it has no target."""
+    counted = (target_mass > 0).to(target_mass.dtype)
+    return counted if weight is None else counted * weight.to(counted.dtype)
+
+
+def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    weighted = loss * weight
+    if reduction == "none":
+        return weighted
+    total = weighted.sum()
+    return total / torch.where(weight.sum() > 0, weight.sum(), 1) if reduction == "mean" else total
+
+
+def _coefficients(dloss, rows, cols, weight, symmetric, reduction) -> tuple[Tensor, Tensor]:
+    """u [N] and v [M]: the gradient of the reduced loss by each row's and each column's loss."""
+    share = 0.5 if symmetric else 1.0
+    out = []
+    for mass in (rows.sum(1), cols.sum(0)):
+        w = _weight(mass, weight) if symmetric or len(out) == 0 else torch.zeros_like(mass)
+        if reduction == "mean":
+            w = w / torch.where(w.sum() > 0, w.sum(), 1)
+        out.append(share * dloss.to(w.dtype) * w)
+        if not symmetric:
+            return out[0], cols.new_zeros(cols.shape[1])
+    return out[0], out[1]
