@@ -1,0 +1,21 @@
+"""Image-text data: the embedded emoji3 set, CSV files, webdataset tars, transforms and tokenizers."""
+
+from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
+from vlmkernels.data.samples import Collate, Sample, SkipLog
+from vlmkernels.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
+
+__all__ = [
+    "CAPTIONS",
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "SPLITS",
+    "Collate",
+    "Concept",
+    "Emoji3",
+    "ImageTransform",
+    "Sample",
+    "SkipLog",
+    "align_transform",
+    "image_transform",
+    "load_emoji3",
+]

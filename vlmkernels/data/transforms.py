@@ -1,0 +1,211 @@
+"""Image to float tensor: resize, crop, (x / 255 - mean) / std, with Pillow; light augmentation for training."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A callable PIL image -> float32 [3, H, W], made by `image_transform`, which documents the fields.
+
+    Frozen and JSON-serialisable: `to_dict` and `from_dict` keep it beside a checkpoint.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    train: bool = False
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    resize_size: int | tuple[int, int] | None = None
+    fill: int = 0
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "resize_size"):
+            size = getattr(self, name)
+            if size is not None and (len(_pair(size)) != 2 or min(_pair(size)) < 1):
+                raise ValueError(f"{name} is {size!r}, expected a positive int or (height, width)")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need 3 values, std > 0, got mean={self.mean!r}, std={self.std!r}")
+        if self.interpolation not in _FILTERS:
+            raise ValueError(f"interpolation is {self.interpolation!r}, expected one of {sorted(_FILTERS)}")
+        if self.resize_mode not in _RESIZE_MODES:
+            raise ValueError(f"resize_mode is {self.resize_mode!r}, expected one of {_RESIZE_MODES}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {self.crop_scale!r}, expected 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio is {self.crop_ratio!r}, expected 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip!r}, expected a probability")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter is {self.jitter!r}, expected 0 <= jitter < 1")
+
+    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Tensor:
+        """float32 [3, H, W]. `rng` drives the augmentation; without it a seed is drawn from torch's generator."""
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image is a {type(image).__name__}, expected a PIL.Image")
+        if self.train:
+            rng = rng or random.Random(int(torch.randint(2**62, ())))
+            image = self._augment(image, rng).convert("RGB")
+            image = self._colour(image, rng)
+        else:
+            image = self._resize_and_crop(image).convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
+        """The inverse of `to_dict` (also after JSON made lists of the tuples). ValueError on unknown keys."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown keys {unknown}, expected a subset of {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def for_inference(self) -> ImageTransform:
+        """The same geometry and normalisation without augmentation."""
+        return ImageTransform.from_dict({**self.to_dict(), "train": False})
+
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        target = _pair(self.image_size)
+        height, width = _pair(self.resize_size or self.image_size)
+        old_width, old_height = image.size
+        if self.resize_mode == "squash":
+            new = (width, height)
+        elif self.resize_mode == "shortest" and height == width:
+            short, long = sorted(image.size)
+            other = int(height * long / short)
+            new = (height, other) if old_width <= old_height else (other, height)
+        else:
+            pick = max if self.resize_mode == "longest" else min
+            ratio = pick(old_height / height, old_width / width)
+            new = (max(1, round(old_width / ratio)), max(1, round(old_height / ratio)))
+        if new != image.size:
+            image = image.resize(new, _FILTERS[self.interpolation])
+        return self._center_crop_or_pad(image, target)
+
+    def _center_crop_or_pad(self, image: Image.Image, target: tuple[int, int]) -> Image.Image:
+        height, width = target
+        missing_w, missing_h = max(0, width - image.width), max(0, height - image.height)
+        if missing_w or missing_h:
+            border = (missing_w // 2, missing_h // 2, (missing_w + 1) // 2, (missing_h + 1) // 2)
+            image = ImageOps.expand(image.convert("RGB"), border, (self.fill,) * 3)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def _augment(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """Random area and aspect ratio (ten tries, then the largest centre box), resized to the target; flip."""
+        height, width = _pair(self.image_size)
+        box = None
+        for _ in range(10):
+            area = image.width * image.height * rng.uniform(*self.crop_scale)
+            ratio = math.exp(rng.uniform(math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= image.width and 0 < h <= image.height:
+                left, top = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
+                box = (left, top, left + w, top + h)
+                break
+        if box is None:
+            ratio = min(max(image.width / image.height, self.crop_ratio[0]), self.crop_ratio[1])
+            w = min(image.width, max(1, round(image.height * ratio)))
+            h = min(image.height, max(1, round(image.width / ratio)))
+            left, top = (image.width - w) // 2, (image.height - h) // 2
+            box = (left, top, left + w, top + h)
+        image = image.crop(box).resize((width, height), _FILTERS[self.interpolation])
+        return ImageOps.mirror(image) if rng.random() < self.flip else image
+
+    def _colour(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        if self.jitter > 0:
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                image = enhance(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
+        return image
+
+
+def image_transform(
+    image_size: int | tuple[int, int],
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    *,
+    train: bool = False,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+    resize_size: int | tuple[int, int] | None = None,
+    fill: int = 0,
+    crop_scale: tuple[float, float] = (0.9, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    jitter: float = 0.0,
+) -> ImageTransform:
+    """PIL image -> float32 [3, H, W], values (x / 255 - mean) / std.
+
+    Inference (`train=False`) equals `open_clip.transform.image_transform_v2`: resize, centre crop, then RGB (an alpha
+    channel is dropped, not blended). Sizes are an int (square) or (height, width).
+    resize_mode: "shortest" side to the target and crop, "longest" side to the target and pad with `fill`, or "squash".
+    resize_size: size of the resize where it differs from the crop `image_size`.
+    interpolation: "bicubic", "bilinear" or "nearest", Pillow's antialiased filters.
+
+    Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the target;
+    mirrored with probability `flip` (0: captions may say left and right); brightness, contrast and saturation are
+    each scaled by a factor in 1 +- `jitter`.
+
+    Raises ValueError naming the argument that is out of range.
+    """
+    return ImageTransform(
+        image_size=image_size if isinstance(image_size, int) else (image_size[0], image_size[1]),
+        mean=tuple(mean),
+        std=tuple(std),
+        train=train,
+        interpolation=interpolation,
+        resize_mode=resize_mode,
+        resize_size=resize_size,
+        fill=fill,
+        crop_scale=crop_scale,
+        crop_ratio=crop_ratio,
+        flip=flip,
+        jitter=jitter,
+    )
+
+
+def align_transform(image_size: int = 289, resize_size: int = 346) -> ImageTransform:
+    """ALIGN's inference transform: bilinear to `resize_size` squared, centre crop, x / 127.5 - 1.
+
+    Jia et al. 2021 (arXiv:2102.05918), section 5: 346 pixels, crop 289. Equals the EfficientNet image processor of
+    transformers with include_top=False, rescale_offset=True, rescale_factor=1/127.5, do_normalize=False.
+    """
+    half = (0.5, 0.5, 0.5)
+    return image_transform(
+        image_size, half, half, interpolation="bilinear", resize_mode="squash", resize_size=resize_size
+    )
