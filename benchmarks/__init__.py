@@ -1,0 +1,1 @@
+"""Measurements of vlmkernels against other libraries, and the demo."""
