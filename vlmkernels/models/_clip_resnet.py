@@ -1,0 +1,107 @@
+"""CLIP's ModifiedResNet: 3-convolution stem, average pooling in place of strides, attention pooling.
+
+Source: Radford et al. 2021, section 2.4, and openai/CLIP (MIT). Parameter names follow openai/CLIP.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """1x1 -> 3x3 -> average pool -> 1x1 with 4 times the channels; the shortcut is pooled alike."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or channels != 4 * width:
+            conv = nn.Conv2d(channels, 4 * width, 1, bias=False)
+            self.downsample = nn.Sequential(
+                OrderedDict([("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", nn.BatchNorm2d(4 * width))])
+            )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 4 * width, H / stride, W / stride]
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.avgpool(y)))
+        return F.relu(y + self.downsample(x))
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention with one query, the mean of all positions, which is also a key and a value."""
+
+    def __init__(self, grid: int, width: int, heads: int, output_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, output_dim]
+        tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)
+        query, key, value = (
+            projection(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, 1 or HW + 1, Dh]
+            for projection, part in (
+                (self.q_proj, tokens[:, :1]),
+                (self.k_proj, tokens),
+                (self.v_proj, tokens),
+            )
+        )
+        return self.c_proj(F.scaled_dot_product_attention(query, key, value).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """The image tower of RN50 ... RN50x64: images [B, 3, R, R] to embeddings [B, output_dim]."""
+
+    def __init__(
+        self, layers: tuple[int, int, int, int], width: int, heads: int, image_size: int, output_dim: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        self.layer1 = _stage(width, width, layers[0], stride=1)
+        self.layer2 = _stage(4 * width, 2 * width, layers[1], stride=2)
+        self.layer3 = _stage(8 * width, 4 * width, layers[2], stride=2)
+        self.layer4 = _stage(16 * width, 8 * width, layers[3], stride=2)
+        self.attnpool = AttentionPool(image_size // 32, 32 * width, heads, output_dim)
+        self._initialise()
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+        return self.attnpool(x)
+
+    def _initialise(self) -> None:
+        pool = self.attnpool
+        for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)  # every block starts as its shortcut
+
+
+def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    first = Bottleneck(channels, width, stride)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
