@@ -1,0 +1,221 @@
+"""Contrastive losses as modules, over `vlmkernels.info_nce` and `vlmkernels.sigmoid_loss`.
+
+`ClipLoss` and `SigLipLoss` take the place of open_clip 3.3.0's classes: same constructor, same forward, no N
+x N matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import vlmkernels
+from vlmkernels.distributed import all_gather_with_grad, check_initialized, shard_sizes
+
+
+class _PairLoss(nn.Module):
+    """What the two losses over image-text pairs share: the process layout and the exchange of features."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank} with world_size {world_size}, wants 0 <= rank < world_size")
+        self.rank = rank
+        self.world_size = world_size
+
+    def _shard_sizes(self, image_features: Tensor, text_features: Tensor) -> list[int]:
+        if image_features.shape != text_features.shape:
+            shapes = f"{list(image_features.shape)} and {list(text_features.shape)}"
+            raise ValueError(f"image_features and text_features want one shape [N, D], got {shapes}")
+        check_initialized()
+        if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
+            layout = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+            raise ValueError(
+                f"the loss was built for rank {self.rank} of {self.world_size}, this is {layout}"
+            )
+        return shard_sizes(len(image_features), image_features.device)
+
+    def _targets(self, sizes: list[int], device: torch.device) -> Tensor:
+        """The column of each local row's pair among the gathered rows, [n] int64."""
+        return sum(sizes[: self.rank]) + torch.arange(sizes[self.rank], device=device)
+
+    def _share(self, sizes: list[int]) -> float:
+        """Weight of a mean over local rows, such that the mean over the ranks is the mean over all rows."""
+        return sizes[self.rank] * self.world_size / sum(sizes) if sum(sizes) else 0.0
+
+
+class ClipLoss(_PairLoss):
+    """Symmetric InfoNCE over image-text pairs, as open_clip.ClipLoss (Radford et al. 2021).
+
+    With `world_size` > 1 the features of all processes are gathered, always with their gradients
+    (`gather_with_grad` is accepted and changes nothing: without them the gradient is not that of the loss).
+    Shards may differ in size. After DistributedDataParallel's averaging, gradients equal those of one process
+    with the joint batch. `local_loss=False`: every rank returns the loss of the joint batch.
+    `local_loss=True`: a rank computes its own rows and columns only, and returns its share of the loss: the
+    mean over the ranks is the loss of the joint batch. `cache_labels` changes nothing, there are no labels to
+    build. `use_horovod=True` is a ValueError.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(rank, world_size)
+        if use_horovod:
+            raise ValueError("use_horovod: wants False, features are gathered with torch.distributed")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D], L2-normalised
+        text_features: Tensor,  # [N, D], L2-normalised
+        logit_scale: Tensor | float,  # one element
+        logit_bias: Tensor | float | None = None,  # adds the same to every logit: no effect on a softmax
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The scalar loss, fp32 (fp64 for fp64 features); {"contrastive_loss": loss} with `output_dict`."""
+        if self.world_size == 1:
+            loss = vlmkernels.info_nce(image_features, text_features, logit_scale)
+        else:
+            loss = self._joint_loss(image_features, text_features, logit_scale)
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0.0 * logit_bias.sum()  # a zero gradient, which DistributedDataParallel waits for
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _joint_loss(self, images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+        sizes = self._shard_sizes(images, texts)
+        all_images = all_gather_with_grad(images, sizes=sizes)
+        all_texts = all_gather_with_grad(texts, sizes=sizes)
+        if not self.local_loss:
+            return vlmkernels.info_nce(all_images, all_texts, scale)
+        targets = self._targets(sizes, images.device)
+        rows = vlmkernels.info_nce(images, all_texts, scale, positives=targets, symmetric=False)
+        columns = vlmkernels.info_nce(texts, all_images, scale, positives=targets, symmetric=False)
+        return 0.5 * self._share(sizes) * (rows + columns)
+
+
+class SigLipLoss(_PairLoss):
+    """Pairwise sigmoid loss, as open_clip.SigLipLoss (Zhai et al. 2023).
+
+    With `world_size` > 1 each rank scores its images against the texts of all ranks and returns its share of
+    the loss: the mean over the ranks is the loss of the joint batch, gradients alike after
+    DistributedDataParallel's averaging. Shards may differ in size. open_clip's four patterns of exchange
+    (`dist_impl`: "bidir", "shift", "reduce", "gather") are accepted; they give one and the same loss, and
+    here all of them gather. `chunk_size` and `cache_labels` change nothing: no N x N matrix is built in any
+    case.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ) -> None:
+        super().__init__(rank, world_size)
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                f"dist_impl: got {dist_impl!r}, wants 'bidir', 'shift', 'reduce', 'gather' or None"
+            )
+        self.cache_labels = cache_labels
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D], L2-normalised
+        text_features: Tensor,  # [N, D], L2-normalised
+        logit_scale: Tensor | float,  # one element
+        logit_bias: Tensor | float | None,  # one element; None means 0
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The scalar loss, fp32 (fp64 for fp64 features); {"contrastive_loss": loss} with `output_dict`."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            loss = vlmkernels.sigmoid_loss(image_features, text_features, logit_scale, bias)
+        else:
+            sizes = self._shard_sizes(image_features, text_features)
+            all_texts = all_gather_with_grad(text_features, sizes=sizes)
+            targets = self._targets(sizes, image_features.device)
+            loss = vlmkernels.sigmoid_loss(image_features, all_texts, logit_scale, bias, positives=targets)
+            loss = self._share(sizes) * loss
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class InfoNCELoss(nn.Module):
+    """`vlmkernels.info_nce` with a learnable scale, exp(log_scale) clamped to `max_scale`.
+
+    The parameter is `log_scale`, 0-dim; with `learnable=False` it is a buffer. Call `clamp_()` after each
+    optimizer step: beyond the bound the gradient of `log_scale` is zero. The other options are those of
+    `info_nce`; features are L2-normalised by default.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 1 / 0.07,
+        max_scale: float = 100.0,
+        *,
+        learnable: bool = True,
+        symmetric: bool = True,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        store_bytes: int = 2**28,
+    ) -> None:
+        super().__init__()
+        if not 0.0 < init_scale <= max_scale:
+            raise ValueError(f"init_scale: got {init_scale}, wants 0 < init_scale <= max_scale = {max_scale}")
+        log_scale = torch.tensor(math.log(init_scale))
+        self.log_scale: Tensor
+        if learnable:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+        self.max_scale = max_scale
+        self.symmetric = symmetric
+        self.label_smoothing = label_smoothing
+        self.normalize = normalize
+        self.reduction = reduction
+        self.store_bytes = store_bytes
+
+    def scale(self) -> Tensor:
+        """exp(log_scale), at most `max_scale`, 0-dim."""
+        return self.log_scale.clamp(max=math.log(self.max_scale)).exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Puts log_scale back to at most ln max_scale; to be called after each optimizer step."""
+        self.log_scale.clamp_(max=math.log(self.max_scale))
+
+    def forward(
+        self,
+        query: Tensor,  # [N, D]
+        key: Tensor,  # [M, D]
+        *,
+        positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        weight: Tensor | None = None,  # [N]
+    ) -> Tensor:
+        """The loss, a scalar or [N] with reduction "none"; targets, shapes and errors as in `info_nce`."""
+        return vlmkernels.info_nce(
+            query,
+            key,
+            self.scale(),
+            positives=positives,
+            symmetric=self.symmetric,
+            label_smoothing=self.label_smoothing,
+            normalize=self.normalize,
+            weight=weight,
+            reduction=self.reduction,
+            store_bytes=self.store_bytes,
+        )
