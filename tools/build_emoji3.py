@@ -3,13 +3,14 @@
     python tools/build_emoji3.py [--packages FOLDER] [--check]
 
 Names, tags and groups come from emojibase-data; the three drawing styles from emoji-datasource-google (Noto),
-emoji-datasource-twitter (Twemoji) and @lobehub/fluent-emoji-3d (Fluent 3D). A concept is a base emoji (skin tone
-variants are not entries of their own) that every style draws; the styles are joined by hex code without the
-variation selector fe0f. Every entry that is left out is listed, with the reason, under "excluded" in concepts.json.gz.
+emoji-datasource-twitter (Twemoji) and @lobehub/fluent-emoji-3d (Fluent 3D). A concept is a base emoji (skin
+tone variants are not entries of their own) that every style draws; the styles are joined by hex code without
+the variation selector fe0f. Every entry that is left out is listed, with the reason, under "excluded" in
+concepts.json.gz.
 
-The packages are fetched with `npm pack` into a temporary folder, or taken from `--packages`. The same packages and
-the same libwebp give the same bytes. `--check` builds into memory and compares with the committed files: the text
-byte for byte, the sheets byte for byte or, under another libwebp, by their pixels.
+The packages are fetched with `npm pack` into a temporary folder, or taken from `--packages`. The same
+packages and the same libwebp give the same bytes. `--check` builds into memory and compares with the
+committed files: the text byte for byte, the sheets byte for byte or, under another libwebp, by their pixels.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def read_pictures(tarball: Path, prefix: str, wanted: set[str]) -> dict[str, byt
 
 
 def on_white(content: bytes) -> Image.Image:
-    """Decode, keep the aspect ratio, centre on a white TILE x TILE square (Lanczos on premultiplied colour)."""
+    """Decode, keep the aspect ratio, centre on a white TILE x TILE square (Lanczos)."""
     picture = Image.open(io.BytesIO(content)).convert("RGBA")
     ratio = TILE / max(picture.size)
     size = tuple(max(1, round(side * ratio)) for side in picture.size)

@@ -2,6 +2,7 @@
 
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.samples import Collate, Sample, SkipLog
+from vlmkernels.data.tokenizer import ClipTokenizer, WordPieceTokenizer, load_tokenizer
 from vlmkernels.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
 
 __all__ = [
@@ -9,13 +10,16 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "SPLITS",
+    "ClipTokenizer",
     "Collate",
     "Concept",
     "Emoji3",
     "ImageTransform",
     "Sample",
     "SkipLog",
+    "WordPieceTokenizer",
     "align_transform",
     "image_transform",
     "load_emoji3",
+    "load_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""emoji3: 1,852 emoji in three drawing styles with names and tags, embedded in the package (48 px, on white)."""
+"""emoji3: 1,852 emoji in three drawing styles with names and tags, embedded in the package."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def _held_out() -> frozenset[int]:
 class Emoji3(Dataset[Sample]):
     """Map-style data set; see `load_emoji3`.
 
-    One entry per item, in item order: `names`, `tags`, `groups`, `styles`, `hexcodes`, `concept_ids` (0-1851).
-    Of the whole set: `group_names` (9) and `concepts` (1,852).
+    One entry per item, in item order: `names`, `tags`, `groups`, `styles`, `hexcodes`, `concept_ids`
+    (0-1851). Of the whole set: `group_names` (9) and `concepts` (1,852).
     """
 
     def __init__(
@@ -188,13 +188,14 @@ def load_emoji3(
 ) -> Emoji3:
     """The embedded emoji pictures as a map-style `torch.utils.data.Dataset` of `Sample`.
 
-    split: "style-train" (alias "train"; Noto and Twemoji, all 1,852 concepts, 3,704 samples), "style-test" (alias
-        "test"; Fluent, all concepts), "concept-train" (Noto and Twemoji, 1,482 concepts), "concept-test" (Fluent,
-        the other 370 concepts). The country flags of the Fluent package have Noto's design: leave out group 8 where
-        the style must be unseen.
+    split: "style-train" (alias "train"; Noto and Twemoji, all 1,852 concepts, 3,704 samples), "style-test"
+        (alias "test"; Fluent, all concepts), "concept-train" (Noto and Twemoji, 1,482 concepts),
+        "concept-test" (Fluent, the other 370 concepts). The country flags of the Fluent package have Noto's
+        design: leave out group 8 where the style must be unseen.
     image_size: side of the pictures; other sizes than 48 are resized (bicubic).
-    caption: "label" ("grinning face"), "tags" (one to `max_tags` tags drawn at random) or "label_tags" (the label
-        and such tags). The draw depends on seed, epoch (`set_epoch`) and picture only, not on workers or order.
+    caption: "label" ("grinning face"), "tags" (one to `max_tags` tags drawn at random) or "label_tags" (the
+        label and such tags). The draw depends on seed, epoch (`set_epoch`) and picture only, not on workers
+        or order.
     transform: applied to the RGB `PIL.Image`; an `ImageTransform` gets the same deterministic random numbers.
 
     Raises ValueError naming the argument that is not valid.

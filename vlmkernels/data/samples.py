@@ -1,4 +1,4 @@
-"""What every data set yields (`Sample`), how samples become a batch (`Collate`), what was left out (`SkipLog`)."""
+"""What a data set yields (`Sample`), how samples become a batch (`Collate`), what is left out (`SkipLog`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class Sample(TypedDict):
     """One image with its text. `label` and `concept` are -1 where the data set has none.
 
     image: RGB `PIL.Image`, or what the transform of the data set made of it (a float tensor [3, H, W]).
-    text: the caption. key: names the sample in messages and result lists. label: class index (emoji3: group 0-8).
-    concept: samples with an equal concept show the same thing (emoji3: index 0-1851), hence are mutual positives.
+    text: the caption. key: names the sample in messages and result lists. label: class index (emoji3: group
+    0-8).
+    concept: samples with an equal concept show the same thing (emoji3: index 0-1851), hence are mutual
+    positives.
     """
 
     image: Any
@@ -106,8 +108,9 @@ class SkipLog:
 class Collate:
     """Samples to a batch, for `DataLoader(collate_fn=Collate(tokenizer))`.
 
-    The batch is a dict: images (float [B, 3, H, W] if the data set has a tensor transform, else a list), texts and
-    keys (lists of str), labels [B] and concepts [B] (int64), and tokens [B, L] (int64) if a tokenizer is given.
+    The batch is a dict: images (float [B, 3, H, W] if the data set has a tensor transform, else a list),
+    texts and keys (lists of str), labels [B] and concepts [B] (int64), and tokens [B, L] (int64) if a
+    tokenizer is given.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Image to float tensor: resize, crop, (x / 255 - mean) / std, with Pillow; light augmentation for training."""
+"""Image to float tensor: resize, crop, (x / 255 - mean) / std, with Pillow; training augmentation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ImageTransform:
             raise ValueError(f"jitter is {self.jitter!r}, expected 0 <= jitter < 1")
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Tensor:
-        """float32 [3, H, W]. `rng` drives the augmentation; without it a seed is drawn from torch's generator."""
+        """float32 [3, H, W]. `rng` drives the augmentation; without it torch's generator gives the seed."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"image is a {type(image).__name__}, expected a PIL.Image")
         if self.train:
@@ -127,7 +127,7 @@ class ImageTransform:
         return image.crop((left, top, left + width, top + height))
 
     def _augment(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Random area and aspect ratio (ten tries, then the largest centre box), resized to the target; flip."""
+        """Random area and aspect ratio (ten tries, then the largest centre box), resized; flip."""
         height, width = _pair(self.image_size)
         box = None
         for _ in range(10):
@@ -171,15 +171,16 @@ def image_transform(
 ) -> ImageTransform:
     """PIL image -> float32 [3, H, W], values (x / 255 - mean) / std.
 
-    Inference (`train=False`) equals `open_clip.transform.image_transform_v2`: resize, centre crop, then RGB (an alpha
-    channel is dropped, not blended). Sizes are an int (square) or (height, width).
-    resize_mode: "shortest" side to the target and crop, "longest" side to the target and pad with `fill`, or "squash".
+    Inference (`train=False`) equals `open_clip.transform.image_transform_v2`: resize, centre crop, then RGB
+    (an alpha channel is dropped, not blended). Sizes are an int (square) or (height, width).
+    resize_mode: "shortest" side to the target and crop, "longest" side to the target and pad with `fill`, or
+    "squash".
     resize_size: size of the resize where it differs from the crop `image_size`.
     interpolation: "bicubic", "bilinear" or "nearest", Pillow's antialiased filters.
 
-    Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the target;
-    mirrored with probability `flip` (0: captions may say left and right); brightness, contrast and saturation are
-    each scaled by a factor in 1 +- `jitter`.
+    Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
+    target; mirrored with probability `flip` (0: captions may say left and right); brightness, contrast and
+    saturation are each scaled by a factor in 1 +- `jitter`.
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -202,8 +203,9 @@ def image_transform(
 def align_transform(image_size: int = 289, resize_size: int = 346) -> ImageTransform:
     """ALIGN's inference transform: bilinear to `resize_size` squared, centre crop, x / 127.5 - 1.
 
-    Jia et al. 2021 (arXiv:2102.05918), section 5: 346 pixels, crop 289. Equals the EfficientNet image processor of
-    transformers with include_top=False, rescale_offset=True, rescale_factor=1/127.5, do_normalize=False.
+    Jia et al. 2021 (arXiv:2102.05918), section 5: 346 pixels, crop 289. Equals the EfficientNet image
+    processor of transformers with include_top=False, rescale_offset=True, rescale_factor=1/127.5,
+    do_normalize=False.
     """
     half = (0.5, 0.5, 0.5)
     return image_transform(
