@@ -204,10 +204,11 @@ class CLIP(Pretrained):
         super().__init__(config)
         c = self.config
         activation = QuickGELU if c.quick_gelu else nn.GELU
-        assert c.vision_heads is not None and c.text_heads is not None  # set by ClipConfig
+        assert c.vision_heads is not None, "set by ClipConfig"
+        assert c.text_heads is not None, "set by ClipConfig"
         self.visual: nn.Module
         if isinstance(c.vision_layers, int):
-            assert c.patch_size is not None  # checked by ClipConfig
+            assert c.patch_size is not None, "checked by ClipConfig"
             sizes = (c.image_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads, c.embed_dim)
             self.visual = VisionTransformer(*sizes, activation)
         else:
