@@ -1,0 +1,24 @@
+"""Training of contrastive models: ``train(kind, TrainConfig(...))``, the function behind ``vlmkernels train``."""
+
+from typing import TYPE_CHECKING, Any
+
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .bundle import Bundle, load_bundle
+    from .loop import Summary, train
+
+__all__ = ["Bundle", "Summary", "TrainConfig", "load_bundle", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the loop, hence accelerate, when it is first asked for: the other commands do without."""
+    if name in ("Summary", "train"):
+        from . import loop
+
+        return getattr(loop, name)
+    if name in ("Bundle", "load_bundle"):
+        from . import bundle
+
+        return getattr(bundle, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,253 @@
+"""Embeddings of image files and of texts by a trained model, and the file they are kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlmkernels.models._pretrained import write_atomic
+
+log = logging.getLogger("vlmkernels.train.embed")
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+KINDS = ("images", "texts")
+FORMATS = (".safetensors", ".npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """What :func:`embed` did: ``skipped`` maps the name of an image that could not be read to the reason."""
+
+    out: Path
+    count: int
+    width: int
+    skipped: dict[str, str]
+
+
+def load_model(folder: str | os.PathLike[str], device: str = "auto") -> tuple[nn.Module, Any, Any]:
+    """(model, tokenizer, transform) of a folder that training wrote (RUN/final), the model in evaluation
+    mode.
+
+    ``device`` is "auto" (a CUDA device if there is one), "cpu" or a torch device. FileNotFoundError or
+    ValueError name what is missing or does not fit.
+    """
+    from .bundle import load_bundle
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"model: no folder {folder}; RUN/final of a training run is wanted")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle = load_bundle(folder, device)
+    return bundle.model, bundle.tokenizer, bundle.transform.for_inference()
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients for a block, and the earlier mode afterwards; gives the model's
+    device."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+
+
+def encode_texts(
+    model: nn.Module, tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str], *, batch_size: int = 256
+) -> Tensor:
+    """float32 [len(texts), E] on the CPU, L2-normalised."""
+    check_batch_size(batch_size)
+    with inference(model) as device:
+        parts = [
+            cast(Any, model).encode_text(
+                tokenizer(list(texts[i : i + batch_size])).to(device), normalize=True
+            )
+            for i in range(0, len(texts), batch_size)
+        ]
+    return torch.cat(parts).float().cpu() if parts else torch.zeros(0, _width(model))
+
+
+def encode_images(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """float32 [N, E] on the CPU, L2-normalised, of batches [B, 3, H, W]."""
+    with inference(model) as device:
+        parts = [
+            cast(Any, model).encode_image(images.to(device), normalize=True).float().cpu()
+            for images in batches
+        ]
+    return torch.cat(parts) if parts else torch.zeros(0, _width(model))
+
+
+def encode_files(
+    model: nn.Module,
+    transform: Callable[[Image.Image], Tensor],
+    files: Sequence[Path],
+    *,
+    batch_size: int = 256,
+) -> tuple[Tensor, list[Path], dict[str, str]]:
+    """Embeddings [K, E] of the files that can be read, these K files, and the others with the reason."""
+    check_batch_size(batch_size)
+    kept: list[Path] = []
+    skipped: dict[str, str] = {}
+
+    def batches() -> Iterator[Tensor]:
+        waiting: list[Tensor] = []
+        for file in files:
+            try:
+                image = transform(read_image(file))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                reason = " ".join(str(error).split())
+                log.warning("skipped %s: %s", file, reason)
+                skipped[str(file)] = reason
+                continue
+            kept.append(file)
+            waiting.append(image)
+            if len(waiting) == batch_size:
+                yield torch.stack(waiting)
+                waiting = []
+        if waiting:
+            yield torch.stack(waiting)
+
+    features = encode_images(model, batches())
+    return features, kept, skipped
+
+
+def read_image(file: Path) -> Image.Image:
+    """An upright RGB image; what is transparent lies on white. OSError (or what Pillow raises) if it cannot
+    be read."""
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files named in ``inputs`` and the images below the folders in it, in a fixed order, each once.
+
+    FileNotFoundError for a path that does not exist, ValueError when there is no image at all.
+    """
+    found: dict[Path, None] = {}
+    names = [Path(name) for name in inputs]
+    for path in names:
+        if path.is_dir():
+            below = (
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
+            found.update(dict.fromkeys(sorted(below)))
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise FileNotFoundError(f"inputs: no file or folder {path}")
+    if not found:
+        where = ", ".join(str(name) for name in names) or "an empty list"
+        raise ValueError(f"inputs: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in {where}")
+    return list(found)
+
+
+def embed(
+    model_folder: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    kind: str = "images",
+    batch_size: int = 256,
+    device: str = "auto",
+) -> Embedded:
+    """Embed image files and folders (``kind="images"``) or texts (``kind="texts"``) and write them to
+    ``out``.
+
+    ``out`` ends in .safetensors (tensor ``embeddings`` float32 [N, E], L2-normalised; metadata ``keys``, a
+    JSON list of N paths or texts, and ``kind``) or .npz (arrays ``embeddings`` and ``keys``). It is whole or
+    absent. An image that cannot be read is left out and named in the result. ValueError when nothing can be
+    embedded.
+    """
+    target = Path(out)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if target.suffix not in FORMATS:
+        raise ValueError(f"out must end in {' or '.join(FORMATS)}, got {str(target)!r}")
+    if isinstance(inputs, (str, os.PathLike)):
+        raise ValueError(f"inputs must be a sequence of {kind}, got one {type(inputs).__name__}")
+    files = find_images(inputs) if kind == "images" else []
+    if kind == "texts" and not inputs:
+        raise ValueError("inputs: no text")
+    model, tokenizer, transform = load_model(model_folder, device)
+    skipped: dict[str, str] = {}
+    if kind == "images":
+        features, kept, skipped = encode_files(model, transform, files, batch_size=batch_size)
+        keys = [str(file) for file in kept]
+        if not kept:
+            raise ValueError(
+                f"inputs: none of {len(files)} images can be read, first {next(iter(skipped.items()))}"
+            )
+    else:
+        keys = [str(text) for text in inputs]
+        features = encode_texts(model, tokenizer, keys, batch_size=batch_size)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_embeddings(target, features, keys, {"kind": kind})
+    return Embedded(target, len(keys), features.shape[1], skipped)
+
+
+def write_embeddings(
+    path: Path,
+    features: Tensor,  # [N, E]
+    keys: Sequence[str],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write features and their keys, whole or not at all, as ``path``'s ending says."""
+    if path.suffix == ".npz":
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                numpy.savez(file, embeddings=features.numpy(), keys=numpy.array(keys, dtype=str))
+    else:
+
+        def write(temporary: Path) -> None:
+            save_file(
+                {"embeddings": features.contiguous()},
+                temporary,
+                {"keys": json.dumps(list(keys)), **(metadata or {})},
+            )
+
+    write_atomic(path, write)
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> tuple[Tensor, list[str]]:
+    """Features [N, E] and keys of a file that :func:`embed` wrote. FileNotFoundError, or ValueError for
+    another file."""
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"embeddings: no file {source}")
+    try:
+        if source.suffix == ".npz":
+            with numpy.load(source, allow_pickle=False) as arrays:
+                return torch.from_numpy(arrays["embeddings"]), arrays["keys"].tolist()
+        with safe_open(source, "pt") as file:
+            return file.get_tensor("embeddings"), json.loads((file.metadata() or {})["keys"])
+    except Exception as error:
+        raise ValueError(f"embeddings: {source} was not written by embed: {error}") from error
+
+
+def check_batch_size(batch_size: int) -> None:
+    """ValueError unless positive."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _width(model: nn.Module) -> int:
+    return cast(Any, model).config.embed_dim

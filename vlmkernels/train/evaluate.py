@@ -1,0 +1,338 @@
+"""Retrieval recall R@k both ways and zero-shot classification, each beside what chance gives.
+
+R@k is the share of queries with a matching item among the k nearest; a class is the normalised mean of the
+normalised embeddings of its texts (Radford et al. 2021, section 3.1.4).
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .embed import check_batch_size, encode_images, encode_texts, find_images, load_model, read_image
+
+RECALLS = (1, 5, 10)
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
+EMOJI_TEMPLATES = ("{}",)
+SCORES_AT_ONCE = 2**24
+
+
+@torch.no_grad()
+def ranks(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    query_ids: Tensor,  # [N] int64
+    key_ids: Tensor,  # [M] int64
+    *,
+    scores_at_once: int = SCORES_AT_ONCE,
+) -> Tensor:
+    """int64 [N]: the place, from 1, of each query's best match, by inner product.
+
+    Keys with the query's id match. The place counts keys of other ids only: one that scores the same as the best match
+    counts as before it, so a model that gives everything one embedding does not look right. Scores are
+    fp32, ``scores_at_once`` of them in memory. ValueError for a query without a match.
+    """
+    places = []
+    rows = max(1, scores_at_once // max(1, len(key)))
+    keys = key.float()
+    for start in range(0, len(query), rows):
+        scores = query[start : start + rows].float() @ keys.T  # [rows, M]
+        matches = query_ids[start : start + rows, None] == key_ids[None]
+        best = scores.masked_fill(~matches, -math.inf).amax(dim=1, keepdim=True)
+        if not matches.any(dim=1).all():
+            first = start + int((~matches.any(dim=1)).nonzero()[0])
+            raise ValueError(f"query_ids: no key has the id {int(query_ids[first])} of query {first}")
+        # `not <` counts a NaN score as before the match.
+        places.append(1 + (~(scores < best) & ~matches).sum(dim=1))
+    return torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+
+
+def chance_recall(keys: int, matches: int, k: int) -> float:
+    """The probability that one of ``matches`` out of ``keys`` is among the first k of a random order."""
+    few, many = sorted((matches, min(k, keys)))
+    return 1.0 - math.prod(max(0, keys - many - i) / (keys - i) for i in range(few))
+
+
+def _direction(places: Tensor, matches: Tensor, keys: int) -> dict[str, Any]:
+    """Recalls and median rank of one direction; ``matches`` [N] counts the matching keys of each query."""
+    counts = [
+        (int(count), int(number)) for count, number in zip(*matches.unique(return_counts=True), strict=True)
+    ]
+
+    def chance(k: int) -> float:
+        return sum(number * chance_recall(keys, count, k) for count, number in counts) / len(matches)
+
+    median = bisect.bisect_left(range(keys + 1), 0.5, key=lambda k: chance(k) if k else 0.0)
+    return {
+        **{f"R@{k}": (places <= k).float().mean().item() for k in RECALLS},
+        "median_rank": float(places.median()),
+        "chance": {**{f"R@{k}": chance(k) for k in RECALLS}, "median_rank": float(median)},
+    }
+
+
+def retrieval(
+    image_features: Tensor,  # [N, E] normalised
+    text_features: Tensor,  # [N, E] normalised
+    texts: Sequence[str],
+    *,
+    scores_at_once: int = SCORES_AT_ONCE,
+) -> dict[str, Any]:
+    """R@1/5/10 and median rank of images against texts and of texts against images, chance beside.
+
+    Equal texts are one text that matches all of their images: images are ranked against the distinct texts,
+    and a text is found when any of its images is. ValueError when the sizes differ or there is nothing.
+    """
+    if not len(image_features) == len(text_features) == len(texts) > 0:
+        sizes = (len(image_features), len(text_features), len(texts))
+        raise ValueError(
+            f"image_features, text_features and texts must have one positive length, got {sizes}"
+        )
+    first: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        first.setdefault(text, i)
+    number = {text: i for i, text in enumerate(first)}
+    image_ids = torch.tensor([number[text] for text in texts])
+    text_ids = torch.arange(len(first))
+    distinct = text_features[list(first.values())]
+    options = {"scores_at_once": scores_at_once}
+    image_to_text = ranks(image_features, distinct, image_ids, text_ids, **options)
+    text_to_image = ranks(distinct, image_features, text_ids, image_ids, **options)
+    return {
+        "images": len(image_ids),
+        "texts": len(text_ids),
+        "image_to_text": _direction(image_to_text, torch.ones_like(image_ids), len(text_ids)),
+        "text_to_image": _direction(text_to_image, image_ids.bincount(), len(image_ids)),
+    }
+
+
+def class_weights(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    texts: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """float32 [C, E], row c the normalised mean of the normalised embeddings of ``texts[c]``."""
+    empty = [c for c, group in enumerate(texts) if not group]
+    if not texts or empty:
+        raise ValueError(
+            f"texts: every class needs a text, got {len(texts)} classes of which {empty} have none"
+        )
+    features = encode_texts(
+        model, tokenizer, [text for group in texts for text in group], batch_size=batch_size
+    )
+    means = [part.mean(dim=0) for part in features.split([len(group) for group in texts])]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Every template filled with every name. ValueError for a template without ``{}``."""
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise ValueError(f"templates: each needs a {{}} for the name, got {list(templates)}")
+    return [template.replace("{}", name) for template in templates for name in names]
+
+
+def classification(
+    image_features: Tensor,  # [N, E] normalised
+    labels: Tensor,  # [N] int64 in [0, C)
+    weights: Tensor,  # [C, E] normalised
+) -> dict[str, Any]:
+    """Top-1, top-5 and mean-per-class accuracy, with chance and the share of the largest class beside.
+
+    A class that scores the same as the right one counts as before it, as in :func:`ranks`.
+    """
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(weights):
+        raise ValueError(f"labels must be in [0, {len(weights)}) and not empty, got {len(labels)} labels")
+    places = ranks(image_features, weights, labels, torch.arange(len(weights)))
+    right = (places == 1).float()
+    sizes = labels.bincount(minlength=len(weights))
+    per_class = torch.zeros(len(weights)).scatter_add_(0, labels, right)[sizes > 0] / sizes[sizes > 0]
+    return {
+        "top1": right.mean().item(),
+        "top5": (places <= 5).float().mean().item(),
+        "mean_per_class": per_class.mean().item(),
+        "classes": len(weights),
+        "chance": {
+            "top1": 1 / len(weights),
+            "top5": min(5, len(weights)) / len(weights),
+            "mean_per_class": 1 / len(weights),
+            "largest_class": sizes.max().item() / len(labels),
+        },
+    }
+
+
+def emoji_class_texts(dataset: Any) -> dict[str, list[list[str]]]:
+    """Two sets of texts for the 9 groups of emoji3, neither of which looks at a picture or at a test split.
+
+    ``names``: the words of the group's name ("animals-nature" gives "animals" and "nature"), the classic
+    zero-shot form; hard for a small model, since most of these words are in no caption. ``captions``: the
+    names of the group's concepts in the training split that belongs to ``dataset`` (for concept-test, none of
+    the concepts tested), a prompt ensemble.
+    """
+    from vlmkernels.data import load_emoji3
+
+    train = load_emoji3("style-train" if dataset.split.startswith("style") else "concept-train")
+    captions: list[dict[str, None]] = [{} for _ in dataset.group_names]
+    for name, group in zip(train.names, train.groups, strict=True):
+        captions[group][name] = None
+    return {
+        "names": [fill(EMOJI_TEMPLATES, name.split("-")) for name in dataset.group_names],
+        "captions": [list(names) for names in captions],
+    }
+
+
+class ClassFolders(Dataset):
+    """Images in one folder per class; the folder's name, "_" read as a blank, is the name of the class."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        folders = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+        if len(folders) < 2:
+            raise ValueError(f"data: {folder} must hold a folder of images for each of two or more classes")
+        self.class_names = [path.name.replace("_", " ") for path in folders]
+        self.files = [(file, label) for label, path in enumerate(folders) for file in find_images([path])]
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """A sample, or None for an image that cannot be read, which is then in ``skipped``."""
+        file, label = self.files[index]
+        try:
+            image = read_image(file)
+        except (OSError, ValueError, SyntaxError) as error:
+            self.skipped[str(file)] = " ".join(str(error).split())
+            return None
+        return {
+            "image": image,
+            "text": self.class_names[label],
+            "key": str(file),
+            "label": label,
+            "concept": -1,
+        }
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    transform: Callable[[Any], Tensor],
+    dataset: Any,
+    *,
+    batch_size: int = 256,
+    class_texts: dict[str, list[list[str]]] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model in memory; it is left in the mode it was in and no random number is drawn.
+
+    ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
+    applied, or tensors. The result holds ``samples``, ``skipped`` (reason by key), ``retrieval`` (see
+    :func:`retrieval`; None for :class:`ClassFolders`) and ``zero_shot``: one :func:`classification` for each
+    entry of ``class_texts`` (texts of every class), which emoji3 and class folders bring along; None for data
+    without labels.
+    """
+    check_batch_size(batch_size)
+    texts: list[str] = []
+    labels: list[int] = []
+    seen: set[str] = set()
+
+    def batches() -> Iterator[Tensor]:
+        loader = DataLoader(
+            dataset, batch_size=batch_size, collate_fn=functools.partial(list), generator=torch.Generator()
+        )
+        for samples in loader:
+            # A data set may put another sample in the place of a broken one: no key counts twice.
+            fresh = {
+                sample["key"]: sample
+                for sample in samples
+                if sample is not None and sample["key"] not in seen
+            }
+            seen.update(fresh)
+            texts.extend(sample["text"] for sample in fresh.values())
+            labels.extend(int(sample["label"]) for sample in fresh.values())
+            images = [sample["image"] for sample in fresh.values()]
+            if images:
+                yield torch.stack(
+                    [image if isinstance(image, Tensor) else transform(image) for image in images]
+                )
+
+    image_features = encode_images(model, batches())
+    skipped = dict(getattr(dataset, "skipped", {}) or {})
+    if not texts:
+        raise ValueError(f"data: no sample can be read, {len(skipped)} skipped")
+    folders = isinstance(dataset, ClassFolders)
+    if class_texts is None and hasattr(dataset, "group_names"):
+        class_texts = emoji_class_texts(dataset)
+    elif class_texts is None and folders:
+        class_texts = {"names": [fill(TEMPLATES, [name]) for name in dataset.class_names]}
+    scored = class_texts is not None and min(labels) >= 0
+    return {
+        "samples": len(texts),
+        "skipped": skipped,
+        "retrieval": None
+        if folders
+        else retrieval(image_features, encode_texts(model, tokenizer, texts, batch_size=batch_size), texts),
+        "zero_shot": {
+            name: classification(
+                image_features,
+                torch.tensor(labels),
+                class_weights(model, tokenizer, groups, batch_size=batch_size),
+            )
+            for name, groups in (class_texts or {}).items()
+        }
+        if scored
+        else None,
+    }
+
+
+def open_data(data: Any) -> Any:
+    """A data set: as it is, or opened from a specification (a folder of class folders, else as ``load_pairs``
+    takes)."""
+    if not isinstance(data, (str, os.PathLike)):
+        return data
+    if Path(data).is_dir():
+        return ClassFolders(data)
+    from vlmkernels.data import load_pairs
+
+    return load_pairs(str(data))
+
+
+def evaluate(
+    model_folder: str | os.PathLike[str],
+    data: Any,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    templates: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained model (RUN/final) on ``data``; the result is that of :func:`evaluate_model`.
+
+    ``data``: "emoji3[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a
+    folder with one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the
+    name); or a data set. Raises FileNotFoundError or ValueError naming what does not fit.
+    """
+    check_batch_size(batch_size)
+    dataset = open_data(data)
+    class_texts = None
+    if templates is not None:
+        names = getattr(dataset, "class_names", None) or getattr(dataset, "group_names", None)
+        if names is None:
+            raise ValueError(
+                "templates: this data has no classes; a folder of class folders or emoji3 is wanted"
+            )
+        class_texts = {"names": [fill(templates, name.split("-")) for name in names]}
+        if not isinstance(dataset, ClassFolders):
+            class_texts = {**emoji_class_texts(dataset), **class_texts}
+    model, tokenizer, transform = load_model(model_folder, device)
+    return evaluate_model(
+        model, tokenizer, transform, dataset, batch_size=batch_size, class_texts=class_texts
+    )

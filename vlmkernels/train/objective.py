@@ -1,0 +1,57 @@
+"""The losses of the three objectives on the features of all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlmkernels import distributed
+from vlmkernels.ops import info_nce, sigmoid_loss
+
+
+def joint_features(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Image and text features [N, E] of the joint batch, N pairs over all processes.
+
+    The gradient of a gathered feature is summed over the processes: every process computes the same loss, so after
+    DDP's average each parameter has the gradient of one process on the joint batch.
+    """
+    images, texts = output["image_features"], output["text_features"]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return images, texts
+    sizes = distributed.shard_sizes(len(images), images.device)
+    return (
+        distributed.all_gather_with_grad(images, sizes=sizes),
+        distributed.all_gather_with_grad(texts, sizes=sizes),
+    )
+
+
+def contrastive_loss(
+    images: Tensor,  # [N, E] normalised
+    texts: Tensor,  # [N, E] normalised
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    label_smoothing: float = 0.0,
+    directions: str = "mean",
+) -> Tensor:
+    """A scalar: SigLIP's sigmoid loss for a model with a bias, else the symmetric InfoNCE of CLIP and ALIGN.
+
+    ``directions`` is "mean" or, as in ALIGN's paper, "sum" of image-to-text and text-to-image.
+    """
+    if bias is not None:
+        return sigmoid_loss(images, texts, scale, bias)
+    loss = info_nce(images, texts, scale, label_smoothing=label_smoothing)
+    return 2.0 * loss if directions == "sum" else loss
+
+
+@torch.no_grad()
+def retrieval_at_1(
+    images: Tensor,  # [N, E]
+    texts: Tensor,  # [N, E]
+    limit: int = 1024,
+) -> Tensor:
+    """Share of the first ``limit`` images whose own text is nearest among those of the batch; equal texts both count."""
+    similarity = images[:limit].float() @ texts.float().T  # [min(N, limit), N]
+    return (similarity.diagonal() >= similarity.amax(dim=1)).float().mean()
