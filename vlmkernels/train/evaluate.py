@@ -38,9 +38,9 @@ def ranks(
 ) -> Tensor:
     """int64 [N]: the place, from 1, of each query's best match, by inner product.
 
-    Keys with the query's id match. The place counts keys of other ids only: one that scores the same as the best match
-    counts as before it, so a model that gives everything one embedding does not look right. Scores are
-    fp32, ``scores_at_once`` of them in memory. ValueError for a query without a match.
+    Keys with the query's id match. The place counts keys of other ids only: one that scores the same as the
+    best match counts as before it, so a model that gives everything one embedding does not look right.
+    Scores are fp32, ``scores_at_once`` of them in memory. ValueError for a query without a match.
     """
     places = []
     rows = max(1, scores_at_once // max(1, len(key)))

@@ -76,8 +76,7 @@ def search(
 
 
 def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Where the embeddings of ``folder`` by this model are kept: below $XDG_CACHE_HOME (else
-    ~/.cache)/vlmkernels.
+    """Where the embeddings of ``folder`` by this model are kept, below $XDG_CACHE_HOME or ~/.cache.
 
     The name is a hash of the model's files and the folder's path.
     """
