@@ -1,0 +1,515 @@
+"""ALIGN: equal to transformers.AlignModel at random weights; compound rule; loading, saving, bad input."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import peers
+from vlmkernels.models import efficientnet
+from vlmkernels.models.align import ALIGN, CONFIGS, AlignConfig, infer_config, paper_config
+from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet, StridedPad, drop_branch
+
+needs_transformers = pytest.mark.skipif(
+    peers.why_not("transformers") is not None, reason=f"transformers: {peers.why_not('transformers')}"
+)
+TINY = AlignConfig(
+    embed_dim=80,
+    image_size=64,
+    image_width=0.25,
+    image_depth=0.4,
+    image_padding="fixed",
+    drop_rate=0.0,
+    vocab_size=97,
+    max_positions=24,
+    context_length=16,
+    text_width=128,
+    text_layers=2,
+    text_mlp_width=192,
+    text_dropout=0.0,
+    init_temperature=0.2,
+)
+
+
+def hf_align(config: AlignConfig, depthwise_padding: tuple[int, ...] = (), hidden_dim: int = 640):
+    """transformers.AlignModel of the same sizes."""
+    transformers = peers.load("transformers")
+    text = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "intermediate_size": config.text_mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "hidden_dropout_prob": config.text_dropout,
+        "attention_probs_dropout_prob": config.text_dropout,
+    }
+    vision = {
+        "width_coefficient": config.image_width,
+        "depth_coefficient": config.image_depth,
+        "strides": list(config.image_strides),
+        "drop_connect_rate": config.drop_rate,
+        "depthwise_padding": list(depthwise_padding),
+        "hidden_dim": hidden_dim,
+    }
+    return transformers.AlignModel(
+        transformers.AlignConfig(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=config.embed_dim,
+            temperature_init_value=config.init_temperature,
+        )
+    )
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights and BatchNorm statistics at which activations neither vanish nor explode over the depth."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):
+                tensor.uniform_(0.5, 1.5)
+                if name.endswith("project_bn.weight"):
+                    tensor.mul_(1.4)  # squeeze-and-excitation halves
+            elif name.endswith(("running_mean", "bias")):
+                tensor.normal_(std=0.1)
+            elif tensor.dim() == 4:
+                tensor.normal_(std=(2.0 / tensor[0].numel()) ** 0.5)
+            elif tensor.dim() == 2:
+                tensor.normal_(std=0.1 if "embeddings" in name else tensor.shape[1] ** -0.5)
+
+
+def batch(config: AlignConfig, size: int = 6, side: int = 64, length: int = 12):
+    """Images, tokens and the attention mask of texts of different lengths."""
+    images = torch.randn(size, 3, side, side)
+    lengths = torch.randint(2, length + 1, (size,))
+    lengths[0] = length
+    mask = torch.arange(length) < lengths[:, None]
+    return images, torch.randint(1, config.vocab_size, (size, length)) * mask, mask
+
+
+@functools.cache
+def pair() -> tuple[ALIGN, torch.nn.Module]:
+    """Our tiny ALIGN and the peer with the same random weights, both in evaluation mode."""
+    torch.manual_seed(0)
+    peer = hf_align(TINY).eval()
+    randomize(peer)
+    with torch.no_grad():
+        peer.temperature.fill_(0.2)
+    return ALIGN.from_hf_state_dict(peer.state_dict(), TINY), peer
+
+
+def grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: torch.nn.Module, peer: torch.nn.Module) -> None:
+    got, want = grads(ours), grads(peer)
+    assert set(got) == set(want)
+    assert "temperature" in got
+    largest = max(g.abs().max() for g in want.values())
+    for name, gradient in want.items():
+        bound = (
+            1e-4 * gradient.norm() + 1e-6 * largest
+        )  # the second term: gradients that are 0 but for rounding
+        assert (got[name] - gradient).norm() <= bound * gradient.numel() ** 0.5, name
+
+
+# Parity with transformers
+
+
+@needs_transformers
+@pytest.mark.parametrize("side", [64, 80, 47])
+def test_outputs_equal_transformers(side):
+    ours, peer = pair()
+    images, tokens, mask = batch(TINY, side=side)
+    with torch.no_grad():
+        out = ours(images, tokens)
+        want = peer(input_ids=tokens, pixel_values=images, attention_mask=mask.long())
+        image, text = ours.encode_image(images), ours.encode_text(tokens, attention_mask=mask)
+    raw_image, raw_text = want.vision_model_output.pooler_output, peer.get_text_features(tokens, mask.long())
+    assert raw_image.std(0).mean() > 1e-2, "the tower is dead: parity would mean nothing"
+    assert (image - raw_image).abs().max() <= 1e-5 * raw_image.abs().max()
+    assert (text - raw_text.pooler_output).abs().max() <= 1e-5 * text.abs().max()
+    assert (out["image_features"] - want.image_embeds).abs().max() <= 1e-5
+    assert (out["text_features"] - want.text_embeds).abs().max() <= 1e-5
+    logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+    assert (logits - want.logits_per_image).abs().max() <= 1e-5 * out["logit_scale"]
+
+
+@needs_transformers
+def test_loss_and_gradients_equal_transformers():
+    ours, peer = pair()
+    images, tokens, mask = batch(TINY)
+    ours.zero_grad()
+    peer.zero_grad()
+    loss = ours.loss(images, tokens)
+    want = peer(input_ids=tokens, pixel_values=images, attention_mask=mask.long(), return_loss=True).loss
+    assert abs(loss - want) <= 1e-5 * abs(want)
+    loss.backward()
+    want.backward()
+    assert_same_gradients(ours, peer)
+
+
+@needs_transformers
+def test_training_mode_equals_transformers_but_for_running_statistics():
+    """Batch statistics and gradients agree; the peer takes TensorFlow's momentum 0.99 for torch's."""
+    torch.manual_seed(1)
+    peer = hf_align(TINY)
+    randomize(peer)
+    ours = ALIGN.from_hf_state_dict(peer.state_dict(), TINY).train()
+    peer.train()
+    images, tokens, mask = batch(TINY)
+    name = "vision_model.embeddings.batchnorm.running_mean"
+    before = ours.state_dict()[name].clone()
+    loss = ours.loss(images, tokens)
+    want = peer(input_ids=tokens, pixel_values=images, attention_mask=mask.long(), return_loss=True).loss
+    assert abs(loss - want) <= 1e-5 * abs(want)
+    loss.backward()
+    want.backward()
+    assert_same_gradients(ours, peer)
+    statistic = (peer.state_dict()[name] - 0.01 * before) / 0.99
+    torch.testing.assert_close(
+        ours.state_dict()[name], 0.99 * before + 0.01 * statistic, atol=1e-5, rtol=1e-5
+    )
+
+
+@needs_transformers
+def test_same_padding_equals_transformers_where_it_names_the_odd_blocks():
+    """At 80 pixels the maps are 40, 20, 10, 5 and 3 wide: block 7 is the one that halves an odd side."""
+    peer = hf_align(TINY, depthwise_padding=(7,)).eval()
+    randomize(peer)
+    ours = ALIGN.from_hf_state_dict(peer.state_dict(), dataclasses.replace(TINY, image_padding="same"))
+    images = torch.randn(2, 3, 80, 80)
+    with torch.no_grad():
+        want = peer.get_image_features(images)
+        assert want.last_hidden_state.shape[2:] == (3, 3)
+        bound = 1e-5 * want.pooler_output.abs().max()
+        assert (ours.encode_image(images) - want.pooler_output).abs().max() <= bound
+        ours.vision_model = ALIGN.from_hf_state_dict(peer.state_dict(), TINY).vision_model
+        assert (ours.encode_image(images) - want.pooler_output).abs().max() > 1e3 * bound
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", [*COEFFICIENTS])
+def test_towers_have_the_names_and_shapes_of_transformers(name):
+    transformers = peers.load("transformers")
+    width, depth, _ = COEFFICIENTS[name]
+    with torch.device("meta"):
+        ours = EfficientNet(width, depth)
+        options = transformers.AlignVisionConfig(width_coefficient=width, depth_coefficient=depth)
+        peer = transformers.AlignVisionModel(options)
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in peer.state_dict().items()}
+
+
+@needs_transformers
+def test_align_base_is_the_default_of_transformers():
+    transformers = peers.load("transformers")
+    with torch.device("meta"):
+        ours, peer = ALIGN(CONFIGS["align-base"]), transformers.AlignModel(transformers.AlignConfig())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in peer.state_dict().items()
+    }
+    assert sum(p.numel() for p in ours.parameters()) == 172_117_841
+
+
+# The compound rule
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),  # parameters of the published classifiers of 1000 classes
+    [
+        ("b0", 5_288_548),
+        ("b1", 7_794_184),
+        ("b2", 9_109_994),
+        ("b3", 12_233_232),
+        ("b4", 19_341_616),
+        ("b5", 30_389_784),
+        ("b6", 43_040_704),
+        ("b7", 66_347_960),
+    ],
+)
+def test_parameter_counts_are_the_published_ones_less_the_head(name, classifier):
+    width, depth, _ = COEFFICIENTS[name]
+    with torch.device("meta"):
+        model = EfficientNet(width, depth)
+    head = 4 * model.feature_dim  # 1x1 convolution and its BatchNorm, then a linear layer
+    head_parameters = model.feature_dim * head + 2 * head + 1000 * head + 1000
+    assert sum(p.numel() for p in model.parameters()) == classifier - head_parameters
+
+
+def test_the_published_model():
+    with torch.device("meta"):
+        model = ALIGN(CONFIGS["align-l2"])
+    blocks = model.vision_model.encoder["blocks"]
+    assert len(blocks) == 88
+    assert blocks[-1].projection["project_conv"].weight.shape == (1376, 8256, 1, 1)
+    assert sum(p.numel() for p in model.vision_model.parameters()) == 467_219_796
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 874.9
+    assert model.text_projection.weight.shape == (1376, 1024)
+
+
+def test_grid_of_the_paper_embeds_into_640():
+    for image in ("b1", "b3", "b5", "b7"):
+        for text, width in (("mini", 256), ("medium", 512), ("base", 768), ("large", 1024)):
+            config = CONFIGS[f"align-{image}-{text}"]
+            assert (config.embed_dim, config.text_width, config.text_heads) == (640, width, width // 64)
+            assert config.image_projection == (image != "b7")
+    with pytest.raises(ValueError, match="got 'b9', 'base'"):
+        paper_config("b9", "base")
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 75, 289])
+def test_padding_rules(kernel, size):
+    """ "same": ceil(size / 2) windows whose centres are spread evenly; "fixed": floor(size / 2)."""
+    before, after = StridedPad(kernel, "same").amounts(size)
+    assert 0 <= after - before <= 1
+    assert (size + before + after - kernel) // 2 + 1 == math.ceil(size / 2)
+    assert (size + before + after - kernel) % 2 == 0
+    before, after = StridedPad(kernel, "fixed").amounts(size)
+    assert (before, after) == (kernel // 2 - 1, kernel // 2)
+    assert (size + before + after - kernel) // 2 + 1 == size // 2
+
+
+@pytest.mark.parametrize(("padding", "side"), [("same", 10), ("fixed", 9)])
+def test_map_and_pooling_at_the_papers_resolution(padding, side):
+    model = EfficientNet(0.25, 0.1, padding=padding).eval()
+    images = torch.randn(1, 3, 289, 289)
+    with torch.no_grad():
+        features = model.features(images)
+        assert features.shape == (1, 80, side, side)
+        torch.testing.assert_close(model(images), features.flatten(2).mean(2))
+
+
+def test_pooling_is_global_at_any_size():
+    """A pool of fixed width (as wide as the feature, 80 here) would leave a 2 x 1 map at this height."""
+    model = EfficientNet(0.25, 0.1, strides=(1,) * 7).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 180, 8)).shape == (1, 80)
+
+
+# Training behaviour
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    x = torch.rand(4000, 2, 3, 3) + 0.5
+    y = drop_branch(x, 0.25, training=True)
+    kept = (y != 0).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1))
+    torch.testing.assert_close(y[kept.all(1)], x[kept.all(1)] / 0.75)
+    assert abs(kept.all(1).float().mean() - 0.75) < 0.03
+    assert drop_branch(x, 0.25, training=False) is x
+
+
+def test_stochastic_depth_rates_rise_with_depth():
+    blocks = EfficientNet(0.25, 1.0, drop_rate=0.2).encoder["blocks"]
+    assert [block.drop_rate for block in blocks] == [0.2 * i / len(blocks) for i in range(len(blocks))]
+    assert [block.residual for block in blocks].count(False) == 7
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    model = ALIGN(CONFIGS["emoji-tiny"]).train()
+    images, tokens, _ = batch(model.config, side=48)
+    model.loss(images, tokens).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    pooled = ALIGN(TINY)
+    frozen = {name for name, p in pooled.named_parameters() if not p.requires_grad}
+    assert frozen == {"text_model.pooler.dense.weight", "text_model.pooler.dense.bias"}
+
+
+def test_an_untrained_deep_model_has_a_finite_loss():
+    """Features shrink from block to block before the statistics are learned; the loss must not be 0/0."""
+    model = ALIGN(dataclasses.replace(CONFIGS["emoji-tiny"], image_depth=5.3))
+    images, tokens, _ = batch(model.config, side=48)
+    for mode in (False, True):
+        loss = model.train(mode).loss(images, tokens)
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_few_steps_fit_a_batch():
+    model = ALIGN(CONFIGS["emoji-tiny"]).train()
+    images, tokens, _ = batch(model.config, size=16, side=48)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = model.loss(images, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.clamp_logit_scale_()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# The loss and the temperature
+
+
+def test_loss_is_label_smoothed_cross_entropy_over_the_temperature():
+    model = ALIGN(dataclasses.replace(TINY, init_temperature=0.5)).eval()
+    images, tokens, _ = batch(TINY, size=5)
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(images), dim=-1)
+        text = F.normalize(model.encode_text(tokens), dim=-1)
+        logits, target = image @ text.T / 0.5, torch.arange(5)
+        for smoothing in (0.1, 0.0, 0.3):
+            rows = F.cross_entropy(logits, target, label_smoothing=smoothing)
+            columns = F.cross_entropy(logits.T, target, label_smoothing=smoothing)
+            got = model.loss(images, tokens, label_smoothing=smoothing)
+            torch.testing.assert_close(got, (rows + columns) / 2)
+            got = model.loss(images, tokens, label_smoothing=smoothing, directions="sum")
+            torch.testing.assert_close(got, rows + columns)
+        default = model.loss(images, tokens)
+        torch.testing.assert_close(default, model.loss(images, tokens, label_smoothing=0.1))
+        ids = torch.tensor([0, 1, 1, 2, 3])
+        shared = (ids[:, None] == ids).float()
+        shared = 0.9 * shared / shared.sum(1, keepdim=True) + 0.1 / 5
+        want = (F.cross_entropy(logits, shared) + F.cross_entropy(logits.T, shared)) / 2
+        torch.testing.assert_close(model.loss(images, tokens, positives=(ids, ids)), want)
+    with pytest.raises(ValueError, match="directions: wants 'mean' or 'sum', got 'max'"):
+        model.loss(images, tokens, directions="max")
+
+
+def test_temperature_divides_and_has_a_floor():
+    model = ALIGN(CONFIGS["emoji-tiny"])
+    torch.testing.assert_close(model.scale(), torch.tensor(1 / 0.07))
+    model.scale().backward()
+    torch.testing.assert_close(model.temperature.grad, torch.tensor(-1 / 0.07**2))
+    for value in (0.001, 0.0, -3.0):
+        model.temperature.data.fill_(value)
+        torch.testing.assert_close(model.scale(), torch.tensor(100.0))
+        model.clamp_logit_scale_()
+        assert model.temperature.item() == pytest.approx(0.01)
+    model.temperature.grad = None
+    model.scale().backward()
+    assert model.temperature.grad < 0, "at the floor the temperature can still grow"
+    model.temperature.data.fill_(2.0)
+    model.clamp_logit_scale_()
+    assert model.temperature.item() == 2.0
+
+
+# Text
+
+
+def test_padding_and_mask():
+    model = ALIGN(CONFIGS["emoji-tiny"]).eval()
+    tokens = torch.randint(1, 4096, (3, 9))
+    padded = F.pad(tokens, (0, 5))
+    with torch.no_grad():
+        want = model.encode_text(tokens)
+        torch.testing.assert_close(model.encode_text(padded), want)
+        mask = (padded != 0).long()
+        torch.testing.assert_close(model.encode_text(padded, attention_mask=mask), want)
+        seen = model.encode_text(padded, attention_mask=torch.ones_like(mask))
+        assert (seen - want).abs().max() > 1e-3
+        assert model.encode_text(torch.zeros(2, 4, dtype=torch.int64)).isfinite().all()
+
+
+def test_cls_is_the_first_row_of_the_whole_encoder():
+    model = ALIGN(CONFIGS["emoji-tiny"]).eval()
+    _, tokens, _ = batch(model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(model.text_model.cls(tokens), model.text_model(tokens)[:, 0])
+
+
+# Saving, loading, bad input
+
+
+def test_save_and_load(tmp_path):
+    model = ALIGN(CONFIGS["emoji-tiny"])
+    randomize(model)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ALIGN.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    images, tokens, _ = batch(model.config, side=48)
+    with torch.no_grad():
+        for name, value in model(images, tokens).items():
+            assert torch.equal(value, loaded(images, tokens)[name]), name
+
+
+def test_config_is_read_off_the_shapes():
+    for image, (width, depth, _) in COEFFICIENTS.items():
+        features = efficientnet.round_channels(320, width)
+        config = dataclasses.replace(
+            TINY, image_width=width, image_depth=depth, embed_dim=features, drop_rate=0.2, text_dropout=0.1
+        )
+        with torch.device("meta"):
+            state = ALIGN(config).state_dict()
+        want = dataclasses.replace(config, image_size=289, context_length=24, init_temperature=1.0)
+        assert infer_config(state) == want, image
+
+
+def test_hf_state_dict_errors_list_every_key():
+    model = ALIGN(TINY)
+    state = dict(model.state_dict())
+    state["text_model.embeddings.position_ids"] = torch.arange(24)[None]  # of older releases
+    assert torch.equal(ALIGN.from_hf_state_dict(state, TINY).temperature, model.temperature)
+    with pytest.raises(ValueError, match=r"10 blocks up to 80 channels are no B0-B7 or L2; pass config"):
+        ALIGN.from_hf_state_dict(state)
+    with pytest.raises(ValueError, match="not an ALIGN state dict"):
+        ALIGN.from_hf_state_dict({"logit_scale": torch.zeros(())})
+    state["extra.weight"] = torch.zeros(1)
+    del state["temperature"]
+    state["text_projection.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError) as error:
+        ALIGN.from_hf_state_dict(state, TINY)
+    for part in ("temperature", "extra.weight", r"text_projection.bias is [3], the config wants [80]"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0.005, -1.0, float("nan")])
+def test_hf_state_dict_with_a_temperature_below_the_floor(value):
+    state = dict(ALIGN(TINY).state_dict())
+    state["temperature"] = torch.tensor(value)
+    with pytest.raises(ValueError, match=r"temperature is .*, want min_temperature 0.01 or more"):
+        ALIGN.from_hf_state_dict(state, TINY)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"embed_dim": 96}, "embed_dim: got 96, want 80, the image channels, or image_projection=True"),
+        ({"image_padding": "valid"}, "image_padding: got 'valid'"),
+        ({"image_strides": (1, 2, 3)}, "image_strides: got .* want seven of 1 or 2"),
+        ({"image_depth": 0.0}, "want both > 0"),
+        ({"text_heads": 3}, "text_heads: got 3, want a divisor of text_width 128"),
+        ({"context_length": 25}, "context_length: got 25, want 1 to max_positions 24"),
+        ({"pad_id": 97}, "pad_id: got 97"),
+        ({"drop_rate": 1.0}, "drop_rate: got 1.0"),
+        ({"min_temperature": 0.0}, "want 0 < min_temperature <= init_temperature"),
+        ({"init_temperature": 0.001}, "want 0 < min_temperature <= init_temperature"),
+    ],
+)
+def test_config_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **fields)
+
+
+def test_config_lists_all_faults():
+    with pytest.raises(ValueError, match=r"embed_dim.*text_heads.*pad_id"):
+        dataclasses.replace(TINY, embed_dim=1, text_heads=5, pad_id=-1)
+
+
+def test_input_errors():
+    model = ALIGN(TINY).eval()
+    tokens = torch.ones(2, 5, dtype=torch.int64)
+    for images in (torch.zeros(3, 64, 64), torch.zeros(2, 1, 64, 64), torch.zeros(2, 3, 64, 64).byte()):
+        with pytest.raises(ValueError, match=r"images: got .* want floating \[B, 3, H, W\]"):
+            model.encode_image(images)
+    with pytest.raises(ValueError, match="31 x 64 pixels, with padding 'fixed' each side wants at least 32"):
+        model.encode_image(torch.zeros(2, 3, 31, 64))
+    for bad in (tokens[0], tokens.float()):
+        with pytest.raises(ValueError, match=r"tokens: got .* want integer ids \[B, L\]"):
+            model.encode_text(bad)
+    with pytest.raises(ValueError, match="tokens: got length 25, want 1 to 24"):
+        model.encode_text(torch.ones(1, 25, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 4\), want \(2, 5\)"):
+        model.encode_text(tokens, attention_mask=tokens[:, 1:])
+    with pytest.raises(ValueError, match="wants a AlignConfig"):
+        ALIGN({"embed_dim": 80})

@@ -1,0 +1,154 @@
+"""BERT encoder: token ids [B, L] -> hidden states [B, L, D] or the [CLS] row [B, D].
+
+Devlin et al. 2018 (arXiv:1810.04805): learned positions, post-norm blocks x = LN(x + attention(x)), x = LN(x
++ mlp(x)) with GELU. One sentence per row, so every token type is 0. Parameter names are those of Hugging
+Face's ALIGN text model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all rows or for the first `rows` only."""
+
+    def __init__(self, width: int, heads: int, dropout: float, eps: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.self = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, rows: int | None) -> Tensor:  # [B, L, D], [B, 1, 1, L] bool
+        asking = x[:, :rows]
+        query, key, value = (
+            self.self[name](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, Dh]
+            for name, source in (("query", asking), ("key", x), ("value", x))
+        )
+        p = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
+        out = self.output["dense"](mixed.transpose(1, 2).flatten(2))
+        return self.output["LayerNorm"](F.dropout(out, self.dropout, self.training) + asking)
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, eps: float):
+        super().__init__()
+        self.dropout = dropout
+        self.attention = SelfAttention(width, heads, dropout, eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp_width)})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor, rows: int | None = None
+    ) -> Tensor:  # [B, L, D] -> [B, rows or L, D]
+        x = self.attention(x, mask, rows)
+        out = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](F.dropout(out, self.dropout, self.training) + x)
+
+
+class Embeddings(nn.Module):
+    """LN(word + type 0 + position)."""
+
+    def __init__(
+        self, vocab_size: int, width: int, max_positions: int, token_types: int, pad_id: int, eps: float
+    ):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, width, padding_idx=pad_id)
+        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.token_type_embeddings = nn.Embedding(token_types, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
+        positions = self.position_embeddings.weight[: tokens.shape[1]]
+        return self.LayerNorm(self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + positions)
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: int, width: int, heads: int, mlp_width: int, dropout: float, eps: float):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(width, heads, mlp_width, dropout, eps) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor, rows: int | None) -> Tensor:  # [B, L, D] -> [B, rows or L, D]
+        for i, layer in enumerate(self.layer):
+            x = layer(x, mask, rows if i == len(self.layer) - 1 else None)
+        return x
+
+
+class Bert(nn.Module):
+    """The encoder. `pooler=True` keeps the weights of BERT's tanh layer on [CLS], which nothing here reads:
+    frozen, so that checkpoints round-trip and data-parallel training waits for no gradient that never comes.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        mlp_width: int,
+        max_positions: int = 512,
+        token_types: int = 2,
+        pad_id: int = 0,
+        dropout: float = 0.1,
+        eps: float = 1e-12,
+        pooler: bool = False,
+    ):
+        super().__init__()
+        self.pad_id, self.dropout, self.max_positions = pad_id, dropout, max_positions
+        self.embeddings = Embeddings(vocab_size, width, max_positions, token_types, pad_id, eps)
+        self.encoder = Encoder(layers, width, heads, mlp_width, dropout, eps)
+        self.pooler = (
+            nn.ModuleDict({"dense": nn.Linear(width, width)}).requires_grad_(False) if pooler else None
+        )
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        """N(0, 0.02^2), biases and the padding row 0, as in BERT."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+
+    def _encode(self, tokens: Tensor, attention_mask: Tensor | None, rows: int | None) -> Tensor:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, want integer ids [B, L]"
+            )
+        length = tokens.shape[1]
+        if not 1 <= length <= self.max_positions:
+            raise ValueError(
+                f"tokens: got length {length}, want 1 to {self.max_positions} (the position table)"
+            )
+        if attention_mask is None:
+            mask = tokens != self.pad_id
+            mask[:, 0] = True
+        elif attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask: got shape {tuple(attention_mask.shape)}, want {tuple(tokens.shape)}"
+            )
+        else:
+            mask = attention_mask != 0
+        x = F.dropout(self.embeddings(tokens), self.dropout, self.training)
+        return self.encoder(x, mask[:, None, None, :], rows)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, L, D]
+        """Hidden states of the last layer. attention_mask [B, L]: non-zero = attend; None: tokens != pad_id.
+
+        Without a mask the first token, [CLS], is attended whatever its id. ValueError for a wrong shape or
+        dtype.
+        """
+        return self._encode(tokens, attention_mask, None)
+
+    def cls(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, D]
+        """The [CLS] row of `forward`; the last layer computes that row alone."""
+        return self._encode(tokens, attention_mask, 1)[:, 0]
