@@ -391,7 +391,7 @@ def test_sources_that_hold_no_weights(tmp_path):
         CLIP.from_openai_state_dict(tmp_path / "other.pt", quick_gelu=True)
     with pytest.raises(ValueError, match="not a CLIP's: it has no text_projection"):
         CLIP.from_openai_state_dict({"weight": torch.zeros(1)}, quick_gelu=True)
-    with pytest.raises(ValueError, match="no place for visual.layer|no place for visual.bn1"):
+    with pytest.raises(ValueError, match=r"no place for visual.layer|no place for visual.bn1"):
         CLIP(RESNET).hf_state_dict()
 
 
@@ -420,6 +420,14 @@ def test_text_is_pooled_at_the_end_of_text_id():
     torch.testing.assert_close(out[1], model.encode_text(tokens[1:, :3])[0], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"rows \[1\] have no end-of-text id 30"):
         model.encode_text(torch.tensor([[1, 30], [1, 2]]))
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_compiles_into_one_graph(config):
+    model = CLIP(config).eval()
+    images, tokens = inputs(config)
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, tokens), model.loss(images, tokens))
 
 
 def test_normalize_positives_and_smoothing():
