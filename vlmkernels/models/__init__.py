@@ -1,5 +1,6 @@
 """Reference architectures, one readable file each."""
 
-from .clip import CLIP, ClipConfig
+from vlmkernels.models.align import ALIGN, AlignConfig
+from vlmkernels.models.clip import CLIP, ClipConfig
 
-__all__ = ["CLIP", "ClipConfig"]
+__all__ = ["ALIGN", "CLIP", "AlignConfig", "ClipConfig"]
