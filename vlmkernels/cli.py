@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 import typing
@@ -81,8 +80,9 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN or SigLIP (CLIP's towers, sigmoid loss).
 
-    Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model that eval,
-    embed and search take. A run that was stopped continues, bit for bit, with --out RUN --resume auto.
+    Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
+    that eval, embed and search take. A run that was stopped continues, bit for bit, with --out RUN --resume
+    auto.
     """
     from vlmkernels.train import train as run
 

@@ -1,4 +1,4 @@
-"""Training of contrastive models: ``train(kind, TrainConfig(...))``, the function behind ``vlmkernels train``."""
+"""Training of contrastive models: ``train(kind, TrainConfig(...))`` is what ``vlmkernels train`` calls."""
 
 from typing import TYPE_CHECKING, Any
 

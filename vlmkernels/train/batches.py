@@ -1,19 +1,24 @@
-"""The order of the samples: a permutation per epoch, cut into joint batches, of which each process takes a part."""
+"""The order of the samples: joint batches that the processes share, as a function of seed and epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from vlmkernels.data import TarPairs
+from vlmkernels.data.samples import sample_rng
 
 
 class BatchPlan:
-    """Which samples every step takes on every process: a function of the seed, the epoch and nothing else.
+    """Which samples every step takes on every process, for a data set with numbered samples.
 
-    A joint batch is split over the processes in parts that differ by at most one sample; no sample is repeated and
-    none is left out, except that a last batch smaller than the number of processes is dropped.
+    A permutation per epoch is cut into joint batches, and a joint batch is split over the processes in parts
+    that differ by at most one sample. No sample is repeated and none is left out, except that a last batch
+    smaller than the number of processes is dropped.
     """
 
     def __init__(
@@ -42,43 +47,56 @@ class BatchPlan:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """The indices of this process's part of each joint batch of an epoch, from batch ``start`` on."""
-        generator = torch.Generator().manual_seed(self.seed + (epoch << 32))
-        order = torch.randperm(self.size, generator=generator)
+        # 32 bits: torch's generator on the CPU ignores the higher ones.
+        seed = sample_rng(self.seed, epoch, "order").getrandbits(32)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
         for step in range(start, self.steps_per_epoch):
             joint = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield torch.tensor_split(joint, self.world_size)[self.rank].tolist()
 
-
-class _Batches:
-    """The batch sampler of one epoch, as DataLoader wants it."""
-
-    def __init__(self, plan: BatchPlan, epoch: int, start: int) -> None:
-        self.plan, self.epoch, self.start = plan, epoch, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.plan.batches(self.epoch, self.start)
-
-    def __len__(self) -> int:
-        return self.plan.steps_per_epoch - self.start
+    def load(
+        self, source: Any, collate: Callable[[list], Any], epoch: int, start: int, **options: Any
+    ) -> Iterator[Any]:
+        """This process's batches of an epoch, from batch ``start`` on."""
+        source.set_epoch(epoch)
+        indices = list(self.batches(epoch, start))
+        yield from DataLoader(
+            source, batch_sampler=indices, collate_fn=collate, generator=_own_generator(epoch), **options
+        )
 
 
-def epoch_loader(
-    source: Dataset,
-    collate: Callable[[Any], Any],
-    plan: BatchPlan,
-    epoch: int,
-    start: int,
-    *,
-    num_workers: int,
-    pin_memory: bool,
-) -> DataLoader:
-    """Batches of one epoch, from batch ``start`` on."""
-    return DataLoader(
-        source,
-        batch_sampler=_Batches(plan, epoch, start),
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        # A generator of its own: the loader's base seed must not come from the generator that dropout draws from.
-        generator=torch.Generator().manual_seed(epoch),
-    )
+class StreamPlan:
+    """Steps over tars, which are read in their own order, every process its own shards.
+
+    An epoch is as many samples as the user says; each process takes an equal part of it and of every batch.
+    """
+
+    def __init__(
+        self, samples_per_epoch: int, batch_size: int, *, drop_last: bool = False, world_size: int = 1
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size must be a multiple of the {world_size} processes for tars, got {batch_size}"
+            )
+        self.part = batch_size // world_size
+        self.samples_per_rank = samples_per_epoch // world_size
+        whole, rest = divmod(self.samples_per_rank, self.part)
+        self.steps_per_epoch = whole + (0 if drop_last or rest == 0 else 1)
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"samples_per_epoch: {samples_per_epoch} samples give no batch of {batch_size}")
+
+    def load(
+        self, source: TarPairs, collate: Callable[[list], Any], epoch: int, start: int, **options: Any
+    ) -> Iterator[Any]:
+        """This process's batches of an epoch; those before ``start`` are read and dropped."""
+        source.set_epoch(epoch)
+        samples = iter(DataLoader(source, batch_size=None, generator=_own_generator(epoch), **options))
+        for step in range(self.steps_per_epoch):
+            batch = list(islice(samples, self.part))
+            if step >= start:
+                yield collate(batch)
+
+
+def _own_generator(epoch: int) -> torch.Generator:
+    """A loader takes its base seed from it, and not from the generator that dropout draws from."""
+    return torch.Generator().manual_seed(epoch)

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmkernels.data import CLIP_MEAN, CLIP_STD, ImageTransform, image_transform
+from vlmkernels.data import CLIP_MEAN, CLIP_STD, Emoji3, ImageTransform, image_transform
 from vlmkernels.data.tokenizer import ClipTokenizer, WordPieceTokenizer, load_tokenizer
 from vlmkernels.models import align, clip
 from vlmkernels.models._pretrained import read_config as read_model_config
@@ -43,15 +42,8 @@ class Bundle:
         values = self.transform.for_inference().to_dict()
         write_file(path / TRANSFORM_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
-    def loss_options(self) -> dict[str, Any]:
-        """Label smoothing and directions for :func:`vlmkernels.train.objective.contrastive_loss`."""
-        if isinstance(self.model, align.ALIGN):
-            config = self.model.config
-            return {"label_smoothing": config.label_smoothing, "directions": config.loss_directions}
-        return {}
 
-
-def load_bundle(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Bundle:
+def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Bundle:
     """Read what :meth:`Bundle.save` wrote, the model in eval mode on ``device``.
 
     FileNotFoundError names a file that is missing, ValueError a model that is not known.
@@ -83,10 +75,11 @@ def build_transform(kind: str, config: TrainConfig) -> ImageTransform:
     return image_transform(model.image_size, model.image_mean, model.image_std, interpolation="bilinear")
 
 
-def build_tokenizer(
-    kind: str, config: TrainConfig, texts: Iterable[str]
-) -> ClipTokenizer | WordPieceTokenizer:
-    """The tokenizer of ``config.init``, CLIP's own, or for ALIGN word pieces from a file or learned from ``texts``."""
+def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
+    """The tokenizer of ``config.init``, or CLIP's, or ALIGN's word pieces, read or learned from the data.
+
+    Word pieces are learned from the names and tags of emoji3 or the captions of a table; ValueError for tars.
+    """
     if config.init is not None:
         return load_tokenizer(config.init)
     model = model_config(kind, config)
@@ -94,13 +87,20 @@ def build_tokenizer(
         return ClipTokenizer(model.context_length, model.vocab_size)
     if config.tokenizer is not None:
         return WordPieceTokenizer.from_file(config.tokenizer, model.context_length)
+    if config.streams:
+        raise ValueError(
+            f"tokenizer: word pieces cannot be learned from tars, a file is wanted for {config.data}"
+        )
+    texts = list(source.names)
+    if isinstance(source, Emoji3):
+        texts = [text for concept in source.concepts for text in (concept.label, *concept.tags)]
     return WordPieceTokenizer.train(texts, model.vocab_size, model.context_length)
 
 
 def build_model(
     kind: str, config: TrainConfig, tokenizer: ClipTokenizer | WordPieceTokenizer
 ) -> clip.CLIP | align.ALIGN:
-    """A new model for the tokenizer's ids, or that of ``config.init``; ValueError for a model of another kind."""
+    """A new model for the tokenizer's ids, or that of ``config.init``; ValueError for one of another kind."""
     if config.init is not None:
         model = load_bundle(config.init).model
         found = "align" if isinstance(model, align.ALIGN) else "clip"
@@ -121,8 +121,6 @@ def model_config(kind: str, config: TrainConfig) -> Any:
         raise ValueError(f"model: {kind} has no configuration {config.model!r}; it has {', '.join(known)}")
     base: Any = known[config.model]
     options: dict[str, Any] = dict(SIGLIP_START) if kind == "siglip" else {}
-    if kind == "align" and config.label_smoothing is not None:
-        options["label_smoothing"] = config.label_smoothing
     options |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.model_options.items()}
     fields = [field.name for field in dataclasses.fields(base)]
     unknown = sorted(set(options) - set(fields))

@@ -45,7 +45,7 @@ def write_file(path: Path, content: bytes) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a partial folder to fill; when the block ends without error it becomes ``folder`` in one rename.
 
-    An earlier ``folder`` is replaced. After an error the partial folder is removed and ``folder`` is as it was.
+    An earlier ``folder`` is replaced. After an error the partial folder is gone and ``folder`` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(_PARTIAL + folder.name)
@@ -107,7 +107,7 @@ def save(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; it is renamed first, since one that is half removed must not look like a checkpoint."""
+    """Remove a checkpoint, renamed first: one that is half removed must not look like a checkpoint."""
     doomed = folder.with_name(_PARTIAL + "old-" + folder.name)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -124,7 +124,8 @@ def load(folder: Path) -> dict[str, Any]:
 def random_state() -> dict[str, Any]:
     """The state of every random generator of this process, in types that torch.load reads safely."""
     version, keys, gauss = random.getstate()
-    name, words, position, has_gauss, cached = numpy.random.get_state()
+    legacy: Any = numpy.random.get_state()
+    name, words, position, has_gauss, cached = legacy
     return {
         "python": [version, list(keys), gauss],
         "numpy": [

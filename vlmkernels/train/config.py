@@ -1,5 +1,7 @@
 """What a training run is made of: one flat dataclass, filled from YAML and overridden by flags."""
 
+# ruff: noqa: RUF009 (_option only wraps dataclasses.field)
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,8 +27,8 @@ def _option(default: Any, help: str) -> Any:
 class TrainConfig:
     """One training run. Every field is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    ``batch_size`` counts the pairs of one step over all processes together, so that a run on two processes is the
-    run on one. ValueError lists every field that does not fit.
+    ``batch_size`` counts the pairs of one step over all processes together, so that a run on two processes
+    is the run on one. ValueError lists every field that does not fit.
     """
 
     model: str = _option(
@@ -46,9 +48,10 @@ class TrainConfig:
     data_options: dict[str, Any] = _option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"
     )
+    samples_per_epoch: int | None = _option(None, "tars: how many samples count as one epoch")
     augment: dict[str, Any] = _option(
         {},
-        "options of image_transform for training: crop_scale, crop_ratio, flip, jitter; none: no augmentation",
+        "options of image_transform in training: crop_scale, crop_ratio, flip, jitter; none: no augmentation",
     )
     out: str | None = _option(None, "run folder; runs/<kind>-<date>-<time> when not given")
     resume: str | None = _option(None, "'auto' (newest checkpoint in --out, if any) or a checkpoint folder")
@@ -65,7 +68,9 @@ class TrainConfig:
     beta2: float = _option(0.98, "AdamW's second decay rate")
     eps: float = _option(1e-6, "AdamW's epsilon")
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0 turns clipping off")
-    label_smoothing: float | None = _option(None, "of the softmax losses; 0 for clip, the model's for align")
+    label_smoothing: float | None = _option(
+        None, "of the softmax losses; clip 0 and align 0.1 when not given"
+    )
     ema_decay: float = _option(0.0, "decay of an average of the weights, which is then saved; 0 turns it off")
     precision: str = _option("fp32", "fp32, bf16 or fp16 (fp16 needs a CUDA device); weights stay fp32")
     device: str = _option("auto", "auto or cpu")
@@ -114,8 +119,12 @@ class TrainConfig:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            faults.append(f"max_steps must be at least 1, got {self.max_steps}")
+        for name in ("max_steps", "samples_per_epoch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name} must be at least 1, got {value}")
+        if self.streams and self.samples_per_epoch is None:
+            faults.append(f"samples_per_epoch must be given for the tars {self.data!r}")
         choices = {
             "optimizer": ("adamw", "sgd"),
             "precision": ("fp32", "bf16", "fp16"),
@@ -125,6 +134,11 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         return faults
+
+    @property
+    def streams(self) -> bool:
+        """Whether the data are tars, which have no numbered samples."""
+        return ".tar" in self.data
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -203,7 +217,8 @@ def read_config(source: str | Path) -> dict[str, Any]:
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ValueError(
-            f"config: {source!s} has unknown keys {', '.join(unknown)}; known keys are {', '.join(sorted(known))}"
+            f"config: {source!s} has unknown keys {', '.join(unknown)}; "
+            f"known keys are {', '.join(sorted(known))}"
         )
     return values
 

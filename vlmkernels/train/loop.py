@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from vlmkernels.data import Collate, Emoji3, load_pairs
+from vlmkernels.data import Collate, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
 
 from . import batches, checkpoint, objective
@@ -30,6 +30,7 @@ from .record import METRICS, Recorder
 log = logging.getLogger("vlmkernels.train")
 FINAL = "final"
 TOKENIZER = "tokenizer"
+SHUFFLE = 1000  # samples of a tar among which the next one is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Summary:
 def train(kind: str, config: TrainConfig) -> Summary:
     """Train ``kind`` ("clip", "align" or "siglip") as ``config`` says and write the run folder.
 
-    The folder gets config.yaml, metrics.jsonl, TensorBoard events, checkpoints/step-XXXXXXXX (the last ``keep``)
-    and final/. ValueError or FileNotFoundError for a configuration that cannot run, FloatingPointError when the loss is
-    no longer finite. A KeyboardInterrupt leaves the run as after its last checkpoint and is raised again.
+    The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/step-XXXXXXXX (the
+    last ``keep``) and final/. ValueError or FileNotFoundError for a configuration that cannot run,
+    FloatingPointError when the loss is not finite. A KeyboardInterrupt is raised again; the run can then be
+    resumed from its last checkpoint.
     """
     if kind not in OBJECTIVES:
         raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
@@ -84,28 +86,29 @@ def train(kind: str, config: TrainConfig) -> Summary:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """torch's deterministic algorithms (a warning where an op has none), and the earlier setting afterwards."""
+    """torch's deterministic algorithms (a warning where an op has none), then the earlier setting again."""
+    memory: Any = torch.utils.deterministic
     was, warned = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    filled, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    filled, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     if wanted:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = filled and was
+        memory.fill_uninitialized_memory = filled and was
         torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         torch.backends.cudnn.benchmark = benchmark
 
 
 def locate(kind: str, config: TrainConfig) -> tuple[Path, Path | None]:
     """The run folder and the checkpoint to resume from, if any.
 
-    ValueError when the folder holds a run that nobody asked to resume, FileNotFoundError for a missing checkpoint.
+    ValueError for a folder with a run that nobody asked to resume, FileNotFoundError without the checkpoint.
     """
     if config.resume not in (None, "auto"):
         start = Path(str(config.resume))
@@ -145,23 +148,32 @@ class Run:
         set_seed(config.seed)
         transform = build_transform(kind, config)
         drawn = dataclasses.replace(transform, train=True, **config.augment) if config.augment else transform
-        self.source = load_pairs(config.data, transform=drawn, seed=config.seed, **config.data_options)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        options: dict[str, Any] = {"transform": drawn, "seed": config.seed, **config.data_options}
+        self.plan: batches.BatchPlan | batches.StreamPlan
+        if config.samples_per_epoch is not None and config.streams:
+            size, pairs = config.samples_per_epoch, config.batch_size
+            self.plan = batches.StreamPlan(size, pairs, drop_last=config.drop_last, world_size=world)
+            stream = {"samples_per_rank": self.plan.samples_per_rank, "rank": rank, "world_size": world}
+            self.source: Any = load_pairs(config.data, **{"shuffle": SHUFFLE, **options, **stream})
+        else:
+            self.source = load_pairs(config.data, **options)
+            self.plan = batches.BatchPlan(
+                len(self.source),
+                config.batch_size,
+                seed=config.seed,
+                drop_last=config.drop_last,
+                rank=rank,
+                world_size=world,
+            )
         if accelerator.is_main_process and start is None:
-            build_tokenizer(kind, config, _texts(self.source)).save(run / TOKENIZER)
+            build_tokenizer(kind, config, self.source).save(run / TOKENIZER)
         accelerator.wait_for_everyone()
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
-        self.loss_options = self.bundle.loss_options()
-        if kind == "clip" and config.label_smoothing is not None:
-            self.loss_options["label_smoothing"] = config.label_smoothing
-        self.plan = batches.BatchPlan(
-            len(self.source),
-            config.batch_size,
-            seed=config.seed,
-            drop_last=config.drop_last,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        self.label_smoothing = objective.LABEL_SMOOTHING[kind]
+        if config.label_smoothing is not None:
+            self.label_smoothing = config.label_smoothing
         self.span = (
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
@@ -209,6 +221,9 @@ class Run:
                 raise
             if main:
                 self._write_final()
+                skipped = self.source.skipped
+                if skipped:
+                    log.warning("%d samples were skipped: %s", len(skipped), ", ".join(list(skipped)[:10]))
         self.accelerator.wait_for_everyone()
         return Summary(self.run, self.run / FINAL, self.step, **recorder.totals())
 
@@ -218,17 +233,15 @@ class Run:
         collate = Collate(self.bundle.tokenizer)
         while self.step < self.steps:
             epoch, start = divmod(self.step, self.plan.steps_per_epoch)
-            self.source.set_epoch(epoch)
-            loader = batches.epoch_loader(
+            loaded = self.plan.load(
                 self.source,
                 collate,
-                self.plan,
                 epoch,
                 start,
                 num_workers=config.num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
-            for batch in loader:
+            for batch in loaded:
                 logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.steps
                 values = self.one_step(batch["images"], batch["tokens"], logged)
                 self.step += 1
@@ -255,7 +268,7 @@ class Run:
                 text_features,
                 output["logit_scale"],
                 output.get("logit_bias"),
-                **self.loss_options,
+                label_smoothing=self.label_smoothing,
             )
         self.accelerator.backward(loss)
         norm = None
@@ -312,7 +325,7 @@ class Run:
             checkpoint.set_random_state(state["random"][rank])
 
     def _write_final(self) -> None:
-        model = self.bare if self.average is None else self.average.module
+        model: Any = self.bare if self.average is None else self.average.module
         with checkpoint.whole_folder(self.run / FINAL) as folder:
             dataclasses.replace(self.bundle, model=model).save(folder)
 
@@ -320,26 +333,21 @@ class Run:
         found = checkpoint.checkpoints(self.run)
         if not found:
             return f"interrupted after step {self.step}, before the first checkpoint: start again"
+        command = f"vlmkernels train {self.kind} --out {self.run} --resume auto"
+        last = checkpoint.step_of(found[-1])
         return (
-            f"interrupted after step {self.step}; the last checkpoint is of step {checkpoint.step_of(found[-1])}: "
-            f"continue with  vlmkernels train {self.kind} --out {self.run} --resume auto"
+            f"interrupted after step {self.step}; the last checkpoint is of step {last}; continue: {command}"
         )
 
 
 def _check_same_course(run: Path, config: TrainConfig) -> None:
     """ValueError listing what differs from the run's config.yaml and would change its course."""
     earlier = TrainConfig(**read_config(run / "config.yaml")).to_dict()
+    free = FREE_ON_RESUME - {"num_workers"} if config.streams else FREE_ON_RESUME
     changed = [
         f"{name} was {earlier[name]!r}, got {value!r}"
         for name, value in config.to_dict().items()
-        if name not in FREE_ON_RESUME and earlier[name] != value
+        if name not in free and earlier[name] != value
     ]
     if changed:
         raise ValueError(f"resume: the configuration differs from that of {run}: " + "; ".join(changed))
-
-
-def _texts(source: Any) -> list[str]:
-    """What a vocabulary is learned from: all names and tags of emoji3, the texts of any other data set."""
-    if isinstance(source, Emoji3):
-        return [text for concept in source.concepts for text in (concept.label, *concept.tags)]
-    return list(source.texts)

@@ -10,12 +10,14 @@ from torch import Tensor
 from vlmkernels import distributed
 from vlmkernels.ops import info_nce, sigmoid_loss
 
+LABEL_SMOOTHING = {"clip": 0.0, "align": 0.1, "siglip": 0.0}
+
 
 def joint_features(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Image and text features [N, E] of the joint batch, N pairs over all processes.
 
-    The gradient of a gathered feature is summed over the processes: every process computes the same loss, so after
-    DDP's average each parameter has the gradient of one process on the joint batch.
+    The gradient of a gathered feature is summed over the processes: every process computes the same loss, so
+    after DDP's average each parameter has the gradient of one process on the joint batch.
     """
     images, texts = output["image_features"], output["text_features"]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -34,16 +36,14 @@ def contrastive_loss(
     bias: Tensor | None,
     *,
     label_smoothing: float = 0.0,
-    directions: str = "mean",
 ) -> Tensor:
     """A scalar: SigLIP's sigmoid loss for a model with a bias, else the symmetric InfoNCE of CLIP and ALIGN.
 
-    ``directions`` is "mean" or, as in ALIGN's paper, "sum" of image-to-text and text-to-image.
+    ALIGN's paper sums the two directions of the InfoNCE, here they are averaged as in CLIP.
     """
     if bias is not None:
         return sigmoid_loss(images, texts, scale, bias)
-    loss = info_nce(images, texts, scale, label_smoothing=label_smoothing)
-    return 2.0 * loss if directions == "sum" else loss
+    return info_nce(images, texts, scale, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
@@ -52,6 +52,6 @@ def retrieval_at_1(
     texts: Tensor,  # [N, E]
     limit: int = 1024,
 ) -> Tensor:
-    """Share of the first ``limit`` images whose own text is nearest among those of the batch; equal texts both count."""
+    """Share of the first ``limit`` images whose own text, or one equal to it, is nearest of the batch's."""
     similarity = images[:limit].float() @ texts.float().T  # [min(N, limit), N]
     return (similarity.diagonal() >= similarity.amax(dim=1)).float().mean()

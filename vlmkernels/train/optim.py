@@ -12,7 +12,7 @@ from .config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices with decay; gains, biases and scales (fewer than 2 axes) without."""
+    """Trainable parameters in two groups: those of 2 axes or more decay; gains, biases and scales do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Of step 0, 1, …: linear from lr/warmup_steps up to lr, then half a cosine that reaches min_lr after the last."""
+    """Of step 0, 1, ...: linear from lr/warmup_steps to lr, then half a cosine that ends at min_lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

@@ -31,7 +31,7 @@ class Recorder:
         # Events after the checkpoint are written again: TensorBoard drops the earlier ones.
         restart = {"purge_step": step + 1} if step else {}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": restart})
-        self._file = open(run / METRICS, "a", encoding="utf-8") if main else None
+        self._file = (run / METRICS).open("a", encoding="utf-8") if main else None
         self._bar = tqdm(
             total=steps,
             initial=step,
