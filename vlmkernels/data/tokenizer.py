@@ -24,8 +24,8 @@ CLIP_VOCABULARY = 49408
 _BYTES = 256
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _SPECIAL_PATTERN = re.compile("|".join(_SPECIAL))
-# U+0345 is a mark whose case forms are letters: CLIP's case-insensitive pattern takes it for a letter.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}\x{345}]+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+# U+0345 is a mark whose case forms are letters: CLIP's case-insensitive pattern matches it nowhere.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _CONFIG = "tokenizer_config.json"
 _TOKENIZER = "tokenizer.json"
 
@@ -182,8 +182,8 @@ class ClipTokenizer:
         values = [int(i) for i in ids]
         if self.eot_id in values:
             values = values[: values.index(self.eot_id)]
-        symbols = [self._tokenizer.id_to_token(i) for i in values if i != self.sot_id]
-        if None in symbols:
+        symbols = [self._tokenizer.id_to_token(i) or "" for i in values if i != self.sot_id]
+        if "" in symbols:
             raise ValueError(f"ids holds {max(values)}, expected ids below {self.vocab_size}")
         order = {symbol: byte for byte, symbol in _byte_symbols().items()}
         words = "".join(symbols).replace("</w>", " ")
@@ -237,7 +237,7 @@ class WordPieceTokenizer:
         self.context_length = _check_length(context_length)
         self.vocab_size = tokenizer.get_vocab_size()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            int(tokenizer.token_to_id(token)) for token in self.SPECIAL
+            int(tokenizer.token_to_id(token) or 0) for token in self.SPECIAL
         )
 
     @staticmethod
@@ -262,10 +262,16 @@ class WordPieceTokenizer:
         if vocab_size <= len(cls.SPECIAL):
             raise ValueError(f"vocab_size is {vocab_size}, expected more than {len(cls.SPECIAL)}")
         tokenizer = cls._empty()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=list(cls.SPECIAL), show_progress=False
-        )
+        normalizer: Any = tokenizer.normalizer
+        letters = sorted({letter for text in texts for letter in normalizer.normalize_str(text)} - {" "})
+        # The trainer numbers the pieces ##x in the order of a hash map and breaks ties between equally
+        # frequent
+        # pairs by number. Naming them first fixes both: the same texts give the same vocabulary.
+        first = [*cls.SPECIAL, *(f"##{letter}" for letter in letters)]
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
+        tokenizer = cls._empty(tokenizer.get_vocab())
+        tokenizer.add_special_tokens(list(cls.SPECIAL))
         return cls(tokenizer, context_length)
 
     @classmethod
@@ -318,7 +324,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceT
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")
-    kinds = {"ClipTokenizer": ClipTokenizer, "WordPieceTokenizer": WordPieceTokenizer}
+    kinds: dict[str, Any] = {"ClipTokenizer": ClipTokenizer, "WordPieceTokenizer": WordPieceTokenizer}
     kind = json.loads(path.read_text(encoding="utf-8")).get("type")
     if kind not in kinds:
         raise ValueError(f"{path} holds type {kind!r}, expected one of {sorted(kinds)}")

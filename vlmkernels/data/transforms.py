@@ -93,7 +93,8 @@ class ImageTransform:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown keys {unknown}, expected a subset of {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
     def for_inference(self) -> ImageTransform:
         """The same geometry and normalisation without augmentation."""

@@ -1,0 +1,45 @@
+"""`load_pairs`: one name for the three sources of image-text pairs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlmkernels.data.csv_pairs import CsvPairs
+from vlmkernels.data.emoji import Emoji3, load_emoji3
+from vlmkernels.data.samples import Transform
+from vlmkernels.data.tar_pairs import TarPairs
+
+
+def load_pairs(
+    spec: str, *, transform: Transform | None = None, seed: int = 0, **options: Any
+) -> Emoji3 | CsvPairs | TarPairs:
+    """Open the data set that `spec` names; its samples are `Sample`s.
+
+    spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), the path of a .csv, .tsv or .txt table (`CsvPairs`), or
+        webdataset tars as a path, brace pattern or URL with ".tar" (`TarPairs`).
+    transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
+    options: further arguments of that class, e.g. caption="label_tags", separator=",", shuffle=1000.
+
+    Raises ValueError for a spec or option that is not known (naming those that are), and what the classes
+    raise.
+    """
+    arguments = {"transform": transform, "seed": seed, **options}
+    name, _, split = spec.partition(":")
+    if name == "emoji3":
+        return _open(load_emoji3, split or "train", arguments)
+    if ".tar" in spec:
+        return _open(TarPairs, spec, arguments)
+    if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
+        return _open(CsvPairs, spec, arguments)
+    raise ValueError(f"spec is {spec!r}, expected emoji3[:SPLIT], a .csv, .tsv or .txt file, or .tar shards")
+
+
+def _open(source: Callable[..., Any], first: str, arguments: dict[str, Any]) -> Any:
+    known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ValueError(f"unknown options {unknown} for {source.__name__}, expected some of {known}")
+    return source(first, **arguments)
