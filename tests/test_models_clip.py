@@ -45,7 +45,7 @@ def inputs(config, rows=6):
 
 
 def randomise(model):
-    """Every parameter and statistic away from its initial value: zero gains and biases would hide a fault."""
+    """Away from initial values that hide faults: zero gains and biases, MLPs with small activations."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -53,6 +53,8 @@ def randomise(model):
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith("running_mean") or name.endswith("bias"):
                 tensor.normal_(0.0, 0.2, generator=generator)
+            elif ".mlp." in name:
+                tensor.mul_(3.0)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._pretrained import WEIGHTS_FILE, read_config, read_state_dict
+from vlmkernels.models._pretrained import WEIGHTS_FILE, read_config, read_state_dict
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 OPENAI_BUFFERS = ("input_resolution", "context_length", "vocab_size")

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-
-from . import _clip_convert as convert
-from ._clip_resnet import ModifiedResNet
-from ._pretrained import Pretrained
+from vlmkernels.models import _clip_convert as convert
+from vlmkernels.models._clip_resnet import ModifiedResNet
+from vlmkernels.models._pretrained import Pretrained
 
 MAX_LOG_SCALE = math.log(100.0)
 

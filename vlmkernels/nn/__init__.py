@@ -1,5 +1,5 @@
 """Modules over the ops."""
 
-from .losses import ClipLoss, InfoNCELoss, SigLipLoss
+from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, SigLipLoss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "SigLipLoss"]
