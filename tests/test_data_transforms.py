@@ -1,0 +1,228 @@
+"""image_transform against open_clip's, align_transform against transformers', and the augmentation."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import peers
+from vlmkernels.data import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
+
+SIZES = [(224, 224), (48, 48), (37, 130), (130, 37), (300, 299), (1, 50), (640, 427)]
+
+
+def picture(size, mode="RGB", seed=0):
+    """Noise over a gradient: resampling and rounding differences show."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    ramp = np.linspace(0, 200, width)[None, :, None] + np.zeros((height, 1, 4))
+    pixels = (ramp + rng.integers(0, 56, (height, width, 4))).astype(np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+def open_clip_transform(size, **settings):
+    if peers.why_not("open_clip"):
+        pytest.skip(peers.why_not("open_clip"))
+    transform = peers.load("open_clip").transform
+    return transform.image_transform_v2(transform.PreprocessCfg(size=size, **settings), is_train=False)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("target", [224, 48, 33])
+def test_inference_equals_open_clip(size, target):
+    image = picture(size)
+    ours = image_transform(target)(image)
+    assert ours.shape == (3, target, target)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, open_clip_transform(target)(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_image_modes_equal_open_clip(mode):
+    image = picture((90, 61), mode)
+    assert torch.equal(image_transform(48)(image), open_clip_transform(48)(image))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resize_modes_equal_open_clip(size, resize_mode, interpolation):
+    image = picture(size)
+    settings = {"resize_mode": resize_mode, "interpolation": interpolation}
+    theirs = open_clip_transform(56, fill_color=9, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), **settings)
+    ours = image_transform(56, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), fill=9, **settings)
+    if resize_mode == "longest" and min(size) == 1:
+        assert ours(image).shape == (3, 56, 56)  # open_clip's resize fails: it rounds a side to 0
+    else:
+        assert torch.equal(ours(image), theirs(image))
+
+
+@pytest.mark.parametrize("size", SIZES[:5])
+def test_non_square_target_equals_open_clip(size):
+    image = picture(size)
+    assert torch.equal(image_transform((40, 72))(image), open_clip_transform((40, 72))(image))
+
+
+def align_peer(backend):
+    name = f"transformers.models.efficientnet.image_processing_{backend}"
+    if peers.why_not(name):
+        pytest.skip(peers.why_not(name))
+    module = peers.load(name)
+    suffix = "Pil" if "pil" in backend else ""
+    return getattr(module, f"EfficientNetImageProcessor{suffix}")(
+        size={"height": 346, "width": 346},
+        crop_size={"height": 289, "width": 289},
+        resample=2,
+        do_center_crop=True,
+        do_normalize=False,
+        include_top=False,
+        rescale_factor=1 / 127.5,
+        rescale_offset=True,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_align_equals_transformers(size):
+    image = picture(size)
+    ours = align_transform()(image)
+    assert ours.shape == (3, 289, 289)
+    theirs = align_peer("pil_efficientnet")(image, return_tensors="pt")["pixel_values"][0]
+    assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_align_equals_transformers_on_tensors():
+    """The processor that resizes tensors rounds differently: at most one of the 255 levels."""
+    image = picture((640, 427))
+    theirs = align_peer("efficientnet")(image, return_tensors="pt")["pixel_values"][0]
+    assert (align_transform()(image) - theirs).abs().max() < 1.01 / 127.5
+
+
+def test_config_round_trip():
+    transform = image_transform((40, 50), train=True, crop_scale=(0.5, 1.0), flip=0.5, jitter=0.2)
+    again = ImageTransform.from_dict(json.loads(json.dumps(transform.to_dict())))
+    assert again == transform
+    assert transform.for_inference() == image_transform((40, 50), crop_scale=(0.5, 1.0), flip=0.5, jitter=0.2)
+    with pytest.raises(ValueError, match=r"unknown keys \['sise'\]"):
+        ImageTransform.from_dict({"sise": 3})
+
+
+def test_training_is_seeded():
+    image = picture((64, 48))
+    transform = image_transform(32, train=True, crop_scale=(0.3, 1.0), flip=0.5, jitter=0.3)
+    first = transform(image, random.Random(1))
+    assert torch.equal(first, transform(image, random.Random(1)))
+    assert not torch.equal(first, transform(image, random.Random(2)))
+    torch.manual_seed(5)
+    from_torch = transform(image)
+    torch.manual_seed(5)
+    assert torch.equal(from_torch, transform(image))
+    assert not torch.equal(from_torch, transform(image))
+
+
+def test_training_without_randomness_is_a_plain_resize():
+    image = picture((64, 64))
+    train = image_transform(32, train=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    assert torch.equal(train(image), image_transform(32)(image))
+    mirrored = image_transform(32, train=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=1.0)
+    assert torch.equal(mirrored(image), train(image).flip(-1))
+
+
+def test_random_crops_stay_in_the_given_range():
+    """The red channel is x, the green one y: their extent gives the box back."""
+    x, y = np.meshgrid(np.arange(200), np.arange(200))
+    image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    transform = image_transform(
+        200,
+        (0, 0, 0),
+        (1, 1, 1),
+        train=True,
+        crop_scale=(0.25, 0.5),
+        crop_ratio=(0.5, 2.0),
+        interpolation="nearest",
+    )
+    areas, ratios, lefts = [], [], []
+    for seed in range(60):
+        pixels = transform(image, random.Random(seed)) * 255
+        width, height = (pixels[c].max() - pixels[c].min() + 1 for c in (0, 1))
+        areas.append(float(width * height) / 200**2)
+        ratios.append(float(width / height))
+        lefts.append(float(pixels[0].min()))
+    assert 0.24 < min(areas) < 0.3
+    assert 0.45 < max(areas) < 0.51
+    assert 0.48 < min(ratios) < 0.7
+    assert 1.4 < max(ratios) < 2.05
+    assert len(set(lefts)) > 20
+
+
+def test_crop_falls_back_to_the_centre_of_a_narrow_image():
+    transform = image_transform(
+        16, (0, 0, 0), (1, 1, 1), train=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)
+    )
+    image = Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[None], 10, 0))
+    pixels = transform(image, random.Random(0))[0] * 255
+    assert pixels.min() >= 94
+    assert pixels.max() <= 106
+
+
+def test_jitter_keeps_the_picture_recognisable():
+    image = picture((48, 48))
+    plain = image_transform(48, train=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))(image)
+    jitter = image_transform(48, train=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter=0.1)
+    for seed in range(10):
+        changed = jitter(image, random.Random(seed))
+        assert not torch.equal(changed, plain)
+        assert torch.corrcoef(torch.stack([changed.flatten(), plain.flatten()]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 8, "resize_size": -1}, "resize_size is -1"),
+        ({"image_size": 8, "mean": (0.5,)}, "mean and std need 3 values"),
+        ({"image_size": 8, "std": (1, 1, 0)}, "std > 0"),
+        ({"image_size": 8, "interpolation": "area"}, "interpolation is 'area', expected one of"),
+        ({"image_size": 8, "resize_mode": "crop"}, "resize_mode is 'crop'"),
+        ({"image_size": 8, "crop_scale": (0.5, 1.5)}, "crop_scale is"),
+        ({"image_size": 8, "crop_ratio": (2, 1)}, "crop_ratio is"),
+        ({"image_size": 8, "flip": 2}, "flip is 2"),
+        ({"image_size": 8, "jitter": 1}, "jitter is 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        image_transform(**arguments)
+
+
+def test_not_an_image():
+    with pytest.raises(ValueError, match=r"image is a Tensor, expected a PIL\.Image"):
+        image_transform(8)(torch.zeros(3, 8, 8))
+
+
+def test_constants_are_those_of_open_clip():
+    if peers.why_not("open_clip"):
+        pytest.skip(peers.why_not("open_clip"))
+    constants = peers.load("open_clip").constants
+    assert constants.OPENAI_DATASET_MEAN == CLIP_MEAN
+    assert constants.OPENAI_DATASET_STD == CLIP_STD
+
+
+def test_photographs():
+    """Real photographs through both libraries; their pixels are neither smooth nor noise."""
+    folder = os.environ.get("VLMKERNELS_PHOTOS")
+    if not folder:
+        pytest.skip("VLMKERNELS_PHOTOS is not set to a folder with photographs")
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    assert paths, f"no photographs in {folder}"
+    theirs, ours = open_clip_transform(224), image_transform(224)
+    for path in paths:
+        with Image.open(path) as image:
+            pixels = ours(image)
+            assert torch.equal(pixels, theirs(image)), path.name
+            assert pixels.std() > 0.2, f"{path.name} is blank"
