@@ -1,0 +1,212 @@
+"""The demo and the longer run, cut short, from start to report."""
+
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("jinja2")
+pytest.importorskip("accelerate")
+
+from benchmarks import demo, demo_report, demo_timing, long_run, peers
+from vlmkernels.data import load_emoji3
+from vlmkernels.train.embed import load_model
+
+VOID = {"meta", "img", "br", "line", "path", "polyline", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed and collects what a reader or a browser gets."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.faults, self.resources, self.headings, self.marks = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.resources += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
+        if attributes.get("class") == "mark":
+            self.marks.append(attributes["aria-label"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, request):
+    out = tmp_path_factory.mktemp("demo")
+    report = demo.run(out, quick=True, epochs=None, seed=0, progress=False)
+    return out, report.read_text(encoding="utf-8"), json.loads((out / "results.json").read_text())
+
+
+def test_report_has_its_sections_and_is_well_formed(made):
+    _, text, _ = made
+    page = Page(text)
+    assert page.faults == []
+    assert page.open == []
+    assert page.headings == [
+        "A small CLIP, trained and judged here",
+        "Training",
+        "Retrieval",
+        "Texts and the pictures found",
+        "Pictures and the texts found",
+        "Zero-shot classification",
+        "Time and memory of the loss",
+        "Do it yourself",
+        "Machine, versions, kernels",
+    ]
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_report_needs_nothing_from_outside(made):
+    _, text, _ = made
+    page = Page(text)
+    assert page.resources
+    assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
+    assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", text)
+
+
+def test_report_marks_one_right_picture_at_its_place(made):
+    _, text, _ = made
+    page = Page(text)
+    places = [int(place) for place in re.findall(r"right one at place (\d+)", text)]
+    assert len(places) == demo.TEXTS
+    assert page.marks.count("right") == sum(place <= demo.SHOWN for place in places)
+    assert len(page.marks) == demo.TEXTS * demo.SHOWN
+
+
+def test_results_hold_what_the_report_shows(made):
+    _, text, results = made
+    (judged,) = results["evaluation"].values()
+    assert judged["retrieval"]["images"] == 60
+    assert judged["retrieval"]["image_to_text"]["chance"]["R@10"] == pytest.approx(10 / 60)
+    assert demo_report.percent(judged["retrieval"]["text_to_image"]["R@5"]) in text
+    assert len(results["training"]["curve"]) == results["training"]["steps"] == 4
+    assert results["machine"]["torch"] in text
+
+
+def test_timing_compares_in_one_run_with_memory(made):
+    _, text, results = made
+    assert [(table["n"], table["d"]) for table in results["timings"]] == [(32, 16), (64, 32)]
+    for table in results["timings"]:
+        assert [row["name"] for row in table["rows"]] == [demo_timing.OURS, *demo_timing.BASELINES.values()]
+        for row in table["rows"]:
+            assert row["name"] in text
+            if row["why"] is None:
+                assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+                assert row["ours"] or row["ratio"] > 0
+                assert row["bytes"] is not None or row["why_no_bytes"]
+
+
+def test_the_model_can_be_loaded_and_a_second_demo_replaces_it(made):
+    out, _, results = made
+    model, _, _ = load_model(out / "run" / "final", "cpu")
+    assert sum(p.numel() for p in model.parameters()) == results["training"]["parameters"]
+    (out / "run" / "left.txt").write_text("of an earlier demo")
+    demo.train_model(out / "run", quick=True, epochs=None, seed=1, progress=False)
+    assert not (out / "run" / "left.txt").exists()
+
+
+def test_a_peer_that_cannot_be_imported_has_its_reason_in_the_report(made, monkeypatch):
+    _, _, results = made
+
+    def refuse(name):
+        raise ImportError(f"peer {name!r} cannot be imported here: no such package")
+
+    monkeypatch.setattr(peers, "load", refuse)
+    monkeypatch.setattr(demo_timing, "_memory", lambda sizes: {"": "not measured"})
+    timings = demo_timing.measure_losses([(16, 8)], 0.05, quick=True)
+    ours, *others = timings[0]["rows"]
+    assert ours["why"] is None
+    assert all("no such package" in row["why"] for row in others)
+    assert "not measured: ImportError" in demo_report.timing_text(timings)
+    found = {"pictures": 1, "texts": [], "free": [], "images": []}
+    page = demo_report.render({**results, "timings": timings}, found)
+    assert page.count("no such package") == len(others)
+    assert Page(page).faults == []
+
+
+def test_parts_without_flags():
+    test = load_emoji3("style-test")
+    part = demo.without_flags(test)
+    assert len(part) == sum(group != 8 for group in test.groups)
+    assert all(part[i]["label"] != 8 for i in (0, len(part) - 1))
+    with pytest.raises(IndexError):
+        part[len(part)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 5.545), (0, 1e-3), (-3.2, 7), (1, 150), (2, 2)])
+def test_ticks_enclose_the_values_in_round_steps(low, high):
+    ticks = demo_report.nice_ticks(low, high)
+    assert ticks[0] <= low + 1e-9
+    assert ticks[-1] >= high - 1e-9
+    assert 2 <= len(ticks) <= 9 or low == high
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
+    assert len(steps) <= 1
+    for step in steps:
+        assert step / 10 ** math.floor(math.log10(step) + 1e-9) == pytest.approx(1, abs=1e-6) or round(
+            step / 10 ** math.floor(math.log10(step) + 1e-9)
+        ) in (2, 5)
+
+
+def test_line_chart_spans_the_plot_and_draws_the_floor():
+    chart = demo_report.line_chart("Loss", [1, 2, 3], [3.0, 2.0, 1.0], "", floor=2.5)
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', chart)[1].split()]
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    floor = float(re.search(r'class="floor"[^>]* y1="([\d.]+)"', chart)[1])
+    assert points[0][1] < floor < points[1][1]
+
+
+def test_pictures_become_data_uris():
+    assert demo_report.data_uri(Image.new("RGB", (4, 4), "red")).startswith("data:image/png;base64,iVBOR")
+
+
+@pytest.mark.parametrize("count", [None, 5, 2048, 3 * 2**20, 300 * 2**20, 2**31])
+def test_sizes(count):
+    expected = {
+        None: "",
+        5: "5 B",
+        2048: "2.0 KiB",
+        3 * 2**20: "3.0 MiB",
+        300 * 2**20: "300 MiB",
+        2**31: "2.0 GiB",
+    }
+    assert demo_report.size(count) == expected[count]
+
+
+@pytest.mark.slow
+def test_long_run_keeps_its_result_and_shows_the_other_loss(tmp_path, capsys):
+    options = ["--epochs", "1", "--max-steps", "2"]
+    options += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    long_run.main([*options, "--loss", "reference", "--seeds", "0"])
+    long_run.main([*options, "--seeds", "0", "1"])
+    said = capsys.readouterr().out
+    assert "reference loss: " in said.split("fused loss, seed 1")[1]
+    result = json.loads((tmp_path / "results" / "long-run-fused-1epochs-2steps.json").read_text())
+    assert [run["seed"] for run in result["runs"]] == [0, 1]
+    assert all(run["steps"] == 2 for run in result["runs"])
+    values = [
+        run["evaluation"]["Fluent, the unseen style"]["retrieval"]["image_to_text"]["R@1"]
+        for run in result["runs"]
+    ]
+    assert result["means"]["Fluent, the unseen style, image to text"]["R@1"] == pytest.approx(sum(values) / 2)
