@@ -156,6 +156,7 @@ CONFIGS: dict[str, AlignConfig] = {
         image_strides=(1, 2, 2, 1, 1, 2, 1),
         image_projection=True,
         drop_rate=0.0,
+        batch_norm_momentum=0.1,
         vocab_size=4096,
         context_length=32,
         max_positions=32,
