@@ -93,6 +93,8 @@ class SkipLog:
 
     def items(self) -> dict[str, str]:
         """Reason by key, of all workers."""
+        if not os.path.exists(self._path):  # a copy that outlived its original
+            return {}
         with open(self._path, encoding="utf-8") as file:
             rows = (line.rstrip("\n").partition("\t") for line in file)
             return {key: reason for key, _, reason in rows}

@@ -72,7 +72,10 @@ class TarPairs(IterableDataset[Sample]):
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        from webdataset.shardlists import expand_urls
+        try:
+            from webdataset.shardlists import expand_urls
+        except ImportError as error:
+            raise ImportError("tar shards need webdataset: pip install vlmkernels[train]") from error
 
         if shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}, expected a buffer size of at least 0")
