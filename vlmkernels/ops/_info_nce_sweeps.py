@@ -10,23 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB
+from vlmkernels._library import LIB, TRITON
 from vlmkernels.ops import _contrastive as contrastive
 
-# positives [N] holds key indices, -1 where a row has none. positive_logit is -inf there. Columns are skipped unless asked for.
+# Of every row: max_i = max_j S_ij, sum_i = sum_j e^{S_ij - max_i}, moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i); of every
+# column likewise, size 0 unless asked for. positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
 LIB.define(
     "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
-    " bool columns, int store_bytes) -> (Tensor row_max, Tensor row_sum, Tensor positive_logit, Tensor col_max,"
-    " Tensor col_sum, Tensor store)"
+    " bool columns, int store_bytes) -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
+    " Tensor col_max, Tensor col_sum, Tensor col_moment, Tensor store)"
 )
-# With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef:
+# With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there are no columns),
+# and the log-sum-exps in two parts, r_i = row_max_i + row_log_i and c_j = col_max_j + col_log_j (at large logits their float32 sum
+# would lose what the exponential needs: subtract the maximum first, then the logarithm):
 #   D_i  = query_extra_i + sum_{j != p_i} (u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}) b_j k_j + w_i b_{p_i} k_{p_i}
 #   D'_j = key_extra_j   + sum_{i: p_i != j} (the same) a_i q_i + sum_{i: p_i = j} w_i a_i q_i
 #   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i), the second term only when normalised
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
 LIB.define(
     "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
-    " Tensor row_lse, Tensor col_lse, Tensor row_coef, Tensor col_coef, Tensor positive_coef, Tensor? query_extra,"
+    " Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef, Tensor col_coef, Tensor positive_coef, Tensor? query_extra,"
     " Tensor? key_extra, Tensor store, int store_bytes, bool need_query, bool need_key)"
     " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)"
 )
@@ -72,12 +75,13 @@ class _Targets:
 
 
 def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes):
+    store_size = contrastive.store_size(query, key, store_bytes)
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     targets = _Targets.of(positives, key_ids, n, m, query.device)
-    row_max, row_sum, positive, col_max, col_sum, store = _stats(
-        query, key, scale, a, b, targets.index, symmetric, store_bytes
+    row_max, row_sum, row_moment, positive, col_max, col_sum, col_moment, store = _stats(
+        query, key, scale, a, b, targets.index, symmetric, store_size
     )
     row_log, col_log = row_sum.log(), col_sum.log()
     row_lse, col_lse = row_max + row_log, col_max + col_log
@@ -87,30 +91,34 @@ def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing,
         at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
         col_gap = (col_max[at] - positive) + col_log[at] if m else positive
     s = scale.to(work).reshape(())
-    sides = [(query, a, key, b, row_lse, row_gap, targets.row_weight(weight, row_lse), False)]
+    sides = [(query, a, key, b, row_lse, row_gap, row_log - row_moment / row_sum, targets.row_weight(weight, row_lse))]
     if symmetric:
-        sides.append((key, b, query, a, col_lse, col_gap, targets.col_weight(weight, col_lse), True))
-    total = None
-    for x, x_inv, y, y_inv, lse, gap, w, columns in sides:
+        w = targets.col_weight(weight, col_lse)
+        sides.append((key, b, query, a, col_lse, col_gap, col_log - col_moment / col_sum, w))
+    total, slopes = None, [col_gap.new_empty(0)] * 2
+    for columns, (x, x_inv, y, y_inv, lse, gap, entropy, w) in enumerate(sides):
         loss = _label_loss(x, x_inv, y, y_inv, lse, gap, s, targets, columns)
         if smoothing:
             mean = s * _dots(x, x_inv, _weighted_sum(y, y_inv)) / max(len(y), 1)
             loss = (1 - smoothing) * loss + smoothing * (lse - mean)
-        loss = _reduce(loss if targets.all_rows else torch.where(w > 0, loss, 0), w, reduction)
+        if not targets.all_rows:
+            loss = torch.where(w > 0, loss, 0)
+        slopes[columns] = loss - entropy
+        loss = _reduce(loss, w, reduction)
         total = loss if total is None else (total + loss) * 0.5
-    return total, row_lse, col_lse, row_gap, col_gap, store
+    return total, row_max, row_log, col_max, col_log, row_gap, col_gap, *slopes, store
 
 
 def backward(
-    dloss, query, key, scale, positives, key_ids, weight, row_lse, col_lse, row_gap, col_gap, store,
-    symmetric, smoothing, normalize, reduction, store_bytes, needs,
+    dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
+    row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes, needs,
 ):  # fmt: skip
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     n, m = query.shape[0], key.shape[0]
     targets = _Targets.of(positives, key_ids, n, m, query.device)
-    share = (0.5 if symmetric else 1.0) * dloss.to(row_lse.dtype)
-    u = share * _mean_weight(targets.row_weight(weight, row_lse), reduction)  # [N]
-    v = share * _mean_weight(targets.col_weight(weight, col_lse), reduction) if symmetric else col_lse  # [M]
+    share = (0.5 if symmetric else 1.0) * dloss.to(row_max.dtype)
+    u = share * _mean_weight(targets.row_weight(weight, row_max), reduction)  # [N]
+    v = share * _mean_weight(targets.col_weight(weight, col_max), reduction) if symmetric else col_max  # [M]
     hit = 0.0 if targets.key_label is not None else 1 - smoothing  # the target of the positive, when it stands alone
     positive_coef = u * (torch.expm1(-row_gap) + (1 - hit))
     if symmetric and n:
@@ -120,13 +128,17 @@ def backward(
     extra_q = _extra(query, a, key, b, u, v, targets, smoothing, symmetric, False) if need_query else None
     extra_k = _extra(key, b, query, a, v, u, targets, smoothing, symmetric, True) if needs[1] else None
     dquery, dkey, query_dot, key_dot = _grads(
-        query, key, scale, a, b, targets.index, row_lse, col_lse, u, v, positive_coef, extra_q, extra_k, store,
+        query, key, scale, a, b, targets.index, row_max, row_log, col_max, col_log, u, v, positive_coef, extra_q, extra_k, store,
         store_bytes, need_query, needs[1],
     )  # fmt: skip
     dscale = scale.new_empty(0)
     if needs[2]:
+        # sum_ij dS_ij S_ij / scale, from fp32 sums of the first sweep; the products' operands may have been rounded
+        slope = (u * row_slope).sum() + ((v * col_slope).sum() if symmetric else 0)
+        s = scale.to(slope.dtype).reshape(())
         dot, inv = (query_dot, a) if need_query else (key_dot, b)
-        dscale = (dot if inv is None else dot * inv).sum().to(scale.dtype).reshape(scale.shape)
+        dscale = torch.where(s == 0, (dot if inv is None else dot * inv).sum(), slope / s)
+        dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dquery if needs[0] else query.new_empty(0), dkey, dscale
 
 
@@ -202,3 +214,10 @@ def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
 
 def _mean_weight(weight: Tensor, reduction: str) -> Tensor:
     return weight / weight.sum().where(weight.sum() > 0, 1) if reduction == "mean" else weight
+
+
+if TRITON:
+    from vlmkernels.triton import info_nce as _cuda
+
+    LIB.impl("info_nce_stats", _cuda.info_nce_stats, "CUDA")
+    LIB.impl("info_nce_grads", _cuda.info_nce_grads, "CUDA")

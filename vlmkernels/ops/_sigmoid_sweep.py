@@ -6,7 +6,7 @@ The logistic loss needs no sum over a row before its gradient is known, so loss 
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB
+from vlmkernels._library import LIB, TRITON
 from vlmkernels.ops import _contrastive as contrastive
 
 # z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; t_ij = +1 where j = positives_i (-1: none) or where
@@ -54,3 +54,9 @@ def _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, nee
     dscale = row_dscale.sum().to(scale.dtype).reshape(scale.shape) if needs[2] else scale.new_empty(0)
     dbias = row_dbias.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else bias.new_empty(0)
     return [rows, dquery, dkey, dscale, dbias]
+
+
+if TRITON:
+    from vlmkernels.triton.sigmoid_loss import sigmoid_sweep as _cuda_sweep
+
+    LIB.impl("sigmoid_sweep", _cuda_sweep, "CUDA")

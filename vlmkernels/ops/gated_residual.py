@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.gated_residual import gated_residual_bwd, gated_residual_fwd
 
 
@@ -90,3 +90,9 @@ _bwd = define(
     reference=gated_residual_bwd,
     fake=_fake_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import gated_residual as _cuda
+
+    kernel("gated_residual", "CUDA", _cuda.gated_residual, "Triton")
+    kernel("gated_residual_bwd", "CUDA", _cuda.gated_residual_bwd, "Triton")

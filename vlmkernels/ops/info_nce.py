@@ -86,20 +86,23 @@ def info_nce(
 
 
 def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    device = query.device.type.upper()
-    return contrastive.store_size(query, key, store_bytes) if has_kernel("info_nce_stats", device) else 0
+    """The CPU kernel alone keeps exponentials: a GPU makes them again at the cost of moving them."""
+    keeps = query.device.type == "cpu" and has_kernel("info_nce_stats", "CPU")
+    return contrastive.store_size(query, key, store_bytes) if keeps else 0
 
 
 def _fake(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
     n, m = query.shape[0], key.shape[0]
     stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    gaps = has_kernel("info_nce_stats", query.device.type.upper())
+    sweeps_here = has_kernel("info_nce_stats", query.device.type.upper())
     return (
         stats.new_empty((n,) if reduction == "none" else ()),
-        stats.new_empty(n),
-        stats.new_empty(m if symmetric else 0),
-        stats.new_empty(n if gaps else 0),
-        stats.new_empty(n if gaps and symmetric else 0),
+        *(stats.new_empty(n) for _ in range(2)),
+        *(stats.new_empty(m if symmetric else 0) for _ in range(2)),
+        stats.new_empty(n if sweeps_here else 0),
+        stats.new_empty(n if sweeps_here and symmetric else 0),
+        stats.new_empty(n if sweeps_here else 0),
+        stats.new_empty(m if sweeps_here and symmetric else 0),
         query.new_empty(_store_size(query, key, store_bytes), dtype=torch.uint8),
     )
 
@@ -127,7 +130,8 @@ def _backward(ctx, dloss, *unused):
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
 _OPTIONS = "bool symmetric, float label_smoothing, bool normalize, str reduction, SymInt store_bytes"
-_STATS = "Tensor row_lse, Tensor col_lse, Tensor row_gap, Tensor col_gap, Tensor store"
+_STATS = "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_gap, Tensor col_gap, Tensor row_slope,"
+_STATS += " Tensor col_slope, Tensor store"
 
 _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",

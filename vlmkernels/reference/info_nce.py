@@ -34,31 +34,33 @@ def info_nce(
 
 
 def info_nce_fwd(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
-    """The raw op: (loss, row_lse [N], col_lse [M], row_gap [N], col_gap [N], store); size 0 where it keeps nothing.
+    """The raw op: (loss, row_max [N], row_log [N], col_max [M], col_log [M], row_gap [N], col_gap [N], row_slope [N], col_slope [M], store).
 
-    The gaps, lse minus the logit of the row's positive, are only kept by the fused kernels.
+    max + log is the log-sum-exp. The gaps (lse minus the logit of the row's positive), the slopes (loss minus the entropy of the softmax) and the store are
+    only kept by the fused kernels; here they have size 0.
     """
-    loss, row_lse, col_lse = _loss(
+    loss, logits = _loss(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
     )
-    none = row_lse.new_empty(0)
-    return loss, row_lse, col_lse, none, none.clone(), query.new_empty(0, dtype=torch.uint8)
+    nothing = [loss.new_empty(0) for _ in range(4)]
+    rows, cols = _lse_parts(logits, 1), _lse_parts(logits, 0) if symmetric else nothing[:2]
+    return loss, *rows, *cols, *nothing, query.new_empty(0, dtype=torch.uint8)
 
 
 def info_nce_bwd(
-    dloss, query, key, scale, positives, key_ids, weight, row_lse, col_lse, row_gap, col_gap, store,
-    symmetric, label_smoothing, normalize, reduction, store_bytes, needs,
+    dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
+    row_gap, col_gap, row_slope, col_slope, store, symmetric, label_smoothing, normalize, reduction, store_bytes, needs,
 ):  # fmt: skip
     """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
-    work = row_lse.dtype
+    work = row_max.dtype
     q, k = _features(query, normalize, work), _features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
     logits = scale.to(work).reshape(()) * cosine
     rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
     u, v = _coefficients(dloss, rows, cols, weight, symmetric, reduction)
-    dlogits = u[:, None] * ((logits - row_lse[:, None]).exp() - rows)  # [N, M]
+    dlogits = u[:, None] * (((logits - row_max[:, None]) - row_log[:, None]).exp() - rows)  # [N, M]
     if symmetric:
-        dlogits += v * ((logits - col_lse).exp() - cols)
+        dlogits += v * (((logits - col_max) - col_log).exp() - cols)
     dquery, dkey, dscale = query.new_empty(0), key.new_empty(0), scale.new_empty(0)
     if needs[0]:
         dquery = _feature_grad(scale * (dlogits @ k), query, normalize)
@@ -81,7 +83,15 @@ def _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smooth
         col_loss = -(cols * logits.log_softmax(0)).sum(0)  # [M]
         losses.append((col_loss, _weight(cols.sum(0), weight)))
     loss = sum(_reduce(each, w, reduction) for each, w in losses) / len(losses)
-    return loss, logits.logsumexp(1), logits.logsumexp(0) if symmetric else logits.new_empty(0)
+    return loss, logits
+
+
+def _lse_parts(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Maximum and log of the sum of exp(logits - maximum) along `dim`."""
+    if logits.shape[dim] == 0:
+        return logits.sum(dim), logits.sum(dim)
+    top = logits.amax(dim, keepdim=True)
+    return top.squeeze(dim), (logits - top).exp().sum(dim).log()
 
 
 def _features(x: Tensor, normalize: bool, work: torch.dtype) -> Tensor:

@@ -1,0 +1,123 @@
+#pragma once
+// What the kernels that walk S = Q K^T in tiles share: products of gradient tiles with the features, and their finish.
+#include "simd.h"
+#include "vlmkernels/isa.h"
+#include "vlmkernels/pairwise.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+template <class P>
+constexpr bool kPaired = sizeof(P) == 2;  // B operands hold pairs of rows
+
+template <class P>
+int64_t rows_of(const Pairs<P>& p, int64_t ib) {
+  return min_(kTileRows, p.n - ib * kTileRows);
+}
+template <class P>
+int64_t cols_of(const Pairs<P>& p, int64_t jb) {
+  return min_(kTileCols, p.m - jb * kTileCols);
+}
+
+// The part of a tile's columns that products touch: whole vectors, few distinct shapes.
+inline int64_t width_of(int64_t cols) { return ceil_div(cols, 64) * 64; }
+
+// x[rows][kTileCols] = Q_ib K_jb^T
+template <class P>
+void similarities(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* x) {
+  p.product(rows_of(p, ib), width_of(cols_of(p, jb)), p.depth, p.depth, kTileCols, kTileCols, false,
+            p.q + ib * kTileRows * p.depth, p.kt + jb * p.depth * kTileCols, x);
+}
+
+// D[rows][depth] = sum over jb of G_jb K_jb, where tile(jb) gives G_jb [rows][kTileCols], 0 beyond its columns.
+template <class P, class Tile>
+void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {
+  const int64_t rows = rows_of(p, ib);
+  for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
+    const P* g = tile(jb);
+    if constexpr (kPaired<P>) {
+      p.product(rows, p.depth, kTileCols, kTileCols, p.depth, p.depth, jb > 0, g, p.k + jb * kTileCols * p.depth, out);
+    } else {
+      p.product(rows, p.d, cols_of(p, jb), kTileCols, p.d, p.depth, jb > 0, g, p.k + jb * kTileCols * p.d, out);
+    }
+  }
+}
+
+// D'^T[d0 .. d1)[kTileCols] += sum over row blocks [first, last) of Q_ib^T G_ib, where tile(ib) gives G_ib as a B operand with
+// kTileRows rows, 0 beyond its own.
+template <class P, class Tile>
+void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int64_t d0, int64_t d1, bool accumulate,
+                 Tile tile, acc_t<P>* out) {
+  const int64_t width = width_of(cols_of(p, jb));
+  for (int64_t ib = first; ib < last; ++ib) {
+    const P* g = tile(ib);
+    const int64_t inner = kPaired<P> ? kTileRows : rows_of(p, ib);
+    p.product(d1 - d0, width, inner, kTileRows, kTileCols, kTileCols, accumulate || ib > first,
+              p.qt + ((ib - p.qt_first) * p.d + d0) * kTileRows, g, out + d0 * kTileCols);
+  }
+}
+
+// Row r of a G tile as an operand: row-major for the product with K, paired rows (for bf16) for the product with Q.
+template <bool kAsB, class P>
+VLMK_INLINE void put(P* g, int64_t r, int64_t c, acc_t<P> value) {
+  if constexpr (kAsB && kPaired<P>) {
+    from_acc(value, g[(r / 2 * kTileCols + c) * 2 + r % 2]);
+  } else {
+    from_acc(value, g[r * kTileCols + c]);
+  }
+}
+
+// Writes 0 to the rows of a B operand beyond the tile's own (bf16 products run over all of them).
+template <class P>
+void zero_rows_b(P* g, int64_t rows) {
+  if constexpr (kPaired<P>) {
+    for (int64_t r = rows; r < kTileRows; ++r) {
+      for (int64_t c = 0; c < kTileCols; ++c) put<true>(g, r, c, 0);
+    }
+  }
+}
+
+// One finished row: adds extra and the positives' share (w times y), takes the dot with x and writes the gradient.
+template <class P>
+void finish_row(const Finish<P>& f, int64_t row, int64_t d, acc_t<P> scale, acc_t<P>* sum) {
+  using A = acc_t<P>;
+  const P* x = f.x + row * f.ldx;
+  if (f.extra) {
+    const A* extra = f.extra + row * d;
+#pragma omp simd
+    for (int64_t c = 0; c < d; ++c) sum[c] += extra[c];
+  }
+  A dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t c = 0; c < d; ++c) dot += to_acc(x[c]) * sum[c];
+  f.dot[row] = dot;
+  const A inv = f.inv ? f.inv[row] : A(1);
+  const A radial = f.inv && inv < A(1e12) ? inv * inv * dot : A(0);  // below the clamp the norm is a constant
+  const A factor = scale * inv;
+  P* dx = f.dx + row * d;
+#pragma omp simd
+  for (int64_t c = 0; c < d; ++c) from_acc(factor * (sum[c] - radial * to_acc(x[c])), dx[c]);
+}
+
+// sum += w * y
+template <class P>
+void add_scaled(int64_t d, acc_t<P> w, const P* y, acc_t<P>* sum) {
+#pragma omp simd
+  for (int64_t c = 0; c < d; ++c) sum[c] += w * to_acc(y[c]);
+}
+
+// rows [cols][d] from the transposed sums [d][kTileCols]
+template <class A>
+void untranspose(const A* sums, int64_t cols, int64_t d, A* rows) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
+    for (int64_t d0 = 0; d0 < d; d0 += kBlock) {
+      for (int64_t c = c0; c < min_(c0 + kBlock, cols); ++c) {
+        for (int64_t e = d0; e < min_(d0 + kBlock, d); ++e) rows[c * d + e] = sums[e * kTileCols + c];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vlmk::VLMK_ISA

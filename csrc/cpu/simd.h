@@ -1,0 +1,85 @@
+#pragma once
+// Elementwise mathematics as plain inline functions that the compiler vectorises inside `#pragma omp simd` loops.
+#include <cmath>
+#include <cstdint>
+
+#include "vlmkernels/types.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+#define VLMK_INLINE inline __attribute__((always_inline))
+
+VLMK_INLINE float to_acc(float x) { return x; }
+VLMK_INLINE double to_acc(double x) { return x; }
+VLMK_INLINE float to_acc(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+VLMK_INLINE float to_acc(f16 x) {
+  // The exponent is moved by a multiplication, which also handles subnormals; Inf and NaN take the largest exponent.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : __builtin_bit_cast(uint32_t, scaled);
+  return __builtin_bit_cast(float, bits | sign);
+}
+
+VLMK_INLINE void from_acc(float x, float& out) { out = x; }
+VLMK_INLINE void from_acc(double x, double& out) { out = x; }
+VLMK_INLINE void from_acc(float x, bf16& out) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+VLMK_INLINE void from_acc(float x, f16& out) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // Adding 2^k with the right k rounds a subnormal result to nearest even in the float adder.
+  const float small = __builtin_bit_cast(float, magnitude) + 0.5f;
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, small) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  out.bits = static_cast<uint16_t>(half | sign);
+}
+
+// exp(x) within 1.5 ulp; 0 below -87.33, +inf above 88.72.
+VLMK_INLINE float exp_(float x) {
+  const float z = x * 1.44269504089f + 12582912.0f;  // x / ln 2, rounded into the low mantissa bits
+  const float n = z - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors, so that n = 128 and its neighbours do not leave the exponent's range early
+  const int32_t exponent = static_cast<int32_t>(__builtin_bit_cast(uint32_t, z) << 23);
+  const float power = __builtin_bit_cast(float, exponent + 0x3f000000);  // 2^(n-1)
+  const float y = p * power * 2.0f;
+  return x < -87.33f ? 0.0f : x > 88.72f ? __builtin_inff() : y;
+}
+VLMK_INLINE double exp_(double x) { return std::exp(x); }
+
+// log(1 + e) for 0 <= e <= 1, relative error below 2 ulp: 2 atanh(e / (2 + e)) as an odd polynomial.
+VLMK_INLINE float log1p_(float e) {
+  const float s = e / (2.0f + e), q = s * s;
+  float p = 1.161952889e-1f;
+  p = p * q + 1.085166071e-1f;
+  p = p * q + 1.429629110e-1f;
+  p = p * q + 1.999985071e-1f;
+  p = p * q + 3.333333367e-1f;
+  return 2.0f * s + 2.0f * s * q * p;
+}
+VLMK_INLINE double log1p_(double e) { return std::log1p(e); }
+
+template <class A>
+VLMK_INLINE A max_(A a, A b) {
+  return a > b ? a : b;
+}
+template <class A>
+VLMK_INLINE A min_(A a, A b) {
+  return a < b ? a : b;
+}
+
+}  // namespace
+}  // namespace vlmk::VLMK_ISA

@@ -1,0 +1,51 @@
+#pragma once
+#include "vlmkernels/isa.h"
+#include "vlmkernels/tile_gemm.h"
+
+namespace vlmk {
+
+// S = Q K^T is walked in tiles of kTileRows x kTileCols; tiles at the last row and column may be partly empty.
+constexpr int64_t kTileRows = 128, kTileCols = 256;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The operands of the tile products. `depth` is d, rounded up to a multiple of 32 with zeros for bf16.
+template <class P>
+struct Pairs {
+  int64_t n, m, d, depth;
+  const P* q;   // [n, depth]
+  const P* kt;  // [col blocks][depth][kTileCols]; bf16: [col blocks][depth / 2][kTileCols][2]
+  const P* k;   // [m, d]; bf16: [col blocks][kTileCols / 2][depth][2]; only where dq is formed
+  const P* qt;  // [row blocks][d][kTileRows]; only where dk is formed, from row block qt_first on
+  int64_t qt_first;
+  acc_t<P> scale;
+  const acc_t<P>* a;  // [n] inverse norms of the queries, or null
+  const acc_t<P>* b;  // [m] inverse norms of the keys, or null
+  TileProduct<P> product;
+
+  int64_t row_blocks() const { return ceil_div(n, kTileRows); }
+  int64_t col_blocks() const { return ceil_div(m, kTileCols); }
+};
+
+// Where finished gradients go: D = sum of the tiles' products (+ extra), dot_i = <x_i, D_i>,
+// dx_i = scale inv_i (D_i - inv_i^2 dot_i x_i), the second term only when inv is given.
+template <class P>
+struct Finish {
+  const P* x;              // [rows, ldx] the features themselves
+  int64_t ldx;
+  const acc_t<P>* extra;   // [rows, d] or null
+  const acc_t<P>* inv;     // [rows] or null
+  P* dx;                   // [rows, d]
+  acc_t<P>* dot;           // [rows]
+};
+
+VLMK_PER_ISA(
+    // Packs rows [first, first + count) of x [*, ldx] into the B operand of the product with x^T: [depth][block], zero padded;
+    // bf16 [depth / 2][block][2].
+    template <class P> void pack_transposed_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out);
+    // The same as an A operand, [d][block], whatever P is.
+    template <class P> void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t block, P* out);
+    // Packs rows of x into the B operand of a product with x: bf16 [block / 2][depth][2], zero padded.
+    void pack_rows_b(const bf16* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, bf16* out);)
+
+}  // namespace vlmk

@@ -1,0 +1,172 @@
+// vlmkernels::info_nce_stats and info_nce_grads for CPU tensors (contracts: vlmkernels/ops/_info_nce_sweeps.py).
+#include "vlmkernels/info_nce.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/unbind.h>
+#include <torch/library.h>
+
+#include "pairs.h"
+
+namespace vlmk {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kTile = kTileRows * kTileCols;
+constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of recomputed tiles that may be held at once
+
+// Blocks per chunk of the statistics: a fixed function of the shape, so that sums do not depend on the number of threads; at most
+// 128 chunks of rows and 64 of columns, which bounds the partial statistics.
+int64_t chunk_of(int64_t blocks, int64_t most) {
+  return std::max(std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most));
+}
+
+template <class P>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats(
+    const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a, const optional<Tensor>& b,
+    const Tensor& positives, bool columns, int64_t store_size) {
+  using A = acc_t<P>;
+  Features<P> features(query, key, scale, a, b);
+  features.pack_kt();
+  const Pairs<P>& p = features.pairs;
+  const auto options = query.options().dtype(scalar_type<A>());
+  const int64_t chunk_rows = chunk_of(p.row_blocks(), 128), chunk_cols = chunk_of(p.col_blocks(), 64);
+  const int64_t row_parts = ceil_div(p.row_blocks(), chunk_rows), col_parts = ceil_div(p.col_blocks(), chunk_cols);
+  const Tensor row_part = at::empty({3, col_parts, p.n}, options);
+  const Tensor col_part = at::empty({3, columns ? row_parts : 0, p.m}, options);
+  const Tensor positive = at::full({p.n}, -std::numeric_limits<A>::infinity(), options);
+  const Tensor store = at::empty({store_size}, query.options().dtype(at::kByte));
+  const Tensor index = positives.contiguous();
+  const int64_t stored = store_size / tile_bytes<P>();
+  const auto moments = [](const Tensor& t) {  // [3, ...]
+    A* first = data<A>(t);
+    const int64_t size = t.numel() / 3;
+    return Moments<A>{first, first + size, first + 2 * size};
+  };
+  const InfoNceStats<P> g{p, data<int64_t>(index), columns, chunk_rows, chunk_cols,
+                          moments(row_part), moments(col_part), data<A>(positive), data<char>(store), std::min(stored, p.row_blocks() * p.col_blocks())};
+  for_tasks(row_parts * col_parts, (kTile + 3 * kTileCols) * sizeof(A), [&](int64_t task, Scratch& scratch) {
+    VLMK_CALL(info_nce_stats, g, task / col_parts, task % col_parts, scratch.take<A>(kTile + 3 * kTileCols));
+  });
+  const int64_t used = g.stored_tiles * tile_bytes<P>();
+  if (used < store_size) std::memset(data<char>(store) + used, 0, store_size - used);
+  const auto merged = [&](const Tensor& part, int64_t parts, int64_t count) {
+    const Tensor out = at::empty({3, count}, options);
+    at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      VLMK_CALL(info_nce_merge, moments(part), parts, count, begin, end, moments(out));
+    });
+    return out.unbind(0);
+  };
+  const auto rows = merged(row_part, col_parts, p.n), cols = merged(col_part, row_parts, columns ? p.m : 0);
+  return {rows[0], rows[1], rows[2], positive, cols[0], cols[1], cols[2], store};
+}
+
+template <class P>
+std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
+    const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a, const optional<Tensor>& b,
+    const Tensor& positives, const Tensor& row_max, const Tensor& row_log, const Tensor& col_max,
+    const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
+    const Tensor& positive_coef, const optional<Tensor>& query_extra, const optional<Tensor>& key_extra, const Tensor& store,
+    int64_t store_bytes, bool need_query, bool need_key) {
+  using A = acc_t<P>;
+  Features<P> features(query, key, scale, a, b);
+  Pairs<P>& p = features.pairs;
+  const int64_t row_blocks = p.row_blocks(), col_blocks = p.col_blocks();
+  const int64_t stored = std::min<int64_t>(store.numel() / tile_bytes<P>(), row_blocks * col_blocks);
+  const bool columns = col_max.numel() > 0;
+  features.pack_kt();
+  if (need_query) features.pack_k();
+  const auto options = query.options().dtype(scalar_type<A>());
+  const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, features.query.options());
+  const Tensor dkey = at::empty({need_key ? p.m : 0, p.d}, features.query.options());
+  const Tensor query_dot = at::empty({need_query ? p.n : 0}, options), key_dot = at::empty({need_key ? p.m : 0}, options);
+  const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
+  const auto contiguous = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
+  const Tensor index = positives.contiguous(), u = row_coef.contiguous(), v = col_coef.contiguous(), w = positive_coef.contiguous();
+  const Tensor rm = row_max.contiguous(), rl = row_log.contiguous(), cm = col_max.contiguous(), cl = col_log.contiguous();
+  const Tensor extra_q = contiguous(query_extra), extra_k = contiguous(key_extra);
+  const auto maybe = [](const Tensor& t) { return t.defined() ? data<A>(t) : nullptr; };
+
+  // Row blocks go through in chunks whose recomputed tiles fit the workspace; one chunk when everything is stored.
+  const int64_t capacity = std::max(kMinimumWorkspace, store_bytes) / tile_bytes<P>();
+  const auto missing = [&](int64_t first, int64_t last) {
+    return std::max<int64_t>(0, last * col_blocks - std::max(first * col_blocks, stored));
+  };
+  const auto end_of_chunk = [&](int64_t first) {
+    int64_t last = first + 1;
+    while (last < row_blocks && missing(first, last + 1) <= capacity) ++last;
+    return last;
+  };
+  int64_t most = 0;
+  for (int64_t first = 0; first < row_blocks; first = end_of_chunk(first)) most = std::max(most, missing(first, end_of_chunk(first)));
+  const Tensor workspace = at::empty({most * tile_bytes<P>()}, query.options().dtype(at::kByte));
+
+  InfoNceGrads<P> g{p, data<int64_t>(index), data<A>(rm), data<A>(rl), data<A>(u), columns ? data<A>(cm) : nullptr,
+                    columns ? data<A>(cl) : nullptr, columns ? data<A>(v) : nullptr, data<A>(w), data<char>(store), stored, data<char>(workspace), 0, 0,
+                    data<A>(key_sums),
+                    {data<P>(features.query), p.d, maybe(extra_q), p.a, data<P>(dquery), data<A>(query_dot)},
+                    {data<P>(features.key), p.d, maybe(extra_k), p.b, data<P>(dkey), data<A>(key_dot)}};
+  const int64_t tile = kTile * sizeof(A), operands = 2 * kTile * sizeof(P), parts = depth_parts(col_blocks, p.d);
+  for (int64_t first = 0; first < row_blocks; first = g.last) {
+    g.first = first, g.last = end_of_chunk(first);
+    if (need_key) features.pack_qt(g.first, g.last);
+    g.pairs = p;
+    const int64_t skip = std::max(g.first * col_blocks, stored);
+    for_tasks(missing(g.first, g.last), tile, [&](int64_t task, Scratch& scratch) {
+      VLMK_CALL(info_nce_recompute, g, (skip + task) / col_blocks, (skip + task) % col_blocks, scratch.take<A>(kTile));
+    });
+    if (need_query) {
+      const int64_t sums = kTileRows * p.depth;
+      for_tasks(g.last - g.first, sums * sizeof(A) + tile + operands + 256, [&](int64_t task, Scratch& scratch) {
+        A *out = scratch.take<A>(sums), *s = scratch.take<A>(kTile);
+        VLMK_CALL(info_nce_query, g, g.first + task, out, s, scratch.take<P>(2 * kTile));
+      });
+    }
+    if (need_key) {
+      for_tasks(col_blocks * parts, tile + operands + 256, [&](int64_t task, Scratch& scratch) {
+        const int64_t part = task % parts, d0 = part * p.d / parts, d1 = (part + 1) * p.d / parts;
+        A* s = scratch.take<A>(kTile);
+        VLMK_CALL(info_nce_key, g, task / parts, d0, d1, first > 0, s, scratch.take<P>(2 * kTile));
+      });
+    }
+  }
+  if (need_key) {
+    for_tasks(col_blocks, kTileCols * p.d * sizeof(A) + 256, [&](int64_t jb, Scratch& scratch) {
+      VLMK_CALL(info_nce_finish_key, g, jb, scratch.take<A>(kTileCols * p.d));
+    });
+  }
+  const auto as_given = [](const Tensor& grad, const Tensor& x, bool need) {
+    return need ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
+  };
+  return {as_given(dquery, query, need_query), as_given(dkey, key, need_key), query_dot, key_dot};
+}
+
+auto info_nce_stats(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
+                    const optional<Tensor>& b, const Tensor& positives, bool columns, int64_t store_size) {
+  return with_operand(query.scalar_type(), [&](auto type) {
+    return stats<decltype(type)>(query, key, scale, a, b, positives, columns, store_size);
+  });
+}
+
+auto info_nce_grads(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
+                    const optional<Tensor>& b, const Tensor& positives, const Tensor& row_max, const Tensor& row_log, const Tensor& col_max,
+                    const Tensor& col_log,
+                    const Tensor& row_coef, const Tensor& col_coef, const Tensor& positive_coef,
+                    const optional<Tensor>& query_extra, const optional<Tensor>& key_extra, const Tensor& store,
+                    int64_t store_bytes, bool need_query, bool need_key) {
+  return with_operand(query.scalar_type(), [&](auto type) {
+    return grads<decltype(type)>(query, key, scale, a, b, positives, row_max, row_log, col_max, col_log, row_coef, col_coef, positive_coef,
+                                 query_extra, key_extra, store, store_bytes, need_query, need_key);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vlmkernels, CPU, m) {
+  m.impl("info_nce_stats", &info_nce_stats);
+  m.impl("info_nce_grads", &info_nce_grads);
+}
+
+}  // namespace vlmk

@@ -1,0 +1,139 @@
+#pragma once
+// Operands of the pairwise kernels: contiguous features, packed copies, scratch, and the loop over tasks.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+
+#include <memory>
+#include <optional>
+
+#include "tile_gemm.h"
+#include "vlmkernels/pairwise.h"
+
+namespace vlmk {
+
+template <class P>
+constexpr at::ScalarType scalar_type() {
+  return sizeof(P) == 2 ? at::kBFloat16 : sizeof(P) == 4 ? at::kFloat : at::kDouble;
+}
+template <class P>
+P* data(const at::Tensor& t) {
+  return t.numel() ? static_cast<P*>(t.data_ptr()) : nullptr;
+}
+template <class P>
+P* data(const std::optional<at::Tensor>& t) {
+  return t ? data<P>(*t) : nullptr;
+}
+
+// Calls f with a value of the operand type for features of this dtype: float16, and bfloat16 where the CPU has no product for it,
+// are widened to float.
+template <class F>
+auto with_operand(at::ScalarType dtype, F f) {
+  if (dtype == at::kDouble) return f(double());
+  if (dtype == at::kBFloat16 && tile_product<bf16>()) return f(bf16());
+  return f(float());
+}
+
+struct Scratch {
+  explicit Scratch(int64_t bytes) : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
+    if (!memory) throw std::bad_alloc();
+  }
+  template <class T>
+  T* take(int64_t count) {
+    char* at = memory.get() + used;
+    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return reinterpret_cast<T*>(at);
+  }
+  std::unique_ptr<char, void (*)(void*)> memory;
+  int64_t used = 0;
+};
+
+// Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory.
+template <class F>
+void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      thread_local Scratch scratch(0);
+      thread_local int64_t size = 0;
+      if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
+      scratch.used = 0;
+      f(task, scratch);
+    }
+    tile_product_release();
+  });
+}
+
+// The features as kernels read them, owning the memory that Pairs points to.
+template <class P>
+struct Features {
+  at::Tensor query, key;             // [n, d], [m, d] contiguous, in the operands' type
+  at::Tensor padded, kt, k, qt;      // see Pairs
+  at::Tensor a, b;
+  Pairs<P> pairs;
+
+  Features(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& scale, const std::optional<at::Tensor>& a_,
+           const std::optional<at::Tensor>& b_)
+      : query(q.to(scalar_type<P>()).contiguous()), key(k_.to(scalar_type<P>()).contiguous()), padded(query) {
+    pairs.n = query.size(0), pairs.m = key.size(0), pairs.d = query.size(1);
+    pairs.depth = sizeof(P) == 2 ? ceil_div(pairs.d, 32) * 32 : pairs.d;
+    if (pairs.depth != pairs.d) padded = at::constant_pad_nd(query, {0, pairs.depth - pairs.d});
+    pairs.q = data<P>(padded);
+    pairs.scale = scale.item().to<acc_t<P>>();
+    if (a_) a = a_->contiguous();
+    if (b_) b = b_->contiguous();
+    pairs.a = a.defined() ? data<acc_t<P>>(a) : nullptr;
+    pairs.b = b.defined() ? data<acc_t<P>>(b) : nullptr;
+    pairs.kt = pairs.k = pairs.qt = nullptr;
+    pairs.qt_first = 0;
+    pairs.product = tile_product<P>();
+  }
+
+  // K^T for the similarities.
+  void pack_kt() {
+    kt = at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options());
+    P* out = data<P>(kt);
+    for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
+      const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
+      VLMK_CALL(pack_transposed_b, data<P>(key) + j0 * pairs.d, pairs.d, count, pairs.d, pairs.depth, kTileCols,
+                out + j0 * pairs.depth);
+    });
+    pairs.kt = out;
+  }
+
+  // K for dq.
+  void pack_k() {
+    pairs.k = data<P>(key);
+    if constexpr (sizeof(P) == 2) {
+      k = at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options());
+      P* out = data<P>(k);
+      for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
+        const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
+        VLMK_CALL(pack_rows_b, data<P>(key) + j0 * pairs.d, pairs.d, count, pairs.d, pairs.depth, kTileCols,
+                  out + j0 * pairs.depth);
+      });
+      pairs.k = out;
+    }
+  }
+
+  // Q^T of row blocks [first, last) for dk.
+  void pack_qt(int64_t first, int64_t last) {
+    const int64_t size = (last - first) * pairs.d * kTileRows;
+    if (!qt.defined() || qt.numel() < size) qt = at::empty({size}, query.options());
+    P* out = data<P>(qt);
+    for_tasks(last - first, 0, [&](int64_t block, Scratch&) {
+      const int64_t i0 = (first + block) * kTileRows, count = std::min(kTileRows, pairs.n - i0);
+      VLMK_CALL(pack_transposed_a, data<P>(query) + i0 * pairs.d, pairs.d, count, pairs.d, kTileRows,
+                out + block * pairs.d * kTileRows);
+    });
+    pairs.qt = out;
+    pairs.qt_first = first;
+  }
+};
+
+// How many tasks share the depth of one column block's gradient: more when there are few blocks, a fixed function of the shape.
+inline int64_t depth_parts(int64_t col_blocks, int64_t d) {
+  return std::max<int64_t>(1, std::min(ceil_div(8, col_blocks), d / 64));
+}
+
+}  // namespace vlmk

@@ -1,0 +1,16 @@
+#pragma once
+#include <string>
+
+#include "vlmkernels/tile_gemm.h"
+
+namespace vlmk {
+
+// Who computes the tile products here: oneDNN's micro-kernels where this CPU and build of torch have them, ATen's mm elsewhere.
+// Null for bf16 where no bf16 product exists: the caller widens to float.
+template <class P>
+TileProduct<P> tile_product();
+std::string tile_product_name();
+// Frees what the calling thread's products hold (the AMX tile configuration); call at the end of a thread's work.
+void tile_product_release();
+
+}  // namespace vlmk
