@@ -348,7 +348,14 @@ def test_padding_and_mask():
         torch.testing.assert_close(model.encode_text(padded, attention_mask=mask), want)
         seen = model.encode_text(padded, attention_mask=torch.ones_like(mask))
         assert (seen - want).abs().max() > 1e-3
-        assert model.encode_text(torch.zeros(2, 4, dtype=torch.int64)).isfinite().all()
+        padded[:, 0] = mask[:, 0] = 1
+        want = model.encode_text(padded, attention_mask=mask)
+        padded[:, 0] = model.config.pad_id
+        padded_first = model.encode_text(padded, attention_mask=mask)
+        assert (padded_first - want).abs().max() > 1e-3
+        torch.testing.assert_close(
+            model.encode_text(padded), padded_first
+        )  # [CLS] is attended whatever its id
 
 
 def test_cls_is_the_first_row_of_the_whole_encoder():

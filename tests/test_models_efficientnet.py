@@ -67,3 +67,29 @@ def test_stochastic_depth_rates_rise_with_depth():
     blocks = EfficientNet(0.25, 1.0, drop_rate=0.2).encoder["blocks"]
     assert [block.drop_rate for block in blocks] == [0.2 * i / len(blocks) for i in range(len(blocks))]
     assert [block.residual for block in blocks].count(False) == 7
+
+
+def test_stochastic_depth_acts_in_training_only():
+    for rate, random in ((0.0, False), (0.9, True)):
+        model = EfficientNet(0.25, 1.0, drop_rate=rate).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        images = torch.randn(4, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(model(images), model(images)) != random
+            model.eval()
+            assert torch.equal(model(images), model(images))
+
+
+def test_initial_weights():
+    """Variance 2 / fan_out, fan_out counted within the group; no bias."""
+    model = EfficientNet(1.0, 0.1)
+    block = model.encoder["blocks"][4]
+    for conv, fan_out in (
+        (model.embeddings["convolution"], 9 * 32),
+        (block.depthwise_conv["depthwise_conv"], 25),
+        (block.projection["project_conv"], 112),
+    ):
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+    assert not block.squeeze_excite["reduce"].bias.any()
