@@ -123,7 +123,6 @@ def pictures(bundle: tuple[Any, Any, Any], quick: bool) -> dict[str, Any]:
     texts = encode_texts(model, tokenizer, test.names[:count])
     shown = [i for i in range(count) if test.group_names[test.groups[i]] != FLAGS]
     shown = shown[:: math.ceil(len(shown) / TEXTS)]
-    ids = torch.arange(count)
 
     def best(query: Tensor, key: Tensor, k: int) -> list[int]:
         return (key @ query).argsort(descending=True, stable=True)[:k].tolist()
@@ -131,7 +130,8 @@ def pictures(bundle: tuple[Any, Any, Any], quick: bool) -> dict[str, Any]:
     def hit(i: int, right: bool | None) -> dict[str, Any]:
         return {"image": test[i]["image"], "name": test.names[i], "right": right}
 
-    places = ranks(texts[shown], images, ids[shown], ids).tolist()
+    matches = torch.tensor(list(enumerate(shown)))  # [T, 2]
+    places = ranks(texts[shown], images, matches).tolist()
     free = encode_texts(model, tokenizer, FREE_TEXTS)
     return {
         "pictures": count,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vlmkernels.data import image_transform, load_emoji3
+from vlmkernels.data.csv_pairs import BrokenImageError
 from vlmkernels.data.tokenizer import ClipTokenizer
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.train import evaluate as ev
@@ -60,25 +61,30 @@ def pictures(tmp_path):
     return folder
 
 
+def same(query_ids, key_ids):
+    return (query_ids[:, None] == key_ids).nonzero()
+
+
 def test_ranks_by_hand():
     key = torch.eye(4)
     query = torch.tensor([[0.9, 0.1, 0.5, 0.0], [0.3, 0.2, 0.6, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    places = ev.ranks(query, key, torch.tensor([0, 1, 0]), torch.arange(4))
+    places = ev.ranks(query, key, torch.tensor([[0, 0], [1, 1], [2, 0]]))
     assert places.tolist() == [1, 3, 4]
 
 
 def test_ranks_take_the_best_of_several_matches():
     key = torch.eye(4)
     query = torch.tensor([[0.1, 0.9, 0.5, 0.2]])
-    assert ev.ranks(query, key, torch.tensor([7]), torch.tensor([7, 0, 7, 1])).item() == 2
+    assert ev.ranks(query, key, torch.tensor([[0, 0], [0, 2]])).item() == 2
 
 
 def test_ties_count_against_the_match():
     features = torch.ones(5, 3)
-    ids = torch.arange(5)
-    assert ev.ranks(features, features, ids, ids).tolist() == [5] * 5
-    assert ev.ranks(features, features, torch.zeros(5).long(), torch.zeros(5).long()).tolist() == [1] * 5
-    assert ev.ranks(features * math.nan, features, ids, ids).tolist() == [5] * 5
+    own = torch.arange(5)[:, None].expand(5, 2)
+    every = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    assert ev.ranks(features, features, own).tolist() == [5] * 5
+    assert ev.ranks(features, features, every).tolist() == [1] * 5
+    assert ev.ranks(features * math.nan, features, own).tolist() == [5] * 5
 
 
 def test_ranks_equal_brute_force_for_any_chunk():
@@ -93,15 +99,13 @@ def test_ranks_equal_brute_force_for_any_chunk():
             1 + sum(s >= best for s, other in zip(row, key_ids.tolist(), strict=True) if other != own)
         )
     for scores_at_once in (1, 200, 10**6):
-        places = ev.ranks(query, key, query_ids, key_ids, scores_at_once=scores_at_once)
+        places = ev.ranks(query, key, same(query_ids, key_ids), scores_at_once=scores_at_once)
         assert places.tolist() == expected
 
 
 def test_ranks_name_a_query_without_match():
-    with pytest.raises(ValueError, match="no key has the id 9 of query 2"):
-        ev.ranks(
-            torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 1, 9]), torch.arange(2), scores_at_once=4
-        )
+    with pytest.raises(ValueError, match="query 2 has no key"):
+        ev.ranks(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([[0, 0], [1, 1]]), scores_at_once=4)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +142,23 @@ def test_equal_texts_are_one_text_that_matches_all_its_images():
     assert result["image_to_text"]["chance"]["R@1"] == pytest.approx(1 / 3)
 
 
+def test_an_image_with_several_texts_is_one_image_and_any_of_its_texts_will_do():
+    images = torch.eye(3)[[0, 0, 1, 2]]  # rows 0 and 1 are the same picture with the captions "a" and "b"
+    texts = torch.tensor([[0.2, 0.9, 0.3], [0.9, 0.1, 0.1], [0.0, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    result = ev.retrieval(images, texts, ["a", "b", "c", "d"], ["x.png", "x.png", "y.png", "z.png"])
+    assert (result["images"], result["texts"]) == (3, 4)
+    # y.png lies nearer to "a" (0.9) than to its own "c" (0.8).
+    assert result["image_to_text"]["R@1"] == pytest.approx(2 / 3)
+    # "a" finds y.png first; the others find their own picture.
+    assert result["text_to_image"]["R@1"] == pytest.approx(3 / 4)
+    assert result["image_to_text"]["chance"]["R@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+
+
 def test_retrieval_refuses_sizes_that_differ():
-    with pytest.raises(ValueError, match=r"\(2, 3, 2\)"):
+    with pytest.raises(ValueError, match="equally long"):
         ev.retrieval(torch.ones(2, 4), torch.ones(3, 4), ["a", "b"])
+    with pytest.raises(ValueError, match="equally long"):
+        ev.retrieval(torch.ones(0, 4), torch.ones(0, 4), [])
 
 
 def test_classification_by_hand():
@@ -202,30 +220,64 @@ class PerfectModel(torch.nn.Module):
         return F.one_hot(tokens[:, 0], 300).float()
 
 
-def numbered(count, extra=()):
-    images = [torch.full((3, 2, 2), float(i)) for i in range(count)]
-    samples = [
-        {"image": image, "text": str(i), "key": str(i), "label": -1, "concept": -1}
-        for i, image in enumerate(images)
-    ]
-    return [*samples, *(samples[i] for i in extra)]
+class Numbered(torch.utils.data.Dataset):
+    """Sample i shows i and says i; some cannot be read."""
+
+    def __init__(self, count, broken=()):
+        self.count, self.broken, self.skipped = count, broken, {}
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            self.skipped[f"{i}.png"] = "damaged"
+            raise BrokenImageError("damaged")
+        image = torch.full((3, 2, 2), float(i))
+        return {"image": image, "text": str(i), "key": f"{i}.png", "label": -1, "concept": -1}
 
 
-def test_a_perfect_model_is_right_and_repeated_keys_count_once():
+class Shards(torch.utils.data.IterableDataset):
+    """Two shards that both count their keys from zero."""
+
+    def __iter__(self):
+        for i in range(20):
+            yield {**Numbered(20)[i], "key": str(i % 10)}
+
+
+def numbers(texts):
+    return torch.tensor([[int(text)] for text in texts])
+
+
+def test_a_perfect_model_is_right_and_broken_images_are_left_out():
     model = PerfectModel().train()
     state = torch.get_rng_state()
-    result = ev.evaluate_model(
-        model,
-        lambda texts: torch.tensor([[int(text)] for text in texts]),
-        None,
-        numbered(30, extra=[3, 3]),
-        batch_size=7,
-    )
+    data = Numbered(30, broken=[7, 8, 9, 10, 11, 12, 13, 29])
+    result = ev.evaluate_model(model, numbers, None, data, batch_size=7)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
-    assert result["samples"] == result["retrieval"]["images"] == 30
+    assert result["samples"] == result["retrieval"]["images"] == 22
+    assert list(result["skipped"]) == [f"{i}.png" for i in data.broken]
     assert result["retrieval"]["image_to_text"]["R@1"] == result["retrieval"]["text_to_image"]["R@1"] == 1.0
     assert result["zero_shot"] is None
+
+
+def test_shards_may_repeat_keys():
+    result = ev.evaluate_model(PerfectModel(), numbers, None, Shards(), batch_size=7)
+    assert result["samples"] == result["retrieval"]["images"] == 20
+    assert result["retrieval"]["text_to_image"]["R@1"] == 1.0
+
+
+def test_evaluate_a_table(model_folder, tmp_path):
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (20, 24), colour).save(tmp_path / f"{name}.png")
+    rows = [f"{name}.png\t{caption} {name}" for name in COLOURS for caption in ("the colour", "all")]
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    (tmp_path / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows, "torn.png\ttorn"]))
+    result = ev.evaluate(model_folder, str(tmp_path / "pairs.tsv"), batch_size=3)
+    assert (result["samples"], result["retrieval"]["images"], result["retrieval"]["texts"]) == (8, 4, 8)
+    assert list(result["skipped"]) == ["torn.png"]
+    assert result["retrieval"]["image_to_text"]["R@10"] == 1.0
 
 
 def test_evaluate_on_emoji3(bundle, model_folder):
@@ -271,9 +323,9 @@ def test_bad_arguments_are_named(model_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="model: no folder"):
         load_model(tmp_path / "absent")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        ev.evaluate(model_folder, numbered(3), batch_size=0)
+        ev.evaluate(model_folder, Numbered(3), batch_size=0)
     with pytest.raises(ValueError, match="no classes"):
-        ev.evaluate(model_folder, numbered(3), templates=["{}"])
+        ev.evaluate(model_folder, Numbered(3), templates=["{}"])
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npz"])

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmkernels.data.csv_pairs import BrokenImageError
 from vlmkernels.models._pretrained import write_atomic
 
 log = logging.getLogger("vlmkernels.train.embed")
@@ -109,10 +110,9 @@ def encode_files(
         for file in files:
             try:
                 image = transform(read_image(file))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                reason = " ".join(str(error).split())
-                log.warning("skipped %s: %s", file, reason)
-                skipped[str(file)] = reason
+            except BrokenImageError as error:
+                log.warning("skipped %s: %s", file, error)
+                skipped[str(file)] = str(error)
                 continue
             kept.append(file)
             waiting.append(image)
@@ -127,13 +127,15 @@ def encode_files(
 
 
 def read_image(file: Path) -> Image.Image:
-    """An upright RGB image; what is transparent lies on white. OSError (or what Pillow raises) if it cannot
-    be read."""
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+    """An upright RGB image; what is transparent lies on white. BrokenImageError if it cannot be read."""
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        raise BrokenImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:

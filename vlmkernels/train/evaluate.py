@@ -7,17 +7,21 @@ normalised embeddings of its texts (Radford et al. 2021, section 3.1.4).
 from __future__ import annotations
 
 import bisect
-import functools
+import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from vlmkernels.data import Sample
+from vlmkernels.data.csv_pairs import BrokenImageError
 
 from .embed import check_batch_size, encode_images, encode_texts, find_images, load_model, read_image
 
@@ -31,29 +35,29 @@ SCORES_AT_ONCE = 2**24
 def ranks(
     query: Tensor,  # [N, D]
     key: Tensor,  # [M, D]
-    query_ids: Tensor,  # [N] int64
-    key_ids: Tensor,  # [M] int64
+    matches: Tensor,  # [P, 2] int64, rows of query and of key that belong together
     *,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> Tensor:
     """int64 [N]: the place, from 1, of each query's best match, by inner product.
 
-    Keys with the query's id match. The place counts keys of other ids only: one that scores the same as the
-    best match counts as before it, so a model that gives everything one embedding does not look right.
-    Scores are fp32, ``scores_at_once`` of them in memory. ValueError for a query without a match.
+    The place counts keys that do not match: one that scores the same as the best match counts as before it,
+    so a model that gives everything one embedding does not look right. Scores are fp32, ``scores_at_once`` of
+    them in memory. ValueError for a query without a match.
     """
     places = []
     rows = max(1, scores_at_once // max(1, len(key)))
     keys = key.float()
     for start in range(0, len(query), rows):
         scores = query[start : start + rows].float() @ keys.T  # [rows, M]
-        matches = query_ids[start : start + rows, None] == key_ids[None]
-        best = scores.masked_fill(~matches, -math.inf).amax(dim=1, keepdim=True)
-        if not matches.any(dim=1).all():
-            first = start + int((~matches.any(dim=1)).nonzero()[0])
-            raise ValueError(f"query_ids: no key has the id {int(query_ids[first])} of query {first}")
+        own = matches[(matches[:, 0] >= start) & (matches[:, 0] < start + rows)]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[own[:, 0] - start, own[:, 1]] = True
+        if not right.any(dim=1).all():
+            raise ValueError(f"matches: query {start + int(right.any(dim=1).int().argmin())} has no key")
+        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
         # `not <` counts a NaN score as before the match.
-        places.append(1 + (~(scores < best) & ~matches).sum(dim=1))
+        places.append(1 + (~(scores < best) & ~right).sum(dim=1))
     return torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
 
 
@@ -63,14 +67,12 @@ def chance_recall(keys: int, matches: int, k: int) -> float:
     return 1.0 - math.prod(max(0, keys - many - i) / (keys - i) for i in range(few))
 
 
-def _direction(places: Tensor, matches: Tensor, keys: int) -> dict[str, Any]:
-    """Recalls and median rank of one direction; ``matches`` [N] counts the matching keys of each query."""
-    counts = [
-        (int(count), int(number)) for count, number in zip(*matches.unique(return_counts=True), strict=True)
-    ]
+def _direction(places: Tensor, counts: Tensor, keys: int) -> dict[str, Any]:
+    """Recalls and median rank of one direction; ``counts`` [N] is the number of matches of each query."""
+    groups = [(int(c), int(n)) for c, n in zip(*counts.unique(return_counts=True), strict=True)]
 
     def chance(k: int) -> float:
-        return sum(number * chance_recall(keys, count, k) for count, number in counts) / len(matches)
+        return sum(number * chance_recall(keys, count, k) for count, number in groups) / len(counts)
 
     median = bisect.bisect_left(range(keys + 1), 0.5, key=lambda k: chance(k) if k else 0.0)
     return {
@@ -80,38 +82,43 @@ def _direction(places: Tensor, matches: Tensor, keys: int) -> dict[str, Any]:
     }
 
 
+def _distinct(names: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
+    """The row where each distinct name is first [K], and the number of its name for every row [N]."""
+    first: dict[Hashable, int] = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
+    number = {name: i for i, name in enumerate(first)}
+    return torch.tensor(list(first.values())), torch.tensor([number[name] for name in names])
+
+
 def retrieval(
     image_features: Tensor,  # [N, E] normalised
     text_features: Tensor,  # [N, E] normalised
     texts: Sequence[str],
+    keys: Sequence[str] | None = None,
     *,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> dict[str, Any]:
     """R@1/5/10 and median rank of images against texts and of texts against images, chance beside.
 
-    Equal texts are one text that matches all of their images: images are ranked against the distinct texts,
-    and a text is found when any of its images is. ValueError when the sizes differ or there is nothing.
+    Row i of both is a pair. Equal texts are one text that matches all of their images, and equal ``keys``
+    (None: all differ) are one image that matches all of its texts; a query is answered by any of its matches.
+    ValueError when the sizes differ or there is nothing.
     """
-    if not len(image_features) == len(text_features) == len(texts) > 0:
-        sizes = (len(image_features), len(text_features), len(texts))
-        raise ValueError(
-            f"image_features, text_features and texts must have one positive length, got {sizes}"
-        )
-    first: dict[str, int] = {}
-    for i, text in enumerate(texts):
-        first.setdefault(text, i)
-    number = {text: i for i, text in enumerate(first)}
-    image_ids = torch.tensor([number[text] for text in texts])
-    text_ids = torch.arange(len(first))
-    distinct = text_features[list(first.values())]
-    options = {"scores_at_once": scores_at_once}
-    image_to_text = ranks(image_features, distinct, image_ids, text_ids, **options)
-    text_to_image = ranks(distinct, image_features, text_ids, image_ids, **options)
+    sizes = {len(image_features), len(text_features), len(texts), len(texts if keys is None else keys)}
+    if len(sizes) > 1 or not texts:
+        raise ValueError(f"image_features, text_features, texts and keys must be equally long, got {sizes}")
+    image_rows, image_numbers = _distinct(range(len(texts)) if keys is None else keys)
+    text_rows, text_numbers = _distinct(texts)
+    images, distinct = image_features[image_rows], text_features[text_rows]
+    matches = torch.stack([image_numbers, text_numbers], dim=1).unique(dim=0)  # [P, 2]
+    image_to_text = ranks(images, distinct, matches, scores_at_once=scores_at_once)
+    text_to_image = ranks(distinct, images, matches.flip(1), scores_at_once=scores_at_once)
     return {
-        "images": len(image_ids),
-        "texts": len(text_ids),
-        "image_to_text": _direction(image_to_text, torch.ones_like(image_ids), len(text_ids)),
-        "text_to_image": _direction(text_to_image, image_ids.bincount(), len(image_ids)),
+        "images": len(images),
+        "texts": len(distinct),
+        "image_to_text": _direction(image_to_text, matches[:, 0].bincount(), len(distinct)),
+        "text_to_image": _direction(text_to_image, matches[:, 1].bincount(), len(images)),
     }
 
 
@@ -154,7 +161,7 @@ def classification(
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(weights):
         raise ValueError(f"labels must be in [0, {len(weights)}) and not empty, got {len(labels)} labels")
-    places = ranks(image_features, weights, labels, torch.arange(len(weights)))
+    places = ranks(image_features, weights, torch.stack([torch.arange(len(labels)), labels], dim=1))
     right = (places == 1).float()
     sizes = labels.bincount(minlength=len(weights))
     per_class = torch.zeros(len(weights)).scatter_add_(0, labels, right)[sizes > 0] / sizes[sizes > 0]
@@ -206,21 +213,25 @@ class ClassFolders(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """A sample, or None for an image that cannot be read, which is then in ``skipped``."""
+    def __getitem__(self, index: int) -> Sample:
+        """BrokenImageError for an image that cannot be read, which is then in ``skipped``."""
         file, label = self.files[index]
         try:
             image = read_image(file)
-        except (OSError, ValueError, SyntaxError) as error:
-            self.skipped[str(file)] = " ".join(str(error).split())
-            return None
-        return {
-            "image": image,
-            "text": self.class_names[label],
-            "key": str(file),
-            "label": label,
-            "concept": -1,
-        }
+        except BrokenImageError as error:
+            self.skipped[str(file)] = str(error)
+            raise
+        return Sample(image=image, text=self.class_names[label], key=str(file), label=label, concept=-1)
+
+
+def readable(dataset: Any) -> Iterator[Sample]:
+    """The samples in order, each once; a map-style data set raises BrokenImageError for those left out."""
+    if isinstance(dataset, IterableDataset):
+        yield from dataset
+        return
+    for index in range(len(dataset)):
+        with contextlib.suppress(BrokenImageError):
+            yield dataset[index]
 
 
 def evaluate_model(
@@ -242,28 +253,17 @@ def evaluate_model(
     """
     check_batch_size(batch_size)
     texts: list[str] = []
+    keys: list[str] = []
     labels: list[int] = []
-    seen: set[str] = set()
 
     def batches() -> Iterator[Tensor]:
-        loader = DataLoader(
-            dataset, batch_size=batch_size, collate_fn=functools.partial(list), generator=torch.Generator()
-        )
-        for samples in loader:
-            # A data set may put another sample in the place of a broken one: no key counts twice.
-            fresh = {
-                sample["key"]: sample
-                for sample in samples
-                if sample is not None and sample["key"] not in seen
-            }
-            seen.update(fresh)
-            texts.extend(sample["text"] for sample in fresh.values())
-            labels.extend(int(sample["label"]) for sample in fresh.values())
-            images = [sample["image"] for sample in fresh.values()]
-            if images:
-                yield torch.stack(
-                    [image if isinstance(image, Tensor) else transform(image) for image in images]
-                )
+        samples = readable(dataset)
+        while batch := list(itertools.islice(samples, batch_size)):
+            texts.extend(sample["text"] for sample in batch)
+            keys.extend(sample["key"] for sample in batch)
+            labels.extend(int(sample["label"]) for sample in batch)
+            images = (sample["image"] for sample in batch)
+            yield torch.stack([image if isinstance(image, Tensor) else transform(image) for image in images])
 
     image_features = encode_images(model, batches())
     skipped = dict(getattr(dataset, "skipped", {}) or {})
@@ -275,12 +275,13 @@ def evaluate_model(
     elif class_texts is None and folders:
         class_texts = {"names": [fill(TEMPLATES, [name]) for name in dataset.class_names]}
     scored = class_texts is not None and min(labels) >= 0
+    text_features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
+    # Shards may count their keys from zero each; in a table a key is the path of the image.
+    named = None if isinstance(dataset, IterableDataset) else keys
     return {
         "samples": len(texts),
         "skipped": skipped,
-        "retrieval": None
-        if folders
-        else retrieval(image_features, encode_texts(model, tokenizer, texts, batch_size=batch_size), texts),
+        "retrieval": None if folders else retrieval(image_features, text_features, texts, named),
         "zero_shot": {
             name: classification(
                 image_features,
