@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-
-from ._pretrained import Pretrained, read_state_dict
-from .bert import Bert
-from .efficientnet import (
+from vlmkernels.models._pretrained import Pretrained, read_state_dict
+from vlmkernels.models.bert import Bert
+from vlmkernels.models.efficientnet import (
     CHANNELS,
     COEFFICIENTS,
     PADDINGS,
