@@ -49,7 +49,7 @@ def test_numbers_as_yaml_reads_them(tmp_path):
         ({"optimizer": "lamb"}, ["optimizer must be one of adamw, sgd, got 'lamb'"]),
         ({"precision": "half"}, ["precision must be one of fp32, bf16, fp16, got 'half'"]),
         ({"ema_decay": 1.0}, ["ema_decay must be in [0, 1), got 1.0"]),
-        ({"model_options": [1]}, ["model_options must be a mapping, got [1]"]),
+        ({"model_options": [1]}, ["model_options must be a mapping such as {name: value}, got [1]"]),
         ({"max_steps": 0}, ["max_steps must be at least 1, got 0"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 import typing
@@ -12,9 +13,8 @@ from typing import Any
 
 import click
 
+from vlmkernels import __version__
 from vlmkernels.train.config import OBJECTIVES, TrainConfig, field_types, read_config, shipped_configs
-
-MODEL_HELP = "Folder of a trained model, such as RUN/final."
 
 
 class _Echo(logging.Handler):
@@ -29,7 +29,7 @@ class _Echo(logging.Handler):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="vlmkernels")
+@click.version_option(__version__, prog_name="vlmkernels")
 def commands() -> None:
     """Fused kernels for vision-language models, and models trained with them."""
 
@@ -109,6 +109,95 @@ def _earlier_config(given: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def _model_options(command: Callable) -> Callable:
+    """What eval, embed and search have in common."""
+    device = click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+    batch = click.option("--batch-size", default=256, show_default=True, metavar="N", help="Images at once.")
+    model = click.option(
+        "--model", "folder", required=True, metavar="RUN/final", help="Folder of a trained model."
+    )
+    return model(batch(device(command)))
+
+
+@commands.command("eval")
+@_model_options
+@click.option(
+    "--data",
+    default="emoji3:style-test",
+    show_default=True,
+    help="emoji3[:SPLIT], a CSV/TSV file or webdataset tars; or a folder with a folder of images per class.",
+)
+@click.option(
+    "--template", "templates", multiple=True, metavar="TEXT", help="Class prompt with {}; may be repeated."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def evaluate(
+    folder: str, batch_size: int, device: str, data: str, templates: tuple[str, ...], as_json: bool
+) -> None:
+    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance."""
+    from vlmkernels.train.evaluate import evaluate as run
+
+    result = run(folder, data, batch_size=batch_size, device=device, templates=templates or None)
+    click.echo(json.dumps(result, indent=2) if as_json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The numbers of an evaluation, each beside chance."""
+    skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
+    lines = [f"{result['samples']} samples{skipped}"]
+    for name in ("image_to_text", "text_to_image") if result["retrieval"] else ():
+        way = result["retrieval"][name]
+        cells = [
+            f"{metric} {way[metric]:.4f} (chance {way['chance'][metric]:.4f})"
+            for metric in ("R@1", "R@5", "R@10")
+        ]
+        lines.append(f"{name.replace('_', ' ')}: " + ", ".join(cells))
+    for name, scores in (result["zero_shot"] or {}).items():
+        lines.append(
+            f"zero-shot, {scores['classes']} classes by {name}: top-1 {scores['top1']:.4f} "
+            f"(chance {scores['chance']['top1']:.4f}, largest class {scores['chance']['largest_class']:.4f})"
+        )
+    return "\n".join(lines)
+
+
+@commands.command()
+@_model_options
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="FILE", help="File to write, .safetensors or .npz.")
+@click.option("--texts", is_flag=True, help="INPUTS are texts, not images.")
+def embed(folder: str, batch_size: int, device: str, inputs: tuple[str, ...], out: str, texts: bool) -> None:
+    """Embed images (files, and folders with all below them) or texts, and write them to a file."""
+    from vlmkernels.train.embed import embed as run
+
+    kind = "texts" if texts else "images"
+    done = run(folder, inputs, out, kind=kind, batch_size=batch_size, device=device)
+    _say_skipped(done.skipped)
+    click.echo(f"{done.count} {kind}, {done.width} numbers each: {done.out}")
+
+
+@commands.command()
+@_model_options
+@click.argument("text")
+@click.argument("directory")
+@click.option("-k", default=10, show_default=True, metavar="N", help="How many images to show.")
+@click.option(
+    "--cache/--no-cache", default=True, show_default=True, help="Keep the embeddings of the images."
+)
+def search(folder: str, batch_size: int, device: str, text: str, directory: str, k: int, cache: bool) -> None:
+    """Show the images below DIRECTORY that fit TEXT best, each with its similarity."""
+    from vlmkernels.train.search import search as run
+
+    found = run(folder, text, directory, k, cache=cache, batch_size=batch_size, device=device)
+    _say_skipped(found.skipped)
+    for hit in found.hits:
+        click.echo(f"{hit.score:.4f}  {hit.path}")
+
+
+def _say_skipped(skipped: dict[str, str]) -> None:
+    for name, reason in skipped.items():
+        click.echo(f"skipped {name}: {reason}", err=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0, 1 for an error while running, 2 for wrong use, 130 when interrupted."""
     logger = logging.getLogger("vlmkernels")
@@ -123,6 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        click.echo(
+            f"Error: {error.name} is not installed; pip install 'vlmkernels[train]' brings it", err=True
+        )
+        sys.exit(1)
     except (ValueError, KeyError, FileNotFoundError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         click.echo(f"Error: {message}", err=True)

@@ -20,6 +20,7 @@ from .checkpoint import write_file
 from .config import TrainConfig
 
 TRANSFORM_FILE = "transform.json"
+ALIGN_MEAN = ALIGN_STD = (0.5, 0.5, 0.5)
 SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}  # Zhai et al. 2023, section 3.2
 
 
@@ -72,7 +73,7 @@ def build_transform(kind: str, config: TrainConfig) -> ImageTransform:
     model = model_config(kind, config)
     if isinstance(model, clip.ClipConfig):
         return image_transform(model.image_size, CLIP_MEAN, CLIP_STD)
-    return image_transform(model.image_size, model.image_mean, model.image_std, interpolation="bilinear")
+    return image_transform(model.image_size, ALIGN_MEAN, ALIGN_STD, interpolation="bilinear")
 
 
 def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:

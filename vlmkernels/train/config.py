@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -163,11 +164,13 @@ def _convert(value: Any, hint: Any) -> Any:
             return None
         (hint,) = (option for option in options if option is not type(None))
     if typing.get_origin(hint) is dict:
+        parsed = value
         if isinstance(value, str):
-            value = yaml.safe_load(value)
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise ValueError(f"must be a mapping, got {value!r}")
+            with contextlib.suppress(yaml.YAMLError):
+                parsed = yaml.safe_load(value)
+        if isinstance(parsed, Mapping):
+            return dict(parsed)
+        raise ValueError(f"must be a mapping such as {{name: value}}, got {value!r}")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):

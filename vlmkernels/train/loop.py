@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from vlmkernels.data import Collate, load_pairs
+from vlmkernels.data import Collate, ImageTransform, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
 
 from . import batches, checkpoint, objective
@@ -147,7 +147,9 @@ class Run:
             _check_same_course(run, config)
         set_seed(config.seed)
         transform = build_transform(kind, config)
-        drawn = dataclasses.replace(transform, train=True, **config.augment) if config.augment else transform
+        drawn = transform
+        if config.augment:
+            drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
         rank, world = accelerator.process_index, accelerator.num_processes
         options: dict[str, Any] = {"transform": drawn, "seed": config.seed, **config.data_options}
         self.plan: batches.BatchPlan | batches.StreamPlan

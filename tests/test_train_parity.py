@@ -1,0 +1,67 @@
+"""Training on the kernels and on the reference loss takes the same course; a wrong gradient is seen."""
+
+import pytest
+import torch
+from train_tiny import TINY_CLIP
+
+import vlmkernels.reference
+from vlmkernels.train import TrainConfig, loop, objective, train
+from vlmkernels.train.config import read_config
+
+TOLERANCE = 1e-3
+
+
+def losses(monkeypatch, out, values, *, reference=False, towers=None):
+    """Loss of each step with SGD in fp32; ``towers`` scales the gradient of the image features."""
+    recorded = []
+    original = loop.Run.one_step
+
+    def one_step(self, *arguments):
+        values = original(self, *arguments)
+        recorded.append(values["loss"])
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "one_step", one_step)
+        if reference:
+            patch.setattr(objective, "info_nce", vlmkernels.reference.info_nce)
+        if towers is not None:
+            joint = objective.joint_features
+
+            def scaled(output):
+                images, texts = joint(output)
+                return towers * images - (towers - 1.0) * images.detach(), texts
+
+            patch.setattr(objective, "joint_features", scaled)
+        sgd = {"optimizer": "sgd", "lr": 0.05, "precision": "fp32", "save_every": 10**6}
+        quiet = {"tensorboard": False, "progress": False}
+        train("clip", TrainConfig(**{**values, **sgd, **quiet, "out": str(out)}))
+    return torch.tensor(recorded, dtype=torch.float64)
+
+
+def check(monkeypatch, tmp_path, values, steps):
+    """The losses agree at each of the first ``steps`` steps, but not with one tower's gradient times 1.05."""
+    kernels = losses(monkeypatch, tmp_path / "kernels", values)
+    reference = losses(monkeypatch, tmp_path / "reference", values, reference=True)
+    wrong = losses(monkeypatch, tmp_path / "wrong", values, towers=1.05)
+
+    def apart(course):
+        return ((course - reference).abs() / reference)[:steps].max().item()
+
+    assert len(kernels) == len(reference) >= steps
+    assert kernels[-1] < kernels[0]
+    assert apart(kernels) <= TOLERANCE
+    assert apart(wrong) > TOLERANCE
+    return apart(kernels), apart(wrong)
+
+
+def test_kernels_follow_the_reference(tmp_path, monkeypatch):
+    values = read_config("clip-emoji")
+    options = {**TINY_CLIP, "image_size": 48, "patch_size": 16}
+    check(monkeypatch, tmp_path, {**values, "model_options": options, "batch_size": 64, "max_steps": 60}, 60)
+
+
+@pytest.mark.slow
+def test_kernels_follow_the_reference_in_the_demo(tmp_path, monkeypatch):
+    values = {**read_config("clip-emoji"), "epochs": 20, "max_steps": 300}
+    check(monkeypatch, tmp_path, values, 100)

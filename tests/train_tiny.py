@@ -1,0 +1,86 @@
+"""A training run of a fraction of a second, for the tests of the loop and of the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+from PIL import Image
+from safetensors.torch import load_file
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "image_size": 16,
+    "vision_layers": 1,
+    "vision_width": 16,
+    "vision_heads": 2,
+    "patch_size": 8,
+    "text_width": 16,
+    "text_layers": 1,
+    "text_heads": 2,
+    "context_length": 12,
+    "vocab_size": 600,
+}
+TINY_ALIGN = {
+    "embed_dim": 16,
+    "image_size": 16,
+    "image_width": 0.25,
+    "image_depth": 0.1,
+    "text_width": 16,
+    "text_layers": 1,
+    "text_heads": 2,
+    "text_mlp_width": 32,
+    "vocab_size": 200,
+    "context_length": 12,
+    "max_positions": 12,
+}
+WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
+
+
+def write_pairs(folder: Path, count: int = 22) -> Path:
+    """A table of small pictures of noise and captions of two words."""
+    generator = numpy.random.default_rng(0)
+    rows = ["filepath\ttitle"]
+    for i in range(count):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append(f"{folder / f'{i}.png'}\t{WORDS[i % 10]} {WORDS[(i // 10 + i) % 10]} {i}")
+    table = folder / "pairs.tsv"
+    table.write_text("\n".join(rows) + "\n")
+    return table
+
+
+def tiny_values(table: Path, out: Path, kind: str = "clip", **values: Any) -> dict[str, Any]:
+    """Values of a TrainConfig: 22 pairs in batches of 8, 8 and 6, with augmentation."""
+    return {
+        "data": str(table),
+        "out": str(out),
+        "model_options": TINY_ALIGN if kind == "align" else TINY_CLIP,
+        "augment": {"crop_scale": [0.5, 1.0], "flip": 0.5},
+        "epochs": 4,
+        "batch_size": 8,
+        "lr": 3e-3,
+        "warmup_steps": 2,
+        "save_every": 1000,
+        "tensorboard": False,
+        "progress": False,
+        **values,
+    }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "pairs_per_second")} for line in lines]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Equal metrics and equal weights, bit for bit."""
+    assert metrics(first) == metrics(second)
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(a[name].equal(b[name]) for name in a)
