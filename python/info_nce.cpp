@@ -20,7 +20,7 @@ constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of recomputed 
 // Blocks per chunk of the statistics: a fixed function of the shape, so that sums do not depend on the number of threads; at most
 // 128 chunks of rows and 64 of columns, which bounds the partial statistics.
 int64_t chunk_of(int64_t blocks, int64_t most) {
-  return std::max(std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most));
+  return std::max({int64_t{1}, std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most)});
 }
 
 template <class P>
