@@ -207,14 +207,11 @@ void operand_of(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, const Tile<P>&
         const A next_side = last ? A(0) : p.a ? p.a[i0 + r + 1] : A(1);
         const A next_term = last ? A(0) : row_term(i0 + r + 1);
         const P* next = last ? e : e + kTileCols;
-        P* pairs = out + r * kTileCols;
+        Pair* pairs = reinterpret_cast<Pair*>(out + r * kTileCols);
 #pragma omp simd
         for (int64_t c = 0; c < kTileCols; ++c) {
-          P first, second;
-          from_acc(to_acc(e[c]) * side * (by_col[c] * term + col_term[c]), first);
-          from_acc(to_acc(next[c]) * next_side * (by_col[c] * next_term + col_term[c]), second);
-          pairs[2 * c] = first;
-          pairs[2 * c + 1] = second;
+          put_pair(to_acc(e[c]) * side * (by_col[c] * term + col_term[c]),
+                   to_acc(next[c]) * next_side * (by_col[c] * next_term + col_term[c]), pairs[c]);
         }
         continue;
       }
@@ -223,7 +220,7 @@ void operand_of(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, const Tile<P>&
 #pragma omp simd
     for (int64_t c = 0; c < kTileCols; ++c) from_acc(to_acc(e[c]) * side * (by_col[c] * term + col_term[c]), row[c]);
   }
-  if constexpr (kAsB) zero_rows_b(out, (rows + 1) / 2 * 2);
+  if constexpr (kAsB) zero_rows_b(out, rows);
 }
 
 }  // namespace

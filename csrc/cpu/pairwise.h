@@ -57,23 +57,22 @@ void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int
   }
 }
 
-// Row r of a G tile as an operand: row-major for the product with K, paired rows (for bf16) for the product with Q.
-template <bool kAsB, class P>
-VLMK_INLINE void put(P* g, int64_t r, int64_t c, acc_t<P> value) {
-  if constexpr (kAsB && kPaired<P>) {
-    from_acc(value, g[(r / 2 * kTileCols + c) * 2 + r % 2]);
-  } else {
-    from_acc(value, g[r * kTileCols + c]);
-  }
+// Two neighbouring elements of a B operand of paired rows.
+struct alignas(4) Pair {
+  uint32_t bits;
+};
+VLMK_INLINE void put_pair(float first, float second, Pair& out) {
+  bf16 low, high;
+  from_acc(first, low);
+  from_acc(second, high);
+  out.bits = static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
 }
 
-// Writes 0 to the rows of a B operand beyond the tile's own (bf16 products run over all of them).
+// Writes 0 to the pairs of rows of a B operand beyond the tile's own (bf16 products run over all of them).
 template <class P>
 void zero_rows_b(P* g, int64_t rows) {
   if constexpr (kPaired<P>) {
-    for (int64_t r = rows; r < kTileRows; ++r) {
-      for (int64_t c = 0; c < kTileCols; ++c) put<true>(g, r, c, 0);
-    }
+    for (int64_t i = (rows + 1) / 2 * 2 * kTileCols; i < kTileRows * kTileCols; ++i) g[i] = P{};
   }
 }
 
