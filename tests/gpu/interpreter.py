@@ -6,13 +6,14 @@ products drop the bits that tensor cores drop, and leaving the context restores 
 works before and after.
 
 `interpreting(sanitize=True)` also checks each access of a kernel against the views it was launched with:
-accesses outside a view (the padding of a strided tensor included), misaligned ones, reads of memory that nothing
-wrote since torch.empty, and two programs of one launch touching the same byte without atomics. Signed overflow
-of integers and `tl.device_assert` are checked too.
+accesses outside a view (the padding of a strided tensor included), misaligned ones, reads of memory that
+nothing wrote since torch.empty, and two programs of one launch touching the same byte without atomics. Signed
+overflow of integers and `tl.device_assert` are checked too.
 """
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -294,7 +295,7 @@ def _rewritten(fn):
 
 @contextlib.contextmanager
 def interpreting(*, sanitize: bool = False, tf32: bool = True) -> Iterator[None]:
-    """Run every Triton kernel launched inside on the CPU; `tf32=False` keeps all bits where TF32 is allowed."""
+    """Run Triton kernels launched inside on the CPU; `tf32=False` keeps all bits where TF32 is allowed."""
     if JITFunction.run is not _compiled_run:
         raise RuntimeError("interpreting() does not nest")
 
@@ -320,6 +321,10 @@ def interpreting(*, sanitize: bool = False, tf32: bool = True) -> Iterator[None]
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(stock.ReduceScanOpInterface, "apply", _reductions()))
+        # Triton patches its language at a launch, and for device functions without undoing it: once is enough
+        stack.callback(
+            stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore
+        )
         stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         if sanitizer:

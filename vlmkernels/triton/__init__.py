@@ -1,0 +1,1 @@
+"""Triton kernels of the ops: CUDA, and CPU tensors under the interpreter of the tests."""

@@ -1,0 +1,154 @@
+"""out = x + t y;  dy = t dout,  dgate = (1 - t^2) sum(dout y),  t = tanh(gate): one pass each way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # elements of one tile, 16 a thread
+PROGRAMS = 1024  # at most about as many partial sums of the gate's gradient
+WARPS = 4
+
+
+@triton.jit
+def _tile(rows_before, col_block, n, depth, MASK, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets [BLOCK_R, BLOCK_D] of a tile, which elements exist, and which of these the row mask keeps."""
+    rows = rows_before + tl.arange(0, BLOCK_R)
+    cols = col_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (rows < n)[:, None] & (cols < depth)[None, :]
+    kept = inside
+    if MASK is not None:
+        kept = inside & (tl.load(MASK + rows, mask=rows < n, other=0) != 0)[:, None]
+    return rows.to(tl.int64)[:, None] * depth + cols[None, :], inside, kept
+
+
+@triton.jit
+def _gate(T, col_block, depth, PER_CHANNEL: tl.constexpr, BLOCK_D: tl.constexpr):
+    if PER_CHANNEL:
+        cols = col_block * BLOCK_D + tl.arange(0, BLOCK_D)
+        t = tl.load(T + cols, mask=cols < depth, other=0.0)[None, :]
+    else:
+        t = tl.load(T)
+    return t
+
+
+@triton.jit
+def _forward(
+    X,  # [n, depth]
+    Y,  # [n, depth]
+    T,  # [1] or [depth] tanh of the gate, in the dtype of the sums
+    MASK,  # [n] uint8 or None
+    OUT,  # [n, depth]
+    n,
+    depth,
+    PER_CHANNEL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    col_blocks = tl.cdiv(depth, BLOCK_D)
+    col_block = tl.program_id(0) % col_blocks
+    rows_before = tl.program_id(0) // col_blocks * BLOCK_R
+    at, inside, kept = _tile(rows_before, col_block, n, depth, MASK, BLOCK_R, BLOCK_D)
+    t = _gate(T, col_block, depth, PER_CHANNEL, BLOCK_D)
+    x = tl.load(X + at, mask=inside, other=0.0).to(T.dtype.element_ty)
+    y = tl.load(Y + at, mask=kept, other=0.0).to(T.dtype.element_ty)
+    tl.store(OUT + at, (x + t * y).to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    DOUT,  # [n, depth]
+    Y,  # [n, depth] or None when no gate gradient is asked for
+    T,  # [1] or [depth]
+    MASK,  # [n] uint8 or None
+    DY,  # [n, depth] or None
+    PARTIAL,  # [programs, 1 or depth] float64 sums of dout y, or None
+    n,
+    depth,
+    PER_CHANNEL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    col_blocks = tl.cdiv(depth, BLOCK_D)
+    col_block = tl.program_id(0) % col_blocks
+    program = tl.program_id(0) // col_blocks
+    programs = tl.num_programs(0) // col_blocks
+    t = _gate(T, col_block, depth, PER_CHANNEL, BLOCK_D)
+    total = tl.zeros([BLOCK_R, BLOCK_D], T.dtype.element_ty)
+    for rows_before in range(program * BLOCK_R, n, programs * BLOCK_R):
+        at, inside, kept = _tile(rows_before, col_block, n, depth, MASK, BLOCK_R, BLOCK_D)
+        dout = tl.load(DOUT + at, mask=kept, other=0.0).to(T.dtype.element_ty)
+        if DY is not None:
+            tl.store(DY + at, (t * dout).to(DY.dtype.element_ty), mask=inside)
+        if PARTIAL is not None:
+            total += dout * tl.load(Y + at, mask=kept, other=0.0).to(T.dtype.element_ty)
+    if PARTIAL is not None:
+        if PER_CHANNEL:
+            cols = col_block * BLOCK_D + tl.arange(0, BLOCK_D)
+            at = program.to(tl.int64) * depth + cols
+            tl.store(PARTIAL + at, tl.sum(total.to(tl.float64), 0), mask=cols < depth)
+        else:
+            tl.store(PARTIAL + tl.program_id(0), tl.sum(tl.sum(total.to(tl.float64), 1), 0))
+
+
+def blocks(depth: int) -> dict[str, int]:
+    """Tile of the kernels for rows of `depth` elements."""
+    block_d = min(triton.next_power_of_2(depth), TILE)
+    return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": WARPS}
+
+
+def _operands(gate: Tensor, row_mask: Tensor | None, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    mask = row_mask.contiguous().view(torch.uint8) if row_mask is not None else None
+    return gate.to(work).reshape(-1).tanh(), mask
+
+
+def gated_residual(
+    x: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor,  # 1 or D elements
+    row_mask: Tensor | None,  # [...] bool
+) -> Tensor:  # [..., D]
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    t, mask = _operands(gate, row_mask, torch.promote_types(dtype, torch.float32))
+    x, y = x.contiguous(), y.contiguous()
+    depth = x.shape[-1]
+    n, tile = x.numel() // depth, blocks(depth)
+    grid = (triton.cdiv(n, tile["BLOCK_R"]) * triton.cdiv(depth, tile["BLOCK_D"]),)
+    with torch.cuda.device_of(x):
+        _forward[grid](x, y, t, mask, out, n, depth, t.numel() > 1, **tile)
+    return out
+
+
+def gated_residual_bwd(
+    dout: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor,
+    row_mask: Tensor | None,  # [...]
+    need_y: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor]:
+    dy, dgate = y.new_empty(y.shape if need_y else 0), gate.new_empty(gate.shape if need_gate else 0)
+    if y.numel() == 0 or not (need_y or need_gate):
+        return dy, dgate.zero_()
+    work = torch.promote_types(torch.promote_types(dout.dtype, y.dtype), torch.float32)
+    t, mask = _operands(gate, row_mask, work)
+    dout, y = dout.contiguous(), y.contiguous()
+    depth = y.shape[-1]
+    n, tile = y.numel() // depth, blocks(depth)
+    col_blocks = triton.cdiv(depth, tile["BLOCK_D"])
+    programs = min(triton.cdiv(n, tile["BLOCK_R"]), max(1, PROGRAMS // col_blocks))
+    per_channel = t.numel() > 1
+    partial = None
+    if need_gate:
+        shape = (programs, depth) if per_channel else (programs * col_blocks, 1)
+        partial = t.new_empty(shape, dtype=torch.float64)
+    with torch.cuda.device_of(y):
+        _backward[(programs * col_blocks,)](
+            dout, y, t, mask, dy if need_y else None, partial, n, depth, per_channel, **tile
+        )
+    if partial is not None:
+        dgate.copy_(((1 - t * t) * partial.sum(0)).reshape(gate.shape))
+    return dy, dgate
