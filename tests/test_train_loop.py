@@ -158,7 +158,7 @@ def test_resume_refuses_another_course(table, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         train("clip", TrainConfig(**{**values, "resume": str(tmp_path / "run" / "checkpoints" / "step-7")}))
     again = train("clip", TrainConfig(**{**values, "resume": "auto"}))
-    assert again.steps == 3
+    assert (again.steps, again.loss) == (3, metrics(tmp_path / "run")[-1]["loss"])
 
 
 def test_average_of_the_weights_is_saved(table, tmp_path):
@@ -178,7 +178,7 @@ def test_starts_from_a_trained_model(table, tmp_path):
     train("clip", TrainConfig(**values, init=str(tmp_path / "first" / "final")))
     assert metrics(tmp_path / "second")[0]["loss"] < 0.9 * first[0]["loss"]
     values["out"] = str(tmp_path / "third")
-    with pytest.raises(ValueError, match=r"init: .* holds a model for clip, not for siglip"):
+    with pytest.raises(ValueError, match=r"init: .* makes a model for clip, not for siglip"):
         train("siglip", TrainConfig(**values, init=str(tmp_path / "first" / "final")))
 
 
@@ -243,6 +243,7 @@ def test_trains_on_tars(table, tmp_path):
         ("clip", {"model": "ViT-Z"}, "clip has no configuration 'ViT-Z'; it has .*ViT-B-32"),
         ("clip", {"model_options": {"depth": 3}}, "model_options: unknown fields depth; known are embed_dim"),
         ("clip", {"precision": "fp16", "device": "cpu"}, "precision fp16 needs a CUDA device"),
+        ("clip", {"model_options": {"init_logit_bias": -10.0}}, "init_logit_bias makes a model for siglip"),
         ("siglip", {"label_smoothing": 0.1}, "label_smoothing belongs to the softmax losses"),
         ("clip", {"augment": {"zoom": 2}}, "zoom"),
         ("clip", {"data_options": {"zoom": 2}}, "unknown options .'zoom'."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ def _train_options(command: Callable) -> Callable:
     epilog="Configurations that come with the package: "
     + ", ".join(shipped_configs())
     + ". On several processes: "
-    "accelerate launch -m vlmkernels train ..., or torchrun -m vlmkernels train ..."
+    "torchrun --nproc-per-node N -m vlmkernels train ... --out RUN"
 )
 @click.argument("kind", type=click.Choice(OBJECTIVES))
 @click.option(
@@ -89,6 +90,8 @@ def train(kind: str, config: str | None, **flags: Any) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     values = read_config(config) if config is not None else _earlier_config(given)
     summary = run(kind, TrainConfig(**{**values, **given}))
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     click.echo(
         f"{summary.steps} steps, loss {summary.loss:.4f}, in-batch R@1 {summary.retrieval_at_1:.3f}, "
         f"{summary.seconds:.1f} s, {summary.pairs_per_second:.0f} pairs/s\nmodel: {summary.final}"

@@ -104,15 +104,17 @@ def build_model(
     """A new model for the tokenizer's ids, or that of ``config.init``; ValueError for one of another kind."""
     if config.init is not None:
         model = load_bundle(config.init).model
-        found = "align" if isinstance(model, align.ALIGN) else "clip"
-        if isinstance(model, clip.CLIP) and model.config.init_logit_bias is not None:
-            found = "siglip"
-        if found != kind:
-            raise ValueError(f"init: {config.init} holds a model for {found}, not for {kind}")
-        return model
-    sizes = model_config(kind, config)
-    sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
-    return clip.CLIP(sizes) if isinstance(sizes, clip.ClipConfig) else align.ALIGN(sizes)
+    else:
+        sizes = model_config(kind, config)
+        sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+        model = clip.CLIP(sizes) if isinstance(sizes, clip.ClipConfig) else align.ALIGN(sizes)
+    found = "align"
+    if isinstance(model, clip.CLIP):
+        found = "clip" if model.config.init_logit_bias is None else "siglip"
+    if found != kind:
+        where = f"init: {config.init}" if config.init is not None else "model_options: init_logit_bias"
+        raise ValueError(f"{where} makes a model for {found}, not for {kind}")
+    return model
 
 
 def model_config(kind: str, config: TrainConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,13 @@ from tqdm import tqdm
 METRICS = "metrics.jsonl"
 
 
+def _last_values(path: Path) -> tuple[float, float]:
+    """Loss and R@1 of the last line, which a run that is resumed at its end has nothing to add to."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("loss", math.nan), last.get("retrieval_at_1", math.nan)
+
+
 class Recorder:
     """Writes the values of logged steps; any process but the first only keeps the totals."""
 
@@ -27,7 +35,7 @@ class Recorder:
         self._first = self._step = step
         self._begin = time.perf_counter()
         self._last = (step, self._begin)
-        self._loss = self._retrieval = float("nan")
+        self._loss, self._retrieval = _last_values(run / METRICS)
         # Events after the checkpoint are written again: TensorBoard drops the earlier ones.
         restart = {"purge_step": step + 1} if step else {}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": restart})
