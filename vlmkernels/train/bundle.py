@@ -66,6 +66,19 @@ def _read_transform(folder: Path) -> ImageTransform:
     return ImageTransform.from_dict(json.loads((folder / TRANSFORM_FILE).read_text(encoding="utf-8")))
 
 
+def check_model(kind: str, config: TrainConfig) -> None:
+    """ValueError unless ``config.init`` or the model configuration makes a model of this kind."""
+    if config.init is not None:
+        where, fields = f"init: {config.init}", read_model_config(config.init)
+    else:
+        where, fields = "model_options: init_logit_bias", dataclasses.asdict(model_config(kind, config))
+    found = "align"
+    if fields.get("model_type", kind) != "align":
+        found = "clip" if fields.get("init_logit_bias") is None else "siglip"
+    if found != kind:
+        raise ValueError(f"{where} makes a model for {found}, not for {kind}")
+
+
 def build_transform(kind: str, config: TrainConfig) -> ImageTransform:
     """The inference transform of ``config.init``, or for the image size and normalisation of the model."""
     if config.init is not None:
@@ -101,20 +114,12 @@ def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenize
 def build_model(
     kind: str, config: TrainConfig, tokenizer: ClipTokenizer | WordPieceTokenizer
 ) -> clip.CLIP | align.ALIGN:
-    """A new model for the tokenizer's ids, or that of ``config.init``; ValueError for one of another kind."""
+    """A new model for the tokenizer's ids, or that of ``config.init``."""
     if config.init is not None:
-        model = load_bundle(config.init).model
-    else:
-        sizes = model_config(kind, config)
-        sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
-        model = clip.CLIP(sizes) if isinstance(sizes, clip.ClipConfig) else align.ALIGN(sizes)
-    found = "align"
-    if isinstance(model, clip.CLIP):
-        found = "clip" if model.config.init_logit_bias is None else "siglip"
-    if found != kind:
-        where = f"init: {config.init}" if config.init is not None else "model_options: init_logit_bias"
-        raise ValueError(f"{where} makes a model for {found}, not for {kind}")
-    return model
+        return load_bundle(config.init).model
+    sizes = model_config(kind, config)
+    sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    return clip.CLIP(sizes) if isinstance(sizes, clip.ClipConfig) else align.ALIGN(sizes)
 
 
 def model_config(kind: str, config: TrainConfig) -> Any:

@@ -22,7 +22,7 @@ from vlmkernels.data import Collate, ImageTransform, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
 
 from . import batches, checkpoint, objective
-from .bundle import Bundle, build_model, build_tokenizer, build_transform
+from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
 from .config import FREE_ON_RESUME, OBJECTIVES, TrainConfig, read_config, write_config
 from .optim import build_average, build_optimizer, learning_rate
 from .record import METRICS, Recorder
@@ -146,6 +146,7 @@ class Run:
         if start is not None:
             _check_same_course(run, config)
         set_seed(config.seed)
+        check_model(kind, config)
         transform = build_transform(kind, config)
         drawn = transform
         if config.augment:
