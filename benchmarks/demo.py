@@ -36,6 +36,7 @@ from vlmkernels.train.config import read_config
 from vlmkernels.train.embed import encode_images, encode_texts, load_model
 from vlmkernels.train.evaluate import evaluate_model, ranks
 
+EPOCHS = 20
 FLAGS = "flags"
 TEXTS = 10  # texts whose pictures are shown, evenly spaced over the concepts
 SHOWN = 6
@@ -78,7 +79,7 @@ def stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[title] = time.perf_counter() - start
 
 
-def train_model(run: Path, *, quick: bool, epochs: int | None, seed: int, progress: bool) -> dict[str, Any]:
+def train_model(run: Path, *, quick: bool, epochs: int, seed: int, progress: bool) -> dict[str, Any]:
     """Train as the configuration clip-emoji says, into the folder ``run``, which is made anew."""
     options: dict[str, Any] = {
         **read_config("clip-emoji"),
@@ -87,8 +88,6 @@ def train_model(run: Path, *, quick: bool, epochs: int | None, seed: int, progre
         "progress": progress,
     }
     options |= {"keep": 1, "tensorboard": False}
-    if epochs is not None:
-        options["epochs"] = epochs
     if quick:
         options |= {"epochs": 1, "max_steps": 4, "batch_size": 32, "warmup_steps": 2}
     config = TrainConfig(**options)
@@ -178,7 +177,7 @@ def machine() -> dict[str, str]:
     return found
 
 
-def run(out: Path, *, quick: bool, epochs: int | None, seed: int, progress: bool = True) -> Path:
+def run(out: Path, *, quick: bool, epochs: int, seed: int, progress: bool = True) -> Path:
     """The whole demo; gives the path of the report."""
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
@@ -222,9 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the report and the model"
     )
-    parser.add_argument(
-        "--epochs", type=int, help="passes over the training pictures; clip-emoji.yaml's if not given"
-    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the training pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--quick", action="store_true", help="seconds instead of minutes; the numbers mean nothing"

@@ -1,5 +1,7 @@
 """The demo and the longer run, cut short, from start to report."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -51,14 +53,17 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, request):
+def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    report = demo.run(out, quick=True, epochs=None, seed=0, progress=False)
-    return out, report.read_text(encoding="utf-8"), json.loads((out / "results.json").read_text())
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        demo.main(["--quick", "--no-progress", "--out", str(out)])
+    results = json.loads((out / "results.json").read_text())
+    return out, (out / "report.html").read_text(encoding="utf-8"), results, said.getvalue()
 
 
 def test_report_has_its_sections_and_is_well_formed(made):
-    _, text, _ = made
+    _, text, _, _ = made
     page = Page(text)
     assert page.faults == []
     assert page.open == []
@@ -78,7 +83,7 @@ def test_report_has_its_sections_and_is_well_formed(made):
 
 
 def test_report_needs_nothing_from_outside(made):
-    _, text, _ = made
+    _, text, _, _ = made
     page = Page(text)
     assert page.resources
     assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
@@ -86,7 +91,7 @@ def test_report_needs_nothing_from_outside(made):
 
 
 def test_report_marks_one_right_picture_at_its_place(made):
-    _, text, _ = made
+    _, text, _, _ = made
     page = Page(text)
     places = [int(place) for place in re.findall(r"right one at place (\d+)", text)]
     assert len(places) == demo.TEXTS
@@ -95,7 +100,7 @@ def test_report_marks_one_right_picture_at_its_place(made):
 
 
 def test_results_hold_what_the_report_shows(made):
-    _, text, results = made
+    _, text, results, _ = made
     (judged,) = results["evaluation"].values()
     assert judged["retrieval"]["images"] == 60
     assert judged["retrieval"]["image_to_text"]["chance"]["R@10"] == pytest.approx(10 / 60)
@@ -104,8 +109,19 @@ def test_results_hold_what_the_report_shows(made):
     assert results["machine"]["torch"] in text
 
 
+def test_the_terminal_has_the_numbers_beside_chance_and_the_path_at_the_end(made):
+    out, _, results, said = made
+    (judged,) = results["evaluation"].values()
+    assert said.splitlines()[-1] == f"Report: {(out / 'report.html').resolve()}"
+    lines = {line.strip().split("  ")[0]: line for line in said.splitlines()}
+    assert demo_report.percent(judged["retrieval"]["text_to_image"]["R@10"]) in lines["text to picture"]
+    assert demo_report.percent(judged["zero_shot"]["names"]["top1"]) in lines["the words of the group's name"]
+    assert lines["chance"].endswith("always the largest: 100.0 %")
+    assert all(name in said for name in demo_timing.BASELINES.values())
+
+
 def test_timing_compares_in_one_run_with_memory(made):
-    _, text, results = made
+    _, text, results, _ = made
     assert [(table["n"], table["d"]) for table in results["timings"]] == [(32, 16), (64, 32)]
     for table in results["timings"]:
         assert [row["name"] for row in table["rows"]] == [demo_timing.OURS, *demo_timing.BASELINES.values()]
@@ -118,16 +134,16 @@ def test_timing_compares_in_one_run_with_memory(made):
 
 
 def test_the_model_can_be_loaded_and_a_second_demo_replaces_it(made):
-    out, _, results = made
+    out, _, results, _ = made
     model, _, _ = load_model(out / "run" / "final", "cpu")
     assert sum(p.numel() for p in model.parameters()) == results["training"]["parameters"]
     (out / "run" / "left.txt").write_text("of an earlier demo")
-    demo.train_model(out / "run", quick=True, epochs=None, seed=1, progress=False)
+    demo.train_model(out / "run", quick=True, epochs=1, seed=1, progress=False)
     assert not (out / "run" / "left.txt").exists()
 
 
 def test_a_peer_that_cannot_be_imported_has_its_reason_in_the_report(made, monkeypatch):
-    _, _, results = made
+    _, _, results, _ = made
 
     def refuse(name):
         raise ImportError(f"peer {name!r} cannot be imported here: no such package")

@@ -183,7 +183,7 @@ def emoji_class_texts(dataset: Any) -> dict[str, list[list[str]]]:
     """Two sets of texts for the 9 groups of emoji3, neither of which looks at a picture or at a test split.
 
     ``names``: the words of the group's name ("animals-nature" gives "animals" and "nature"), the classic
-    zero-shot form; hard for a small model, since most of these words are in no caption. ``captions``: the
+    zero-shot form; hard for a small model: these words are rare in the captions or absent. ``captions``: the
     names of the group's concepts in the training split that belongs to ``dataset`` (for concept-test, none of
     the concepts tested), a prompt ensemble.
     """
