@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from PIL import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -165,8 +166,6 @@ def bars(timings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def render(results: dict[str, Any], found: dict[str, Any]) -> str:
     """The page. ``results`` is what results.json holds, ``found`` the pictures and texts of
     ``demo.pictures``."""
-    import jinja2
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -4,8 +4,9 @@
     python -m benchmarks.long_run --loss reference      the same with the plain PyTorch loss, for its time
     python -m benchmarks.long_run --seeds 0 --epochs 5  one seed, fewer epochs
 
-Every seed is one call of `vlmkernels train` in a process of its own. Results are kept in benchmarks/results/
-by loss and epochs, and a later call prints its times beside those of the other loss.
+Every seed is one call of `vlmkernels train` in a process of its own. Results are kept in
+benchmarks/results/long_run/ by loss and epochs, and a later call prints its times beside those of the other
+loss.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from vlmkernels.train.embed import load_model
 from vlmkernels.train.evaluate import evaluate_model
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "long_run"
 LOSSES = ("fused", "reference")
 CONFIG = "clip-emoji-long"
 RECALLS = ("R@1", "R@5", "R@10")
@@ -109,7 +110,7 @@ def _times(result: dict[str, Any]) -> str:
 def stored(folder: Path, loss: str, epochs: int, max_steps: int | None) -> Path:
     """The file of a result."""
     steps = f"-{max_steps}steps" if max_steps else ""
-    return folder / f"long-run-{loss}-{epochs}epochs{steps}.json"
+    return folder / f"{loss}-{epochs}epochs{steps}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

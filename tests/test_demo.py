@@ -218,7 +218,7 @@ def test_long_run_keeps_its_result_and_shows_the_other_loss(tmp_path, capsys):
     long_run.main([*options, "--seeds", "0", "1"])
     said = capsys.readouterr().out
     assert "reference loss: " in said.split("fused loss, seed 1")[1]
-    result = json.loads((tmp_path / "results" / "long-run-fused-1epochs-2steps.json").read_text())
+    result = json.loads((tmp_path / "results" / "fused-1epochs-2steps.json").read_text())
     assert [run["seed"] for run in result["runs"]] == [0, 1]
     assert all(run["steps"] == 2 for run in result["runs"])
     values = [
