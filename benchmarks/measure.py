@@ -24,6 +24,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_SAMPLE = 0.01  # seconds: shorter calls are repeated within a sample
+MAX_SAMPLE = 0.2  # seconds after which no call is repeated, whatever its first timing promised
 TILES = (
     (64, 256, 512),
     (128, 256, 512),
@@ -73,10 +74,12 @@ def pairs(
     def sample(fn: Callable[[], Any], repeats: int) -> float:
         sync()
         start = clock()
-        for _ in range(repeats):
+        for done in range(1, repeats + 1):
             fn()
+            if clock() - start > MAX_SAMPLE:
+                break
         sync()
-        return (clock() - start) / repeats
+        return (clock() - start) / done
 
     def repeats_of(fn: Callable[[], Any]) -> int:
         return max(1, min(1000, round(MIN_SAMPLE / max(sample(fn, 1), 1e-7)))) if rounds[0] > 1 else 1
@@ -213,10 +216,12 @@ def _tile_products(dtype: str, quick: bool) -> dict[str, Any]:
     if measure is None:
         return {}
     rates = {
-        tile: max(measure(dtype, *tile, 50 if quick else 500) for _ in range(1 if quick else 5))
+        tile: max(measure(dtype, *tile, 1 if quick else 4) for _ in range(1 if quick else 5))
         for tile in TILES
     }
     best = max(rates, key=lambda tile: rates[tile])
+    if not rates[best]:
+        return {}
     return {"rate": rates[best] * 1e9, "how": "tile products of {}x{}x{}".format(*best)}
 
 
