@@ -97,6 +97,18 @@ def test_short_calls_are_repeated_and_the_time_is_per_call():
     assert calls[0] == 1 + 3 * round(measure.MIN_SAMPLE / 1e-4)
 
 
+def test_a_call_that_turns_slow_is_not_repeated_on():
+    now, calls = [0.0], [0]
+
+    def fn():
+        calls[0] += 1
+        now[0] += 1e-4 if calls[0] == 1 else 0.15
+
+    times, _ = measure.pairs(fn, {}, seconds=1e9, rounds=(3, 3), clock=lambda: now[0])
+    assert times == pytest.approx([0.15] * 3)
+    assert calls[0] == 1 + 3 * 2
+
+
 def test_rounds_stop_after_the_seconds_but_not_below_the_minimum():
     now = [0.0]
 
