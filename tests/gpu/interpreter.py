@@ -73,10 +73,11 @@ def _numerics(tf32: bool) -> dict:
     fp_to_fp, dot = Builder.create_fp_to_fp, Builder.create_dot
 
     def binary_op(self, lhs, rhs, op):
+        if op in _COMPARE:
+            return Handle(op(_values(lhs), _values(rhs)), tl.int1)
         if not _is_bf16(lhs) or op in _BITWISE:
             return original["binary_op"](self, lhs, rhs, op)
-        out = op(_values(lhs), _values(rhs))
-        return Handle(out, tl.int1) if op in _COMPARE else _handle(out, lhs.dtype)
+        return _handle(op(_values(lhs), _values(rhs)), lhs.dtype)
 
     def unary_op(self, arg, op):
         return _handle(op(_values(arg)), arg.dtype) if _is_bf16(arg) else original["unary_op"](self, arg, op)
@@ -126,13 +127,21 @@ def _reductions():
             return apply(self, (tensors,))[0]
         narrowed = [t.dtype.scalar == tl.bfloat16 for t in tensors]
         wide = tuple(cast(t, tl.float32) if n else t for t, n in zip(tensors, narrowed, strict=True))
-        out = original(self, wide)
-        return tuple(
-            cast(t, tl.bfloat16) if n and t.dtype.scalar == tl.float32 else t
-            for t, n in zip(out, narrowed, strict=False)
-        ) + tuple(out[len(narrowed) :])
+        pairs = zip(original(self, wide), narrowed, strict=True)
+        return tuple(cast(t, tl.bfloat16) if n and t.dtype.scalar == tl.float32 else t for t, n in pairs)
 
     return apply
+
+
+def _scalars_as_indices():
+    """Loop bounds from tensors of one element, which numpy 2.4 refuses to Triton 3.6."""
+    original = stock._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch
 
 
 def _view_offsets(tensor: torch.Tensor) -> np.ndarray:
@@ -321,6 +330,7 @@ def interpreting(*, sanitize: bool = False, tf32: bool = True) -> Iterator[None]
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(stock.ReduceScanOpInterface, "apply", _reductions()))
+        stack.enter_context(mock.patch.object(stock, "_patch_lang_tensor", _scalars_as_indices()))
         # Triton patches its language at a launch, and for device functions without undoing it: once is enough
         stack.callback(
             stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore

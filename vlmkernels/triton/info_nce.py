@@ -230,7 +230,7 @@ def info_nce_stats(
         rows[0], cols[0] = -float("inf"), -float("inf")
         return *rows, stats.new_full((n,), -float("inf")), *cols, store
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    options = tiles.launch_options(query, key)
+    options = tiles.launch_options(query, key, fuse=False)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
     splits = triton.cdiv(col_tiles, tiles_per_split)
@@ -241,9 +241,10 @@ def info_nce_stats(
         for start in range(0, n, held):
             stop = min(start + held, n)
             row_tiles = triton.cdiv(stop - start, options["BLOCK_M"])
-            cols = stats.new_empty((3, row_tiles, m)) if columns else (None, None, None)
+            cols = stats.new_empty((3, row_tiles if columns else 0, m))
             _stats[(row_tiles * splits,)](
-                query, key, scale, query_inv_norm, key_inv_norm, positives, *rows, positive, *cols,
+                query, key, scale, query_inv_norm, key_inv_norm, positives, *rows, positive,
+                *(cols if columns else (None, None, None)),
                 query.stride(0), key.stride(0), start, stop, n, m, query.shape[1], tiles_per_split, **options,
             )  # fmt: skip
             if columns:
@@ -289,14 +290,14 @@ def info_nce_grads(
                 out[side], out[side + 2] = x.new_zeros(x.shape), row_coef.new_zeros(x.shape[0])
         return out[0], out[1], out[2], out[3]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    options = tiles.launch_options(query, key)
+    options = tiles.launch_options(query, key, fuse=False)
     columns = col_coef.numel() > 0
     gain = tiles.gain_for(query.dtype, row_coef, col_coef)
     inv_gain = None
     if gain is not None:
         row_coef, col_coef, inv_gain = row_coef * gain, col_coef * gain, gain.reciprocal()
-    unit_query = tiles.unit(query, query_inv_norm) if need_key else None
-    unit_key = tiles.unit(key, key_inv_norm) if need_query else None
+    unit_query = tiles.unit(query, query_inv_norm) if need_key else query
+    unit_key = tiles.unit(key, key_inv_norm) if need_query else key
     query_acc = row_coef.new_empty(query.shape) if need_query else None
     key_acc = row_coef.new_empty(key.shape) if need_key else None
     held = tiles.chunk_rows(n, m, query.element_size(), store_bytes)

@@ -113,21 +113,11 @@ def sigmoid_sweep(
     need_scalars: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_loss [N], dquery [N, D], dkey [M, D], row_dscale [N], row_dbias [N]); size 0 where not needed."""
-    arguments = (
-        query,
-        key,
-        scale,
-        bias,
-        query_inv_norm,
-        key_inv_norm,
-        positives,
-        query_ids,
-        key_ids,
-        row_coef,
-    )
-    arguments += (need_loss, need_query, need_key, need_scalars)
     if query.dtype == torch.float64:
-        return _chunked.sigmoid_sweep(*arguments)
+        return _chunked.sigmoid_sweep(
+            query, key, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids, row_coef,
+            need_loss, need_query, need_key, need_scalars,
+        )  # fmt: skip
     n, m = query.shape[0], key.shape[0]
     rows = [row_coef.new_empty(n if need else 0) for need in (need_loss, need_scalars, need_scalars)]
     dquery, dkey = (x.new_empty(x.shape if need else 0) for x, need in ((query, need_query), (key, need_key)))
@@ -136,12 +126,12 @@ def sigmoid_sweep(
             x.zero_()
         return rows[0], dquery, dkey, rows[1], rows[2]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    options = tiles.launch_options(query, key)
+    options = tiles.launch_options(query, key, fuse=True)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     gain = tiles.gain_for(query.dtype, row_coef)
     inv_gain = gain.reciprocal() if gain is not None else None
-    unit_query = tiles.unit(query, query_inv_norm) if need_key else None
-    unit_key = tiles.unit(key, key_inv_norm) if need_query else None
+    unit_query = tiles.unit(query, query_inv_norm) if need_key else query
+    unit_key = tiles.unit(key, key_inv_norm) if need_query else key
     query_acc = row_coef.new_empty(query.shape) if need_query else None
     key_acc = row_coef.new_empty(key.shape) if need_key else None
     held = tiles.chunk_rows(n, m, query.element_size(), CHUNK_BYTES)
@@ -160,9 +150,9 @@ def sigmoid_sweep(
             for x, parts in zip(rows, partial, strict=True):
                 if parts is not None:
                     torch.sum(parts, 0, out=x[start:stop])
-            if query_acc is not None:
+            if grads is not None and query_acc is not None:
                 tiles.product(grads, unit_key, query_acc[start:stop])
-            if key_acc is not None:
+            if grads is not None and key_acc is not None:
                 tiles.product(grads.T, unit_query[start:stop], key_acc, add=start > 0)
     if query_acc is not None:
         dquery, _ = tiles.finish(

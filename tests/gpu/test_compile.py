@@ -1,0 +1,151 @@
+"""Every kernel compiles without a GPU for sm_80 and sm_90, reads wide words and spills inside no loop."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vlmkernels.triton import _contrastive as tiles  # noqa: E402
+from vlmkernels.triton import gated_residual, info_nce, sigmoid_loss  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FEATURES = {"Q", "K", "X", "Y", "DX", "OUT", "DOUT", "DY"}  # pointers to the dtype of the inputs
+INT64 = {"POSITIVES", "QUERY_IDS", "KEY_IDS", "INDEX", "FIRST"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+ROW_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def argument_type(name: str, dtype: str) -> str:
+    if name.islower():
+        return "i32"
+    if name in FEATURES:
+        return f"*{dtype}"
+    return "*i64" if name in INT64 else {"MASK": "*u8", "PARTIAL": "*fp64"}.get(name, "*fp32")
+
+
+def sass(kernel, dtype: str, options: dict, constants: dict, arch: int, tmp_path) -> str:
+    """Machine code of a kernel whose pointers and sizes are divisible by 16, as real features have them."""
+    constants = {k: v for k, v in options.items() if k not in OPTIONS} | constants
+    names = kernel.arg_names
+    types = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    source = ASTSource(
+        kernel,
+        signature=types,
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    chosen = {k: v for k, v in options.items() if k in OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=chosen)
+    assert compiled.metadata.shared <= 99 * 1024  # what every GPU since sm_80 offers a program
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    return subprocess.run(
+        [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def spills_in_loops(code: str) -> int:
+    """Accesses to spilled registers between a label and a later branch back to it."""
+    labels, instructions = {}, []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    inside = set()
+    for i, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
+        if target and labels.get(target[1], i + 1) < i:  # a branch to itself ends the program
+            inside.update(range(labels[target[1]], i + 1))
+    return sum(bool(re.search(r"\b(LDL|STL)\b", instructions[i])) for i in inside)
+
+
+def contrastive_cases():
+    for (kind, large), tile in tiles.TILES.items():
+        if (kind, large) == ("ieee", False):  # the same tile
+            continue
+        for arch in (80, 90):
+            for kernel in ("stats", "grads", "sigmoid"):
+                first = (kind, large, arch) == ("half", True, 90)
+                yield pytest.param(
+                    kernel, kind, tile, arch, id=f"{kernel}-{kind}-{tile.block_m}x{tile.block_n}-sm{arch}",
+                    marks=() if first else pytest.mark.slow,
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "kind", "tile", "arch"), list(contrastive_cases()))
+def test_contrastive_kernels(kernel, kind, tile, arch, tmp_path):
+    fn, constants = {
+        "stats": (info_nce._stats, {}),
+        "grads": (info_nce._tile_grads, {"GROUP": tiles.GROUP}),
+        "sigmoid": (
+            sigmoid_loss._sweep,
+            {"GROUP": tiles.GROUP, "GAIN": None, "QUERY_IDS": None, "KEY_IDS": None},
+        ),
+    }[kernel]
+    options = tile.options(512, "tf32" if kind == "tf32" else "ieee", kernel == "sigmoid")
+    code = sass(fn, "bf16" if kind == "half" else "fp32", options, constants, arch, tmp_path)
+    assert spills_in_loops(code) == 0
+    assert re.search(r"LDGSTS\.E\.BYPASS(\.\w+)*\.128", code)  # 16 bytes a thread on the way to shared memory
+    if kind != "ieee":
+        assert "HGMMA" in code if arch == 90 else "HMMA" in code
+    if kernel != "stats":
+        assert "STG.E.128" in code
+
+
+@pytest.mark.slow
+def test_spills_inside_a_loop_are_seen(tmp_path):
+    options = tiles.Tile(128, 128, 64, 4, 3).options(512, "ieee", False)
+    assert spills_in_loops(sass(info_nce._stats, "bf16", options, {}, 80, tmp_path)) > 0
+
+
+ROW_KERNELS = {
+    "forward": (gated_residual._forward, gated_residual.blocks(1024) | {"PER_CHANNEL": True}, {}),
+    "backward": (gated_residual._backward, gated_residual.blocks(1024) | {"PER_CHANNEL": True}, {}),
+    "backward, one gate": (gated_residual._backward, gated_residual.blocks(768) | {"PER_CHANNEL": False}, {}),
+    "combine": (info_nce._combine, ROW_OPTIONS | {"BLOCK": 128}, {}),
+    "query gradient": (tiles.feature_grads, ROW_OPTIONS | {"BLOCK": 512}, {"FIRST": None}),
+    "key gradient": (tiles.feature_grads, ROW_OPTIONS | {"BLOCK": 512}, {"INV_GAIN": None, "EXTRA": None}),
+    "plain gradient": (
+        tiles.feature_grads,
+        ROW_OPTIONS | {"BLOCK": 512},
+        dict.fromkeys(("INV_GAIN", "EXTRA", "A", "B", "COEF", "INDEX", "FIRST")),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_row_kernels(kernel, dtype, arch, tmp_path):
+    fn, options, constants = ROW_KERNELS[kernel]
+    code = sass(fn, dtype, options, constants, arch, tmp_path)
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    if "ward" in kernel:
+        assert "LDG.E.128" in code
+        assert "STG.E.128" in code
+
+
+def test_tile_follows_type_size_and_precision():
+    def chosen(n, dtype):
+        options = tiles.launch_options(
+            torch.empty(n, 40, dtype=dtype), torch.empty(4096, 40, dtype=dtype), fuse=True
+        )
+        return options["BLOCK_M"], options["BLOCK_K"], options["PRECISION"], options["EVEN_K"]
+
+    assert chosen(4096, torch.bfloat16) == (128, 64, "ieee", False)
+    assert chosen(64, torch.float16) == (64, 64, "ieee", False)
+    assert chosen(4096, torch.float32) == (64, 16, "ieee", False)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert chosen(4096, torch.float32) == (128, 32, "tf32", False)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
