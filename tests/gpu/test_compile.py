@@ -133,6 +133,26 @@ def test_row_kernels(kernel, dtype, arch, tmp_path):
         assert "STG.E.128" in code
 
 
+ALL_KERNELS = {
+    "stats": (info_nce._stats, tiles.TILES["half", False].options(1, "ieee", False)),
+    "grads": (info_nce._tile_grads, tiles.TILES["half", False].options(1, "ieee", False) | {"GROUP": 8}),
+    "sigmoid": (sigmoid_loss._sweep, tiles.TILES["half", False].options(1, "ieee", True) | {"GROUP": 8}),
+    "combine": (info_nce._combine, ROW_OPTIONS | {"BLOCK": 128}),
+    "gradient": (tiles.feature_grads, ROW_OPTIONS | {"BLOCK": 16}),
+    "forward": (gated_residual._forward, gated_residual.blocks(1) | {"PER_CHANNEL": False}),
+    "backward": (gated_residual._backward, gated_residual.blocks(1) | {"PER_CHANNEL": False}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+def test_sizes_of_one(kernel, tmp_path):
+    """A launch makes an integer argument that is 1 a constant of the program."""
+    fn, options = ALL_KERNELS[kernel]
+    ones = {name: 1 for name in fn.arg_names if name.islower() and name != "start"}
+    assert "EXIT" in sass(fn, "bf16", options, ones, 90, tmp_path)
+
+
 def test_tile_follows_type_size_and_precision():
     def chosen(n, dtype):
         options = tiles.launch_options(
