@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-VERSION = "0.1.0"
+VERSION = re.search(r'"(.+)"', (ROOT / "vlmkernels" / "_version.py").read_text())[1]
 
 
 def wants_native() -> bool:
@@ -52,7 +53,7 @@ class CMakeBuild(build_ext):
         ]
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure])
         subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
-        facts = {"torch": torch.__version__, "python": sysconfig.get_python_version()}
+        facts = {"torch": torch.__version__, "vlmkernels": VERSION, "python": sysconfig.get_python_version()}
         (out / "_build.json").write_text(json.dumps(facts))
 
 

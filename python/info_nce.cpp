@@ -17,12 +17,6 @@ using std::optional;
 constexpr int64_t kTile = kTileRows * kTileCols;
 constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of recomputed tiles that may be held at once
 
-// Blocks per chunk of the statistics: a fixed function of the shape, so that sums do not depend on the number of threads; at most
-// 128 chunks of rows and 64 of columns, which bounds the partial statistics.
-int64_t chunk_of(int64_t blocks, int64_t most) {
-  return std::max({int64_t{1}, std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most)});
-}
-
 template <class P>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats(
     const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a, const optional<Tensor>& b,
@@ -38,6 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
   const Tensor col_part = at::empty({3, columns ? row_parts : 0, p.m}, options);
   const Tensor positive = at::full({p.n}, -std::numeric_limits<A>::infinity(), options);
   const Tensor store = at::empty({store_size}, query.options().dtype(at::kByte));
+  prefer_huge_pages(store);
   const Tensor index = positives.contiguous();
   const int64_t stored = store_size / tile_bytes<P>();
   const auto moments = [](const Tensor& t) {  // [3, ...]
@@ -83,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
   const Tensor dkey = at::empty({need_key ? p.m : 0, p.d}, features.query.options());
   const Tensor query_dot = at::empty({need_query ? p.n : 0}, options), key_dot = at::empty({need_key ? p.m : 0}, options);
   const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
+  if (p.n == 0) key_sums.zero_();
   const auto contiguous = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
   const Tensor index = positives.contiguous(), u = row_coef.contiguous(), v = col_coef.contiguous(), w = positive_coef.contiguous();
   const Tensor rm = row_max.contiguous(), rl = row_log.contiguous(), cm = col_max.contiguous(), cl = col_log.contiguous();
@@ -102,13 +98,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
   int64_t most = 0;
   for (int64_t first = 0; first < row_blocks; first = end_of_chunk(first)) most = std::max(most, missing(first, end_of_chunk(first)));
   const Tensor workspace = at::empty({most * tile_bytes<P>()}, query.options().dtype(at::kByte));
+  prefer_huge_pages(workspace);
 
   InfoNceGrads<P> g{p, data<int64_t>(index), data<A>(rm), data<A>(rl), data<A>(u), columns ? data<A>(cm) : nullptr,
                     columns ? data<A>(cl) : nullptr, columns ? data<A>(v) : nullptr, data<A>(w), data<char>(store), stored, data<char>(workspace), 0, 0,
                     data<A>(key_sums),
                     {data<P>(features.query), p.d, maybe(extra_q), p.a, data<P>(dquery), data<A>(query_dot)},
                     {data<P>(features.key), p.d, maybe(extra_k), p.b, data<P>(dkey), data<A>(key_dot)}};
-  const int64_t tile = kTile * sizeof(A), operands = 2 * kTile * sizeof(P), parts = depth_parts(col_blocks, p.d);
+  const int64_t tile = kTile * sizeof(A), operands = (kKeyTiles<P> + 1) * kTile * sizeof(P), parts = depth_parts(col_blocks, p.d);
   for (int64_t first = 0; first < row_blocks; first = g.last) {
     g.first = first, g.last = end_of_chunk(first);
     if (need_key) features.pack_qt(g.first, g.last);
@@ -128,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
       for_tasks(col_blocks * parts, tile + operands + 256, [&](int64_t task, Scratch& scratch) {
         const int64_t part = task % parts, d0 = part * p.d / parts, d1 = (part + 1) * p.d / parts;
         A* s = scratch.take<A>(kTile);
-        VLMK_CALL(info_nce_key, g, task / parts, d0, d1, first > 0, s, scratch.take<P>(2 * kTile));
+        VLMK_CALL(info_nce_key, g, task / parts, d0, d1, first > 0, s, scratch.take<P>((kKeyTiles<P> + 1) * kTile));
       });
     }
   }

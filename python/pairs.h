@@ -5,6 +5,10 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <memory>
 #include <optional>
 
@@ -33,6 +37,16 @@ auto with_operand(at::ScalarType dtype, F f) {
   if (dtype == at::kDouble) return f(double());
   if (dtype == at::kBFloat16 && tile_product<bf16>()) return f(bf16());
   return f(float());
+}
+
+// Large buffers that are written once: fewer page faults where the system gives huge pages on request.
+inline void prefer_huge_pages(const at::Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  if (end > first + huge) madvise(reinterpret_cast<void*>(first), (end - first) / huge * huge, MADV_HUGEPAGE);
+#endif
 }
 
 struct Scratch {
@@ -118,22 +132,28 @@ struct Features {
 
   // Q^T of row blocks [first, last) for dk.
   void pack_qt(int64_t first, int64_t last) {
-    const int64_t size = (last - first) * pairs.d * kTileRows;
+    constexpr int64_t rows = kKeyTiles<P> * kTileRows;
+    const int64_t groups = ceil_div(last - first, kKeyTiles<P>), size = groups * pairs.d * rows;
     if (!qt.defined() || qt.numel() < size) qt = at::empty({size}, query.options());
     P* out = data<P>(qt);
-    for_tasks(last - first, 0, [&](int64_t block, Scratch&) {
-      const int64_t i0 = (first + block) * kTileRows, count = std::min(kTileRows, pairs.n - i0);
-      VLMK_CALL(pack_transposed_a, data<P>(query) + i0 * pairs.d, pairs.d, count, pairs.d, kTileRows,
-                out + block * pairs.d * kTileRows);
+    for_tasks(groups, 0, [&](int64_t group, Scratch&) {
+      const int64_t i0 = first * kTileRows + group * rows, count = std::min(rows, pairs.n - i0);
+      VLMK_CALL(pack_transposed_a, data<P>(query) + i0 * pairs.d, pairs.d, count, pairs.d, rows, out + group * pairs.d * rows);
     });
     pairs.qt = out;
     pairs.qt_first = first;
   }
 };
 
+// Blocks per chunk of row or column sums: a fixed function of the shape, so that sums do not depend on the number of threads; at
+// most `most` chunks, which bounds the partial sums.
+inline int64_t chunk_of(int64_t blocks, int64_t most) {
+  return std::max({int64_t(1), std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most)});
+}
+
 // How many tasks share the depth of one column block's gradient: more when there are few blocks, a fixed function of the shape.
 inline int64_t depth_parts(int64_t col_blocks, int64_t d) {
-  return std::max<int64_t>(1, std::min(ceil_div(8, col_blocks), d / 64));
+  return std::max<int64_t>(1, std::min(ceil_div(8, std::max<int64_t>(1, col_blocks)), d / 64));
 }
 
 }  // namespace vlmk

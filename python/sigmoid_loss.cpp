@@ -33,24 +33,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   const auto contiguous = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
   const Tensor index = contiguous(positives), row_ids = contiguous(query_ids), col_ids = contiguous(key_ids);
   const Tensor coef = row_coef.contiguous();
-  const int64_t chunk_cols = std::max(std::min<int64_t>(4, ceil_div(col_blocks, 8)), ceil_div(col_blocks, 64));
-  const int64_t chunks = ceil_div(col_blocks, chunk_cols);
+  const int64_t chunk_cols = chunk_of(col_blocks, 64), chunks = std::max<int64_t>(1, ceil_div(col_blocks, chunk_cols));
   const Tensor parts = at::empty({3, chunks, p.n}, options);
   const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, features.query.options());
   const Tensor dkey = at::empty({need_key ? p.m : 0, p.d}, features.query.options());
   const Tensor dots = at::empty({p.n + p.m}, options);
   const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
+  if (p.n == 0) key_sums.zero_();
   const int64_t row_bytes = col_blocks * kTile * static_cast<int64_t>(sizeof(P));
   const int64_t step = need_grad ? std::clamp<int64_t>(kWorkspace / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(row_blocks, 1))
                                  : std::max<int64_t>(row_blocks, 1);
   const Tensor tiles = at::empty({need_grad ? step * col_blocks * kTile : 0}, features.query.options());
+  prefer_huge_pages(tiles);
   const auto ids = [](const Tensor& t) { return t.defined() ? data<int64_t>(t) : nullptr; };
   A* sums = data<A>(parts);
   SigmoidLoss<P> g{p, bias.item().to<A>(), ids(index), ids(row_ids), ids(col_ids), data<A>(coef), need_loss, need_grad, chunk_cols,
                    sums, sums + chunks * p.n, sums + 2 * chunks * p.n, data<P>(tiles), 0, 0, data<A>(key_sums),
                    {data<P>(features.query), p.d, nullptr, p.a, data<P>(dquery), data<A>(dots)},
                    {data<P>(features.key), p.d, nullptr, p.b, data<P>(dkey), data<A>(dots) + p.n}};
-  const int64_t operand = kTile * sizeof(P) + 64, split = depth_parts(col_blocks, p.d);
+  const int64_t operand = kKeyTiles<P> * kTile * sizeof(P) + 64, split = depth_parts(col_blocks, p.d);
   for (int64_t first = 0; first < row_blocks; first = g.last) {
     g.first = first, g.last = std::min(first + step, row_blocks);
     if (need_key) features.pack_qt(g.first, g.last);
@@ -67,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
     if (need_key) {
       for_tasks(col_blocks * split, operand, [&](int64_t task, Scratch& scratch) {
         const int64_t part = task % split;
-        VLMK_CALL(sigmoid_loss_key, g, task / split, part * p.d / split, (part + 1) * p.d / split, first > 0, scratch.take<P>(kTile));
+        VLMK_CALL(sigmoid_loss_key, g, task / split, part * p.d / split, (part + 1) * p.d / split, first > 0,
+                  scratch.take<P>(kKeyTiles<P> * kTile));
       });
     }
   }

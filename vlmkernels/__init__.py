@@ -1,7 +1,7 @@
 """Fused kernels for vision-language models, exposed as torch ops."""
 
 from vlmkernels._library import info
+from vlmkernels._version import __version__
 from vlmkernels.ops import gated_residual, info_nce, sigmoid_loss
 
-__version__ = "0.1.0"
-__all__ = ["gated_residual", "info", "info_nce", "sigmoid_loss"]
+__all__ = ["__version__", "gated_residual", "info", "info_nce", "sigmoid_loss"]

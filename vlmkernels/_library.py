@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlmkernels import _native
+from vlmkernels._version import __version__
 
 LIB = torch.library.Library("vlmkernels", "DEF")
 TRITON = importlib.util.find_spec("triton") is not None
@@ -22,11 +23,12 @@ def define(
     reference: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    autocast: int = 0,
 ) -> Any:
     """Declare an op and return its default overload.
 
-    `reference` runs on every device that has no kernel of its own; an op without one is a building block that only
-    kernels call. Without `backward` the op raises when a gradient through it is asked for.
+    `reference` runs on every device that has no kernel of its own. Without `backward` the op raises when a gradient through
+    it is asked for. Under autocast the first `autocast` arguments, operands of matrix products, are cast; float64 never is.
     """
     name = schema.split("(", 1)[0]
     LIB.define(schema)
@@ -41,7 +43,22 @@ def define(
     torch.library.register_autograd(f"vlmkernels::{name}", backward or refuse, setup_context=setup_context, lib=LIB)
     if has_kernel(name, "CPU"):
         _kernels[name, "CPU"] = f"C++ ({_native.extension.build()['isa']})"  # type: ignore[union-attr]
-    return getattr(torch.ops.vlmkernels, name).default
+    op = getattr(torch.ops.vlmkernels, name).default
+    for device in ("CPU", "CUDA") if autocast else ():
+        LIB.impl(name, _under_autocast(op, device, autocast), f"Autocast{device}")
+    return op
+
+
+def _under_autocast(op: Any, device: str, operands: int) -> Callable:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+    def cast_and_call(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device.lower())
+        cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:operands]]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast, *args[operands:])
+
+    return cast_and_call
 
 
 def has_kernel(name: str, device: str) -> bool:
@@ -77,6 +94,6 @@ def info() -> Info:
     if not TRITON:
         notes["Triton"] = "not installed: CUDA tensors run the reference"
     ops = {op: {d: _kernels.get((op, d), "reference") for d in devices} for op in _ops}
-    versions = {"vlmkernels": build.get("version", ""), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"vlmkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     cpu = {"instruction set": build.get("isa", ""), "tile products": build.get("tile_gemm", ""), "threads": str(torch.get_num_threads())}
     return Info(devices=devices, ops=ops, versions=versions, cpu=cpu, notes=notes)

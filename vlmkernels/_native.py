@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from vlmkernels._version import __version__
+
 _BUILD = Path(__file__).with_name("_build.json")
 
 
@@ -15,9 +17,11 @@ def _load() -> tuple[object | None, str]:
         return None, "VLMKERNELS_NATIVE=0"
     if not _BUILD.exists():
         return None, "the package was installed without its C++ extension (no compiler, or VLMKERNELS_NATIVE=0 at build time)"
-    built_for = json.loads(_BUILD.read_text())["torch"]
-    if built_for != torch.__version__:
-        reason = f"the C++ extension was built for torch {built_for}, this is torch {torch.__version__}; reinstall vlmkernels"
+    here = {"torch": torch.__version__, "vlmkernels": __version__}
+    built = json.loads(_BUILD.read_text())
+    other = [f"{name} {built.get(name)}, this is {name} {here[name]}" for name in here if built.get(name) != here[name]]
+    if other:
+        reason = f"the C++ extension was built for {' and '.join(other)}; reinstall vlmkernels"
     else:
         try:
             from vlmkernels import _C

@@ -1,36 +1,83 @@
 """Judging a kernel by what float64 says and by how well plain PyTorch does from the same inputs."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def assert_as_good(got: Tensor, low: Tensor, exact: Tensor, *, cap: float | None = None, name: str = "result") -> None:
+def assert_as_good(
+    got: Tensor, low: Tensor | Sequence[Tensor], exact: Tensor, *, cap: float | None = None, name: str = "result"
+) -> None:
     """Fail unless `got` is about as close to the truth as plain PyTorch is.
+
+    The limit is ``2 max|low - exact| + 4 eps max|exact|``, eps being that of the dtype of `got`; ``1e-12 max|exact|`` for
+    float64. A float32 number below the smallest normal one may be 0.
 
     Args:
         got: what the kernel gave.
-        low: the reference computed in float32 (float64 for float64 inputs) from the same inputs, of the dtype of `got`.
+        low: the reference computed in float32 (float64 for float64 inputs) from the same inputs, of the dtype of `got`; or
+            several such results, of which the least exact one counts.
         exact: the reference computed in float64.
         cap: a bound on the relative Frobenius error that holds as well.
-
-    The limit is ``2 max|low - exact| + 4 eps max|exact|`` with eps that of the dtype of `got`; float64 has 1e-12 max|exact|.
+        name: what the message calls the result.
 
     Raises:
-        AssertionError: with the error, the limit and PyTorch's own error. NaN and infinity fail unless `exact` has them too.
+        AssertionError: with the error, the limit and PyTorch's own error. NaN fails.
     """
+    lows = [low] if isinstance(low, Tensor) else list(low)
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
-    assert got.dtype == low.dtype, f"{name}: dtype {got.dtype}, wanted {low.dtype}"
+    assert got.dtype == lows[0].dtype, f"{name}: dtype {got.dtype}, wanted {lows[0].dtype}"
     if got.numel() == 0:
         return
     got64, exact = got.detach().double(), exact.detach().double()
-    scale = exact.abs().max()
-    own = (low.detach().double() - exact).abs().max()
-    limit = 1e-12 * scale if got.dtype == torch.float64 else 2 * own + 4 * torch.finfo(got.dtype).eps * scale
+    largest = exact.abs().max()
+    own = max((each.detach().double() - exact).abs().max() for each in lows)
+    limit = 1e-12 * largest if got.dtype == torch.float64 else 2 * own + 4 * torch.finfo(got.dtype).eps * largest
+    limit += torch.finfo(torch.float32).tiny
     error = (got64 - exact).abs().max()
-    assert error <= limit, f"{name}: error {error:.3e} above {limit:.3e} (PyTorch's own {own:.3e}, largest value {scale:.3e})"
+    assert error <= limit, f"{name}: error {error:.3e} above {limit:.3e} (PyTorch's own {own:.3e}, largest value {largest:.3e})"
     if cap is not None:
         relative = (got64 - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
         assert relative <= cap, f"{name}: relative error {relative:.3e} above {cap:.1e}"
+
+
+def result_and_gradients(fn: Callable, inputs: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
+    """`fn(*inputs, **options)` and its gradients by the inputs that require one, for a fixed incoming gradient."""
+    leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    out = fn(*leaves, **options)
+    incoming = (torch.arange(out.numel(), device=out.device) % 65 / 64 + 0.5).to(out.dtype).reshape(out.shape)  # exact in bf16
+    wanted = [x for x in leaves if x.requires_grad]
+    grads = iter(torch.autograd.grad(out, wanted, incoming) if wanted else ())
+    return [out, *(next(grads) if x.requires_grad else None for x in leaves)]
+
+
+def assert_op_as_good(
+    op: Callable, reference: Callable, inputs: Sequence[Tensor], *, features: int = 2, caps: dict | None = None, **options: Any
+) -> None:
+    """`assert_as_good` for the result of `op` and every gradient, against the dense `reference` of the same signature.
+
+    The first `features` inputs are ``[rows, D]``. How far PyTorch's float32 is off in a single number is chance, so for
+    results with one element the largest of its errors over eight orders of the D features counts.
+    """
+    got = result_and_gradients(op, inputs, **options)
+    double = inputs[0].dtype == torch.float64
+    exact = result_and_gradients(reference, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs], **options)
+    wide = [x.detach().to(torch.float64 if double else torch.float32).requires_grad_(x.requires_grad) for x in inputs]
+    lows = [result_and_gradients(reference, wide, **options)]
+    for _ in range(7 if features and not double else 0):
+        order = torch.randperm(inputs[0].shape[-1])
+        shuffled = [
+            x.detach()[..., order].requires_grad_(x.requires_grad) if i < features else x for i, x in enumerate(wide)
+        ]
+        lows.append(result_and_gradients(reference, shuffled, **options))
+    for i, name in enumerate(["result", *(f"gradient {j}" for j in range(len(inputs)))]):
+        if exact[i] is None:
+            assert got[i] is None
+            continue
+        same = [low[i].to(got[i].dtype) for low in (lows if exact[i].numel() == 1 else lows[:1])]
+        assert_as_good(got[i], same, exact[i], cap=(caps or {}).get(i), name=name)
 
 
 def unit_features(
@@ -38,8 +85,7 @@ def unit_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised random query [rows, dim] and key [cols, dim]; pair (i, i) has about the given cosine."""
     query = torch.nn.functional.normalize(torch.randn(rows, dim, dtype=torch.float64), dim=-1)
-    noise = torch.nn.functional.normalize(torch.randn(cols, dim, dtype=torch.float64), dim=-1)
-    key = noise.clone()
+    key = torch.nn.functional.normalize(torch.randn(cols, dim, dtype=torch.float64), dim=-1)
     n = min(rows, cols)
-    key[:n] = similarity * query[:n] + (1 - similarity**2) ** 0.5 * noise[:n]
+    key[:n] = similarity * query[:n] + (1 - similarity**2) ** 0.5 * key[:n]
     return query.to(dtype), torch.nn.functional.normalize(key, dim=-1).to(dtype)

@@ -28,9 +28,9 @@ P* write_tile(char* at, acc_t<P> reference, TileKind kind) {
   return reinterpret_cast<P*>(at + kTileHeader);
 }
 
-// Turns similarities into logits in place; row_max [rows] and col_max [cols] are the tile's own.
-template <class P>
-void logits(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* s, acc_t<P>* row_max, acc_t<P>* col_max) {
+// Turns similarities into logits in place; row_max [rows] and, for kColumns, col_max [cols] are the tile's own.
+template <bool kColumns, class P>
+void logits_in_place(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* s, acc_t<P>* row_max, acc_t<P>* col_max) {
   using A = acc_t<P>;
   const int64_t rows = rows_of(p, ib), cols = cols_of(p, jb), i0 = ib * kTileRows;
   const A* b = p.b ? p.b + jb * kTileCols : nullptr;
@@ -45,7 +45,7 @@ void logits(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* s, acc_t<P>* ro
         const A x = row[c] * factor * b[c];
         row[c] = x;
         top = max_(top, x);
-        col_max[c] = max_(col_max[c], x);
+        if constexpr (kColumns) col_max[c] = max_(col_max[c], x);
       }
     } else {
 #pragma omp simd reduction(max : top)
@@ -53,11 +53,16 @@ void logits(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* s, acc_t<P>* ro
         const A x = row[c] * factor;
         row[c] = x;
         top = max_(top, x);
-        col_max[c] = max_(col_max[c], x);
+        if constexpr (kColumns) col_max[c] = max_(col_max[c], x);
       }
     }
     row_max[r] = top;
   }
+}
+
+template <class P>
+void logits(const Pairs<P>& p, int64_t ib, int64_t jb, bool columns, acc_t<P>* s, acc_t<P>* row_max, acc_t<P>* col_max) {
+  columns ? logits_in_place<true>(p, ib, jb, s, row_max, col_max) : logits_in_place<false>(p, ib, jb, s, row_max, col_max);
 }
 
 template <class A>
@@ -109,12 +114,12 @@ void zero_padding(int64_t rows, int64_t cols, P* e) {
   for (int64_t i = rows * kTileCols; i < kTileRows * kTileCols; ++i) e[i] = P{};
 }
 
-// e = exp(s - reference) with the sums and moments of its rows and columns. kStore, kMoments: whether e and they are wanted.
-template <bool kStore, bool kMoments, class P>
+// e = exp(s - reference), and the sums and moments of its rows (kRows) and columns (kColumns).
+template <bool kStore, bool kRows, bool kColumns, class P>
 void exponentials(const acc_t<P>* s, int64_t rows, int64_t cols, acc_t<P> reference, P* e, acc_t<P>* row_sum,
                   acc_t<P>* row_moment, acc_t<P>* col_sum, acc_t<P>* col_moment) {
   using A = acc_t<P>;
-  for (int64_t c = 0; c < cols; ++c) col_sum[c] = col_moment[c] = 0;
+  for (int64_t c = 0; kColumns && c < cols; ++c) col_sum[c] = col_moment[c] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const A* row = s + r * kTileCols;
     P* out = kStore ? e + r * kTileCols : nullptr;
@@ -122,16 +127,20 @@ void exponentials(const acc_t<P>* s, int64_t rows, int64_t cols, acc_t<P> refere
 #pragma omp simd reduction(+ : sum, moment)
     for (int64_t c = 0; c < cols; ++c) {
       const A below = row[c] - reference, x = exp_(below);
-      if constexpr (kMoments) {
+      if constexpr (kRows) {
         sum += x;
         moment += x * below;
+      }
+      if constexpr (kColumns) {
         col_sum[c] += x;
         col_moment[c] += x * below;
       }
-      if constexpr (kStore) from_acc(x, out[c]);
+      if constexpr (kStore) round_to(x, out[c]);
     }
-    row_sum[r] = sum;
-    row_moment[r] = moment;
+    if constexpr (kRows) {
+      row_sum[r] = sum;
+      row_moment[r] = moment;
+    }
   }
 }
 
@@ -169,7 +178,7 @@ Tile<P> tile_at(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, acc_t<P>* s, P
   if (tile.kind != TileKind::absent) return tile;
   acc_t<P> row_max[kTileRows], col_max[kTileCols];
   similarities(g.pairs, ib, jb, s);
-  logits(g.pairs, ib, jb, s, row_max, col_max);
+  logits(g.pairs, ib, jb, g.col_max != nullptr, s, row_max, col_max);
   weighted(g, ib, jb, s, direct);
   return {direct, 0, TileKind::weighted};
 }
@@ -218,9 +227,8 @@ void operand_of(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, const Tile<P>&
     }
     P* row = out + r * kTileCols;
 #pragma omp simd
-    for (int64_t c = 0; c < kTileCols; ++c) from_acc(to_acc(e[c]) * side * (by_col[c] * term + col_term[c]), row[c]);
+    for (int64_t c = 0; c < kTileCols; ++c) round_to(to_acc(e[c]) * side * (by_col[c] * term + col_term[c]), row[c]);
   }
-  if constexpr (kAsB) zero_rows_b(out, rows);
 }
 
 }  // namespace
@@ -246,7 +254,7 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
       const int64_t i0 = ib * kTileRows, rows = rows_of(p, ib), index = ib * p.col_blocks() + jb;
       const Moments<A> row = row_part.at(i0);
       similarities(p, ib, jb, s);
-      logits(p, ib, jb, s, row_top, col_top);
+      logits(p, ib, jb, g.columns, s, row_top, col_top);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t c = g.positives[i0 + r] - j0;
         if (c >= 0 && c < cols) g.positive_logit[i0 + r] = s[r * kTileCols + c];
@@ -256,11 +264,13 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
       if (one_reference(row_top, rows, col_top, cols, g.columns, reference)) {
         if (slot) {
           P* e = write_tile<P>(slot, reference, TileKind::relative);
-          exponentials<true, true>(s, rows, cols, reference, e, row_sum, row_moment, col_sum, col_moment);
+          const auto take = g.columns ? exponentials<true, true, true, P> : exponentials<true, true, false, P>;
+          take(s, rows, cols, reference, e, row_sum, row_moment, col_sum, col_moment);
           zero_padding(rows, cols, e);
           zero_positives(g.positives, i0, rows, j0, cols, e);
         } else {
-          exponentials<false, true, P>(s, rows, cols, reference, nullptr, row_sum, row_moment, col_sum, col_moment);
+          const auto take = g.columns ? exponentials<false, true, true, P> : exponentials<false, true, false, P>;
+          take(s, rows, cols, reference, nullptr, row_sum, row_moment, col_sum, col_moment);
         }
         for (int64_t r = 0; r < rows; ++r) {
           merge(row.max[r], row.sum[r], row.moment[r], row_top[r], row_sum[r], row_moment[r], reference);
@@ -278,11 +288,15 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
           A sum = 0, moment = 0;
 #pragma omp simd reduction(+ : sum, moment)
           for (int64_t c = 0; c < cols; ++c) {
-            const A below = logit[c] - top, x = exp_(below), col_below = logit[c] - col_top[c], y = exp_(col_below);
+            const A below = logit[c] - top, x = exp_(below);
             sum += x;
             moment += x * below;
-            col_sum[c] += y;
-            col_moment[c] += y * col_below;
+          }
+#pragma omp simd
+          for (int64_t c = 0; c < (g.columns ? cols : 0); ++c) {
+            const A below = logit[c] - col_top[c], x = exp_(below);
+            col_sum[c] += x;
+            col_moment[c] += x * below;
           }
           merge(row.max[r], row.sum[r], row.moment[r], top, sum, moment, top);
         }
@@ -312,12 +326,12 @@ void info_nce_recompute(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, acc_t<
   const Pairs<P>& p = g.pairs;
   const int64_t rows = rows_of(p, ib), cols = cols_of(p, jb), index = ib * p.col_blocks() + jb;
   char* slot = g.workspace + (index - max_(g.first * p.col_blocks(), g.stored_tiles)) * tile_bytes<P>();
-  A row_max[kTileRows], col_max[kTileCols], unused[2 * kTileRows + 2 * kTileCols], reference;
+  A row_max[kTileRows], col_max[kTileCols], reference;
   similarities(p, ib, jb, s);
-  logits(p, ib, jb, s, row_max, col_max);
+  logits(p, ib, jb, g.col_max != nullptr, s, row_max, col_max);
   if (one_reference(row_max, rows, col_max, cols, g.col_max != nullptr, reference)) {
     P* e = write_tile<P>(slot, reference, TileKind::relative);
-    exponentials<true, false>(s, rows, cols, reference, e, unused, unused, unused, unused);
+    exponentials<true, false, false, P>(s, rows, cols, reference, e, nullptr, nullptr, nullptr, nullptr);
     zero_padding(rows, cols, e);
     zero_positives(g.positives, ib * kTileRows, rows, jb * kTileCols, cols, e);
   } else {
@@ -344,10 +358,10 @@ void info_nce_query(const InfoNceGrads<P>& g, int64_t ib, acc_t<P>* sums, acc_t<
 
 template <class P>
 void info_nce_key(const InfoNceGrads<P>& g, int64_t jb, int64_t d0, int64_t d1, bool accumulate, acc_t<P>* s, P* operand) {
-  P* direct = operand + kTileRows * kTileCols;
-  key_product(g.pairs, jb, g.first, g.last, d0, d1, accumulate, [&](int64_t ib) {
-    operand_of<true>(g, ib, jb, tile_at(g, ib, jb, s, direct), operand);
-    return static_cast<const P*>(operand);
+  P* direct = operand + kKeyTiles<P> * kTileRows * kTileCols;
+  key_product(g.pairs, jb, g.first, g.last, d0, d1, accumulate, operand, [&](int64_t ib, P* out) {
+    operand_of<true>(g, ib, jb, tile_at(g, ib, jb, s, direct), out);
+    return static_cast<const P*>(out);
   }, g.key_sums + jb * g.pairs.d * kTileCols);
 }
 

@@ -22,17 +22,21 @@ int64_t cols_of(const Pairs<P>& p, int64_t jb) {
 // The part of a tile's columns that products touch: whole vectors, few distinct shapes.
 inline int64_t width_of(int64_t cols) { return ceil_div(cols, 64) * 64; }
 
-// x[rows][kTileCols] = Q_ib K_jb^T
+// x[rows][kTileCols] = Q_ib K_jb^T, summed in parts of the depth: one long chain of additions would round more than mm does.
 template <class P>
 void similarities(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* x) {
-  p.product(rows_of(p, ib), width_of(cols_of(p, jb)), p.depth, p.depth, kTileCols, kTileCols, false,
-            p.q + ib * kTileRows * p.depth, p.kt + jb * p.depth * kTileCols, x);
+  constexpr int64_t kPart = 512;
+  for (int64_t d = 0; d < p.depth; d += kPart) {
+    p.product(rows_of(p, ib), width_of(cols_of(p, jb)), min_(kPart, p.depth - d), p.depth, kTileCols, kTileCols, d > 0,
+              p.q + ib * kTileRows * p.depth + d, p.kt + (jb * p.depth + d) * kTileCols, x);
+  }
 }
 
 // D[rows][depth] = sum over jb of G_jb K_jb, where tile(jb) gives G_jb [rows][kTileCols], 0 beyond its columns.
 template <class P, class Tile>
 void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {
   const int64_t rows = rows_of(p, ib);
+  for (int64_t i = 0; p.m == 0 && i < rows * p.depth; ++i) out[i] = 0;
   for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
     const P* g = tile(jb);
     if constexpr (kPaired<P>) {
@@ -43,17 +47,26 @@ void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {
   }
 }
 
-// D'^T[d0 .. d1)[kTileCols] += sum over row blocks [first, last) of Q_ib^T G_ib, where tile(ib) gives G_ib as a B operand with
-// kTileRows rows, 0 beyond its own.
+// D'^T[d0 .. d1)[kTileCols] += sum over row blocks [first, last) of Q_ib^T G_ib, where tile(ib, out) gives G_ib as a B operand of
+// kTileRows rows: in place, or written to `out`, which it must be when several tiles make one sum.
 template <class P, class Tile>
-void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int64_t d0, int64_t d1, bool accumulate,
+void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int64_t d0, int64_t d1, bool accumulate, P* operand,
                  Tile tile, acc_t<P>* out) {
+  constexpr int64_t group = kKeyTiles<P>, group_rows = group * kTileRows;
   const int64_t width = width_of(cols_of(p, jb));
-  for (int64_t ib = first; ib < last; ++ib) {
-    const P* g = tile(ib);
-    const int64_t inner = kPaired<P> ? kTileRows : rows_of(p, ib);
-    p.product(d1 - d0, width, inner, kTileRows, kTileCols, kTileCols, accumulate || ib > first,
-              p.qt + ((ib - p.qt_first) * p.d + d0) * kTileRows, g, out + d0 * kTileCols);
+  for (int64_t ib = first; ib < last; ib += group) {
+    const P* g = tile(ib, operand);
+    int64_t rows = rows_of(p, ib);
+    for (int64_t next = ib + 1; next < min_(ib + group, last); ++next) {
+      tile(next, operand + (next - ib) * kTileRows * kTileCols);
+      rows += rows_of(p, next);
+    }
+    if constexpr (kPaired<P>) {  // products run over all the rows of the group
+      for (int64_t i = (rows + 1) / 2 * 2 * kTileCols; i < group_rows * kTileCols; ++i) operand[i] = P{};
+      rows = group_rows;
+    }
+    p.product(d1 - d0, width, rows, group_rows, kTileCols, kTileCols, accumulate || ib > first,
+              p.qt + ((ib - p.qt_first) * p.d + d0 * group) * kTileRows, g, out + d0 * kTileCols);
   }
 }
 
@@ -63,17 +76,9 @@ struct alignas(4) Pair {
 };
 VLMK_INLINE void put_pair(float first, float second, Pair& out) {
   bf16 low, high;
-  from_acc(first, low);
-  from_acc(second, high);
+  round_to(first, low);
+  round_to(second, high);
   out.bits = static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
-}
-
-// Writes 0 to the pairs of rows of a B operand beyond the tile's own (bf16 products run over all of them).
-template <class P>
-void zero_rows_b(P* g, int64_t rows) {
-  if constexpr (kPaired<P>) {
-    for (int64_t i = (rows + 1) / 2 * 2 * kTileCols; i < kTileRows * kTileCols; ++i) g[i] = P{};
-  }
 }
 
 // One finished row: adds extra and the positives' share (w times y), takes the dot with x and writes the gradient.

@@ -22,7 +22,7 @@ void row_of_tile(const SigmoidLoss<P>& g, int64_t i, int64_t cols, const acc_t<P
       const A dz = -t * u * (y < 0 ? e * inverse : inverse);
       db += dz;
       ds += dz * similarity;
-      from_acc(dz, out[c]);
+      round_to(dz, out[c]);
     }
   }
   loss += l;
@@ -78,7 +78,7 @@ void sigmoid_loss_query(const SigmoidLoss<P>& g, int64_t ib, acc_t<P>* sums, P* 
       const P* row = tile + r * kTileCols;
       P* out = operand + r * kTileCols;
 #pragma omp simd
-      for (int64_t c = 0; c < cols; ++c) from_acc(to_acc(row[c]) * b[c], out[c]);
+      for (int64_t c = 0; c < cols; ++c) round_to(to_acc(row[c]) * b[c], out[c]);
       for (int64_t c = cols; c < kTileCols; ++c) out[c] = P{};
     }
     return static_cast<const P*>(operand);
@@ -89,7 +89,7 @@ void sigmoid_loss_query(const SigmoidLoss<P>& g, int64_t ib, acc_t<P>* sums, P* 
 template <class P>
 void sigmoid_loss_key(const SigmoidLoss<P>& g, int64_t jb, int64_t d0, int64_t d1, bool accumulate, P* operand) {
   const Pairs<P>& p = g.pairs;
-  key_product(p, jb, g.first, g.last, d0, d1, accumulate, [&](int64_t ib) {
+  key_product(p, jb, g.first, g.last, d0, d1, accumulate, operand, [&](int64_t ib, P* to) {
     const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
     if (!p.a && !kPaired<P>) return tile;
     const int64_t rows = rows_of(p, ib);
@@ -97,7 +97,7 @@ void sigmoid_loss_key(const SigmoidLoss<P>& g, int64_t jb, int64_t d0, int64_t d
       const acc_t<P>* a = p.a ? p.a + ib * kTileRows + r : nullptr;
       const acc_t<P> first = a ? a[0] : acc_t<P>(1), second = a && r + 1 < rows ? a[1] : acc_t<P>(1);
       const P *x = tile + r * kTileCols, *y = x + kTileCols;  // a row beyond the tile's own holds zeros
-      P* out = operand + r * kTileCols;
+      P* out = to + r * kTileCols;
       if constexpr (kPaired<P>) {
         Pair* pairs = reinterpret_cast<Pair*>(out);
 #pragma omp simd
@@ -107,8 +107,7 @@ void sigmoid_loss_key(const SigmoidLoss<P>& g, int64_t jb, int64_t d0, int64_t d
         for (int64_t c = 0; c < kTileCols; ++c) out[c] = first * x[c], out[kTileCols + c] = second * y[c];
       }
     }
-    zero_rows_b(operand, rows);
-    return static_cast<const P*>(operand);
+    return static_cast<const P*>(to);
   }, g.key_sums + jb * p.d * kTileCols);
 }
 

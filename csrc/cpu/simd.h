@@ -23,10 +23,17 @@ VLMK_INLINE float to_acc(f16 x) {
 
 VLMK_INLINE void from_acc(float x, float& out) { out = x; }
 VLMK_INLINE void from_acc(double x, double& out) { out = x; }
-VLMK_INLINE void from_acc(float x, bf16& out) {
+// To nearest, ties to even, for what arithmetic on bf16 inputs gives: a NaN whose low bits are all ones would not stay one.
+VLMK_INLINE void round_to(float x, bf16& out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+VLMK_INLINE void round_to(float x, float& out) { out = x; }
+VLMK_INLINE void round_to(double x, double& out) { out = x; }
+VLMK_INLINE void from_acc(float x, bf16& out) {
+  const bool nan = x != x;
+  round_to(x, out);
+  out.bits = nan ? 0x7fc0u : out.bits;
 }
 VLMK_INLINE void from_acc(float x, f16& out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;

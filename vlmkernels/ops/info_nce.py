@@ -80,6 +80,8 @@ def info_nce(
         raise ValueError("info_nce: " + "; ".join(faults))
     scale = contrastive.as_scalar(scale, query)
     weight = weight.detach() if weight is not None else None
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, scale))):
+        store_bytes = 0
     return _op(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes
     )[0]
@@ -139,6 +141,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    autocast=2,
 )
 _bwd = define(
     f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[] needs)"

@@ -83,7 +83,8 @@ def _backward(ctx, dloss, *unused):
     if dloss is None or not any(needs):
         return (None,) * 11
     inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    if all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need):
+    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need)
+    if here and not torch.is_grad_enabled():  # under create_graph the backward op stands in the graph and refuses
         grads = [grad * dloss.to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
         return *grads, *(None,) * 7
     grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
@@ -100,6 +101,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    autocast=2,
 )
 _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",

@@ -62,9 +62,9 @@ VLMK_PER_ISA(
                                            Moments<A> out);
     // Fills the workspace's tile (ib, jb). scratch: kTileRows * kTileCols.
     template <class P> void info_nce_recompute(const InfoNceGrads<P>&, int64_t ib, int64_t jb, acc_t<P>* scratch);
-    // dq of row block ib. sums: kTileRows * depth; scratch: 2 * kTileRows * kTileCols + kTileCols; operand: kTileRows * kTileCols.
+    // dq of row block ib. sums: kTileRows * depth; scratch: a tile; operand: two tiles.
     template <class P> void info_nce_query(const InfoNceGrads<P>&, int64_t ib, acc_t<P>* sums, acc_t<P>* scratch, P* operand);
-    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums.
+    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. scratch: a tile; operand: kKeyTiles + 1 tiles.
     template <class P> void info_nce_key(const InfoNceGrads<P>&, int64_t jb, int64_t d0, int64_t d1, bool accumulate,
                                          acc_t<P>* scratch, P* operand);
     // dk of column block jb from its key_sums. rows: kTileCols * d.

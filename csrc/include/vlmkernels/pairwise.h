@@ -7,6 +7,10 @@ namespace vlmk {
 // S = Q K^T is walked in tiles of kTileRows x kTileCols; tiles at the last row and column may be partly empty.
 constexpr int64_t kTileRows = 128, kTileCols = 256;
 
+// The product with Q^T sums over this many tiles at once: bf16 units are fast enough to want a longer sum.
+template <class P>
+constexpr int64_t kKeyTiles = sizeof(P) == 2 ? 2 : 1;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The operands of the tile products. `depth` is d, rounded up to a multiple of 32 with zeros for bf16.
@@ -16,7 +20,7 @@ struct Pairs {
   const P* q;   // [n, depth]
   const P* kt;  // [col blocks][depth][kTileCols]; bf16: [col blocks][depth / 2][kTileCols][2]
   const P* k;   // [m, d]; bf16: [col blocks][kTileCols / 2][depth][2]; only where dq is formed
-  const P* qt;  // [row blocks][d][kTileRows]; only where dk is formed, from row block qt_first on
+  const P* qt;  // [row blocks / kKeyTiles][d][kKeyTiles * kTileRows]; only where dk is formed, from row block qt_first on
   int64_t qt_first;
   acc_t<P> scale;
   const acc_t<P>* a;  // [n] inverse norms of the queries, or null

@@ -26,7 +26,7 @@ VLMK_PER_ISA(
     template <class P> void sigmoid_loss_tiles(const SigmoidLoss<P>&, int64_t ib, int64_t col_chunk, acc_t<P>* scratch);
     // dq of row block ib. sums: kTileRows * depth; operand: kTileRows * kTileCols.
     template <class P> void sigmoid_loss_query(const SigmoidLoss<P>&, int64_t ib, acc_t<P>* sums, P* operand);
-    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. operand: kTileRows * kTileCols.
+    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. operand: kKeyTiles tiles.
     template <class P> void sigmoid_loss_key(const SigmoidLoss<P>&, int64_t jb, int64_t d0, int64_t d1, bool accumulate, P* operand);
     // dk of column block jb from its key_sums. rows: kTileCols * d.
     template <class P> void sigmoid_loss_finish_key(const SigmoidLoss<P>&, int64_t jb, acc_t<P>* rows);)

@@ -1,0 +1,88 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison():
+    """A fixed seed; uninitialised memory holds NaN (integers: their largest value), so an unwritten output is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def busy_threads():
+    """Counts the threads of this process that spend processor time while a function runs again and again for half a second."""
+
+    def count(fn) -> int:
+        def ticks() -> dict[str, int]:
+            stats = {path: path.read_text().rsplit(")", 1)[1].split() for path in Path("/proc/self/task").glob("*/stat")}
+            return {path.parent.name: int(stat[11]) + int(stat[12]) for path, stat in stats.items()}
+
+        if not Path("/proc/self/task").exists():
+            pytest.skip("thread times are read from /proc")
+        torch.set_num_threads(2)
+        fn()
+        before, start = ticks(), time.perf_counter()
+        while time.perf_counter() - start < 0.5:
+            fn()
+        return sum(now > before.get(thread, 0) for thread, now in ticks().items())
+
+    threads = torch.get_num_threads()
+    yield count
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def peak_memory():
+    """Bytes that `run()`, defined by a script, holds at its peak above what the process held before, in a fresh process."""
+
+    def measure(script: str) -> int:
+        code = f"""
+import torch, vlmkernels
+torch.set_num_threads(1)
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+small = torch.randn(8, 64, requires_grad=True)
+vlmkernels.info_nce(small, small, 1.0).backward()
+vlmkernels.sigmoid_loss(small, small, 1.0, 0.0).backward()
+{script}
+before = held()
+run()
+print(peak() - before)
+"""
+        if not Path("/proc/self/status").exists():
+            pytest.skip("peak memory is read from /proc")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    return measure
+
+
+def pytest_report_header(config):
+    import vlmkernels
+
+    facts = str(vlmkernels.info()).splitlines()
+    photos = os.environ.get("VLMKERNELS_PHOTOS", "not set: tests on photographs are skipped")
+    return [line for line in facts if line and not line.startswith(("torch", "python"))] + [f"photographs: {photos}"]
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,205 @@
+// The kernels without torch: a plain loop computes the tile products, double-precision loops tell the truth.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#include "vlmkernels/gated_residual.h"
+#include "vlmkernels/info_nce.h"
+#include "vlmkernels/sigmoid_loss.h"
+
+namespace {
+
+int failures = 0;
+
+void check(const char* what, double got, double want, double tolerance) {
+  if (std::fabs(got - want) <= tolerance) return;
+  if (++failures < 10) std::printf("%s: got %.9g, wanted %.9g\n", what, got, want);
+}
+
+template <class P>
+void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate, const P* a,
+                   const P* b, P* c) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      P sum = accumulate ? c[i * ldc + j] : P(0);
+      for (int64_t e = 0; e < k; ++e) sum += a[i * lda + e] * b[e * ldb + j];
+      c[i * ldc + j] = sum;
+    }
+  }
+}
+
+// n queries and m keys of d features; three tiles a side, the last of them partly filled.
+template <class P>
+struct Problem {
+  static constexpr int64_t n = 290, m = 530, d = 19;
+  std::vector<P> q = std::vector<P>(n * d), k = std::vector<P>(m * d), kt, qt;
+  vlmk::Pairs<P> pairs{};
+
+  Problem() {
+    for (int64_t i = 0; i < n * d; ++i) q[i] = std::sin(P(0.37) * i);
+    for (int64_t i = 0; i < m * d; ++i) k[i] = std::cos(P(0.23) * i);
+    pairs.n = n, pairs.m = m, pairs.d = pairs.depth = d, pairs.scale = P(1.5);
+    kt.resize(pairs.col_blocks() * d * vlmk::kTileCols);
+    qt.resize(pairs.row_blocks() * d * vlmk::kTileRows);
+    for (int64_t jb = 0; jb < pairs.col_blocks(); ++jb) {
+      const int64_t j0 = jb * vlmk::kTileCols, count = std::min(vlmk::kTileCols, m - j0);
+      VLMK_CALL(pack_transposed_b, k.data() + j0 * d, d, count, d, d, vlmk::kTileCols, kt.data() + j0 * d);
+    }
+    for (int64_t ib = 0; ib < pairs.row_blocks(); ++ib) {
+      const int64_t i0 = ib * vlmk::kTileRows, count = std::min(vlmk::kTileRows, n - i0);
+      VLMK_CALL(pack_transposed_a, q.data() + i0 * d, d, count, d, vlmk::kTileRows, qt.data() + i0 * d);
+    }
+    pairs.q = q.data(), pairs.k = k.data(), pairs.kt = kt.data(), pairs.qt = qt.data();
+    pairs.product = plain_product<P>;
+  }
+
+  double logit(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int64_t e = 0; e < d; ++e) sum += double(q[i * d + e]) * k[j * d + e];
+    return double(pairs.scale) * sum;
+  }
+};
+
+template <class P>
+void test_info_nce(bool store) {
+  Problem<P> problem;
+  const auto& p = problem.pairs;
+  const int64_t n = p.n, m = p.m, d = p.d, tiles = p.row_blocks() * p.col_blocks();
+  std::vector<int64_t> positives(n);
+  for (int64_t i = 0; i < n; ++i) positives[i] = i % 7 ? i : -1;
+  std::vector<P> row(3 * n), col(3 * m), positive(n), scratch(vlmk::kTileRows * vlmk::kTileCols + 3 * vlmk::kTileCols);
+  std::vector<double> kept(store ? tiles * vlmk::tile_bytes<P>() / 8 + 8 : 0);
+  vlmk::InfoNceStats<P> stats{p, positives.data(), true, 3, 3, {row.data(), &row[n], &row[2 * n]},
+                              {col.data(), &col[m], &col[2 * m]}, positive.data(), reinterpret_cast<char*>(kept.data()),
+                              store ? tiles : 0};
+  VLMK_CALL(info_nce_stats, stats, int64_t(0), int64_t(0), scratch.data());
+  const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-5;
+  std::vector<double> r(n), c(m);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) r[i] += std::exp(problem.logit(i, j)), c[j] += std::exp(problem.logit(i, j));
+    check("row lse", row[i] + std::log(row[n + i]), r[i] = std::log(r[i]), tolerance);
+    if (positives[i] >= 0) check("positive", positive[i], problem.logit(i, positives[i]), tolerance);
+  }
+  for (int64_t j = 0; j < m; ++j) check("column lse", col[j] + std::log(col[m + j]), c[j] = std::log(c[j]), tolerance);
+
+  std::vector<P> u(n, P(0.5)), v(m, P(0.25)), w(n, P(-2)), row_log(n), col_log(m), dq(n * d), dk(m * d), dots(n + m);
+  for (int64_t i = 0; i < n; ++i) row_log[i] = std::log(row[n + i]);
+  for (int64_t j = 0; j < m; ++j) col_log[j] = std::log(col[m + j]);
+  std::vector<P> key_sums(p.col_blocks() * d * vlmk::kTileCols), sums(vlmk::kTileRows * d), rows(vlmk::kTileCols * d);
+  std::vector<P> operand(3 * vlmk::kTileRows * vlmk::kTileCols);
+  std::vector<double> workspace(tiles * vlmk::tile_bytes<P>() / 8 + 8);
+  vlmk::InfoNceGrads<P> grads{p, positives.data(), row.data(), row_log.data(), u.data(), col.data(), col_log.data(), v.data(),
+                              w.data(), reinterpret_cast<char*>(kept.data()), stats.stored_tiles,
+                              reinterpret_cast<char*>(workspace.data()), 0, p.row_blocks(), key_sums.data(),
+                              {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()},
+                              {problem.k.data(), d, nullptr, nullptr, dk.data(), dots.data() + n}};
+  for (int64_t t = stats.stored_tiles; t < tiles; ++t) {
+    VLMK_CALL(info_nce_recompute, grads, t / p.col_blocks(), t % p.col_blocks(), scratch.data());
+  }
+  for (int64_t ib = 0; ib < p.row_blocks(); ++ib) VLMK_CALL(info_nce_query, grads, ib, sums.data(), scratch.data(), operand.data());
+  for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
+    VLMK_CALL(info_nce_key, grads, jb, int64_t(0), d / 2, false, scratch.data(), operand.data());
+    VLMK_CALL(info_nce_key, grads, jb, d / 2, d, false, scratch.data(), operand.data());
+    VLMK_CALL(info_nce_finish_key, grads, jb, rows.data());
+  }
+  std::vector<double> want_q(n * d), want_k(m * d);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      const double s = problem.logit(i, j);
+      const double g = j == positives[i] ? -2.0 : 0.5 * std::exp(s - r[i]) + 0.25 * std::exp(s - c[j]);
+      for (int64_t e = 0; e < d; ++e) {
+        want_q[i * d + e] += p.scale * g * problem.k[j * d + e];
+        want_k[j * d + e] += p.scale * g * problem.q[i * d + e];
+      }
+    }
+  }
+  for (int64_t i = 0; i < n * d; ++i) check("dq", dq[i], want_q[i], 2 * tolerance);
+  for (int64_t i = 0; i < m * d; ++i) check("dk", dk[i], want_k[i], 2 * tolerance);
+}
+
+template <class P>
+void test_sigmoid_loss() {
+  Problem<P> problem;
+  const auto& p = problem.pairs;
+  const int64_t n = p.n, d = p.d;
+  std::vector<int64_t> positives(n);
+  for (int64_t i = 0; i < n; ++i) positives[i] = i;
+  std::vector<P> u(n, P(0.5)), loss(n), dbias(n), dscale(n), dq(n * d), dots(n), sums(vlmk::kTileRows * d);
+  std::vector<P> tiles(p.row_blocks() * p.col_blocks() * vlmk::kTileRows * vlmk::kTileCols);
+  std::vector<P> scratch(vlmk::kTileRows * vlmk::kTileCols), operand(2 * vlmk::kTileRows * vlmk::kTileCols);
+  vlmk::SigmoidLoss<P> g{p, P(-1), positives.data(), nullptr, nullptr, u.data(), true, true, p.col_blocks(), loss.data(),
+                         dbias.data(), dscale.data(), tiles.data(), 0, p.row_blocks(), nullptr,
+                         {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()}, {}};
+  for (int64_t ib = 0; ib < p.row_blocks(); ++ib) {
+    VLMK_CALL(sigmoid_loss_tiles, g, ib, int64_t(0), scratch.data());
+    VLMK_CALL(sigmoid_loss_query, g, ib, sums.data(), operand.data());
+  }
+  const double tolerance = sizeof(P) == 8 ? 1e-9 : 2e-3;
+  for (int64_t i = 0; i < n; ++i) {
+    double want = 0, bias = 0;
+    std::vector<double> grad(d);
+    for (int64_t j = 0; j < p.m; ++j) {
+      const double t = i == j ? 1 : -1, z = t * (problem.logit(i, j) - 1), dz = -0.5 * t / (1 + std::exp(z));
+      want += std::log1p(std::exp(-std::fabs(z))) + std::fmax(-z, 0);
+      bias += dz;
+      for (int64_t e = 0; e < d; ++e) grad[e] += double(p.scale) * dz * problem.k[j * d + e];
+    }
+    check("sigmoid loss", loss[i], want, tolerance);
+    check("dbias", dbias[i], bias, tolerance);
+    for (int64_t e = 0; e < d; ++e) check("sigmoid dq", dq[i * d + e], grad[e], tolerance);
+  }
+}
+
+void test_gated_residual() {
+  const int64_t rows = 5, d = 37;
+  std::vector<float> x(rows * d), y(rows * d), t(d), out(rows * d), dy(rows * d), part(d);
+  const bool mask[rows] = {true, false, true, true, false};
+  for (int64_t i = 0; i < rows * d; ++i) x[i] = std::sin(0.3f * i), y[i] = mask[i / d] ? std::cos(0.7f * i) : NAN;
+  for (int64_t c = 0; c < d; ++c) t[c] = 0.01f * c;
+  VLMK_CALL(gated_residual, x.data(), y.data(), t.data(), mask, out.data(), rows, d);
+  VLMK_CALL(gated_residual_bwd, x.data(), y.data(), t.data(), mask, dy.data(), part.data(), rows, d);
+  for (int64_t c = 0; c < d; ++c) {
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = r * d + c;
+      check("gated residual", out[i], mask[r] ? double(x[i]) + double(t[c]) * y[i] : x[i], 1e-6);
+      check("gated residual dy", dy[i], mask[r] ? double(t[c]) * x[i] : 0, 1e-6);
+      if (mask[r]) sum += double(x[i]) * y[i];
+    }
+    check("gated residual part", part[c], sum, 1e-5);
+  }
+}
+
+void test_bfloat16_rounding() {
+  std::vector<float> zero(8, 0.0f);
+  for (uint32_t step = 0; step < 40000; ++step) {
+    float x[1];
+    const uint32_t bits = step * 104729u + (step << 16);
+    __builtin_memcpy(x, &bits, 4);
+    if (!std::isfinite(x[0]) || std::fabs(x[0]) < 1e-30f) continue;
+    const float gate[1] = {1.0f};
+    vlmk::bf16 in[1] = {{static_cast<uint16_t>(bits >> 16)}}, none[1] = {{0}}, out[1];
+    VLMK_CALL(gated_residual, in, none, gate, static_cast<const bool*>(nullptr), out, int64_t(1), int64_t(1));
+    check("bfloat16 round trip", out[0].bits, in[0].bits, 0);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("instruction set %s\n", vlmk::isa_name(vlmk::isa()));
+  } catch (const std::runtime_error& error) {
+    std::printf("skipped: %s\n", error.what());
+    return 77;
+  }
+  for (bool store : {true, false}) test_info_nce<float>(store), test_info_nce<double>(store);
+  test_sigmoid_loss<float>();
+  test_sigmoid_loss<double>();
+  test_gated_residual();
+  test_bfloat16_rounding();
+  std::printf(failures ? "%d failures\n" : "ok\n", failures);
+  return failures != 0;
+}
