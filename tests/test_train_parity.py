@@ -68,5 +68,7 @@ def test_kernels_follow_the_reference(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_follow_the_reference_in_the_demo(tmp_path, monkeypatch):
-    values = {**read_config("clip-emoji"), "epochs": 20, "max_steps": 300, "lr": 0.02}
+    # A rate at which the run stays stable: where it does not, rounding alone takes two courses apart.
+    sgd = {"epochs": 20, "max_steps": 300, "lr": 0.004, "grad_clip": 0.0}
+    values = {**read_config("clip-emoji"), **sgd}
     check(monkeypatch, tmp_path, values, 100)
