@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
 
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         out.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / "cmake"
         configure = [
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
             f"-DPython_EXECUTABLE={sys.executable}",

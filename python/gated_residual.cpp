@@ -3,8 +3,8 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -21,11 +21,16 @@ constexpr int64_t kBlockElements = 1 << 15;  // of x in one task; a fixed size, 
 template <class F>
 auto with_storage(at::ScalarType dtype, F f) {
   switch (dtype) {
-    case at::kDouble: return f(double());
-    case at::kFloat: return f(float());
-    case at::kBFloat16: return f(bf16());
-    case at::kHalf: return f(f16());
-    default: TORCH_CHECK(false, "gated_residual: unsupported dtype ", dtype);
+    case at::kDouble:
+      return f(double());
+    case at::kFloat:
+      return f(float());
+    case at::kBFloat16:
+      return f(bf16());
+    case at::kHalf:
+      return f(f16());
+    default:
+      TORCH_CHECK(false, "gated_residual: unsupported dtype ", dtype);
   }
 }
 
@@ -38,7 +43,9 @@ Tensor gates(const Tensor& gate, int64_t d, at::ScalarType type) {
 
 struct Shape {
   explicit Shape(const Tensor& x)
-      : d(x.size(-1)), rows(d ? x.numel() / d : 0), block(std::max<int64_t>(1, kBlockElements / std::max<int64_t>(d, 1))),
+      : d(x.size(-1)),
+        rows(d ? x.numel() / d : 0),
+        block(std::max<int64_t>(1, kBlockElements / std::max<int64_t>(d, 1))),
         blocks((rows + block - 1) / block) {}
   int64_t d, rows, block, blocks;
 };

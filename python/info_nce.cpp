@@ -18,9 +18,11 @@ constexpr int64_t kTile = kTileRows * kTileCols;
 constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of recomputed tiles that may be held at once
 
 template <class P>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats(
-    const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a, const optional<Tensor>& b,
-    const Tensor& positives, bool columns, int64_t store_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats(const Tensor& query, const Tensor& key,
+                                                                                 const Tensor& scale, const optional<Tensor>& a,
+                                                                                 const optional<Tensor>& b,
+                                                                                 const Tensor& positives, bool columns,
+                                                                                 int64_t store_size) {
   using A = acc_t<P>;
   Features<P> features(query, key, scale, a, b);
   features.pack_kt();
@@ -40,8 +42,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
     const int64_t size = t.numel() / 3;
     return Moments<A>{first, first + size, first + 2 * size};
   };
-  const InfoNceStats<P> g{p, data<int64_t>(index), columns, chunk_rows, chunk_cols,
-                          moments(row_part), moments(col_part), data<A>(positive), data<char>(store), std::min(stored, p.row_blocks() * p.col_blocks())};
+  const InfoNceStats<P> g{p,
+                          data<int64_t>(index),
+                          columns,
+                          chunk_rows,
+                          chunk_cols,
+                          moments(row_part),
+                          moments(col_part),
+                          data<A>(positive),
+                          data<char>(store),
+                          std::min(stored, p.row_blocks() * p.col_blocks())};
   for_tasks(row_parts * col_parts, (kTile + 3 * kTileCols) * sizeof(A), [&](int64_t task, Scratch& scratch) {
     VLMK_CALL(info_nce_stats, g, task / col_parts, task % col_parts, scratch.take<A>(kTile + 3 * kTileCols));
   });
@@ -59,12 +69,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
 }
 
 template <class P>
-std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
-    const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a, const optional<Tensor>& b,
-    const Tensor& positives, const Tensor& row_max, const Tensor& row_log, const Tensor& col_max,
-    const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
-    const Tensor& positive_coef, const optional<Tensor>& query_extra, const optional<Tensor>& key_extra, const Tensor& store,
-    int64_t store_bytes, bool need_query, bool need_key) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tensor& key, const Tensor& scale,
+                                                 const optional<Tensor>& a, const optional<Tensor>& b, const Tensor& positives,
+                                                 const Tensor& row_max, const Tensor& row_log, const Tensor& col_max,
+                                                 const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
+                                                 const Tensor& positive_coef, const optional<Tensor>& query_extra,
+                                                 const optional<Tensor>& key_extra, const Tensor& store, int64_t store_bytes,
+                                                 bool need_query, bool need_key) {
   using A = acc_t<P>;
   Features<P> features(query, key, scale, a, b);
   Pairs<P>& p = features.pairs;
@@ -80,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
   const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
   if (p.n == 0) key_sums.zero_();
   const auto contiguous = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
-  const Tensor index = positives.contiguous(), u = row_coef.contiguous(), v = col_coef.contiguous(), w = positive_coef.contiguous();
+  const Tensor index = positives.contiguous(), u = row_coef.contiguous(), v = col_coef.contiguous(),
+               w = positive_coef.contiguous();
   const Tensor rm = row_max.contiguous(), rl = row_log.contiguous(), cm = col_max.contiguous(), cl = col_log.contiguous();
   const Tensor extra_q = contiguous(query_extra), extra_k = contiguous(key_extra);
   const auto maybe = [](const Tensor& t) { return t.defined() ? data<A>(t) : nullptr; };
@@ -96,16 +108,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
     return last;
   };
   int64_t most = 0;
-  for (int64_t first = 0; first < row_blocks; first = end_of_chunk(first)) most = std::max(most, missing(first, end_of_chunk(first)));
+  for (int64_t first = 0; first < row_blocks; first = end_of_chunk(first))
+    most = std::max(most, missing(first, end_of_chunk(first)));
   const Tensor workspace = at::empty({most * tile_bytes<P>()}, query.options().dtype(at::kByte));
   prefer_huge_pages(workspace);
 
-  InfoNceGrads<P> g{p, data<int64_t>(index), data<A>(rm), data<A>(rl), data<A>(u), columns ? data<A>(cm) : nullptr,
-                    columns ? data<A>(cl) : nullptr, columns ? data<A>(v) : nullptr, data<A>(w), data<char>(store), stored, data<char>(workspace), 0, 0,
+  InfoNceGrads<P> g{p,
+                    data<int64_t>(index),
+                    data<A>(rm),
+                    data<A>(rl),
+                    data<A>(u),
+                    columns ? data<A>(cm) : nullptr,
+                    columns ? data<A>(cl) : nullptr,
+                    columns ? data<A>(v) : nullptr,
+                    data<A>(w),
+                    data<char>(store),
+                    stored,
+                    data<char>(workspace),
+                    0,
+                    0,
                     data<A>(key_sums),
                     {data<P>(features.query), p.d, maybe(extra_q), p.a, data<P>(dquery), data<A>(query_dot)},
                     {data<P>(features.key), p.d, maybe(extra_k), p.b, data<P>(dkey), data<A>(key_dot)}};
-  const int64_t tile = kTile * sizeof(A), operands = (kKeyTiles<P> + 1) * kTile * sizeof(P), parts = depth_parts(col_blocks, p.d);
+  const int64_t tile = kTile * sizeof(A), operands = (kKeyTiles<P> + 1) * kTile * sizeof(P),
+                parts = depth_parts(col_blocks, p.d);
   for (int64_t first = 0; first < row_blocks; first = g.last) {
     g.first = first, g.last = end_of_chunk(first);
     if (need_key) features.pack_qt(g.first, g.last);
@@ -130,9 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(
     }
   }
   if (need_key) {
-    for_tasks(col_blocks, kTileCols * p.d * sizeof(A) + 256, [&](int64_t jb, Scratch& scratch) {
-      VLMK_CALL(info_nce_finish_key, g, jb, scratch.take<A>(kTileCols * p.d));
-    });
+    for_tasks(col_blocks, kTileCols * p.d * sizeof(A) + 256,
+              [&](int64_t jb, Scratch& scratch) { VLMK_CALL(info_nce_finish_key, g, jb, scratch.take<A>(kTileCols * p.d)); });
   }
   const auto as_given = [](const Tensor& grad, const Tensor& x, bool need) {
     return need ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
@@ -148,14 +173,13 @@ auto info_nce_stats(const Tensor& query, const Tensor& key, const Tensor& scale,
 }
 
 auto info_nce_grads(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
-                    const optional<Tensor>& b, const Tensor& positives, const Tensor& row_max, const Tensor& row_log, const Tensor& col_max,
-                    const Tensor& col_log,
-                    const Tensor& row_coef, const Tensor& col_coef, const Tensor& positive_coef,
-                    const optional<Tensor>& query_extra, const optional<Tensor>& key_extra, const Tensor& store,
-                    int64_t store_bytes, bool need_query, bool need_key) {
+                    const optional<Tensor>& b, const Tensor& positives, const Tensor& row_max, const Tensor& row_log,
+                    const Tensor& col_max, const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
+                    const Tensor& positive_coef, const optional<Tensor>& query_extra, const optional<Tensor>& key_extra,
+                    const Tensor& store, int64_t store_bytes, bool need_query, bool need_key) {
   return with_operand(query.scalar_type(), [&](auto type) {
-    return grads<decltype(type)>(query, key, scale, a, b, positives, row_max, row_log, col_max, col_log, row_coef, col_coef, positive_coef,
-                                 query_extra, key_extra, store, store_bytes, need_query, need_key);
+    return grads<decltype(type)>(query, key, scale, a, b, positives, row_max, row_log, col_max, col_log, row_coef, col_coef,
+                                 positive_coef, query_extra, key_extra, store, store_bytes, need_query, need_key);
   });
 }
 

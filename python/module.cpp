@@ -15,7 +15,9 @@ namespace py = pybind11;
 namespace {
 
 std::map<std::string, std::string> build() {
-  return {{"isa", vlmk::isa_name(vlmk::isa())}, {"tile_gemm", vlmk::tile_product_name()}, {"compiler", VLMK_COMPILER},
+  return {{"isa", vlmk::isa_name(vlmk::isa())},
+          {"tile_gemm", vlmk::tile_product_name()},
+          {"compiler", VLMK_COMPILER},
           {"version", VLMK_VERSION}};
 }
 
@@ -32,7 +34,8 @@ double measure(int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
       auto* c = scratch.take<vlmk::acc_t<P>>(rows * cols);
       for (int64_t round = 0; round < rounds; ++round) {
         for (int64_t block = 0; block < blocks; ++block) {
-          product(rows, cols, depth, depth, cols, cols, false, a.data() + task * rows * depth, b.data() + block * depth * cols, c);
+          product(rows, cols, depth, depth, cols, cols, false, a.data() + task * rows * depth, b.data() + block * depth * cols,
+                  c);
         }
       }
     });

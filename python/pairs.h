@@ -30,8 +30,8 @@ P* data(const std::optional<at::Tensor>& t) {
   return t ? data<P>(*t) : nullptr;
 }
 
-// Calls f with a value of the operand type for features of this dtype: float16, and bfloat16 where the CPU has no product for it,
-// are widened to float.
+// Calls f with a value of the operand type for features of this dtype: float16, and bfloat16 where the CPU has no product for
+// it, are widened to float.
 template <class F>
 auto with_operand(at::ScalarType dtype, F f) {
   if (dtype == at::kDouble) return f(double());
@@ -50,7 +50,8 @@ inline void prefer_huge_pages(const at::Tensor& t) {
 }
 
 struct Scratch {
-  explicit Scratch(int64_t bytes) : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
+  explicit Scratch(int64_t bytes)
+      : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
     if (!memory) throw std::bad_alloc();
   }
   template <class T>
@@ -81,8 +82,8 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
 // The features as kernels read them, owning the memory that Pairs points to.
 template <class P>
 struct Features {
-  at::Tensor query, key;             // [n, d], [m, d] contiguous, in the operands' type
-  at::Tensor padded, kt, k, qt;      // see Pairs
+  at::Tensor query, key;         // [n, d], [m, d] contiguous, in the operands' type
+  at::Tensor padded, kt, k, qt;  // see Pairs
   at::Tensor a, b;
   Pairs<P> pairs;
 
@@ -145,8 +146,8 @@ struct Features {
   }
 };
 
-// Blocks per chunk of row or column sums: a fixed function of the shape, so that sums do not depend on the number of threads; at
-// most `most` chunks, which bounds the partial sums.
+// Blocks per chunk of row or column sums: a fixed function of the shape, so that sums do not depend on the number of threads;
+// at most `most` chunks, which bounds the partial sums.
 inline int64_t chunk_of(int64_t blocks, int64_t most) {
   return std::max({int64_t(1), std::min<int64_t>(4, ceil_div(blocks, 8)), ceil_div(blocks, most)});
 }

@@ -41,14 +41,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
   if (p.n == 0) key_sums.zero_();
   const int64_t row_bytes = col_blocks * kTile * static_cast<int64_t>(sizeof(P));
-  const int64_t step = need_grad ? std::clamp<int64_t>(kWorkspace / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(row_blocks, 1))
-                                 : std::max<int64_t>(row_blocks, 1);
+  const int64_t step =
+      need_grad ? std::clamp<int64_t>(kWorkspace / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(row_blocks, 1))
+                : std::max<int64_t>(row_blocks, 1);
   const Tensor tiles = at::empty({need_grad ? step * col_blocks * kTile : 0}, features.query.options());
   prefer_huge_pages(tiles);
   const auto ids = [](const Tensor& t) { return t.defined() ? data<int64_t>(t) : nullptr; };
   A* sums = data<A>(parts);
-  SigmoidLoss<P> g{p, bias.item().to<A>(), ids(index), ids(row_ids), ids(col_ids), data<A>(coef), need_loss, need_grad, chunk_cols,
-                   sums, sums + chunks * p.n, sums + 2 * chunks * p.n, data<P>(tiles), 0, 0, data<A>(key_sums),
+  SigmoidLoss<P> g{p,
+                   bias.item().to<A>(),
+                   ids(index),
+                   ids(row_ids),
+                   ids(col_ids),
+                   data<A>(coef),
+                   need_loss,
+                   need_grad,
+                   chunk_cols,
+                   sums,
+                   sums + chunks * p.n,
+                   sums + 2 * chunks * p.n,
+                   data<P>(tiles),
+                   0,
+                   0,
+                   data<A>(key_sums),
                    {data<P>(features.query), p.d, nullptr, p.a, data<P>(dquery), data<A>(dots)},
                    {data<P>(features.key), p.d, nullptr, p.b, data<P>(dkey), data<A>(dots) + p.n}};
   const int64_t operand = kKeyTiles<P> * kTile * sizeof(P) + 64, split = depth_parts(col_blocks, p.d);

@@ -20,8 +20,8 @@ const at::BFloat16* as_aten(const bf16* p) { return reinterpret_cast<const at::B
 const float* as_aten(const float* p) { return p; }
 
 template <class P>
-void by_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate, const P* a,
-               const P* b, float* c) {
+void by_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate, const P* a, const P* b,
+               float* c) {
   brgemm(m, n, k, lda, ldb, ldc, accumulate, as_aten(a), as_aten(b), c, sizeof(P) == 2);
 }
 

@@ -17,8 +17,8 @@ void gated_residual(const T* x, const T* y, const acc_t<T>* t, const bool* row_m
 }
 
 template <class T>
-void gated_residual_bwd(const T* dout, const T* y, const acc_t<T>* t, const bool* row_mask, T* dy, acc_t<T>* part,
-                        int64_t rows, int64_t d) {
+void gated_residual_bwd(const T* dout, const T* y, const acc_t<T>* t, const bool* row_mask, T* dy, acc_t<T>* part, int64_t rows,
+                        int64_t d) {
   for (int64_t c = 0; part && c < d; ++c) part[c] = 0;
   for (int64_t r = 0; r < rows; ++r, dout += d, y += d) {
     const bool keep = !row_mask || row_mask[r];
@@ -42,8 +42,8 @@ void gated_residual_bwd(const T* dout, const T* y, const acc_t<T>* t, const bool
   }
 }
 
-#define VLMK_INSTANTIATE(T)                                                                                     \
-  template void gated_residual(const T*, const T*, const acc_t<T>*, const bool*, T*, int64_t, int64_t);         \
+#define VLMK_INSTANTIATE(T)                                                                             \
+  template void gated_residual(const T*, const T*, const acc_t<T>*, const bool*, T*, int64_t, int64_t); \
   template void gated_residual_bwd(const T*, const T*, const acc_t<T>*, const bool*, T*, acc_t<T>*, int64_t, int64_t);
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)

@@ -344,10 +344,13 @@ void info_nce_query(const InfoNceGrads<P>& g, int64_t ib, acc_t<P>* sums, acc_t<
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
   P* direct = operand + kTileRows * kTileCols;
-  query_product(p, ib, [&](int64_t jb) {
-    operand_of<false>(g, ib, jb, tile_at(g, ib, jb, s, direct), operand);
-    return static_cast<const P*>(operand);
-  }, sums);
+  query_product(
+      p, ib,
+      [&](int64_t jb) {
+        operand_of<false>(g, ib, jb, tile_at(g, ib, jb, s, direct), operand);
+        return static_cast<const P*>(operand);
+      },
+      sums);
   for (int64_t r = 0; r < rows_of(p, ib); ++r) {
     const int64_t i = ib * kTileRows + r, j = g.positives[i];
     A* sum = sums + r * p.depth;
@@ -359,10 +362,13 @@ void info_nce_query(const InfoNceGrads<P>& g, int64_t ib, acc_t<P>* sums, acc_t<
 template <class P>
 void info_nce_key(const InfoNceGrads<P>& g, int64_t jb, int64_t d0, int64_t d1, bool accumulate, acc_t<P>* s, P* operand) {
   P* direct = operand + kKeyTiles<P> * kTileRows * kTileCols;
-  key_product(g.pairs, jb, g.first, g.last, d0, d1, accumulate, operand, [&](int64_t ib, P* out) {
-    operand_of<true>(g, ib, jb, tile_at(g, ib, jb, s, direct), out);
-    return static_cast<const P*>(out);
-  }, g.key_sums + jb * g.pairs.d * kTileCols);
+  key_product(
+      g.pairs, jb, g.first, g.last, d0, d1, accumulate, operand,
+      [&](int64_t ib, P* out) {
+        operand_of<true>(g, ib, jb, tile_at(g, ib, jb, s, direct), out);
+        return static_cast<const P*>(out);
+      },
+      g.key_sums + jb * g.pairs.d * kTileCols);
 }
 
 template <class P>
@@ -380,10 +386,10 @@ void info_nce_finish_key(const InfoNceGrads<P>& g, int64_t jb, acc_t<P>* rows) {
   for (int64_t c = 0; c < cols; ++c) finish_row(g.key, j0 + c, p.d, p.scale, rows + c * p.d);
 }
 
-#define VLMK_INSTANTIATE(P)                                                                        \
-  template void info_nce_stats(const InfoNceStats<P>&, int64_t, int64_t, acc_t<P>*);               \
-  template void info_nce_recompute(const InfoNceGrads<P>&, int64_t, int64_t, acc_t<P>*);           \
-  template void info_nce_query(const InfoNceGrads<P>&, int64_t, acc_t<P>*, acc_t<P>*, P*);         \
+#define VLMK_INSTANTIATE(P)                                                                           \
+  template void info_nce_stats(const InfoNceStats<P>&, int64_t, int64_t, acc_t<P>*);                  \
+  template void info_nce_recompute(const InfoNceGrads<P>&, int64_t, int64_t, acc_t<P>*);              \
+  template void info_nce_query(const InfoNceGrads<P>&, int64_t, acc_t<P>*, acc_t<P>*, P*);            \
   template void info_nce_key(const InfoNceGrads<P>&, int64_t, int64_t, int64_t, bool, acc_t<P>*, P*); \
   template void info_nce_finish_key(const InfoNceGrads<P>&, int64_t, acc_t<P>*);
 VLMK_INSTANTIATE(float)

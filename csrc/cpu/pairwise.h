@@ -47,11 +47,11 @@ void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {
   }
 }
 
-// D'^T[d0 .. d1)[kTileCols] += sum over row blocks [first, last) of Q_ib^T G_ib, where tile(ib, out) gives G_ib as a B operand of
-// kTileRows rows: in place, or written to `out`, which it must be when several tiles make one sum.
+// D'^T[d0 .. d1)[kTileCols] += sum over row blocks [first, last) of Q_ib^T G_ib, where tile(ib, out) gives G_ib as a B operand
+// of kTileRows rows: in place, or written to `out`, which it must be when several tiles make one sum.
 template <class P, class Tile>
-void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int64_t d0, int64_t d1, bool accumulate, P* operand,
-                 Tile tile, acc_t<P>* out) {
+void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int64_t d0, int64_t d1, bool accumulate,
+                 P* operand, Tile tile, acc_t<P>* out) {
   constexpr int64_t group = kKeyTiles<P>, group_rows = group * kTileRows;
   const int64_t width = width_of(cols_of(p, jb));
   for (int64_t ib = first; ib < last; ib += group) {

@@ -69,46 +69,52 @@ void sigmoid_loss_tiles(const SigmoidLoss<P>& g, int64_t ib, int64_t col_chunk, 
 template <class P>
 void sigmoid_loss_query(const SigmoidLoss<P>& g, int64_t ib, acc_t<P>* sums, P* operand) {
   const Pairs<P>& p = g.pairs;
-  query_product(p, ib, [&](int64_t jb) {
-    const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
-    if (!p.b) return tile;
-    const int64_t cols = cols_of(p, jb);
-    const acc_t<P>* b = p.b + jb * kTileCols;
-    for (int64_t r = 0; r < rows_of(p, ib); ++r) {
-      const P* row = tile + r * kTileCols;
-      P* out = operand + r * kTileCols;
+  query_product(
+      p, ib,
+      [&](int64_t jb) {
+        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
+        if (!p.b) return tile;
+        const int64_t cols = cols_of(p, jb);
+        const acc_t<P>* b = p.b + jb * kTileCols;
+        for (int64_t r = 0; r < rows_of(p, ib); ++r) {
+          const P* row = tile + r * kTileCols;
+          P* out = operand + r * kTileCols;
 #pragma omp simd
-      for (int64_t c = 0; c < cols; ++c) round_to(to_acc(row[c]) * b[c], out[c]);
-      for (int64_t c = cols; c < kTileCols; ++c) out[c] = P{};
-    }
-    return static_cast<const P*>(operand);
-  }, sums);
+          for (int64_t c = 0; c < cols; ++c) round_to(to_acc(row[c]) * b[c], out[c]);
+          for (int64_t c = cols; c < kTileCols; ++c) out[c] = P{};
+        }
+        return static_cast<const P*>(operand);
+      },
+      sums);
   for (int64_t r = 0; r < rows_of(p, ib); ++r) finish_row(g.query, ib * kTileRows + r, p.d, p.scale, sums + r * p.depth);
 }
 
 template <class P>
 void sigmoid_loss_key(const SigmoidLoss<P>& g, int64_t jb, int64_t d0, int64_t d1, bool accumulate, P* operand) {
   const Pairs<P>& p = g.pairs;
-  key_product(p, jb, g.first, g.last, d0, d1, accumulate, operand, [&](int64_t ib, P* to) {
-    const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
-    if (!p.a && !kPaired<P>) return tile;
-    const int64_t rows = rows_of(p, ib);
-    for (int64_t r = 0; r < rows; r += 2) {
-      const acc_t<P>* a = p.a ? p.a + ib * kTileRows + r : nullptr;
-      const acc_t<P> first = a ? a[0] : acc_t<P>(1), second = a && r + 1 < rows ? a[1] : acc_t<P>(1);
-      const P *x = tile + r * kTileCols, *y = x + kTileCols;  // a row beyond the tile's own holds zeros
-      P* out = to + r * kTileCols;
-      if constexpr (kPaired<P>) {
-        Pair* pairs = reinterpret_cast<Pair*>(out);
+  key_product(
+      p, jb, g.first, g.last, d0, d1, accumulate, operand,
+      [&](int64_t ib, P* to) {
+        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
+        if (!p.a && !kPaired<P>) return tile;
+        const int64_t rows = rows_of(p, ib);
+        for (int64_t r = 0; r < rows; r += 2) {
+          const acc_t<P>* a = p.a ? p.a + ib * kTileRows + r : nullptr;
+          const acc_t<P> first = a ? a[0] : acc_t<P>(1), second = a && r + 1 < rows ? a[1] : acc_t<P>(1);
+          const P *x = tile + r * kTileCols, *y = x + kTileCols;  // a row beyond the tile's own holds zeros
+          P* out = to + r * kTileCols;
+          if constexpr (kPaired<P>) {
+            Pair* pairs = reinterpret_cast<Pair*>(out);
 #pragma omp simd
-        for (int64_t c = 0; c < kTileCols; ++c) put_pair(first * to_acc(x[c]), second * to_acc(y[c]), pairs[c]);
-      } else {
+            for (int64_t c = 0; c < kTileCols; ++c) put_pair(first * to_acc(x[c]), second * to_acc(y[c]), pairs[c]);
+          } else {
 #pragma omp simd
-        for (int64_t c = 0; c < kTileCols; ++c) out[c] = first * x[c], out[kTileCols + c] = second * y[c];
-      }
-    }
-    return static_cast<const P*>(to);
-  }, g.key_sums + jb * p.d * kTileCols);
+            for (int64_t c = 0; c < kTileCols; ++c) out[c] = first * x[c], out[kTileCols + c] = second * y[c];
+          }
+        }
+        return static_cast<const P*>(to);
+      },
+      g.key_sums + jb * p.d * kTileCols);
 }
 
 template <class P>
@@ -119,10 +125,10 @@ void sigmoid_loss_finish_key(const SigmoidLoss<P>& g, int64_t jb, acc_t<P>* rows
   for (int64_t c = 0; c < cols; ++c) finish_row(g.key, jb * kTileCols + c, p.d, p.scale, rows + c * p.d);
 }
 
-#define VLMK_INSTANTIATE(P)                                                                         \
-  template void sigmoid_loss_tiles(const SigmoidLoss<P>&, int64_t, int64_t, acc_t<P>*);             \
-  template void sigmoid_loss_query(const SigmoidLoss<P>&, int64_t, acc_t<P>*, P*);                  \
-  template void sigmoid_loss_key(const SigmoidLoss<P>&, int64_t, int64_t, int64_t, bool, P*);       \
+#define VLMK_INSTANTIATE(P)                                                                   \
+  template void sigmoid_loss_tiles(const SigmoidLoss<P>&, int64_t, int64_t, acc_t<P>*);       \
+  template void sigmoid_loss_query(const SigmoidLoss<P>&, int64_t, acc_t<P>*, P*);            \
+  template void sigmoid_loss_key(const SigmoidLoss<P>&, int64_t, int64_t, int64_t, bool, P*); \
   template void sigmoid_loss_finish_key(const SigmoidLoss<P>&, int64_t, acc_t<P>*);
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)

@@ -71,8 +71,15 @@ void test_info_nce(bool store) {
   for (int64_t i = 0; i < n; ++i) positives[i] = i % 7 ? i : -1;
   std::vector<P> row(3 * n), col(3 * m), positive(n), scratch(vlmk::kTileRows * vlmk::kTileCols + 3 * vlmk::kTileCols);
   std::vector<double> kept(store ? tiles * vlmk::tile_bytes<P>() / 8 + 8 : 0);
-  vlmk::InfoNceStats<P> stats{p, positives.data(), true, 3, 3, {row.data(), &row[n], &row[2 * n]},
-                              {col.data(), &col[m], &col[2 * m]}, positive.data(), reinterpret_cast<char*>(kept.data()),
+  vlmk::InfoNceStats<P> stats{p,
+                              positives.data(),
+                              true,
+                              3,
+                              3,
+                              {row.data(), &row[n], &row[2 * n]},
+                              {col.data(), &col[m], &col[2 * m]},
+                              positive.data(),
+                              reinterpret_cast<char*>(kept.data()),
                               store ? tiles : 0};
   VLMK_CALL(info_nce_stats, stats, int64_t(0), int64_t(0), scratch.data());
   const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-5;
@@ -90,15 +97,28 @@ void test_info_nce(bool store) {
   std::vector<P> key_sums(p.col_blocks() * d * vlmk::kTileCols), sums(vlmk::kTileRows * d), rows(vlmk::kTileCols * d);
   std::vector<P> operand(3 * vlmk::kTileRows * vlmk::kTileCols);
   std::vector<double> workspace(tiles * vlmk::tile_bytes<P>() / 8 + 8);
-  vlmk::InfoNceGrads<P> grads{p, positives.data(), row.data(), row_log.data(), u.data(), col.data(), col_log.data(), v.data(),
-                              w.data(), reinterpret_cast<char*>(kept.data()), stats.stored_tiles,
-                              reinterpret_cast<char*>(workspace.data()), 0, p.row_blocks(), key_sums.data(),
+  vlmk::InfoNceGrads<P> grads{p,
+                              positives.data(),
+                              row.data(),
+                              row_log.data(),
+                              u.data(),
+                              col.data(),
+                              col_log.data(),
+                              v.data(),
+                              w.data(),
+                              reinterpret_cast<char*>(kept.data()),
+                              stats.stored_tiles,
+                              reinterpret_cast<char*>(workspace.data()),
+                              0,
+                              p.row_blocks(),
+                              key_sums.data(),
                               {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()},
                               {problem.k.data(), d, nullptr, nullptr, dk.data(), dots.data() + n}};
   for (int64_t t = stats.stored_tiles; t < tiles; ++t) {
     VLMK_CALL(info_nce_recompute, grads, t / p.col_blocks(), t % p.col_blocks(), scratch.data());
   }
-  for (int64_t ib = 0; ib < p.row_blocks(); ++ib) VLMK_CALL(info_nce_query, grads, ib, sums.data(), scratch.data(), operand.data());
+  for (int64_t ib = 0; ib < p.row_blocks(); ++ib)
+    VLMK_CALL(info_nce_query, grads, ib, sums.data(), scratch.data(), operand.data());
   for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
     VLMK_CALL(info_nce_key, grads, jb, int64_t(0), d / 2, false, scratch.data(), operand.data());
     VLMK_CALL(info_nce_key, grads, jb, d / 2, d, false, scratch.data(), operand.data());
@@ -129,9 +149,24 @@ void test_sigmoid_loss() {
   std::vector<P> u(n, P(0.5)), loss(n), dbias(n), dscale(n), dq(n * d), dots(n), sums(vlmk::kTileRows * d);
   std::vector<P> tiles(p.row_blocks() * p.col_blocks() * vlmk::kTileRows * vlmk::kTileCols);
   std::vector<P> scratch(vlmk::kTileRows * vlmk::kTileCols), operand(2 * vlmk::kTileRows * vlmk::kTileCols);
-  vlmk::SigmoidLoss<P> g{p, P(-1), positives.data(), nullptr, nullptr, u.data(), true, true, p.col_blocks(), loss.data(),
-                         dbias.data(), dscale.data(), tiles.data(), 0, p.row_blocks(), nullptr,
-                         {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()}, {}};
+  vlmk::SigmoidLoss<P> g{p,
+                         P(-1),
+                         positives.data(),
+                         nullptr,
+                         nullptr,
+                         u.data(),
+                         true,
+                         true,
+                         p.col_blocks(),
+                         loss.data(),
+                         dbias.data(),
+                         dscale.data(),
+                         tiles.data(),
+                         0,
+                         p.row_blocks(),
+                         nullptr,
+                         {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()},
+                         {}};
   for (int64_t ib = 0; ib < p.row_blocks(); ++ib) {
     VLMK_CALL(sigmoid_loss_tiles, g, ib, int64_t(0), scratch.data());
     VLMK_CALL(sigmoid_loss_query, g, ib, sums.data(), operand.data());

@@ -6,21 +6,19 @@ namespace vlmk {
 
 VLMK_PER_ISA(
     // out = x + t y on rows the mask keeps, x elsewhere; t = tanh(gate).
-    template <class T>
-    void gated_residual(const T* x,              // [rows, d]
-                        const T* y,              // [rows, d]
-                        const acc_t<T>* t,       // [d]
-                        const bool* row_mask,    // [rows] or null
-                        T* out,                  // [rows, d]
-                        int64_t rows, int64_t d);
+    template <class T> void gated_residual(const T* x,            // [rows, d]
+                                           const T* y,            // [rows, d]
+                                           const acc_t<T>* t,     // [d]
+                                           const bool* row_mask,  // [rows] or null
+                                           T* out,                // [rows, d]
+                                           int64_t rows, int64_t d);
     // dy = t dout and part = sum over the rows of dout * y, 0 on masked rows; dy or part may be null.
-    template <class T>
-    void gated_residual_bwd(const T* dout,           // [rows, d]
-                            const T* y,              // [rows, d]
-                            const acc_t<T>* t,       // [d]
-                            const bool* row_mask,    // [rows] or null
-                            T* dy,                   // [rows, d]
-                            acc_t<T>* part,          // [d]
-                            int64_t rows, int64_t d);)
+    template <class T> void gated_residual_bwd(const T* dout,         // [rows, d]
+                                               const T* y,            // [rows, d]
+                                               const acc_t<T>* t,     // [d]
+                                               const bool* row_mask,  // [rows] or null
+                                               T* dy,                 // [rows, d]
+                                               acc_t<T>* part,        // [d]
+                                               int64_t rows, int64_t d);)
 
 }  // namespace vlmk

@@ -31,26 +31,26 @@ struct InfoNceStats {
   Pairs<P> pairs;
   const int64_t* positives;  // [n], -1: none
   bool columns;
-  int64_t chunk_rows, chunk_cols;           // in blocks: the part of S that one call sees
-  Moments<acc_t<P>> rows;                   // [col chunks][n]
-  Moments<acc_t<P>> cols;                   // [row chunks][m], when columns
-  acc_t<P>* positive_logit;                 // [n], written where the positive lies in the chunk
-  char* store;                              // [stored_tiles] tiles, in the order of row-major tile indices
+  int64_t chunk_rows, chunk_cols;  // in blocks: the part of S that one call sees
+  Moments<acc_t<P>> rows;          // [col chunks][n]
+  Moments<acc_t<P>> cols;          // [row chunks][m], when columns
+  acc_t<P>* positive_logit;        // [n], written where the positive lies in the chunk
+  char* store;                     // [stored_tiles] tiles, in the order of row-major tile indices
   int64_t stored_tiles;
 };
 
 template <class P>
 struct InfoNceGrads {
   Pairs<P> pairs;
-  const int64_t* positives;             // [n], -1: none
+  const int64_t* positives;                     // [n], -1: none
   const acc_t<P>*row_max, *row_log, *row_coef;  // [n] r = max + log, and u
   const acc_t<P>*col_max, *col_log, *col_coef;  // [m] c = max + log, and v; or null: rows only
-  const acc_t<P>* positive_coef;        // [n] w
+  const acc_t<P>* positive_coef;                // [n] w
   const char* store;
   int64_t stored_tiles;
-  char* workspace;                      // tiles of row blocks [first, last) that are not stored
+  char* workspace;  // tiles of row blocks [first, last) that are not stored
   int64_t first, last;
-  acc_t<P>* key_sums;                   // [col blocks][d][kTileCols]
+  acc_t<P>* key_sums;  // [col blocks][d][kTileCols]
   Finish<P> query, key;
 };
 
@@ -58,13 +58,14 @@ VLMK_PER_ISA(
     // Statistics of one chunk of S. scratch: kTileRows * kTileCols + 3 * kTileCols.
     template <class P> void info_nce_stats(const InfoNceStats<P>&, int64_t row_chunk, int64_t col_chunk, acc_t<P>* scratch);
     // Joins the moments [parts][count] of the chunks in [begin, end).
-    template <class A> void info_nce_merge(Moments<A> parts, int64_t part_count, int64_t count, int64_t begin, int64_t end,
-                                           Moments<A> out);
+    template <class A>
+    void info_nce_merge(Moments<A> parts, int64_t part_count, int64_t count, int64_t begin, int64_t end, Moments<A> out);
     // Fills the workspace's tile (ib, jb). scratch: kTileRows * kTileCols.
     template <class P> void info_nce_recompute(const InfoNceGrads<P>&, int64_t ib, int64_t jb, acc_t<P>* scratch);
     // dq of row block ib. sums: kTileRows * depth; scratch: a tile; operand: two tiles.
     template <class P> void info_nce_query(const InfoNceGrads<P>&, int64_t ib, acc_t<P>* sums, acc_t<P>* scratch, P* operand);
-    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. scratch: a tile; operand: kKeyTiles + 1 tiles.
+    // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. scratch: a tile; operand: kKeyTiles + 1
+    // tiles.
     template <class P> void info_nce_key(const InfoNceGrads<P>&, int64_t jb, int64_t d0, int64_t d1, bool accumulate,
                                          acc_t<P>* scratch, P* operand);
     // dk of column block jb from its key_sums. rows: kTileCols * d.

@@ -35,18 +35,19 @@ struct Pairs {
 // dx_i = scale inv_i (D_i - inv_i^2 dot_i x_i), the second term only when inv is given.
 template <class P>
 struct Finish {
-  const P* x;              // [rows, ldx] the features themselves
+  const P* x;  // [rows, ldx] the features themselves
   int64_t ldx;
-  const acc_t<P>* extra;   // [rows, d] or null
-  const acc_t<P>* inv;     // [rows] or null
-  P* dx;                   // [rows, d]
-  acc_t<P>* dot;           // [rows]
+  const acc_t<P>* extra;  // [rows, d] or null
+  const acc_t<P>* inv;    // [rows] or null
+  P* dx;                  // [rows, d]
+  acc_t<P>* dot;          // [rows]
 };
 
 VLMK_PER_ISA(
     // Packs rows [first, first + count) of x [*, ldx] into the B operand of the product with x^T: [depth][block], zero padded;
     // bf16 [depth / 2][block][2].
-    template <class P> void pack_transposed_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out);
+    template <class P>
+    void pack_transposed_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out);
     // The same as an A operand, [d][block], whatever P is.
     template <class P> void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t block, P* out);
     // Packs rows of x into the B operand of a product with x: bf16 [block / 2][depth][2], zero padded.

@@ -9,15 +9,15 @@ template <class P>
 struct SigmoidLoss {
   Pairs<P> pairs;
   acc_t<P> bias;
-  const int64_t* positives;               // [n], -1: none; or null when ids are given
-  const int64_t *query_ids, *key_ids;     // [n], [m], or null
-  const acc_t<P>* row_coef;               // [n] u
+  const int64_t* positives;            // [n], -1: none; or null when ids are given
+  const int64_t *query_ids, *key_ids;  // [n], [m], or null
+  const acc_t<P>* row_coef;            // [n] u
   bool need_loss, need_grad;
-  int64_t chunk_cols;                     // in blocks: the part of a row block that one call sees
-  acc_t<P>*loss, *dbias, *dscale;         // [col chunks][n] sums over the chunk's columns of softplus(-t z), g, g a_i b_j <q_i, k_j>
-  P* tiles;                               // g of row blocks [first, last): [row blocks][col blocks][kTileRows][kTileCols]
+  int64_t chunk_cols;              // in blocks: the part of a row block that one call sees
+  acc_t<P>*loss, *dbias, *dscale;  // [col chunks][n] sums over the chunk's columns of softplus(-t z), g, g a_i b_j <q_i, k_j>
+  P* tiles;                        // g of row blocks [first, last): [row blocks][col blocks][kTileRows][kTileCols]
   int64_t first, last;
-  acc_t<P>* key_sums;                     // [col blocks][d][kTileCols]
+  acc_t<P>* key_sums;  // [col blocks][d][kTileCols]
   Finish<P> query, key;
 };
 
@@ -27,7 +27,8 @@ VLMK_PER_ISA(
     // dq of row block ib. sums: kTileRows * depth; operand: kTileRows * kTileCols.
     template <class P> void sigmoid_loss_query(const SigmoidLoss<P>&, int64_t ib, acc_t<P>* sums, P* operand);
     // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. operand: kKeyTiles tiles.
-    template <class P> void sigmoid_loss_key(const SigmoidLoss<P>&, int64_t jb, int64_t d0, int64_t d1, bool accumulate, P* operand);
+    template <class P>
+    void sigmoid_loss_key(const SigmoidLoss<P>&, int64_t jb, int64_t d0, int64_t d1, bool accumulate, P* operand);
     // dk of column block jb from its key_sums. rows: kTileCols * d.
     template <class P> void sigmoid_loss_finish_key(const SigmoidLoss<P>&, int64_t jb, acc_t<P>* rows);)
 

@@ -1,0 +1,62 @@
+# Everything runs in one environment, made on first use: `make demo` and `make test` need nothing before them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+BUILD := build/cmake
+NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
+SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.*) CMakeLists.txt setup.py
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
+OP_TESTS := $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
+
+.PHONY: setup demo test test-all bench lint format clean
+
+setup: $(VENV)/native
+
+$(VENV)/packages: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlmkernels needs Python 3.10 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" setuptools wheel cmake ninja pybind11
+	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/native: $(VENV)/packages $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
+	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS)
+	$(if $(NATIVE),$(MAKE) test-native)
+
+# The op tests with every other instruction set that this machine has, and the kernels without torch.
+.PHONY: test-native
+test-native: setup
+	set -e; for isa in $$($(BIN)/python -m tests.instruction_sets --others); do \
+	  VLMKERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS); done
+	if test -d $(BUILD); then $(BIN)/cmake --build $(BUILD) --target test_csrc && $(BIN)/ctest --test-dir $(BUILD) --output-on-failure; fi
+
+test-all: setup
+	$(PYTEST) -m "slow or not slow"
+	$(if $(NATIVE),$(MAKE) test-native)
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --write-docs
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cc')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cc')
+
+clean:
+	rm -rf build $(VENV) vlmkernels/_C*.so vlmkernels/_build.json
