@@ -68,6 +68,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
   return {rows[0], rows[1], rows[2], positive, cols[0], cols[1], cols[2], store};
 }
 
+// Whether a stored tile has to be computed again.
+template <class P>
+bool any_absent(const Tensor& store, int64_t stored) {
+  for (int64_t tile = 0; tile < stored; ++tile) {
+    const auto* info = reinterpret_cast<const TileInfo*>(data<char>(store) + tile * tile_bytes<P>());
+    if (info->kind == TileKind::absent) return true;
+  }
+  return false;
+}
+
 template <class P>
 std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tensor& key, const Tensor& scale,
                                                  const optional<Tensor>& a, const optional<Tensor>& b, const Tensor& positives,
@@ -82,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   const int64_t row_blocks = p.row_blocks(), col_blocks = p.col_blocks();
   const int64_t stored = std::min<int64_t>(store.numel() / tile_bytes<P>(), row_blocks * col_blocks);
   const bool columns = col_max.numel() > 0;
-  features.pack_kt();
+  if (stored < row_blocks * col_blocks || any_absent<P>(store, stored)) features.pack_kt();
   if (need_query) features.pack_k();
   const auto options = query.options().dtype(scalar_type<A>());
   const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, features.query.options());

@@ -376,7 +376,7 @@ void info_nce_finish_key(const InfoNceGrads<P>& g, int64_t jb, acc_t<P>* rows) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
   const int64_t j0 = jb * kTileCols, cols = cols_of(p, jb);
-  untranspose(g.key_sums + jb * p.d * kTileCols, cols, p.d, rows);
+  transpose<acc_t<P>>(g.key_sums + jb * p.d * kTileCols, kTileCols, p.d, cols, rows, p.d);
   for (int64_t i = 0; i < p.n; ++i) {
     const int64_t c = g.positives[i] - j0;
     if (c >= 0 && c < cols) {

@@ -2,22 +2,29 @@
 
 namespace vlmk::VLMK_ISA {
 
-// out[c][r] = x[r][c], in square blocks that stay in L1.
-template <class W>
-static void transpose(const W* x, int64_t ldx, int64_t rows, int64_t cols, W* out, int64_t ldo) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-    for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
-      for (int64_t c = c0; c < min_(c0 + kBlock, cols); ++c) {
-        for (int64_t r = r0; r < min_(r0 + kBlock, rows); ++r) out[c * ldo + r] = x[r * ldx + c];
-      }
-    }
-  }
-}
-
 template <class P>
 void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t block, P* out) {
-  transpose(x, ldx, count, d, out, block);
+  if constexpr (kPaired<P>) {
+    if (d % 2 == 0 && ldx % 2 == 0) {  // pairs of features are transposed as words, then parted
+      const auto part = [&](int64_t pair, int64_t r, Pair word) {
+        out[2 * pair * block + r].bits = static_cast<uint16_t>(word.bits);
+        out[(2 * pair + 1) * block + r].bits = static_cast<uint16_t>(word.bits >> 16);
+      };
+      const auto part16 = [&](int64_t pair, int64_t r, Vector words) {
+        P *first = out + 2 * pair * block + r, *second = first + block;
+#pragma omp simd
+        for (int64_t i = 0; i < 16; ++i) {
+          first[i].bits = static_cast<uint16_t>(words[i]);
+          second[i].bits = static_cast<uint16_t>(words[i] >> 16);
+        }
+      };
+      for_columns(reinterpret_cast<const Pair*>(x), ldx / 2, count, d / 2, part16, part);
+    } else {
+      transpose(x, ldx, count, d, out, block);
+    }
+  } else {
+    transpose(x, ldx, count, d, out, block);
+  }
   for (int64_t c = 0; c < d; ++c) {
     for (int64_t r = count; r < block; ++r) out[c * block + r] = P{};
   }
@@ -26,16 +33,14 @@ void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_
 template <class P>
 void pack_transposed_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out) {
   if constexpr (kPaired<P>) {
-    struct Pair {
-      P first, second;
-    };
     auto* pairs = reinterpret_cast<Pair*>(out);
     if (d == depth && ldx % 2 == 0) {
       transpose(reinterpret_cast<const Pair*>(x), ldx / 2, count, d / 2, pairs, block);
     } else {
       for (int64_t c = 0; c < depth; c += 2) {
         for (int64_t r = 0; r < count; ++r) {
-          pairs[c / 2 * block + r] = {c < d ? x[r * ldx + c] : P{}, c + 1 < d ? x[r * ldx + c + 1] : P{}};
+          const uint32_t first = c < d ? x[r * ldx + c].bits : 0, second = c + 1 < d ? x[r * ldx + c + 1].bits : 0;
+          pairs[c / 2 * block + r].bits = first | second << 16;
         }
       }
     }

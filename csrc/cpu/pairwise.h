@@ -110,15 +110,59 @@ void add_scaled(int64_t d, acc_t<P> w, const P* y, acc_t<P>* sum) {
   for (int64_t c = 0; c < d; ++c) sum[c] += w * to_acc(y[c]);
 }
 
-// rows [cols][d] from the transposed sums [d][kTileCols]
-template <class A>
-void untranspose(const A* sums, int64_t cols, int64_t d, A* rows) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
-    for (int64_t d0 = 0; d0 < d; d0 += kBlock) {
-      for (int64_t c = c0; c < min_(c0 + kBlock, cols); ++c) {
-        for (int64_t e = d0; e < min_(d0 + kBlock, d); ++e) rows[c * d + e] = sums[e * kTileCols + c];
-      }
+using Vector = uint32_t __attribute__((vector_size(64)));
+
+// One stage of transposing 16 rows of 16 words: swaps the off-diagonal blocks of size S of every pair of rows S apart.
+template <uint32_t S>
+VLMK_INLINE void swap_blocks(Vector (&row)[16]) {
+  Vector keep_low, keep_high;  // indices into the 32 words of (upper row, lower row)
+  for (uint32_t j = 0; j < 16; ++j) {
+    keep_low[j] = j & S ? 16 + j - S : j;
+    keep_high[j] = j & S ? 16 + j : j + S;
+  }
+  for (uint32_t i = 0; i < 16; ++i) {
+    if (i & S) continue;
+    const Vector upper = row[i], lower = row[i + S];
+    row[i] = __builtin_shuffle(upper, lower, keep_low);
+    row[i + S] = __builtin_shuffle(upper, lower, keep_high);
+  }
+}
+
+// For every column c of x [rows][cols], words `ldx` apart, and 16 rows at a time: store16(c, r, words of rows r .. r + 15), and
+// store1(c, r, word) for what is left.
+template <class W, class Store16, class Store1>
+void for_columns(const W* x, int64_t ldx, int64_t rows, int64_t cols, Store16 store16, Store1 store1) {
+  static_assert(sizeof(W) == 4);
+  const int64_t full_rows = rows / 16 * 16, full_cols = cols / 16 * 16;
+  for (int64_t r = 0; r < full_rows; r += 16) {
+    for (int64_t c = 0; c < full_cols; c += 16) {
+      Vector block[16];
+      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(&block[i], x + (r + i) * ldx + c, 64);
+      swap_blocks<8>(block);
+      swap_blocks<4>(block);
+      swap_blocks<2>(block);
+      swap_blocks<1>(block);
+      for (int64_t i = 0; i < 16; ++i) store16(c + i, r, block[i]);
+    }
+    for (int64_t c = full_cols; c < cols; ++c) {
+      for (int64_t i = r; i < r + 16; ++i) store1(c, i, x[i * ldx + c]);
+    }
+  }
+  for (int64_t r = full_rows; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) store1(c, r, x[r * ldx + c]);
+  }
+}
+
+// out[c][r] = x[r][c]
+template <class W>
+void transpose(const W* x, int64_t ldx, int64_t rows, int64_t cols, W* out, int64_t ldo) {
+  if constexpr (sizeof(W) == 4) {
+    for_columns(
+        x, ldx, rows, cols, [&](int64_t c, int64_t r, Vector words) { __builtin_memcpy(out + c * ldo + r, &words, 64); },
+        [&](int64_t c, int64_t r, W word) { out[c * ldo + r] = word; });
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) out[c * ldo + r] = x[r * ldx + c];
     }
   }
 }

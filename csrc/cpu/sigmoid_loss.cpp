@@ -121,7 +121,7 @@ template <class P>
 void sigmoid_loss_finish_key(const SigmoidLoss<P>& g, int64_t jb, acc_t<P>* rows) {
   const Pairs<P>& p = g.pairs;
   const int64_t cols = cols_of(p, jb);
-  untranspose(g.key_sums + jb * p.d * kTileCols, cols, p.d, rows);
+  transpose<acc_t<P>>(g.key_sums + jb * p.d * kTileCols, kTileCols, p.d, cols, rows, p.d);
   for (int64_t c = 0; c < cols; ++c) finish_row(g.key, jb * kTileCols + c, p.d, p.scale, rows + c * p.d);
 }
 

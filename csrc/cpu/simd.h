@@ -47,11 +47,12 @@ VLMK_INLINE void from_acc(float x, f16& out) {
   out.bits = static_cast<uint16_t>(half | sign);
 }
 
-// exp(x) within 1.5 ulp; 0 below -87.33, +inf above 88.72.
+// exp(x) within 1.5 ulp for x <= 88, which the callers ensure; exp(-87.33) below that.
 VLMK_INLINE float exp_(float x) {
-  const float z = x * 1.44269504089f + 12582912.0f;  // x / ln 2, rounded into the low mantissa bits
+  const float y = x < -87.33f ? -87.33f : x;
+  const float z = y * 1.44269504089f + 12582912.0f;  // y / ln 2, rounded into the low mantissa bits
   const float n = z - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const float r = (y - n * 0.693145752f) - n * 1.42860677e-6f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -59,11 +60,7 @@ VLMK_INLINE float exp_(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that n = 128 and its neighbours do not leave the exponent's range early
-  const int32_t exponent = static_cast<int32_t>(__builtin_bit_cast(uint32_t, z) << 23);
-  const float power = __builtin_bit_cast(float, exponent + 0x3f000000);  // 2^(n-1)
-  const float y = p * power * 2.0f;
-  return x < -87.33f ? 0.0f : x > 88.72f ? __builtin_inff() : y;
+  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, z) << 23) + 0x3f800000u);  // times 2^n
 }
 VLMK_INLINE double exp_(double x) { return std::exp(x); }
 
