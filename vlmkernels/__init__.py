@@ -1,6 +1,6 @@
 """Fused kernels for vision-language models, exposed as torch ops."""
 
-from vlmkernels._library import info
+from vlmkernels._info import info
 from vlmkernels._version import __version__
 from vlmkernels.ops import gated_residual, info_nce, sigmoid_loss
 

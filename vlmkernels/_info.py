@@ -1,0 +1,46 @@
+"""What runs where: `vlmkernels.info()`."""
+
+import platform
+
+import torch
+
+from vlmkernels import _native
+from vlmkernels._library import KERNELS, OPS, TRITON
+from vlmkernels._version import __version__
+
+
+class Info(dict):
+    """What runs where; str() is a table for people."""
+
+    def __str__(self) -> str:
+        rows = [("op", *self["devices"]), *((op, *where.values()) for op, where in self["ops"].items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        facts = {**self["versions"], **self["cpu"], **self["notes"]}
+        return "\n".join([*table, "", *(f"{name}: {value}" for name, value in facts.items() if value)])
+
+
+def info() -> Info:
+    """Per op and device the kernel that runs here, why a faster one does not, and on what machine.
+
+    Keys: "devices", "ops" (op -> device -> kernel), "versions", "cpu" (instruction set, who computes tile
+    products, threads) and "notes" (the reasons).
+    """
+    build = _native.extension.build() if _native.extension is not None else {}
+    devices = ("CPU", "CUDA")
+    notes = {"C++ kernels": _native.why_not or "loaded"}
+    if not torch.cuda.is_available():
+        notes["CUDA"] = "no device here" + ("" if torch.version.cuda else "; this torch has no CUDA")
+    if not TRITON:
+        notes["Triton"] = "not installed: CUDA tensors run the reference"
+    ops = {op: {device: KERNELS.get((op, device), "reference") for device in devices} for op in OPS}
+    versions = {"vlmkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    cpu = {
+        "instruction set": build.get("isa", ""),
+        "tile products": build.get("tile_gemm", ""),
+        "threads": str(torch.get_num_threads()),
+    }
+    return Info(devices=devices, ops=ops, versions=versions, cpu=cpu, notes=notes)
