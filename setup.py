@@ -1,4 +1,4 @@
-"""Builds the C++ extension with CMake against the torch that is installed, or none where there is no compiler."""
+"""Builds the C++ extension with CMake against the installed torch; without a compiler there is none."""
 
 import json
 import os
@@ -34,7 +34,8 @@ class CMakeBuild(build_ext):
             import torch
         except ImportError:
             raise SystemExit(
-                "vlmkernels is built against the torch you have, and this build cannot import it. Install torch first, then:\n"
+                "vlmkernels is built against the torch you have, and this build cannot import it.\n"
+                "Install torch first, then:\n"
                 "    pip install --no-build-isolation .\n"
                 "or build the pure-Python package:\n"
                 "    VLMKERNELS_NATIVE=0 pip install ."

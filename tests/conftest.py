@@ -12,7 +12,7 @@ torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 @pytest.fixture(autouse=True)
 def _seed_and_poison():
-    """A fixed seed; uninitialised memory holds NaN (integers: their largest value), so an unwritten output is seen."""
+    """A fixed seed; uninitialised memory holds NaN (integers: their maximum): an unwritten output is seen."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -22,11 +22,14 @@ def _seed_and_poison():
 
 @pytest.fixture
 def busy_threads():
-    """Counts the threads of this process that spend processor time while a function runs again and again for half a second."""
+    """Counts the threads of this process that work while a function is repeated for half a second."""
 
     def count(fn) -> int:
         def ticks() -> dict[str, int]:
-            stats = {path: path.read_text().rsplit(")", 1)[1].split() for path in Path("/proc/self/task").glob("*/stat")}
+            stats = {
+                path: path.read_text().rsplit(")", 1)[1].split()
+                for path in Path("/proc/self/task").glob("*/stat")
+            }
             return {path.parent.name: int(stat[11]) + int(stat[12]) for path, stat in stats.items()}
 
         if not Path("/proc/self/task").exists():
@@ -45,7 +48,7 @@ def busy_threads():
 
 @pytest.fixture
 def peak_memory():
-    """Bytes that `run()`, defined by a script, holds at its peak above what the process held before, in a fresh process."""
+    """Bytes that `run()`, defined by a script, holds at its peak beyond those before, in a fresh process."""
 
     def measure(script: str) -> int:
         code = f"""
@@ -76,7 +79,9 @@ def pytest_report_header(config):
 
     facts = str(vlmkernels.info()).splitlines()
     photos = os.environ.get("VLMKERNELS_PHOTOS", "not set: tests on photographs are skipped")
-    return [line for line in facts if line and not line.startswith(("torch", "python"))] + [f"photographs: {photos}"]
+    return [line for line in facts if line and not line.startswith(("torch", "python"))] + [
+        f"photographs: {photos}"
+    ]
 
 
 def pytest_collection_modifyitems(config, items):

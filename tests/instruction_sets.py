@@ -1,4 +1,4 @@
-"""`python -m tests.instruction_sets --others`: the instruction sets this machine runs besides the one it chooses."""
+"""`python -m tests.instruction_sets --others`: what this machine runs besides the set that it chooses."""
 
 import subprocess
 import sys

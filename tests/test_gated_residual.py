@@ -33,7 +33,9 @@ def test_mask_keeps_rows_whatever_y_holds():
     mask = torch.rand(4, 6) < 0.5
     with torch.no_grad():
         y[~mask] = float("nan")
-    out, dx, dy, dgate = result_and_gradients(lambda *t: vlmkernels.gated_residual(*t, row_mask=mask), (x, y, gate))
+    out, dx, dy, dgate = result_and_gradients(
+        lambda *t: vlmkernels.gated_residual(*t, row_mask=mask), (x, y, gate)
+    )
     assert torch.equal(out[~mask], x[~mask])
     assert torch.isfinite(out).all()
     assert torch.isfinite(dgate).all()
@@ -67,7 +69,8 @@ def test_gate_gradient_has_the_gates_shape(shape):
 
 
 @pytest.mark.parametrize(
-    ("left", "right"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.float32)]
+    ("left", "right"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.float32)],
 )
 def test_x_and_y_promote_and_the_gate_does_not(left, right):
     x, y = torch.randn(3, 8).to(left).requires_grad_(), torch.randn(3, 8).to(right).requires_grad_()
@@ -100,7 +103,9 @@ def test_registration(permuted, vector):
     if permuted:
         x, y = x.permute(1, 0, 2), y.permute(1, 0, 2)
     gate, mask = torch.randn(6 if vector else 1, requires_grad=True), torch.rand(x.shape[:-1]) < 0.5
-    torch.library.opcheck(torch.ops.vlmkernels.gated_residual.default, (x.requires_grad_(), y.requires_grad_(), gate, mask))
+    torch.library.opcheck(
+        torch.ops.vlmkernels.gated_residual.default, (x.requires_grad_(), y.requires_grad_(), gate, mask)
+    )
     torch.library.opcheck(torch.ops.vlmkernels.gated_residual.default, (x, y, gate, None))
     dout = torch.randn(5, 4, 6).permute(1, 0, 2) if permuted else torch.randn(5, 4, 6)
     bwd = torch.ops.vlmkernels.gated_residual_bwd.default
@@ -175,7 +180,10 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
     [
         ({"y": torch.zeros(3, 5)}, r"x \(3, 4\) and y \(3, 5\)"),
         ({"gate": torch.zeros(3)}, r"1 or D = 4 elements, got \(3,\)"),
-        ({"row_mask": torch.ones(4, dtype=torch.bool)}, r"row_mask must be bool \(3,\), got torch.bool \(4,\)"),
+        (
+            {"row_mask": torch.ones(4, dtype=torch.bool)},
+            r"row_mask must be bool \(3,\), got torch.bool \(4,\)",
+        ),
         ({"row_mask": torch.ones(3)}, r"row_mask must be bool"),
         ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "floating point, got torch.int64"),
         ({"x": torch.tensor(1.0), "y": torch.tensor(1.0)}, "one shape"),
@@ -189,4 +197,6 @@ def test_bad_input(change, message):
 
 def test_all_faults_in_one_error():
     with pytest.raises(ValueError, match=r"(?s)gate.*row_mask"):
-        vlmkernels.gated_residual(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2), row_mask=torch.ones(1))
+        vlmkernels.gated_residual(
+            torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2), row_mask=torch.ones(1)
+        )

@@ -67,15 +67,27 @@ def options_table():
         "index": (400, {"symmetric": False, "positives": index}),
         "index, smoothed, weighted": (
             400,
-            {"symmetric": False, "positives": index, "label_smoothing": 0.1, "weight": weight, "reduction": "none"},
+            {
+                "symmetric": False,
+                "positives": index,
+                "label_smoothing": 0.1,
+                "weight": weight,
+                "reduction": "none",
+            },
         ),
         "ids": (400, {"positives": ids}),
         "ids, one direction, smoothed, normalised": (
             400,
             {"positives": ids, "symmetric": False, "label_smoothing": 0.2, "normalize": True},
         ),
-        "ids, weighted, per row": (150, {"positives": square, "weight": weight, "reduction": "none", "label_smoothing": 0.1}),
-        "weighted, smoothed, normalised": (150, {"weight": weight, "label_smoothing": 0.1, "normalize": True}),
+        "ids, weighted, per row": (
+            150,
+            {"positives": square, "weight": weight, "reduction": "none", "label_smoothing": 0.1},
+        ),
+        "weighted, smoothed, normalised": (
+            150,
+            {"weight": weight, "label_smoothing": 0.1, "normalize": True},
+        ),
         "weighted sum": (150, {"weight": weight, "reduction": "sum"}),
         "normalised": (150, {"normalize": True, "reduction": "none"}),
     }
@@ -110,7 +122,9 @@ def test_ids_equal_supcon_targets():
     same = (query_ids[:, None] == key_ids).float()
     log_p = (5 * query @ key.T).log_softmax(1)
     want = -(same / same.sum(1, keepdim=True).clamp_min(1) * log_p).sum(1)
-    got = vlmkernels.info_nce(query, key, 5.0, positives=(query_ids, key_ids), symmetric=False, reduction="none")
+    got = vlmkernels.info_nce(
+        query, key, 5.0, positives=(query_ids, key_ids), symmetric=False, reduction="none"
+    )
     torch.testing.assert_close(got, want)
 
 
@@ -165,16 +179,22 @@ def test_scale_gradient_has_its_shape_and_dtype(shape):
     assert grad.dtype == torch.float64
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True, "label_smoothing": 0.2}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": True, "label_smoothing": 0.2}, {"reduction": "none"}], ids=str
+)
 def test_gradcheck(options):
     query, key = (3 * t for t in unit_features(5, 5, 4, dtype=torch.float64))
     tensors = [t.requires_grad_() for t in (query, key, torch.tensor(2.0, dtype=torch.float64))]
     for store_bytes in (0, 2**20):
-        assert torch.autograd.gradcheck(lambda *t, s=store_bytes: vlmkernels.info_nce(*t, store_bytes=s, **options), tensors)
+        assert torch.autograd.gradcheck(
+            lambda *t, s=store_bytes: vlmkernels.info_nce(*t, store_bytes=s, **options), tensors
+        )
     ids = (torch.tensor([0, 1, 1, 2, 9]), torch.tensor([1, 0, 2, 1, 7]))
     assert torch.autograd.gradcheck(lambda *t: vlmkernels.info_nce(*t, positives=ids), tensors)
     index = torch.tensor([4, -100, 0, 2, 2])
-    assert torch.autograd.gradcheck(lambda *t: vlmkernels.info_nce(*t, positives=index, symmetric=False), tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: vlmkernels.info_nce(*t, positives=index, symmetric=False), tensors
+    )
 
 
 def test_second_derivative_is_refused():
@@ -198,25 +218,45 @@ def test_registration(permuted):
         (query, key, scale, None, None, None, True, 0.0, False, "mean", 2**20),
         (query, key, scale, None, None, None, True, 0.1, True, "none", 0),
         (query, key, scale, ids[0], ids[1], torch.rand(6), True, 0.0, False, "sum", 2**20),
-        (query, key.detach(), scale, torch.tensor([1, 2, -100, 0, 5, 5]), None, None, False, 0.0, False, "mean", 2**20),
+        (
+            query,
+            key.detach(),
+            scale,
+            torch.tensor([1, 2, -100, 0, 5, 5]),
+            None,
+            None,
+            False,
+            0.0,
+            False,
+            "mean",
+            2**20,
+        ),
     ):
         torch.library.opcheck(op, inputs)
         with torch.no_grad():
             loss, *saved = op(*inputs)
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-        torch.library.opcheck(bwd, (torch.ones_like(loss), *plain[:6], *saved, *plain[6:], [True, True, True]))
-        torch.library.opcheck(bwd, (torch.ones_like(loss), *plain[:6], *saved, *plain[6:], [False, True, False]))
+        torch.library.opcheck(
+            bwd, (torch.ones_like(loss), *plain[:6], *saved, *plain[6:], [True, True, True])
+        )
+        torch.library.opcheck(
+            bwd, (torch.ones_like(loss), *plain[:6], *saved, *plain[6:], [False, True, False])
+        )
 
 
 def test_compile_fullgraph_dynamic():
     def step(query, key, scale):
-        return vlmkernels.info_nce(query, key, scale, label_smoothing=0.1) + vlmkernels.info_nce(query, key, 2.0, normalize=True)
+        return vlmkernels.info_nce(query, key, scale, label_smoothing=0.1) + vlmkernels.info_nce(
+            query, key, 2.0, normalize=True
+        )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 140):
         tensors = [*unit_features(rows, rows, 16), torch.tensor(7.0)]
         tensors = [t.requires_grad_() for t in tensors]
-        for got, want in zip(result_and_gradients(compiled, tensors), result_and_gradients(step, tensors), strict=True):
+        for got, want in zip(
+            result_and_gradients(compiled, tensors), result_and_gradients(step, tensors), strict=True
+        ):
             torch.testing.assert_close(got, want)
 
 
@@ -252,8 +292,12 @@ def test_autocast_casts_features_only():
 @pytest.mark.parametrize(("rows", "cols"), [(0, 0), (0, 5), (1, 1), (1, 300)])
 def test_empty_and_single(rows, cols):
     query, key = torch.randn(rows, 6, requires_grad=True), torch.randn(cols, 6, requires_grad=True)
-    got = result_and_gradients(vlmkernels.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False)
-    want = result_and_gradients(reference.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False)
+    got = result_and_gradients(
+        vlmkernels.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False
+    )
+    want = result_and_gradients(
+        reference.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     if rows == 0:
@@ -261,7 +305,11 @@ def test_empty_and_single(rows, cols):
 
 
 def test_nothing_counted_gives_zero_and_zero_gradients():
-    tensors = [torch.randn(4, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True), torch.tensor(2.0, requires_grad=True)]
+    tensors = [
+        torch.randn(4, 6, requires_grad=True),
+        torch.randn(4, 6, requires_grad=True),
+        torch.tensor(2.0, requires_grad=True),
+    ]
     for options in (
         {"positives": torch.full((4,), -100), "symmetric": False},
         {"weight": torch.zeros(4)},
@@ -279,7 +327,11 @@ def test_views_and_frozen_inputs():
     torch.testing.assert_close(got[:2], want[:2])
     assert got[2] is None
     assert got[3] is None
-    query, key, scale = torch.randn(40, 12), torch.randn(40, 12, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    query, key, scale = (
+        torch.randn(40, 12),
+        torch.randn(40, 12, requires_grad=True),
+        torch.tensor(2.0, requires_grad=True),
+    )
     got = result_and_gradients(vlmkernels.info_nce, (query, key, scale))
     want = result_and_gradients(reference.info_nce, (query, key, scale))
     torch.testing.assert_close(got[2:], want[2:])
@@ -312,7 +364,12 @@ def test_deterministic_for_any_number_of_threads(dtype):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     again = result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20)
     torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(again, result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            again, result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20), strict=True
+        )
+    )
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
@@ -350,9 +407,15 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"key": torch.zeros(3, 5)}, "symmetric needs M == N, got N = 4 and M = 3"),
         ({"key": torch.zeros(3, 5), "symmetric": False}, "M >= N, got N = 4 and M = 3"),
         ({"positives": torch.zeros(4, dtype=torch.int64)}, "need symmetric=False"),
-        ({"positives": torch.zeros(3, dtype=torch.int64), "symmetric": False}, r"positives must be int64 of shape \(4,\)"),
+        (
+            {"positives": torch.zeros(3, dtype=torch.int64), "symmetric": False},
+            r"positives must be int64 of shape \(4,\)",
+        ),
         ({"positives": torch.zeros(4), "symmetric": False}, "int64"),
-        ({"positives": (torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))}, r"positives\[1\]"),
+        (
+            {"positives": (torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))},
+            r"positives\[1\]",
+        ),
         ({"weight": torch.ones(3)}, r"weight must be \[N\] = \(4,\), got \(3,\)"),
         ({"reduction": "avg"}, "'avg'"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
@@ -391,7 +454,9 @@ def test_reference_forward_is_the_definition():
     from vlmkernels.reference.info_nce import info_nce_bwd, info_nce_fwd
 
     loss, *saved = info_nce_fwd(query, key, scale, *ids, *args, 0)
-    grads = info_nce_bwd(torch.ones_like(loss), query, key, scale, *ids, None, *saved, *args[1:], 0, [True] * 3)
+    grads = info_nce_bwd(
+        torch.ones_like(loss), query, key, scale, *ids, None, *saved, *args[1:], 0, [True] * 3
+    )
     leaves = [t.clone().requires_grad_() for t in (query, key, scale)]
     want = torch.autograd.grad(
         reference.info_nce(*leaves, positives=ids, label_smoothing=0.1, normalize=True), leaves

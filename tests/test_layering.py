@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPS = sorted(path.stem for path in (ROOT / "vlmkernels" / "ops").glob("*.py") if not path.stem.startswith("_"))
+OPS = sorted(
+    path.stem for path in (ROOT / "vlmkernels" / "ops").glob("*.py") if not path.stem.startswith("_")
+)
 
 
 def test_there_are_ops():
@@ -18,8 +20,8 @@ def test_there_are_ops():
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_all_its_parts(op):
     parts = [
-        f"vlmkernels/reference/{op}.py", f"vlmkernels/triton/{op}.py", f"csrc/include/vlmkernels/{op}.h", f"csrc/cpu/{op}.cpp",
-        f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
+        f"vlmkernels/reference/{op}.py", f"vlmkernels/triton/{op}.py", f"csrc/include/vlmkernels/{op}.h",
+        f"csrc/cpu/{op}.cpp", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
     ]  # fmt: skip
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in (ROOT / "benchmarks" / "cases.py").read_text()
@@ -59,7 +61,11 @@ def test_only_the_registry_talks_to_torch_library():
 
 def test_references_stand_alone():
     for path in ROOT.glob("vlmkernels/reference/*.py"):
-        others = [n for n in imports(path) if n.startswith("vlmkernels.") and not n.startswith("vlmkernels.reference")]
+        others = [
+            n
+            for n in imports(path)
+            if n.startswith("vlmkernels.") and not n.startswith("vlmkernels.reference")
+        ]
         assert others == [], path.name
 
 
@@ -70,6 +76,12 @@ def test_objects_of_an_instruction_set_leak_no_weak_symbol():
         pytest.skip("no build folder with the kernels' objects")
     objects = sorted(folders, key=lambda folder: folder.stat().st_mtime)[-1].glob("**/*.o")
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
-        weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line) and "vlmk::avx512" not in line]
+        symbols = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        weak = [
+            line
+            for line in symbols.splitlines()
+            if re.search(r" [WVu] ", line) and "vlmk::avx512" not in line
+        ]
         assert weak == [], f"{path.name}: {weak[:3]}"

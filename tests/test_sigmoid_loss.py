@@ -11,13 +11,21 @@ NATIVE = "reference" not in vlmkernels.info()["ops"]["sigmoid_loss"]["CPU"]
 
 
 def judge(query, key, scale=10.0, bias=-10.0, op=vlmkernels.sigmoid_loss, **options):
-    tensors = [t.detach().requires_grad_() for t in (query, key, torch.as_tensor(scale), torch.as_tensor(bias))]
+    tensors = [
+        t.detach().requires_grad_() for t in (query, key, torch.as_tensor(scale), torch.as_tensor(bias))
+    ]
     assert_op_as_good(op, reference.sigmoid_loss, tensors, **options)
 
 
 def on_cuda(*tensors, **options):
     def move(value):
-        return tuple(map(move, value)) if isinstance(value, tuple) else value.cuda() if isinstance(value, torch.Tensor) else value
+        return (
+            tuple(map(move, value))
+            if isinstance(value, tuple)
+            else value.cuda()
+            if isinstance(value, torch.Tensor)
+            else value
+        )
 
     return vlmkernels.sigmoid_loss(*map(move, tensors), **{k: move(v) for k, v in options.items()}).cpu()
 
@@ -28,7 +36,9 @@ OPS = {"dispatched": vlmkernels.sigmoid_loss, **({"cuda": on_cuda} if torch.cuda
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize(("rows", "cols", "dim"), [(2, 2, 3), (3, 5, 5), (37, 37, 33), (130, 200, 64), (300, 300, 70)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "dim"), [(2, 2, 3), (3, 5, 5), (37, 37, 33), (130, 200, 64), (300, 300, 70)]
+)
 def test_forward_and_gradients(op, dtype, scale, rows, cols, dim):
     query, key = unit_features(rows, cols, dim, dtype=dtype)
     judge(query, key, scale, op=OPS[op], reduction="none")
@@ -43,7 +53,12 @@ def test_options(op, dtype, reduction):
     index = torch.randint(0, 400, (150,))
     index[::7] = -100
     ids = (torch.randint(0, 60, (150,)), torch.randint(0, 70, (400,)))
-    for options in ({"positives": index}, {"positives": ids}, {"normalize": True}, {"positives": ids, "normalize": True}):
+    for options in (
+        {"positives": index},
+        {"positives": ids},
+        {"normalize": True},
+        {"positives": ids, "normalize": True},
+    ):
         judge(3 * query, 2 * key, 5.0, op=OPS[op], reduction=reduction, **options)
 
 
@@ -81,7 +96,9 @@ def test_scalar_gradients_have_their_shape_and_dtype(shape):
     assert (dbias.shape, dbias.dtype) == (bias.shape, torch.float16)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True, "reduction": "sum"}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": True, "reduction": "sum"}, {"reduction": "none"}], ids=str
+)
 def test_gradcheck(options):
     query, key = (3 * t for t in unit_features(5, 6, 4, dtype=torch.float64))
     scalars = (torch.tensor(2.0, dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64))
@@ -122,7 +139,19 @@ def test_registration(permuted):
         (query, key, scale, bias, None, None, False, "mean", False, False, False),
         (query, key, scale, bias, None, None, True, "mean", True, True, True),
         (query, key, scale, bias, *ids, False, "none", False, False, False),
-        (query, key.detach(), scale, bias, torch.tensor([1, 2, -100, 0, 5, 5]), None, False, "sum", True, False, True),
+        (
+            query,
+            key.detach(),
+            scale,
+            bias,
+            torch.tensor([1, 2, -100, 0, 5, 5]),
+            None,
+            False,
+            "sum",
+            True,
+            False,
+            True,
+        ),
     ):
         torch.library.opcheck(op, inputs)
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -134,7 +163,9 @@ def test_registration(permuted):
 def test_raw_op_without_flags_recomputes():
     query, key = (t.requires_grad_() for t in unit_features(7, 7, 5))
     scale, bias = torch.tensor(3.0), torch.tensor(-3.0)
-    raw = torch.ops.vlmkernels.sigmoid_loss(query, key, scale, bias, None, None, False, "mean", False, False, False)[0]
+    raw = torch.ops.vlmkernels.sigmoid_loss(
+        query, key, scale, bias, None, None, False, "mean", False, False, False
+    )[0]
     got = torch.autograd.grad(raw, (query, key))
     want = torch.autograd.grad(vlmkernels.sigmoid_loss(query, key, scale, bias), (query, key))
     torch.testing.assert_close(got, want)
@@ -142,12 +173,19 @@ def test_raw_op_without_flags_recomputes():
 
 def test_compile_fullgraph_dynamic():
     def step(query, key, scale, bias):
-        return vlmkernels.sigmoid_loss(query, key, scale, bias) + vlmkernels.sigmoid_loss(query, key, 2.0, -1.0, normalize=True)
+        return vlmkernels.sigmoid_loss(query, key, scale, bias) + vlmkernels.sigmoid_loss(
+            query, key, 2.0, -1.0, normalize=True
+        )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 140):
-        tensors = [t.requires_grad_() for t in (*unit_features(rows, rows, 16), torch.tensor(7.0), torch.tensor(-5.0))]
-        for got, want in zip(result_and_gradients(compiled, tensors), result_and_gradients(step, tensors), strict=True):
+        tensors = [
+            t.requires_grad_()
+            for t in (*unit_features(rows, rows, 16), torch.tensor(7.0), torch.tensor(-5.0))
+        ]
+        for got, want in zip(
+            result_and_gradients(compiled, tensors), result_and_gradients(step, tensors), strict=True
+        ):
             torch.testing.assert_close(got, want)
 
 
@@ -164,7 +202,9 @@ def test_autocast_casts_features_only():
 def test_empty_and_single(rows, cols):
     tensors = [torch.randn(n, 6, requires_grad=True) for n in (rows, cols)]
     tensors += [torch.tensor(2.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)]
-    got, want = (result_and_gradients(fn, tensors) for fn in (vlmkernels.sigmoid_loss, reference.sigmoid_loss))
+    got, want = (
+        result_and_gradients(fn, tensors) for fn in (vlmkernels.sigmoid_loss, reference.sigmoid_loss)
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -241,4 +281,6 @@ def test_bad_input(change, message):
 
 def test_positive_out_of_range_is_an_index_error():
     with pytest.raises(IndexError, match=r"\[0, M = 4\) or -100"):
-        vlmkernels.sigmoid_loss(torch.zeros(2, 5), torch.zeros(4, 5), 1.0, 0.0, positives=torch.tensor([0, 7]))
+        vlmkernels.sigmoid_loss(
+            torch.zeros(2, 5), torch.zeros(4, 5), 1.0, 0.0, positives=torch.tensor([0, 7])
+        )

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-# One stored tile of the CPU kernel: 128 x 256 exponentials and a 64-byte header (csrc/include/vlmkernels/info_nce.h).
+# One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
+# (csrc/include/vlmkernels/info_nce.h).
 TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
 
 
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    """Bytes of the whole tiles of exponentials, in the precision of the features, that fit in `store_bytes`."""
+    """Bytes of the tiles of exponentials, in the precision of the features, that fit in `store_bytes`."""
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
     tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER
@@ -30,9 +31,14 @@ def feature_faults(query: Tensor, key: Tensor) -> list[str]:
     return faults
 
 
-def positives_faults(query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None) -> list[str]:
+def positives_faults(
+    query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None
+) -> list[str]:
     faults = []
-    named = [("positives" if key_ids is None else "positives[0]", positives, query), ("positives[1]", key_ids, key)]
+    named = [
+        ("positives" if key_ids is None else "positives[0]", positives, query),
+        ("positives[1]", key_ids, key),
+    ]
     for name, ids, features in named:
         if ids is None or features.dim() != 2:
             continue
@@ -48,7 +54,8 @@ def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
     if not isinstance(value, Tensor):
         return []
     if value.numel() != 1 or not value.is_floating_point():
-        return [f"{name} must be a float or a floating-point tensor with one element, got {value.dtype} {tuple(value.shape)}"]
+        wanted = "a float or a floating-point tensor with one element"
+        return [f"{name} must be {wanted}, got {value.dtype} {tuple(value.shape)}"]
     if value.device != query.device:
         return [f"{name} must be on {query.device}, got {value.device}"]
     return []
@@ -97,7 +104,9 @@ def segment_sum(
     counts: Tensor,  # [labels] how often each label occurs
 ) -> Tensor:  # [labels, D]
     """Sum of the rows of each label, in a fixed order."""
-    return torch.segment_reduce(x[labels.argsort(stable=True)], "sum", lengths=counts, axis=0, unsafe=True, initial=0)
+    return torch.segment_reduce(
+        x[labels.argsort(stable=True)], "sum", lengths=counts, axis=0, unsafe=True, initial=0
+    )
 
 
 def label(device: str) -> str:

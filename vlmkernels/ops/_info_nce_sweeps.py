@@ -1,8 +1,8 @@
 """InfoNCE from two streaming sweeps, on every device that has kernels for them.
 
-`info_nce_stats` gives the maxima and sums of exponentials of the rows and columns of S = scale a_i b_j <q_i, k_j>, where a, b
-are inverse norms or 1. `info_nce_grads` gives the products of the softmaxes with the features. Everything that is
-O((N + M) D) or less, targets, smoothing, weights and reductions, is here.
+With S = scale a_i b_j <q_i, k_j>, where a, b are inverse norms or 1, `info_nce_stats` gives the maxima and
+sums of exponentials of the rows and columns of S, `info_nce_grads` the products of the softmaxes with the
+features. Everything that is O((N + M) D) or less, targets, smoothing, weights and reductions, is here.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,30 @@ from torch import Tensor
 from vlmkernels._library import LIB, TRITON
 from vlmkernels.ops import _contrastive as contrastive
 
-# Of every row: max_i = max_j S_ij, sum_i = sum_j e^{S_ij - max_i}, moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i); of every
-# column likewise, size 0 unless asked for. positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
+# Of every row, and of every column where `columns` (else size 0):
+#   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
+# positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
 LIB.define(
-    "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
-    " bool columns, int store_bytes) -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
+    "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
+    " Tensor positives, bool columns, int store_bytes)"
+    " -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
     " Tensor col_max, Tensor col_sum, Tensor col_moment, Tensor store)"
 )
-# With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there are no columns),
-# and the log-sum-exps in two parts, r_i = row_max_i + row_log_i and c_j = col_max_j + col_log_j (at large logits their float32 sum
-# would lose what the exponential needs: subtract the maximum first, then the logarithm):
-#   D_i  = query_extra_i + sum_{j != p_i} (u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}) b_j k_j + w_i b_{p_i} k_{p_i}
-#   D'_j = key_extra_j   + sum_{i: p_i != j} (the same) a_i q_i + sum_{i: p_i = j} w_i a_i q_i
-#   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i), the second term only when normalised
+# With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there
+# are no columns), and the log-sum-exps in two parts, r_i = row_max_i + row_log_i, c_j = col_max_j + col_log_j
+# (at large logits their float32 sum would lose what the exponential needs: subtract the maximum first, then
+# the logarithm):
+#   g_ij = u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}
+#   D_i  = query_extra_i + sum_{j != p_i} g_ij b_j k_j + w_i b_{p_i} k_{p_i}
+#   D'_j = key_extra_j   + sum_{i: p_i != j} g_ij a_i q_i + sum_{i: p_i = j} w_i a_i q_i
+#   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i)
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
+# The second terms of the gradients only when normalised.
 LIB.define(
-    "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm, Tensor positives,"
-    " Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef, Tensor col_coef, Tensor positive_coef, Tensor? query_extra,"
-    " Tensor? key_extra, Tensor store, int store_bytes, bool need_query, bool need_key)"
+    "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
+    " Tensor positives, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef,"
+    " Tensor col_coef, Tensor positive_coef, Tensor? query_extra, Tensor? key_extra, Tensor store,"
+    " int store_bytes, bool need_query, bool need_key)"
     " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)"
 )
 _stats = torch.ops.vlmkernels.info_nce_stats
@@ -38,14 +44,27 @@ _grads = torch.ops.vlmkernels.info_nce_grads
 
 
 @dataclass
+class _Groups:
+    """Labels of equal ids."""
+
+    query_label: Tensor  # [N]
+    key_label: Tensor  # [M]
+    query_count: Tensor  # [N + M] how many queries carry each label
+    key_count: Tensor  # [N + M]
+
+    def seen_from(self, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels of the rows of x, of the rows of y, and how many rows of y carry each label."""
+        if columns:
+            return self.key_label, self.query_label, self.query_count
+        return self.query_label, self.key_label, self.key_count
+
+
+@dataclass
 class _Targets:
     """Which keys are positive: an index for each row, and the groups of equal ids when they were given."""
 
     index: Tensor  # [N] one positive key of each row, -1 where it has none
-    query_label: Tensor | None = None  # [N]
-    key_label: Tensor | None = None  # [M]
-    query_count: Tensor | None = None  # [N + M] how many queries carry each label
-    key_count: Tensor | None = None  # [N + M]
+    groups: _Groups | None = None
     all_rows: bool = False  # every row, and every column when symmetric, is counted
 
     @classmethod
@@ -60,21 +79,22 @@ class _Targets:
         key_count = zeros.scatter_add(0, key_label, torch.ones_like(key_label))
         first = zeros.scatter_reduce(0, key_label, torch.arange(m, device=device), "amin", include_self=False)
         index = torch.where(key_count[query_label] > 0, first[query_label], -1)
-        return cls(index, query_label, key_label, query_count, key_count)
+        return cls(index, _Groups(query_label, key_label, query_count, key_count))
 
     def row_weight(self, weight: Tensor | None, like: Tensor) -> Tensor:
         counted = torch.ones_like(like) if self.all_rows else (self.index >= 0).to(like.dtype)
         return counted if weight is None else counted * weight.to(like.dtype)
 
     def col_weight(self, weight: Tensor | None, like: Tensor) -> Tensor:
-        if self.key_label is None:
-            counted = torch.ones_like(like)
-        else:
-            counted = (self.query_count[self.key_label] > 0).to(like.dtype)
+        counted = torch.ones_like(like)
+        if self.groups is not None:
+            counted = (self.groups.query_count[self.groups.key_label] > 0).to(like.dtype)
         return counted if weight is None else counted * weight.to(like.dtype)
 
 
-def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes):
+def forward(
+    query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes
+):
     store_size = contrastive.store_size(query, key, store_bytes)
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
@@ -91,10 +111,11 @@ def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing,
         at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
         col_gap = (col_max[at] - positive) + col_log[at] if m else positive
     s = scale.to(work).reshape(())
-    sides = [(query, a, key, b, row_lse, row_gap, row_log - row_moment / row_sum, targets.row_weight(weight, row_lse))]
+    w, entropy = targets.row_weight(weight, row_lse), row_log - row_moment / row_sum
+    sides = [(query, a, key, b, row_lse, row_gap, entropy, w)]
     if symmetric:
-        w = targets.col_weight(weight, col_lse)
-        sides.append((key, b, query, a, col_lse, col_gap, col_log - col_moment / col_sum, w))
+        w, entropy = targets.col_weight(weight, col_lse), col_log - col_moment / col_sum
+        sides.append((key, b, query, a, col_lse, col_gap, entropy, w))
     total, slopes = None, [col_gap.new_empty(0)] * 2
     for columns, (x, x_inv, y, y_inv, lse, gap, entropy, w) in enumerate(sides):
         loss = _label_loss(x, x_inv, y, y_inv, lse, gap, s, targets, columns)
@@ -111,7 +132,8 @@ def forward(query, key, scale, positives, key_ids, weight, symmetric, smoothing,
 
 def backward(
     dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
-    row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes, needs,
+    row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes,
+    needs,
 ):  # fmt: skip
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     n, m = query.shape[0], key.shape[0]
@@ -119,7 +141,7 @@ def backward(
     share = (0.5 if symmetric else 1.0) * dloss.to(row_max.dtype)
     u = share * _mean_weight(targets.row_weight(weight, row_max), reduction)  # [N]
     v = share * _mean_weight(targets.col_weight(weight, col_max), reduction) if symmetric else col_max  # [M]
-    hit = 0.0 if targets.key_label is not None else 1 - smoothing  # the target of the positive, when it stands alone
+    hit = 0.0 if targets.groups is not None else 1 - smoothing  # the target of a positive that stands alone
     positive_coef = u * (torch.expm1(-row_gap) + (1 - hit))
     if symmetric and n:
         at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
@@ -128,12 +150,12 @@ def backward(
     extra_q = _extra(query, a, key, b, u, v, targets, smoothing, symmetric, False) if need_query else None
     extra_k = _extra(key, b, query, a, v, u, targets, smoothing, symmetric, True) if needs[1] else None
     dquery, dkey, query_dot, key_dot = _grads(
-        query, key, scale, a, b, targets.index, row_max, row_log, col_max, col_log, u, v, positive_coef, extra_q, extra_k, store,
-        store_bytes, need_query, needs[1],
+        query, key, scale, a, b, targets.index, row_max, row_log, col_max, col_log, u, v, positive_coef,
+        extra_q, extra_k, store, store_bytes, need_query, needs[1],
     )  # fmt: skip
     dscale = scale.new_empty(0)
     if needs[2]:
-        # sum_ij dS_ij S_ij / scale, from fp32 sums of the first sweep; the products' operands may have been rounded
+        # sum_ij dS_ij S_ij / scale from the sums of the first sweep: operands of products may be rounded
         slope = (u * row_slope).sum() + ((v * col_slope).sum() if symmetric else 0)
         s = scale.to(slope.dtype).reshape(())
         dot, inv = (query_dot, a) if need_query else (key_dot, b)
@@ -144,17 +166,19 @@ def backward(
 
 def _label_loss(x, x_inv, y, y_inv, lse, gap, scale, targets: _Targets, columns: bool) -> Tensor:
     """lse minus the mean logit of the positives, [rows of x]."""
-    if targets.key_label is None:
+    if targets.groups is None:
         return gap
-    own, other, counts = _labels(targets, columns)
+    own, other, counts = targets.groups.seen_from(columns)
     sums = contrastive.segment_sum(_scaled(y, y_inv), other, counts)[own]  # [rows, D]
     dots = (x * sums).sum(-1)
     mean = (dots if x_inv is None else dots * x_inv) / counts[own].clamp_min(1)
     return lse - scale * mean
 
 
-def _extra(x, x_inv, y, y_inv, own_coef, other_coef, targets: _Targets, smoothing, symmetric, columns) -> Tensor | None:
-    """The targets' part of D [rows of x, D] that is not the single positive of each row; None when there is none.
+def _extra(
+    x, x_inv, y, y_inv, own_coef, other_coef, targets: _Targets, smoothing, symmetric, columns
+) -> Tensor | None:
+    """The targets' part of D [rows of x, D] beyond the single positive of each row, None if there is none.
 
     own_coef weighs the direction whose softmax runs over y, other_coef the one that runs over x.
     """
@@ -166,9 +190,9 @@ def _extra(x, x_inv, y, y_inv, own_coef, other_coef, targets: _Targets, smoothin
             extra.addmm_(own_coef[:, None], _weighted_sum(y, y_inv)[None], alpha=-smoothing / len(y))
         if use_other:
             extra -= smoothing / len(x) * _weighted_sum(_scaled(y, y_inv), other_coef)
-    if targets.key_label is not None:
-        own, other, counts = _labels(targets, columns)
-        own_counts = targets.key_count if columns else targets.query_count
+    if targets.groups is not None:
+        own, other, counts = targets.groups.seen_from(columns)
+        own_counts = targets.groups.key_count if columns else targets.groups.query_count
         sums = _scaled(y, y_inv)
         part = sums.new_zeros(x.shape)
         if use_own:
@@ -179,13 +203,6 @@ def _extra(x, x_inv, y, y_inv, own_coef, other_coef, targets: _Targets, smoothin
             part += contrastive.segment_sum(weighted, other, counts)[own]
         extra = part.mul_(smoothing - 1) if extra is None else extra.add_(part, alpha=smoothing - 1)
     return extra
-
-
-def _labels(targets: _Targets, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of the rows of x, of the rows of y, and how many rows of y carry each label."""
-    if columns:
-        return targets.key_label, targets.query_label, targets.query_count
-    return targets.query_label, targets.key_label, targets.key_count
 
 
 def _scaled(x: Tensor, inv_norm: Tensor | None) -> Tensor:

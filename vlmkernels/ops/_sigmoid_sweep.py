@@ -1,6 +1,7 @@
 """The sigmoid loss from one streaming sweep, on every device that has a kernel for it.
 
-The logistic loss needs no sum over a row before its gradient is known, so loss and gradients come from one look at the logits.
+The logistic loss needs no sum over a row before its gradient is known, so loss and gradients come from one
+look at the logits.
 """
 
 import torch
@@ -9,21 +10,24 @@ from torch import Tensor
 from vlmkernels._library import LIB, TRITON
 from vlmkernels.ops import _contrastive as contrastive
 
-# z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; t_ij = +1 where j = positives_i (-1: none) or where
-# query_ids_i = key_ids_j (one of the two forms is given), -1 elsewhere; u = row_coef.
+# z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; u = row_coef; t_ij = +1 on positives,
+# -1 elsewhere. One form is given: j = positives_i (-1: none), or query_ids_i = key_ids_j.
 #   row_loss_i = sum_j softplus(-t_ij z_ij)       g_ij = -u_i t_ij sigmoid(-t_ij z_ij)
 #   row_dbias_i = sum_j g_ij                      row_dscale_i = sum_j g_ij a_i b_j <q_i, k_j>
-#   dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i), D_i = sum_j g_ij b_j k_j, the second term only when normalised; dk likewise
+#   D_i = sum_j g_ij b_j k_j                      dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i); dk likewise
+# The second term of dq only when normalised.
 # Outputs that are not needed have size 0.
 LIB.define(
-    "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm, Tensor? key_inv_norm,"
-    " Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef, bool need_loss, bool need_query,"
-    " bool need_key, bool need_scalars)"
+    "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm,"
+    " Tensor? key_inv_norm, Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef,"
+    " bool need_loss, bool need_query, bool need_key, bool need_scalars)"
     " -> (Tensor row_loss, Tensor dquery, Tensor dkey, Tensor row_dscale, Tensor row_dbias)"
 )
 
 
-def forward(query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars):
+def forward(
+    query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
+):
     coef = 1 / max(query.shape[0], 1) if reduction == "mean" else 1.0
     row_coef = query.new_full((query.shape[0],), coef, dtype=torch.promote_types(query.dtype, torch.float32))
     needs = (need_query, need_key, need_scalars, need_scalars)
@@ -38,7 +42,9 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
     return tuple(_sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, False, needs)[1:])
 
 
-def _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs) -> list[Tensor]:
+def _sweep(
+    query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
+) -> list[Tensor]:
     index = query_ids = None
     if key_ids is not None:
         query_ids = positives

@@ -16,18 +16,19 @@ def gated_residual(
 ) -> Tensor:  # [..., D]
     """Add a branch to the residual stream through a tanh gate: ``x + tanh(gate) * y`` in one pass.
 
-    The gated cross-attention of Flamingo (Alayrac et al. 2022, section 3.1.2): with ``gate = 0`` the result equals ``x``.
+    The gated cross-attention of Flamingo (Alayrac et al. 2022, section 3.1.2): with ``gate = 0`` the result
+    equals ``x``.
 
     Args:
         x: residual stream ``[..., D]``.
         y: branch output, the shape of ``x``.
-        gate: one element, or ``D`` elements for one gate per channel, in any shape; its gradient has that shape.
-        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned whatever ``y`` holds, and
-            nothing flows to ``y`` or ``gate``.
+        gate: one element, or ``D`` elements for one gate per channel, in any shape, which its gradient has.
+        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned whatever ``y`` holds,
+            and nothing flows to ``y`` or ``gate``.
 
     Returns:
-        A new tensor of dtype ``promote_types(x, y)``; the gate's dtype never promotes. Sums run in float32 (float64 for
-        float64 inputs).
+        A new tensor of dtype ``promote_types(x, y)``; the gate's dtype never promotes. Sums run in float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: naming every argument whose shape, dtype or device does not fit.
@@ -74,7 +75,12 @@ def _backward(ctx, dout):
     dy = dgate = None
     if need_y or need_gate:
         dy, dgate = _bwd(dout, y, gate, row_mask, need_y, need_gate)
-    return dout.to(ctx.x_dtype) if need_x else None, dy if need_y else None, dgate if need_gate else None, None
+    return (
+        dout.to(ctx.x_dtype) if need_x else None,
+        dy if need_y else None,
+        dgate if need_gate else None,
+        None,
+    )
 
 
 _op = define(

@@ -1,4 +1,4 @@
-"""loss = cross-entropy of scale * q k^T along its rows, averaged with that along its columns when symmetric."""
+"""loss = cross-entropy of scale * q k^T along its rows; symmetric: averaged with that along its columns."""
 
 import torch
 from torch import Tensor
@@ -22,31 +22,35 @@ def info_nce(
     reduction: str = "mean",
     store_bytes: int = 2**28,
 ) -> Tensor:
-    """Contrastive cross-entropy (InfoNCE) of the logits ``scale * query @ key.T``, which are never materialised.
+    """Contrastive cross-entropy (InfoNCE) of the logits ``scale * query @ key.T``, held by no fused kernel.
 
-    The symmetric form is the loss of CLIP (Radford et al. 2021, figure 3): ``(rows + columns) / 2``; the one-directional
-    form is InfoNCE (van den Oord et al. 2018, equation 4); targets uniform over equal ids are those of SupCon
-    (Khosla et al. 2020, equation 2).
+    The symmetric form is the loss of CLIP (Radford et al. 2021, figure 3): ``(rows + columns) / 2``; the
+    one-directional form is InfoNCE (van den Oord et al. 2018, equation 4); targets uniform over equal ids are
+    those of SupCon (Khosla et al. 2020, equation 2).
 
     Args:
         query: ``[N, D]``.
         key: ``[M, D]``, same dtype and device.
-        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its shape.
-        positives: the targets. ``None``: key i belongs to query i (``M == N`` when symmetric, else ``M >= N``, the rest are
-            negatives). ``[N]`` int64: index of each query's key, -100 for a row that is not counted; needs
-            ``symmetric=False``. ``(query_ids [N], key_ids [M])`` int64: uniform over the keys with an equal id; a row or
-            column without one is not counted.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its
+            shape.
+        positives: the targets. ``None``: key i belongs to query i (``M == N`` when symmetric, otherwise
+            ``M >= N``, the rest are negatives). ``[N]`` int64: index of each query's key, -100 for a row that
+            is not counted; needs ``symmetric=False``. ``(query_ids [N], key_ids [M])`` int64: uniform over
+            the keys with an equal id; a row or column without one is not counted.
         symmetric: average with the cross-entropy along the columns.
         label_smoothing: in [0, 1); mixes the targets with the uniform distribution over all keys (queries).
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
-        weight: ``[N]``, not negative, no gradient; row i and column i take ``weight[i]``; symmetric needs ``M == N``.
-        reduction: "mean" divides each direction by its own sum of weights, "sum", or "none" for ``[N]`` losses (symmetric:
-            half the row's plus half the column's, needs ``M == N``). With nothing counted the loss is 0.
-        store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which then
-            performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
+        weight: ``[N]``, not negative, no gradient; row i and column i take ``weight[i]``; when symmetric it
+            needs ``M == N``.
+        reduction: "mean" divides each direction by its own sum of weights, "sum", or "none" for ``[N]``
+            losses (symmetric: half the row's plus half the column's, needs ``M == N``). With nothing counted
+            the loss is 0.
+        store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which
+            then performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
 
     Returns:
-        float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that dtype.
+        float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that
+        dtype.
 
     Raises:
         ValueError: naming every argument that does not fit.
@@ -55,13 +59,18 @@ def info_nce(
     key_ids = None
     if isinstance(positives, tuple):
         positives, key_ids = positives
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(query, key, positives, key_ids)
+    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
+        query, key, positives, key_ids
+    )
     faults += contrastive.scalar_faults("scale", scale, query)
     n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
     if positives is None and (n != m if symmetric else m < n):
-        faults.append(f"without positives, {'symmetric needs M == N' if symmetric else 'M >= N'}, got N = {n} and M = {m}")
+        wanted = "symmetric needs M == N" if symmetric else "M >= N"
+        faults.append(f"without positives, {wanted}, got N = {n} and M = {m}")
     if symmetric and positives is not None and key_ids is None:
-        faults.append("positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)")
+        faults.append(
+            "positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)"
+        )
     if weight is not None and weight.shape != (n,):
         faults.append(f"weight must be [N] = ({n},), got {tuple(weight.shape)}")
     if weight is not None and weight.device != query.device:
@@ -82,9 +91,8 @@ def info_nce(
     weight = weight.detach() if weight is not None else None
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, scale))):
         store_bytes = 0
-    return _op(
-        query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes
-    )[0]
+    tensors = (query, key, scale, positives, key_ids, weight)
+    return _op(*tensors, symmetric, label_smoothing, normalize, reduction, store_bytes)[0]
 
 
 def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
@@ -93,7 +101,10 @@ def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     return contrastive.store_size(query, key, store_bytes) if keeps else 0
 
 
-def _fake(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
+def _fake(
+    query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction,
+    store_bytes,
+):  # fmt: skip
     n, m = query.shape[0], key.shape[0]
     stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     sweeps_here = has_kernel("info_nce_stats", query.device.type.upper())
@@ -111,7 +122,9 @@ def _fake(query, key, scale, positives, key_ids, weight, symmetric, label_smooth
 
 def _fake_bwd(dloss, query, key, scale, *rest):
     needs = rest[-1]
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True))
+    return tuple(
+        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -132,8 +145,8 @@ def _backward(ctx, dloss, *unused):
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
 _OPTIONS = "bool symmetric, float label_smoothing, bool normalize, str reduction, SymInt store_bytes"
-_STATS = "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_gap, Tensor col_gap, Tensor row_slope,"
-_STATS += " Tensor col_slope, Tensor store"
+_STATS = "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_gap, Tensor col_gap,"
+_STATS += " Tensor row_slope, Tensor col_slope, Tensor store"
 
 _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",

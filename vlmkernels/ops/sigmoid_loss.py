@@ -1,4 +1,4 @@
-"""loss = -(1/N) sum_ij log sigmoid(t_ij (scale * <q_i, k_j> + bias)), t = +1 on positives and -1 elsewhere."""
+"""loss = -(1/N) sum_ij log sigmoid(t_ij (scale * <q_i, k_j> + bias)), t = +1 on positives, -1 elsewhere."""
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ def sigmoid_loss(
     Args:
         query: ``[N, D]``.
         key: ``[M, D]``, same dtype and device.
-        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its shape.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its
+            shape.
         bias: is added to them; likewise.
-        positives: ``None``: key i belongs to query i, ``M >= N``, the other keys are negatives. ``[N]`` int64: index of each
-            query's key, -100 for a row without one. ``(query_ids [N], key_ids [M])`` int64: every pair of equal ids.
-            A row without positives stays, all its pairs being negatives.
+        positives: ``None``: key i belongs to query i, ``M >= N``, the other keys are negatives. ``[N]``
+            int64: index of each query's key, -100 for a row without one. ``(query_ids [N], key_ids [M])``
+            int64: every pair of equal ids. A row without positives stays, all its pairs being negatives.
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
@@ -42,8 +43,12 @@ def sigmoid_loss(
     key_ids = None
     if isinstance(positives, tuple):
         positives, key_ids = positives
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(query, key, positives, key_ids)
-    faults += contrastive.scalar_faults("scale", scale, query) + contrastive.scalar_faults("bias", bias, query)
+    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
+        query, key, positives, key_ids
+    )
+    faults += contrastive.scalar_faults("scale", scale, query) + contrastive.scalar_faults(
+        "bias", bias, query
+    )
     if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
         faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
     if reduction not in ("mean", "sum", "none"):
@@ -51,23 +56,30 @@ def sigmoid_loss(
     if faults:
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
     scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
-    ahead = torch.is_grad_enabled() and reduction != "none"  # one incoming gradient: the forward can form all of them
+    # With one incoming gradient the forward can form the gradients of the inputs.
+    ahead = torch.is_grad_enabled() and reduction != "none"
     needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
-    return _op(
-        query, key, scale, bias, positives, key_ids, normalize, reduction, needs[0], needs[1], needs[2] or needs[3]
-    )[0]
+    tensors = (query, key, scale, bias, positives, key_ids)
+    return _op(*tensors, normalize, reduction, needs[0], needs[1], needs[2] or needs[3])[0]
 
 
-def _fake(query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars):
+def _fake(
+    query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
+):
     work = torch.promote_types(query.dtype, torch.float32)
     ahead = has_kernel("sigmoid_sweep", query.device.type.upper())
     needs = [ahead and need for need in (need_query, need_key, need_scalars, need_scalars)]
     loss = query.new_empty((query.shape[0],) if reduction == "none" else (), dtype=work)
-    return loss, *(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), needs, strict=True))
+    return loss, *(
+        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), needs, strict=True)
+    )
 
 
 def _fake_bwd(dloss, query, key, scale, bias, *rest):
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), rest[-1], strict=True))
+    return tuple(
+        x.new_empty(x.shape if need else 0)
+        for x, need in zip((query, key, scale, bias), rest[-1], strict=True)
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -84,8 +96,10 @@ def _backward(ctx, dloss, *unused):
         return (None,) * 11
     inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need)
-    if here and not torch.is_grad_enabled():  # under create_graph the backward op stands in the graph and refuses
-        grads = [grad * dloss.to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
+    if here and not torch.is_grad_enabled():  # under create_graph the backward op is in the graph and refuses
+        grads = [
+            grad * dloss.to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)
+        ]
         return *grads, *(None,) * 7
     grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
@@ -96,7 +110,8 @@ _OPTIONS = "bool normalize, str reduction"
 _GRADS = "Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias"
 
 _op = define(
-    f"sigmoid_loss({_TENSORS}, {_OPTIONS}, bool need_query, bool need_key, bool need_scalars) -> (Tensor loss, {_GRADS})",
+    f"sigmoid_loss({_TENSORS}, {_OPTIONS}, bool need_query, bool need_key, bool need_scalars)"
+    f" -> (Tensor loss, {_GRADS})",
     reference=sigmoid_loss_fwd,
     fake=_fake,
     setup_context=_setup_context,

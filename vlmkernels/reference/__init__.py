@@ -1,4 +1,4 @@
-"""The mathematics of every op in plain PyTorch: the default kernel of every device and the oracle of every test."""
+"""Every op in plain PyTorch: the default kernel of every device and the oracle of every test."""
 
 from vlmkernels.reference.gated_residual import gated_residual
 from vlmkernels.reference.info_nce import info_nce

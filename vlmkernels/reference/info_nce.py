@@ -6,8 +6,8 @@ With r_i = logsumexp_j S_ij, c_j = logsumexp_i S_ij, targets T (rows sum to 1) a
     dS_ij = u_i (exp(S_ij - r_i) - T_ij) + v_j (exp(S_ij - c_j) - T'_ij)
     dq = scale * dS k        dk = scale * dS^T q        dscale = sum_ij dS_ij <q_i, k_j>
 
-where u_i = dL/dl_i and v_j = dL/dl'_j hold the weights, the reduction and the incoming gradient. When the features are
-normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
+where u_i = dL/dl_i and v_j = dL/dl'_j hold the weights, the reduction and the incoming gradient. When the
+features are normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
 """
 
 import torch
@@ -30,14 +30,23 @@ def info_nce(
 ) -> Tensor:
     """The definition, dense and differentiable by autograd; `store_bytes` has no meaning here."""
     positives, key_ids = positives if isinstance(positives, tuple) else (positives, None)
-    return _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction)[0]
+    return _loss(
+        query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
+    )[0]
 
 
-def info_nce_fwd(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction, store_bytes):
-    """The raw op: (loss, row_max [N], row_log [N], col_max [M], col_log [M], row_gap [N], col_gap [N], row_slope [N], col_slope [M], store).
+def info_nce_fwd(
+    query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction,
+    store_bytes,
+):  # fmt: skip
+    """The raw op: loss and what its backward needs.
 
-    max + log is the log-sum-exp. The gaps (lse minus the logit of the row's positive), the slopes (loss minus the entropy of the softmax) and the store are
-    only kept by the fused kernels; here they have size 0.
+    row_max [N] + row_log [N] and col_max [M] + col_log [M] are the log-sum-exps. row_gap [N] and col_gap [N]
+    (log-sum-exp minus the logit of the row's positive), row_slope [N] and col_slope [M] (loss minus the
+    entropy of the softmax) and the store are only kept by the fused kernels; here they have size 0.
+
+    Returns:
+        (loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store).
     """
     loss, logits = _loss(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
@@ -49,7 +58,8 @@ def info_nce_fwd(query, key, scale, positives, key_ids, weight, symmetric, label
 
 def info_nce_bwd(
     dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
-    row_gap, col_gap, row_slope, col_slope, store, symmetric, label_smoothing, normalize, reduction, store_bytes, needs,
+    row_gap, col_gap, row_slope, col_slope, store, symmetric, label_smoothing, normalize, reduction,
+    store_bytes, needs,
 ):  # fmt: skip
     """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
     work = row_max.dtype
@@ -108,7 +118,7 @@ def _feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
 
 
 def _targets(positives, key_ids, smoothing: float, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """T [N, M] with rows summing to 1, and T' [N, M] with columns summing to 1; 0 where a row or column has no target."""
+    """T [N, M] with rows summing to 1, T' [N, M] with columns summing to 1; 0 where one has no target."""
     if positives is None:
         same = torch.eye(n, m, dtype=torch.bool, device=like.device)
     elif key_ids is None:
@@ -140,13 +150,13 @@ def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
 
 def _coefficients(dloss, rows, cols, weight, symmetric, reduction) -> tuple[Tensor, Tensor]:
     """u [N] and v [M]: the gradient of the reduced loss by each row's and each column's loss."""
-    share = 0.5 if symmetric else 1.0
-    out = []
-    for mass in (rows.sum(1), cols.sum(0)):
-        w = _weight(mass, weight) if symmetric or len(out) == 0 else torch.zeros_like(mass)
+
+    def of(mass: Tensor) -> Tensor:
+        w = _weight(mass, weight)
         if reduction == "mean":
             w = w / torch.where(w.sum() > 0, w.sum(), 1)
-        out.append(share * dloss.to(w.dtype) * w)
-        if not symmetric:
-            return out[0], cols.new_zeros(cols.shape[1])
-    return out[0], out[1]
+        return dloss.to(w.dtype) * w
+
+    if not symmetric:
+        return of(rows.sum(1)), cols.new_zeros(cols.shape[1])
+    return 0.5 * of(rows.sum(1)), 0.5 * of(cols.sum(0))

@@ -33,7 +33,9 @@ def sigmoid_loss(
     return rows if reduction == "none" else rows.sum() / max(len(q), 1) if reduction == "mean" else rows.sum()
 
 
-def sigmoid_loss_fwd(query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars):
+def sigmoid_loss_fwd(
+    query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
+):
     """The raw op: (loss, dquery, dkey, dscale, dbias); this kernel forms no gradient in the forward."""
     pair = positives if key_ids is None else (positives, key_ids)
     loss = sigmoid_loss(query, key, scale, bias, positives=pair, normalize=normalize, reduction=reduction)
