@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vlmkernels.reference.info_nce import check_indices
+
 # One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
 # (csrc/include/vlmkernels/info_nce.h).
 TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
@@ -78,14 +80,8 @@ def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
 
 def checked_indices(op: str, positives: Tensor, m: int) -> Tensor:
     """Indices of the positives with -1 for rows without one; anything else outside [0, M) is an error."""
-    absent = positives == -100
-    valid = (absent | ((positives >= 0) & (positives < m))).all()
-    if positives.is_cuda:
-        torch._assert_async(valid, f"{op}: positives must be in [0, M) or -100")
-    elif not valid:
-        low, high = int(positives.min()), int(positives.max())
-        raise IndexError(f"{op}: positives must be in [0, M = {m}) or -100, got values from {low} to {high}")
-    return torch.where(absent, -1, positives)
+    check_indices(op, positives, m)
+    return torch.where(positives == -100, -1, positives)
 
 
 def group_labels(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:

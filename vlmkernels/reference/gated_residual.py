@@ -27,7 +27,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | No
     work = torch.promote_types(dtype, torch.float32)
     if row_mask is not None:
         y = torch.where(row_mask[..., None], y, 0)
-    return (x.to(work) + gate.to(work).reshape(-1).tanh() * y.to(work)).to(dtype)
+    return (x.to(work) + gate.to(work).reshape(-1).tanh() * y.to(work)).to(dtype).contiguous()
 
 
 def gated_residual_bwd(
@@ -47,7 +47,7 @@ def gated_residual_bwd(
     if need_y:
         dy = y.new_empty(y.shape).copy_(t * g)
     if need_gate:
-        products = (g * y.to(work)).reshape(-1, y.shape[-1])  # [rows, D]
-        total = products.sum(0) if t.numel() == y.shape[-1] else products.sum().reshape(1)
+        products = g * y.to(work)  # [..., D]
+        total = products.sum_to_size(y.shape[-1:]) if t.numel() == y.shape[-1] else products.sum()
         dgate = gate.new_empty(gate.shape).copy_(((1 - t * t) * total).reshape(gate.shape))
     return dy, dgate

@@ -51,9 +51,9 @@ def info_nce_fwd(
     loss, logits = _loss(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
     )
+    cols = _lse_parts(logits, 0) if symmetric else (loss.new_empty(0), loss.new_empty(0))
     nothing = [loss.new_empty(0) for _ in range(4)]
-    rows, cols = _lse_parts(logits, 1), _lse_parts(logits, 0) if symmetric else nothing[:2]
-    return loss, *rows, *cols, *nothing, query.new_empty(0, dtype=torch.uint8)
+    return loss, *_lse_parts(logits, 1), *cols, *nothing, query.new_empty(0, dtype=torch.uint8)
 
 
 def info_nce_bwd(
@@ -117,15 +117,31 @@ def _feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
     return x.new_empty(x.shape).copy_(grad)
 
 
+def check_indices(op: str, positives: Tensor, m: int) -> None:
+    """Indices of positives are -100 or in [0, M); a device assertion where waiting for the device is dear."""
+    valid = ((positives == -100) | ((positives >= 0) & (positives < m))).all()
+    if positives.is_cuda:
+        torch._assert_async(valid, f"{op}: positives must be in [0, M) or -100")
+    elif not valid:
+        low, high = int(positives.min()), int(positives.max())
+        raise IndexError(f"{op}: positives must be in [0, M = {m}) or -100, got values from {low} to {high}")
+
+
+def _matches(
+    op: str, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device: torch.device
+) -> Tensor:
+    """Which pairs are positive, [N, M] bool."""
+    if positives is None:
+        return torch.eye(n, m, dtype=torch.bool, device=device)
+    if key_ids is None:
+        check_indices(op, positives, m)
+        key_ids = torch.arange(m, device=device)
+    return positives[:, None] == key_ids
+
+
 def _targets(positives, key_ids, smoothing: float, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """T [N, M] with rows summing to 1, T' [N, M] with columns summing to 1; 0 where one has no target."""
-    if positives is None:
-        same = torch.eye(n, m, dtype=torch.bool, device=like.device)
-    elif key_ids is None:
-        same = positives[:, None] == torch.arange(m, device=like.device)
-    else:
-        same = positives[:, None] == key_ids
-    same = same.to(like.dtype)
+    same = _matches("info_nce", positives, key_ids, n, m, like.device).to(like.dtype)
 
     def spread(counts: Tensor, classes: int) -> Tensor:
         uniform = same / counts.clamp_min(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vlmkernels.reference.info_nce import _feature_grad, _features
+from vlmkernels.reference.info_nce import _feature_grad, _features, _matches
 
 
 def sigmoid_loss(
@@ -65,10 +65,5 @@ def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normali
 
 def _signs(positives: Tensor | None, key_ids: Tensor | None, z: Tensor) -> Tensor:
     """+1 on positives, -1 elsewhere, [N, M]."""
-    if positives is None:
-        same = torch.eye(*z.shape, dtype=torch.bool, device=z.device)
-    elif key_ids is None:
-        same = positives[:, None] == torch.arange(z.shape[1], device=z.device)
-    else:
-        same = positives[:, None] == key_ids
+    same = _matches("sigmoid_loss", positives, key_ids, z.shape[0], z.shape[1], z.device)
     return same.to(z.dtype) * 2 - 1
