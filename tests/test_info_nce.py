@@ -4,7 +4,14 @@ import torch.nn.functional as F
 
 import vlmkernels
 from vlmkernels import reference
+from vlmkernels.ops import _dense
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
+
+
+@pytest.fixture(autouse=True)
+def _kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(_dense, "LIMITS", {})
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ON = {"dispatched": "cpu", **({"cuda": "cuda"} if torch.cuda.is_available() else {})}
@@ -463,3 +470,15 @@ def test_reference_forward_is_the_definition():
     )
     for got, exact in zip(grads, want, strict=True):
         assert_as_good(got, exact, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_problems_on_torchs_own_operators(monkeypatch, dtype):
+    monkeypatch.undo()
+    query, key = unit_features(37, 37, 33, dtype=dtype)
+    assert _dense.serves(query, key)
+    for options in ({}, {"label_smoothing": 0.1, "normalize": True}, {"symmetric": False}):
+        judge(3 * query, 2 * key, 14.3, **options)
+    big = torch.empty(300, 4)
+    assert not _dense.serves(big, big)
+    assert not _dense.serves(query.double(), key.double())

@@ -4,7 +4,14 @@ import torch.nn.functional as F
 
 import vlmkernels
 from vlmkernels import reference
+from vlmkernels.ops import _dense
 from vlmkernels.testing import assert_op_as_good, result_and_gradients, unit_features
+
+
+@pytest.fixture(autouse=True)
+def _kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(_dense, "LIMITS", {})
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NATIVE = "reference" not in vlmkernels.info()["ops"]["sigmoid_loss"]["CPU"]
@@ -284,3 +291,12 @@ def test_positive_out_of_range_is_an_index_error():
         vlmkernels.sigmoid_loss(
             torch.zeros(2, 5), torch.zeros(4, 5), 1.0, 0.0, positives=torch.tensor([0, 7])
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_problems_on_torchs_own_operators(monkeypatch, dtype):
+    monkeypatch.undo()
+    query, key = unit_features(37, 50, 33, dtype=dtype)
+    assert _dense.serves(query, key)
+    judge(3 * query, key)
+    judge(3 * query, key, normalize=True)

@@ -81,6 +81,13 @@ class _Targets:
         index = torch.where(key_count[query_label] > 0, first[query_label], -1)
         return cls(index, _Groups(query_label, key_label, query_count, key_count))
 
+    def at_positives(self, *columns: Tensor) -> list[Tensor]:
+        """Of each row, what the column of its positive holds; of rows without one, anything."""
+        if columns[0].shape[0] == 0:
+            return [column.new_zeros(self.index.shape[0]) for column in columns]
+        at = self.index.clamp_min(0)
+        return [column[at] for column in columns]
+
     def row_weight(self, weight: Tensor | None, like: Tensor) -> Tensor:
         counted = torch.ones_like(like) if self.all_rows else (self.index >= 0).to(like.dtype)
         return counted if weight is None else counted * weight.to(like.dtype)
@@ -108,8 +115,8 @@ def forward(
     row_gap = (row_max - positive) + row_log
     col_gap = col_max.new_empty(0)
     if symmetric:
-        at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
-        col_gap = (col_max[at] - positive) + col_log[at] if m else positive
+        top, log = (col_max, col_log) if targets.all_rows else targets.at_positives(col_max, col_log)
+        col_gap = (top - positive) + log
     s = scale.to(work).reshape(())
     w, entropy = targets.row_weight(weight, row_lse), row_log - row_moment / row_sum
     sides = [(query, a, key, b, row_lse, row_gap, entropy, w)]
@@ -144,8 +151,8 @@ def backward(
     hit = 0.0 if targets.groups is not None else 1 - smoothing  # the target of a positive that stands alone
     positive_coef = u * (torch.expm1(-row_gap) + (1 - hit))
     if symmetric and n:
-        at = targets.index.clamp_min(0) if not targets.all_rows else slice(None)
-        positive_coef = positive_coef + v[at] * (torch.expm1(-col_gap) + (1 - hit))
+        col_coef = v if targets.all_rows else targets.at_positives(v)[0]
+        positive_coef = positive_coef + col_coef * (torch.expm1(-col_gap) + (1 - hit))
     need_query = needs[0] or (needs[2] and not needs[1])
     extra_q = _extra(query, a, key, b, u, v, targets, smoothing, symmetric, False) if need_query else None
     extra_k = _extra(key, b, query, a, v, u, targets, smoothing, symmetric, True) if needs[1] else None
@@ -211,9 +218,8 @@ def _scaled(x: Tensor, inv_norm: Tensor | None) -> Tensor:
 
 
 def _weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_i weight_i x_i, [D]."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.sum(0) if weight is None else weight @ x
+    """sum_i weight_i x_i, [D]. Not a product: its order of summation would depend on the number of threads."""
+    return _scaled(x, weight).sum(0)
 
 
 def _dots(x: Tensor, inv_norm: Tensor | None, vector: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from vlmkernels._library import define, has_kernel, kernel
 from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.ops import _dense
 from vlmkernels.ops import _sigmoid_sweep as sweep
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss_bwd, sigmoid_loss_fwd
 
@@ -33,6 +34,9 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
+    A small matrix of logits (2^16 float32, 2^14 bfloat16) of the plain form goes through torch's own operators on a CPU,
+    outside compiled code, because the calls of the kernels would cost more than they save.
+
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
 
@@ -57,6 +61,8 @@ def sigmoid_loss(
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
     scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
     # With one incoming gradient the forward can form the gradients of the inputs.
+    if positives is None and reduction == "mean" and _dense.serves(query, key):
+        return _dense.sigmoid_loss(query, key, scale, bias, normalize)
     ahead = torch.is_grad_enabled() and reduction != "none"
     needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
     tensors = (query, key, scale, bias, positives, key_ids)
