@@ -355,27 +355,27 @@ def test_gradients_twice_from_one_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_for_any_number_of_threads(dtype):
-    query, key = unit_features(1100, 1100, 24, dtype=dtype)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_deterministic_for_any_number_of_threads(dtype, smoothing):
+    options = {"label_smoothing": smoothing, "store_bytes": 2**20}
+    query, key = unit_features(1100, 1100, 256, dtype=dtype)
     tensors = [query.requires_grad_(), key.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20))
+            results.append(result_and_gradients(vlmkernels.info_nce, tensors, **options))
     finally:
         torch.set_num_threads(threads)
     if NATIVE:
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    again = result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20)
+    again = result_and_gradients(vlmkernels.info_nce, tensors, **options)
     torch.set_num_threads(threads)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(
-            again, result_and_gradients(vlmkernels.info_nce, tensors, store_bytes=2**20), strict=True
-        )
+        for a, b in zip(again, result_and_gradients(vlmkernels.info_nce, tensors, **options), strict=True)
     )
 
 

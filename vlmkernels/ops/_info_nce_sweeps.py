@@ -218,7 +218,7 @@ def _scaled(x: Tensor, inv_norm: Tensor | None) -> Tensor:
 
 
 def _weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_i weight_i x_i, [D]. Not a product: its order of summation would depend on the number of threads."""
+    """sum_i weight_i x_i, [D]. Not a product, whose order of summation may follow the number of threads."""
     return _scaled(x, weight).sum(0)
 
 
