@@ -6,7 +6,7 @@ from torch import Tensor
 
 # Logits up to which torch's own operators are as fast as the kernels on a CPU, by the precision of the features.
 # For bf16 the products here run in float32, so that logits are never rounded, and lose their advantage earlier.
-LIMITS = {torch.float32: 2**16, torch.bfloat16: 2**14}
+LIMITS = {torch.float32: 2**15, torch.bfloat16: 2**14}
 
 
 def serves(query: Tensor, key: Tensor) -> bool:

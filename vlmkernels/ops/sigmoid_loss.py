@@ -34,7 +34,7 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    A small matrix of logits (2^16 float32, 2^14 bfloat16) of the plain form goes through torch's own operators on a CPU,
+    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own operators on a CPU,
     outside compiled code, because the calls of the kernels would cost more than they save.
 
     Returns:
