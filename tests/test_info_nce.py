@@ -482,3 +482,20 @@ def test_small_problems_on_torchs_own_operators(monkeypatch, dtype):
     big = torch.empty(300, 4)
     assert not _dense.serves(big, big)
     assert not _dense.serves(query.double(), key.double())
+
+
+def test_small_problems_are_deterministic_for_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(_dense, "LIMITS", {torch.float32: 2**16})  # enough for torch to split a sum
+    query, key = (t.requires_grad_() for t in unit_features(256, 256, 512))
+    assert _dense.serves(query, key)
+    tensors = (query, key, torch.tensor(20.0, requires_grad=True))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(result_and_gradients(vlmkernels.info_nce, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

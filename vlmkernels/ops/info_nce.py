@@ -49,8 +49,9 @@ def info_nce(
         store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which
             then performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
 
-    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own operators on a CPU,
-    outside compiled code, because the calls of the kernels would cost more than they save.
+    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own
+    operators on a CPU, outside compiled code, because the calls of the kernels would cost more than they
+    save.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that

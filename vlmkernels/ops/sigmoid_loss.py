@@ -34,8 +34,9 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own operators on a CPU,
-    outside compiled code, because the calls of the kernels would cost more than they save.
+    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own
+    operators on a CPU, outside compiled code, because the calls of the kernels would cost more than they
+    save.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
