@@ -57,6 +57,13 @@ class CMakeBuild(build_ext):
         facts = {"torch": torch.__version__, "vlmkernels": VERSION, "python": sysconfig.get_python_version()}
         (out / "_build.json").write_text(json.dumps(facts))
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the extension, and beside it what it was built for."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")
+            shutil.copyfile(built, ROOT / "vlmkernels" / "_build.json")
+
 
 setup(
     ext_modules=[Extension("vlmkernels._C", [])] if wants_native() else [],

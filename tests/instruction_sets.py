@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import vlmkernels
+from vlmkernels import _native
 
 
 def runs(isa: str) -> bool:
@@ -20,4 +22,6 @@ def others() -> list[str]:
 
 
 if __name__ == "__main__":
+    if list(Path(vlmkernels.__file__).parent.glob("_C*.so")) and _native.extension is None:
+        raise SystemExit(f"the C++ extension is there and is not used: {_native.why_not}")
     print(*others())
