@@ -60,9 +60,7 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """For an editable install: the extension, and beside it what it was built for."""
         super().copy_extensions_to_source()
-        for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")
-            shutil.copyfile(built, ROOT / "vlmkernels" / "_build.json")
+        shutil.copyfile(Path(self.build_lib) / "vlmkernels" / "_build.json", ROOT / "vlmkernels" / "_build.json")
 
 
 setup(
