@@ -105,6 +105,14 @@ def segment_sum(
     )
 
 
+def total(x: Tensor) -> Tensor:  # [rows] -> scalar
+    """The sum in an order that does not depend on the number of threads, by which torch splits long sums."""
+    part = 2**14
+    if len(x) <= part:
+        return x.sum()
+    return torch.nn.functional.pad(x, (0, -len(x) % part)).reshape(-1, part).sum(1).sum()
+
+
 def label(device: str) -> str:
     """What info() shows for an op composed of the streaming sweeps."""
     return "C++ sweeps" if device == "CPU" else "Triton sweeps"

@@ -163,10 +163,12 @@ def backward(
     dscale = scale.new_empty(0)
     if needs[2]:
         # sum_ij dS_ij S_ij / scale from the sums of the first sweep: operands of products may be rounded
-        slope = (u * row_slope).sum() + ((v * col_slope).sum() if symmetric else 0)
+        slope = contrastive.total(u * row_slope)
+        if symmetric:
+            slope = slope + contrastive.total(v * col_slope)
         s = scale.to(slope.dtype).reshape(())
         dot, inv = (query_dot, a) if need_query else (key_dot, b)
-        dscale = torch.where(s == 0, (dot if inv is None else dot * inv).sum(), slope / s)
+        dscale = torch.where(s == 0, contrastive.total(dot if inv is None else dot * inv), slope / s)
         dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dquery if needs[0] else query.new_empty(0), dkey, dscale
 
@@ -231,12 +233,17 @@ def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
     weighted = loss * weight
     if reduction == "none":
         return weighted
-    total = weighted.sum()
-    return total / weight.sum().where(weight.sum() > 0, 1) if reduction == "mean" else total
+    total = contrastive.total(weighted)
+    return total / _mass(weight) if reduction == "mean" else total
 
 
 def _mean_weight(weight: Tensor, reduction: str) -> Tensor:
-    return weight / weight.sum().where(weight.sum() > 0, 1) if reduction == "mean" else weight
+    return weight / _mass(weight) if reduction == "mean" else weight
+
+
+def _mass(weight: Tensor) -> Tensor:
+    total = contrastive.total(weight)
+    return total.where(total > 0, 1)
 
 
 if TRITON:

@@ -32,7 +32,7 @@ def forward(
     row_coef = query.new_full((query.shape[0],), coef, dtype=torch.promote_types(query.dtype, torch.float32))
     needs = (need_query, need_key, need_scalars, need_scalars)
     rows, *grads = _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, True, needs)
-    return rows if reduction == "none" else rows.sum() * coef, *grads
+    return rows if reduction == "none" else contrastive.total(rows) * coef, *grads
 
 
 def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
@@ -57,8 +57,11 @@ def _sweep(
         query, key, scale, bias, a, b, index, query_ids, key_ids, row_coef, need_loss, needs[0], needs[1],
         needs[2] or needs[3],
     )  # fmt: skip
-    dscale = row_dscale.sum().to(scale.dtype).reshape(scale.shape) if needs[2] else scale.new_empty(0)
-    dbias = row_dbias.sum().to(bias.dtype).reshape(bias.shape) if needs[3] else bias.new_empty(0)
+    dscale, dbias = scale.new_empty(0), bias.new_empty(0)
+    if needs[2]:
+        dscale = contrastive.total(row_dscale).to(scale.dtype).reshape(scale.shape)
+    if needs[3]:
+        dbias = contrastive.total(row_dbias).to(bias.dtype).reshape(bias.shape)
     return [rows, dquery, dkey, dscale, dbias]
 
 
