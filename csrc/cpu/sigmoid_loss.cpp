@@ -5,29 +5,44 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-// One row of a tile: x holds similarities before normalisation, t_ij = sign[c]. Sums go to loss, dbias and dscale.
+// A vector register's lane adds 16 numbers at most before the sum goes on in double, whatever the register's width.
+#if defined(__AVX512F__)
+constexpr int64_t kSumPart = 256;
+#elif defined(__AVX__)
+constexpr int64_t kSumPart = 128;
+#else
+constexpr int64_t kSumPart = 64;
+#endif
+
+struct Sums {
+  double loss = 0, dbias = 0, dscale = 0;
+};
+
+// One row of a tile: x holds similarities before normalisation, t_ij = sign[c].
 template <bool kLoss, bool kGrad, class P>
 void row_of_tile(const SigmoidLoss<P>& g, int64_t i, int64_t cols, const acc_t<P>* x, const acc_t<P>* b, const acc_t<P>* sign,
-                 P* out, acc_t<P>& loss, acc_t<P>& dbias, acc_t<P>& dscale) {
+                 P* out, Sums& sums) {
   using A = acc_t<P>;
   const A a = g.pairs.a ? g.pairs.a[i] : A(1), u = g.row_coef[i], scale = g.pairs.scale, bias = g.bias;
-  A l = 0, db = 0, ds = 0;
+  for (int64_t c0 = 0; c0 < cols; c0 += kSumPart) {
+    A l = 0, db = 0, ds = 0;
 #pragma omp simd reduction(+ : l, db, ds)
-  for (int64_t c = 0; c < cols; ++c) {
-    const A similarity = x[c] * a * b[c], z = scale * similarity + bias;
-    const A t = sign[c], y = -t * z;  // the loss of a pair is softplus(y)
-    const A e = exp_(y < 0 ? y : -y), inverse = A(1) / (A(1) + e);
-    if constexpr (kLoss) l += (y > 0 ? y : A(0)) + log1p_(e);
-    if constexpr (kGrad) {
-      const A dz = -t * u * (y < 0 ? e * inverse : inverse);
-      db += dz;
-      ds += dz * similarity;
-      round_to(dz, out[c]);
+    for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) {
+      const A similarity = x[c] * a * b[c], z = scale * similarity + bias;
+      const A t = sign[c], y = -t * z;  // the loss of a pair is softplus(y)
+      const A e = exp_(y < 0 ? y : -y), inverse = A(1) / (A(1) + e);
+      if constexpr (kLoss) l += (y > 0 ? y : A(0)) + log1p_(e);
+      if constexpr (kGrad) {
+        const A dz = -t * u * (y < 0 ? e * inverse : inverse);
+        db += dz;
+        ds += dz * similarity;
+        round_to(dz, out[c]);
+      }
     }
+    sums.loss += l;
+    sums.dbias += db;
+    sums.dscale += ds;
   }
-  loss += l;
-  dbias += db;
-  dscale += ds;
 }
 
 }  // namespace
@@ -38,7 +53,8 @@ void sigmoid_loss_tiles(const SigmoidLoss<P>& g, int64_t ib, int64_t col_chunk, 
   const Pairs<P>& p = g.pairs;
   const int64_t i0 = ib * kTileRows, rows = rows_of(p, ib), at = col_chunk * p.n + i0;
   const int64_t jb0 = col_chunk * g.chunk_cols, jb1 = min_(jb0 + g.chunk_cols, p.col_blocks());
-  A loss[kTileRows] = {}, dbias[kTileRows] = {}, dscale[kTileRows] = {}, sign[kTileCols], ones[kTileCols];
+  Sums sums[kTileRows];
+  A sign[kTileCols], ones[kTileCols];
   for (int64_t c = 0; c < kTileCols; ++c) sign[c] = -1, ones[c] = 1;
   for (int64_t jb = jb0; jb < jb1; ++jb) {
     const int64_t j0 = jb * kTileCols, cols = cols_of(p, jb);
@@ -52,18 +68,22 @@ void sigmoid_loss_tiles(const SigmoidLoss<P>& g, int64_t ib, int64_t col_chunk, 
       const A *row = x + r * kTileCols, *b = p.b ? p.b + j0 : ones;
       P* out = tile ? tile + r * kTileCols : nullptr;
       if (g.need_loss && g.need_grad) {
-        row_of_tile<true, true>(g, i, cols, row, b, sign, out, loss[r], dbias[r], dscale[r]);
+        row_of_tile<true, true>(g, i, cols, row, b, sign, out, sums[r]);
       } else if (g.need_grad) {
-        row_of_tile<false, true>(g, i, cols, row, b, sign, out, loss[r], dbias[r], dscale[r]);
+        row_of_tile<false, true>(g, i, cols, row, b, sign, out, sums[r]);
       } else {
-        row_of_tile<true, false>(g, i, cols, row, b, sign, out, loss[r], dbias[r], dscale[r]);
+        row_of_tile<true, false>(g, i, cols, row, b, sign, out, sums[r]);
       }
       if (here) sign[positive] = -1;
       for (int64_t c = cols; out && c < kTileCols; ++c) out[c] = P{};
     }
     for (int64_t i = rows * kTileCols; tile && i < kTileRows * kTileCols; ++i) tile[i] = P{};
   }
-  for (int64_t r = 0; r < rows; ++r) g.loss[at + r] = loss[r], g.dbias[at + r] = dbias[r], g.dscale[at + r] = dscale[r];
+  for (int64_t r = 0; r < rows; ++r) {
+    g.loss[at + r] = static_cast<A>(sums[r].loss);
+    g.dbias[at + r] = static_cast<A>(sums[r].dbias);
+    g.dscale[at + r] = static_cast<A>(sums[r].dscale);
+  }
 }
 
 template <class P>
