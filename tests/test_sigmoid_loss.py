@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import vlmkernels
 from vlmkernels import reference
 from vlmkernels.ops import _dense
-from vlmkernels.testing import assert_op_as_good, result_and_gradients, unit_features
+from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +300,21 @@ def test_small_problems_on_torchs_own_operators(monkeypatch, dtype):
     assert _dense.serves(query, key)
     judge(3 * query, key)
     judge(3 * query, key, normalize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scaled_losses_as_a_grad_scaler_makes_them(dtype):
+    """2^16 is no float16 number, and without it the gradients of float16 features are below its range."""
+    features = unit_features(600, 600, 64, dtype=dtype)
+
+    def grads(op, work):
+        leaves = [x.to(work).requires_grad_() for x in features]
+        return torch.autograd.grad(2.0**16 * op(*leaves, 10.0, -10.0), leaves)
+
+    ours = grads(vlmkernels.sigmoid_loss, dtype)
+    single, exact = grads(reference.sigmoid_loss, torch.float32), grads(reference.sigmoid_loss, torch.float64)
+    for got, low, truth in zip(ours, single, exact, strict=True):
+        assert_as_good(got, low.to(dtype), truth, cap=0.005)
 
 
 @pytest.mark.skipif(not NATIVE, reason="torch splits a sum by the number of threads")

@@ -61,13 +61,21 @@ def sigmoid_loss(
     if faults:
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
     scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
-    # With one incoming gradient the forward can form the gradients of the inputs.
     if positives is None and reduction == "mean" and _dense.serves(query, key):
         return _dense.sigmoid_loss(query, key, scale, bias, normalize)
-    ahead = torch.is_grad_enabled() and reduction != "none"
+    # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
+    # the factor of a scaled loss they would leave the range.
+    ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16
     needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
     tensors = (query, key, scale, bias, positives, key_ids)
     return _op(*tensors, normalize, reduction, needs[0], needs[1], needs[2] or needs[3])[0]
+
+
+def _product_dtype(query: Tensor) -> torch.dtype:
+    device = query.device.type
+    if device not in ("cpu", "cuda") or query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return query.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _fake(
@@ -90,8 +98,7 @@ def _fake_bwd(dloss, query, key, scale, bias, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.normalize, ctx.reduction, need_query, need_key, need_scalars = inputs
-    ctx.ahead = (need_query, need_key, need_scalars, need_scalars)
+    *tensors, ctx.normalize, ctx.reduction, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -105,7 +112,7 @@ def _backward(ctx, dloss, *unused):
     here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need)
     if here and not torch.is_grad_enabled():  # under create_graph the backward op is in the graph and refuses
         grads = [
-            grad * dloss.to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)
+            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)
         ]
         return *grads, *(None,) * 7
     grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
