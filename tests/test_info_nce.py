@@ -279,6 +279,14 @@ def test_export():
     torch.testing.assert_close(program.module()(query, key), vlmkernels.info_nce(query, key, 5.0))
 
 
+def test_shapes_on_the_meta_device():
+    query, key = (torch.empty(300, 8, device="meta", requires_grad=True) for _ in range(2))
+    loss = vlmkernels.info_nce(query, key, 5.0)
+    loss.backward()
+    assert loss.shape == ()
+    assert query.grad.shape == key.grad.shape == (300, 8)
+
+
 def test_autocast_casts_features_only():
     query, key = unit_features(40, 40, 16)
     scale = torch.tensor(30.0, requires_grad=True)

@@ -196,6 +196,14 @@ def test_compile_fullgraph_dynamic():
             torch.testing.assert_close(got, want)
 
 
+def test_shapes_on_the_meta_device():
+    query, key = (torch.empty(300, 8, device="meta", requires_grad=True) for _ in range(2))
+    loss = vlmkernels.sigmoid_loss(query, key, 5.0, -1.0)
+    loss.backward()
+    assert loss.shape == ()
+    assert query.grad.shape == key.grad.shape == (300, 8)
+
+
 def test_autocast_casts_features_only():
     query, key = unit_features(40, 40, 16)
     scale, bias = torch.tensor(30.0), torch.tensor(-10.3, requires_grad=True)

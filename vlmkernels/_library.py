@@ -64,7 +64,8 @@ def _under_autocast(op: Any, device: str, operands: int) -> Callable:
 
 def has_kernel(name: str, device: str) -> bool:
     """Whether a kernel other than the reference is registered for the dispatch key `device`."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vlmkernels::{name}", device)
+    key = "Meta" if device == "META" else device
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vlmkernels::{name}", key)
 
 
 def kernel(name: str, device: str, fn: Callable, label: str) -> None:
