@@ -21,6 +21,22 @@ def _seed_and_poison():
 
 
 @pytest.fixture
+def for_thread_counts():
+    """The results of a function with 1, 2 and 3 threads."""
+    threads = torch.get_num_threads()
+
+    def results(fn) -> list:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(fn())
+        return found
+
+    yield results
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def busy_threads():
     """Counts the threads of this process that work while a function is repeated for half a second."""
 

@@ -320,11 +320,7 @@ def test_empty_and_single(rows, cols):
 
 
 def test_nothing_counted_gives_zero_and_zero_gradients():
-    tensors = [
-        torch.randn(4, 6, requires_grad=True),
-        torch.randn(4, 6, requires_grad=True),
-        torch.tensor(2.0, requires_grad=True),
-    ]
+    tensors = [t.requires_grad_() for t in (torch.randn(4, 6), torch.randn(4, 6), torch.tensor(2.0))]
     for options in (
         {"positives": torch.full((4,), -100), "symmetric": False},
         {"weight": torch.zeros(4)},
@@ -364,27 +360,17 @@ def test_gradients_twice_from_one_graph():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_deterministic_for_any_number_of_threads(dtype, smoothing):
+def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, smoothing):
     options = {"label_smoothing": smoothing, "store_bytes": 2**20}
     query, key = unit_features(1100, 1100, 256, dtype=dtype)
     tensors = [query.requires_grad_(), key.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.info_nce, tensors, **options))
-    finally:
-        torch.set_num_threads(threads)
-    if NATIVE:
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    again = result_and_gradients(vlmkernels.info_nce, tensors, **options)
-    torch.set_num_threads(threads)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again, result_and_gradients(vlmkernels.info_nce, tensors, **options), strict=True)
-    )
+
+    def run():
+        return result_and_gradients(vlmkernels.info_nce, tensors, **options)
+
+    first, *others = [run(), run(), *(for_thread_counts(run) if NATIVE else ())]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
@@ -493,34 +479,20 @@ def test_small_problems_on_torchs_own_operators(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(not NATIVE, reason="torch splits a sum by the number of threads")
-def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads():
+def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads(for_thread_counts):
     query, key = (t.requires_grad_() for t in unit_features(40_000, 60, 8))
     options = {"positives": torch.randint(0, 60, (40_000,)), "symmetric": False, "weight": torch.rand(40_000)}
     tensors = (query, key, torch.tensor(20.0, requires_grad=True))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.info_nce, tensors, **options))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first, *others = for_thread_counts(lambda: result_and_gradients(vlmkernels.info_nce, tensors, **options))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_small_problems_are_deterministic_for_any_number_of_threads(monkeypatch):
+def test_small_problems_are_deterministic_for_any_number_of_threads(monkeypatch, for_thread_counts):
     monkeypatch.setattr(_dense, "LIMITS", {torch.float32: 2**16})  # enough for torch to split a sum
     query, key = (t.requires_grad_() for t in unit_features(256, 256, 512))
     assert _dense.serves(query, key)
     tensors = (query, key, torch.tensor(20.0, requires_grad=True))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.info_nce, tensors))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first, *others = for_thread_counts(lambda: result_and_gradients(vlmkernels.info_nce, tensors))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -326,34 +326,22 @@ def test_scaled_losses_as_a_grad_scaler_makes_them(dtype):
 
 
 @pytest.mark.skipif(not NATIVE, reason="torch splits a sum by the number of threads")
-def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads():
+def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads(for_thread_counts):
     query, key = (t.requires_grad_() for t in unit_features(40_000, 60, 8))
     options = {"positives": torch.randint(0, 60, (40_000,))}
     tensors = (query, key, torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.sigmoid_loss, tensors, **options))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first, *others = for_thread_counts(
+        lambda: result_and_gradients(vlmkernels.sigmoid_loss, tensors, **options)
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_small_problems_are_deterministic_for_any_number_of_threads(monkeypatch):
+def test_small_problems_are_deterministic_for_any_number_of_threads(monkeypatch, for_thread_counts):
     monkeypatch.setattr(_dense, "LIMITS", {torch.float32: 2**16})  # enough for torch to split a sum
     query, key = (t.requires_grad_() for t in unit_features(256, 256, 512))
     assert _dense.serves(query, key)
     tensors = (query, key, torch.tensor(20.0, requires_grad=True), torch.tensor(-9.0, requires_grad=True))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(result_and_gradients(vlmkernels.sigmoid_loss, tensors))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first, *others = for_thread_counts(lambda: result_and_gradients(vlmkernels.sigmoid_loss, tensors))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
