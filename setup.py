@@ -60,7 +60,9 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """For an editable install: the extension, and beside it what it was built for."""
         super().copy_extensions_to_source()
-        shutil.copyfile(Path(self.build_lib) / "vlmkernels" / "_build.json", ROOT / "vlmkernels" / "_build.json")
+        shutil.copyfile(
+            Path(self.build_lib) / "vlmkernels" / "_build.json", ROOT / "vlmkernels" / "_build.json"
+        )
 
 
 setup(
