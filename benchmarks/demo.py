@@ -87,7 +87,7 @@ def train_model(run: Path, *, quick: bool, epochs: int, seed: int, progress: boo
         "seed": seed,
         "progress": progress,
     }
-    options |= {"keep": 1, "tensorboard": False}
+    options |= {"epochs": epochs, "keep": 1, "tensorboard": False}
     if quick:
         options |= {"epochs": 1, "max_steps": 4, "batch_size": 32, "warmup_steps": 2}
     config = TrainConfig(**options)

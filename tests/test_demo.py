@@ -142,6 +142,15 @@ def test_the_model_can_be_loaded_and_a_second_demo_replaces_it(made):
     assert not (out / "run" / "left.txt").exists()
 
 
+def test_the_number_of_epochs_reaches_the_training(tmp_path, monkeypatch):
+    def train(kind, config):
+        raise InterruptedError(f"{config.epochs} epochs")
+
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(InterruptedError, match="7 epochs"):
+        demo.train_model(tmp_path / "run", quick=False, epochs=7, seed=0, progress=False)
+
+
 def test_a_peer_that_cannot_be_imported_has_its_reason_in_the_report(made, monkeypatch):
     _, _, results, _ = made
 
