@@ -304,19 +304,18 @@ def test_autocast_casts_features_only():
     assert torch.equal(exact, vlmkernels.info_nce(double, key.double(), 30.0))
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(0, 0), (0, 5), (1, 1), (1, 300)])
-def test_empty_and_single(rows, cols):
-    query, key = torch.randn(rows, 6, requires_grad=True), torch.randn(cols, 6, requires_grad=True)
-    got = result_and_gradients(
-        vlmkernels.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False
-    )
-    want = result_and_gradients(
-        reference.info_nce, (query, key, torch.tensor(2.0, requires_grad=True)), symmetric=False
-    )
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-    if rows == 0:
-        assert got[0] == 0
+@pytest.mark.parametrize("dim", [0, 6])
+@pytest.mark.parametrize(("rows", "cols"), [(0, 0), (0, 5), (1, 1), (1, 300), (130, 300)])
+def test_empty_and_single(rows, cols, dim):
+    shapes = ((rows, dim), (cols, dim), ())
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    ids = (torch.arange(rows), torch.arange(cols))
+    for options in ({"symmetric": False}, {"positives": ids, "label_smoothing": 0.1}):
+        ops = (vlmkernels.info_nce, reference.info_nce)
+        got, want = (result_and_gradients(op, tensors, **options) for op in ops)
+        torch.testing.assert_close(got, want)
+        if rows == 0:
+            assert got[0] == 0
 
 
 def test_nothing_counted_gives_zero_and_zero_gradients():

@@ -213,9 +213,10 @@ def test_autocast_casts_features_only():
     assert torch.equal(got, vlmkernels.sigmoid_loss(query.bfloat16(), key.bfloat16(), scale, bias))
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(0, 0), (0, 5), (1, 1), (1, 300)])
-def test_empty_and_single(rows, cols):
-    tensors = [torch.randn(n, 6, requires_grad=True) for n in (rows, cols)]
+@pytest.mark.parametrize("dim", [0, 6])
+@pytest.mark.parametrize(("rows", "cols"), [(0, 0), (0, 5), (1, 1), (1, 300), (130, 300)])
+def test_empty_and_single(rows, cols, dim):
+    tensors = [torch.randn(n, dim, requires_grad=True) for n in (rows, cols)]
     tensors += [torch.tensor(2.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)]
     got, want = (
         result_and_gradients(fn, tensors) for fn in (vlmkernels.sigmoid_loss, reference.sigmoid_loss)

@@ -70,6 +70,11 @@ def as_scalar(value: float | Tensor, query: Tensor) -> Tensor:
     return query.new_full((), value, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
+def with_width(x: Tensor) -> Tensor:
+    """Features of width 0 as a single zero: products of no width are not for kernels."""
+    return x if x.shape[1] else x.new_zeros(x.shape[0], 1)
+
+
 def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
     """1 / max(|x_i|, 1e-12), [rows], in the dtype of the sums."""
     if not normalize:

@@ -105,6 +105,13 @@ def forward(
     store_size = contrastive.store_size(query, key, store_bytes)
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
+    if n == 0:  # no loss, and columns without a maximum
+        rows = [query.new_zeros(0, dtype=work) for _ in range(5)]
+        cols = [query.new_zeros(m if symmetric else 0, dtype=work) for _ in range(3)]
+        loss = query.new_zeros((0,) if reduction == "none" else (), dtype=work)
+        store = query.new_zeros(0, dtype=torch.uint8)
+        return loss, *rows[:2], *cols[:2], *rows[2:], cols[2], store
+    query, key = contrastive.with_width(query), contrastive.with_width(key)
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     targets = _Targets.of(positives, key_ids, n, m, query.device)
     row_max, row_sum, row_moment, positive, col_max, col_sum, col_moment, store = _stats(
@@ -142,6 +149,10 @@ def backward(
     row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes,
     needs,
 ):  # fmt: skip
+    if query.numel() == 0:  # no queries, or features of width 0
+        return tuple(
+            x.new_zeros(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)
+        )
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     n, m = query.shape[0], key.shape[0]
     targets = _Targets.of(positives, key_ids, n, m, query.device)

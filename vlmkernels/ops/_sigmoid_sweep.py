@@ -52,11 +52,15 @@ def _sweep(
         index = torch.arange(query.shape[0], device=query.device)
     else:
         index = contrastive.checked_indices("sigmoid_loss", positives, key.shape[0])
+    width = query.shape[1]
+    query, key = contrastive.with_width(query), contrastive.with_width(key)
     a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
     rows, dquery, dkey, row_dscale, row_dbias = torch.ops.vlmkernels.sigmoid_sweep(
         query, key, scale, bias, a, b, index, query_ids, key_ids, row_coef, need_loss, needs[0], needs[1],
         needs[2] or needs[3],
     )  # fmt: skip
+    if width == 0:
+        dquery, dkey = (x.new_empty((len(x), 0) if x.dim() == 2 else 0) for x in (dquery, dkey))
     dscale, dbias = scale.new_empty(0), bias.new_empty(0)
     if needs[2]:
         dscale = contrastive.total(row_dscale).to(scale.dtype).reshape(scale.shape)
