@@ -11,7 +11,7 @@ OP_TESTS := $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkerne
 
 .PHONY: setup demo test test-all bench lint format clean
 
-setup: $(VENV)/native
+setup: $(VENV)/$(if $(NATIVE),native,packages)
 
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlmkernels needs Python 3.10 or newer"'
