@@ -31,7 +31,7 @@ def info_nce(
 ) -> Tensor:
     """Key i is the positive of query i; the mean over rows, and over columns when symmetric."""
     logits = _column(scale, query) * _similarities(query, key, normalize)  # [N, M]
-    target = torch.arange(len(query))
+    target = torch.arange(len(query), device=logits.device)
     loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     if symmetric:
         loss = (loss + F.cross_entropy(logits.T, target, label_smoothing=label_smoothing)) * 0.5
@@ -41,7 +41,7 @@ def info_nce(
 def sigmoid_loss(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, normalize: bool) -> Tensor:
     """Key i is the positive of query i; the sum over all pairs, divided by N."""
     logits = _column(scale, query) * _similarities(query, key, normalize) + _column(bias, query)
-    signs = torch.eye(*logits.shape).mul_(2).sub_(1)  # [N, M]
+    signs = torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device).mul_(2).sub_(1)  # [N, M]
     return -F.logsigmoid(signs * logits).sum(1).sum() / len(query)
 
 
