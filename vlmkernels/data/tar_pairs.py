@@ -74,8 +74,9 @@ class TarPairs(IterableDataset[Sample]):
     ) -> None:
         try:
             from webdataset.shardlists import expand_urls
-        except ImportError as error:
-            raise ImportError("tar shards need webdataset: pip install vlmkernels[train]") from error
+        except ModuleNotFoundError as error:
+            message = "tar shards need webdataset: pip install vlmkernels[train]"
+            raise ModuleNotFoundError(message, name="webdataset") from error
 
         if shuffle < 0:
             raise ValueError(f"shuffle is {shuffle}, expected a buffer size of at least 0")
