@@ -52,8 +52,15 @@ class CMakeBuild(build_ext):
             f"-DVLMK_VERSION={VERSION}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
         ]
-        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure])
-        subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's cmake
+        env = {**os.environ, "PATH": tools}
+        cmake = shutil.which("cmake", path=tools)
+        if cmake is None:
+            raise SystemExit(
+                "vlmkernels needs cmake to build its extension: pip install cmake ninja pybind11"
+            )
+        subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure], env=env)
+        subprocess.check_call([cmake, "--build", str(build), "--target", "_C"], env=env)
         facts = {"torch": torch.__version__, "vlmkernels": VERSION, "python": sysconfig.get_python_version()}
         (out / "_build.json").write_text(json.dumps(facts))
 

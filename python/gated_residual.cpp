@@ -16,7 +16,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kBlockElements = 1 << 15;  // of x in one task; a fixed size, so that sums do not depend on the threads
+// Of x in one task: fixed sizes, so that sums do not depend on the threads; the rows are those that one float sum runs over.
+constexpr int64_t kBlockElements = 1 << 15, kBlockRows = 256;
 
 template <class F>
 auto with_storage(at::ScalarType dtype, F f) {
@@ -45,7 +46,7 @@ struct Shape {
   explicit Shape(const Tensor& x)
       : d(x.size(-1)),
         rows(d ? x.numel() / d : 0),
-        block(std::max<int64_t>(1, kBlockElements / std::max<int64_t>(d, 1))),
+        block(std::clamp<int64_t>(kBlockElements / std::max<int64_t>(d, 1), 1, kBlockRows)),
         blocks((rows + block - 1) / block) {}
   int64_t d, rows, block, blocks;
 };

@@ -68,12 +68,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
   return {rows[0], rows[1], rows[2], positive, cols[0], cols[1], cols[2], store};
 }
 
+const TileInfo& info_of(const Tensor& store, int64_t offset) {
+  return *reinterpret_cast<const TileInfo*>(data<char>(store) + offset);
+}
+
+// How many tiles of type P the store holds; none where the forward worked in another type (oneDNN switched off in between).
+template <class P>
+int64_t tiles_in(const Tensor& store) {
+  if (store.numel() < tile_bytes<P>() || info_of(store, 0).element_size != sizeof(P)) return 0;
+  return store.numel() / tile_bytes<P>();
+}
+
 // Whether a stored tile has to be computed again.
 template <class P>
 bool any_absent(const Tensor& store, int64_t stored) {
   for (int64_t tile = 0; tile < stored; ++tile) {
-    const auto* info = reinterpret_cast<const TileInfo*>(data<char>(store) + tile * tile_bytes<P>());
-    if (info->kind == TileKind::absent) return true;
+    if (info_of(store, tile * tile_bytes<P>()).kind == TileKind::absent) return true;
   }
   return false;
 }
@@ -90,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   Features<P> features(query, key, scale, a, b);
   Pairs<P>& p = features.pairs;
   const int64_t row_blocks = p.row_blocks(), col_blocks = p.col_blocks();
-  const int64_t stored = std::min<int64_t>(store.numel() / tile_bytes<P>(), row_blocks * col_blocks);
+  const int64_t stored = std::min(tiles_in<P>(store), row_blocks * col_blocks);
   const bool columns = col_max.numel() > 0;
   if (stored < row_blocks * col_blocks || any_absent<P>(store, stored)) features.pack_kt();
   if (need_query) features.pack_k();
@@ -108,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   const auto maybe = [](const Tensor& t) { return t.defined() ? data<A>(t) : nullptr; };
 
   // Row blocks go through in chunks whose recomputed tiles fit the workspace; one chunk when everything is stored.
-  const int64_t capacity = std::max(kMinimumWorkspace, store_bytes) / tile_bytes<P>();
+  const int64_t capacity = std::max(kMinimumWorkspace, store_bytes - store.numel()) / tile_bytes<P>();
   const auto missing = [&](int64_t first, int64_t last) {
     return std::max<int64_t>(0, last * col_blocks - std::max(first * col_blocks, stored));
   };

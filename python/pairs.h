@@ -68,6 +68,9 @@ struct Scratch {
 template <class F>
 void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    struct Release {
+      ~Release() { tile_product_release(); }
+    } release;
     for (int64_t task = begin; task < end; ++task) {
       thread_local Scratch scratch(0);
       thread_local int64_t size = 0;
@@ -75,7 +78,6 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
       scratch.used = 0;
       f(task, scratch);
     }
-    tile_product_release();
   });
 }
 

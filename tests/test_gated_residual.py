@@ -22,7 +22,9 @@ def inputs(shape, dtype, gate_shape=(), gate_dtype=torch.float32):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 5, 130), (7, 64), (300, 257), (64,)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 37), (2, 5, 130), (7, 64), (300, 257), (64,), (40_000, 1), (5000, 3)], ids=str
+)
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 def test_forward_and_gradients(impl, dtype, shape, vector):
     tensors = inputs(shape, dtype, shape[-1:] if vector else ())

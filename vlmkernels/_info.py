@@ -5,7 +5,7 @@ import platform
 import torch
 
 from vlmkernels import _native
-from vlmkernels._library import KERNELS, OPS, TRITON
+from vlmkernels._library import KERNELS, OPS, TRITON, WHY_NO_TRITON
 from vlmkernels._version import __version__
 
 
@@ -35,7 +35,7 @@ def info() -> Info:
     if not torch.cuda.is_available():
         notes["CUDA"] = "no device here" + ("" if torch.version.cuda else "; this torch has no CUDA")
     if not TRITON:
-        notes["Triton"] = "not installed: CUDA tensors run the reference"
+        notes["Triton"] = WHY_NO_TRITON
     ops = {op: {device: KERNELS.get((op, device), "reference") for device in devices} for op in OPS}
     versions = {"vlmkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     cpu = {

@@ -1,6 +1,6 @@
 """The `vlmkernels` namespace of torch.library: what an op is, and which kernel runs it on which device."""
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +9,11 @@ import torch
 from vlmkernels import _native
 
 LIB = torch.library.Library("vlmkernels", "DEF")
-TRITON = importlib.util.find_spec("triton") is not None
+try:
+    importlib.import_module("triton.language")
+    TRITON, WHY_NO_TRITON = True, ""
+except Exception as error:  # an installed Triton that does not work must not stop `import vlmkernels`
+    TRITON, WHY_NO_TRITON = False, f"{error}: CUDA tensors run the reference"
 OPS: list[str] = []
 KERNELS: dict[tuple[str, str], str] = {}  # (op, device) -> the kernel that runs
 

@@ -24,7 +24,7 @@ Tile<P> read_tile(const char* at) {
 }
 template <class P>
 P* write_tile(char* at, acc_t<P> reference, TileKind kind) {
-  *reinterpret_cast<TileInfo*>(at) = {static_cast<double>(reference), kind};
+  *reinterpret_cast<TileInfo*>(at) = {static_cast<double>(reference), kind, sizeof(P)};
   return reinterpret_cast<P*>(at + kTileHeader);
 }
 

@@ -111,20 +111,22 @@ void add_scaled(int64_t d, acc_t<P> w, const P* y, acc_t<P>* sum) {
 }
 
 using Vector = uint32_t __attribute__((vector_size(64)));
+template <int... J>
+struct Words {};
+using AllWords = Words<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+
+// Indices into the 32 words of (upper row, lower row) that a stage takes for word j of each.
+constexpr int upper_word(int s, int j) { return j & s ? 16 + j - s : j; }
+constexpr int lower_word(int s, int j) { return j & s ? 16 + j : j + s; }
 
 // One stage of transposing 16 rows of 16 words: swaps the off-diagonal blocks of size S of every pair of rows S apart.
-template <uint32_t S>
-VLMK_INLINE void swap_blocks(Vector (&row)[16]) {
-  Vector keep_low, keep_high;  // indices into the 32 words of (upper row, lower row)
-  for (uint32_t j = 0; j < 16; ++j) {
-    keep_low[j] = j & S ? 16 + j - S : j;
-    keep_high[j] = j & S ? 16 + j : j + S;
-  }
-  for (uint32_t i = 0; i < 16; ++i) {
+template <int S, int... J>
+VLMK_INLINE void swap_blocks(Vector (&row)[16], Words<J...>) {
+  for (int i = 0; i < 16; ++i) {
     if (i & S) continue;
     const Vector upper = row[i], lower = row[i + S];
-    row[i] = __builtin_shuffle(upper, lower, keep_low);
-    row[i + S] = __builtin_shuffle(upper, lower, keep_high);
+    row[i] = __builtin_shufflevector(upper, lower, upper_word(S, J)...);
+    row[i + S] = __builtin_shufflevector(upper, lower, lower_word(S, J)...);
   }
 }
 
@@ -138,10 +140,10 @@ void for_columns(const W* x, int64_t ldx, int64_t rows, int64_t cols, Store16 st
     for (int64_t c = 0; c < full_cols; c += 16) {
       Vector block[16];
       for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(&block[i], x + (r + i) * ldx + c, 64);
-      swap_blocks<8>(block);
-      swap_blocks<4>(block);
-      swap_blocks<2>(block);
-      swap_blocks<1>(block);
+      swap_blocks<8>(block, AllWords());
+      swap_blocks<4>(block, AllWords());
+      swap_blocks<2>(block, AllWords());
+      swap_blocks<1>(block, AllWords());
       for (int64_t i = 0; i < 16; ++i) store16(c + i, r, block[i]);
     }
     for (int64_t c = full_cols; c < cols; ++c) {

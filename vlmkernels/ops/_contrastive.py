@@ -11,11 +11,15 @@ TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
 
 
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    """Bytes of the tiles of exponentials, in the precision of the features, that fit in `store_bytes`."""
+    """Bytes of the tiles of exponentials, in the precision of the features, that the forward keeps.
+
+    All of them where they fit in `store_bytes`; else half of it, the other half holding what is made again.
+    """
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
     tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER
-    return torch.sym_min(tiles, store_bytes // tile) * tile
+    fit = store_bytes // tile
+    return (tiles if tiles <= fit else fit // 2) * tile
 
 
 def feature_faults(query: Tensor, key: Tensor) -> list[str]:

@@ -164,7 +164,9 @@ def backward(
     if symmetric and n:
         col_coef = v if targets.all_rows else targets.at_positives(v)[0]
         positive_coef = positive_coef + col_coef * (torch.expm1(-col_gap) + (1 - hit))
-    need_query = needs[0] or (needs[2] and not needs[1])
+    # dscale comes from the slopes; only at scale 0, which a GPU's launcher cannot see, from a product
+    zero_scale = needs[2] and (scale.device.type != "cpu" or float(scale) == 0)
+    need_query = needs[0] or (zero_scale and not needs[1])
     extra_q = _extra(query, a, key, b, u, v, targets, smoothing, symmetric, False) if need_query else None
     extra_k = _extra(key, b, query, a, v, u, targets, smoothing, symmetric, True) if needs[1] else None
     dquery, dkey, query_dot, key_dot = _grads(
@@ -178,8 +180,10 @@ def backward(
         if symmetric:
             slope = slope + contrastive.total(v * col_slope)
         s = scale.to(slope.dtype).reshape(())
-        dot, inv = (query_dot, a) if need_query else (key_dot, b)
-        dscale = torch.where(s == 0, contrastive.total(dot if inv is None else dot * inv), slope / s)
+        dscale = slope / s
+        if zero_scale:
+            dot, inv = (query_dot, a) if need_query else (key_dot, b)
+            dscale = torch.where(s == 0, contrastive.total(dot if inv is None else dot * inv), dscale)
         dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dquery if needs[0] else query.new_empty(0), dkey, dscale
 

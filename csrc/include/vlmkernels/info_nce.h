@@ -13,6 +13,7 @@ enum class TileKind : int64_t { relative, weighted, absent };
 struct TileInfo {
   double reference;
   TileKind kind;
+  int64_t element_size;  // of the operands' type it was written in
 };
 template <class P>
 constexpr int64_t tile_bytes() {
