@@ -10,6 +10,8 @@
 
 #include <optional>
 
+#include "memory.h"
+
 namespace vlmk {
 namespace {
 
@@ -59,7 +61,7 @@ T* data(const Tensor& t) {
 Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, const optional<Tensor>& row_mask) {
   const auto dtype = c10::promoteTypes(x_.scalar_type(), y_.scalar_type());
   const Tensor x = x_.to(dtype).contiguous(), y = y_.to(dtype).contiguous();
-  const Tensor out = at::empty(x.sizes(), x.options());
+  const Tensor out = on_huge_pages(at::empty(x.sizes(), x.options()));
   if (x.numel() == 0) return out;
   const Shape shape(x);
   const Tensor mask = row_mask ? row_mask->contiguous() : Tensor();
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor&
   const auto dtype = c10::promoteTypes(dout_.scalar_type(), y_.scalar_type());
   const auto sums = sum_type(dtype);
   const Tensor dout = dout_.to(dtype).contiguous(), y = y_.to(dtype).contiguous();
-  const Tensor dy = at::empty(need_y ? y.sizes() : at::IntArrayRef{0}, y.options());
+  const Tensor dy = on_huge_pages(at::empty(need_y ? y.sizes() : at::IntArrayRef{0}, y.options()));
   const Shape shape(y);
   const Tensor part = at::empty({need_gate ? shape.blocks : 0, shape.d}, y.options().dtype(sums));
   const Tensor t = gates(gate, shape.d, sums);

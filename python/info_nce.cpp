@@ -33,8 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
   const Tensor row_part = at::empty({3, col_parts, p.n}, options);
   const Tensor col_part = at::empty({3, columns ? row_parts : 0, p.m}, options);
   const Tensor positive = at::full({p.n}, -std::numeric_limits<A>::infinity(), options);
-  const Tensor store = at::empty({store_size}, query.options().dtype(at::kByte));
-  prefer_huge_pages(store);
+  const Tensor store = on_huge_pages(at::empty({store_size}, query.options().dtype(at::kByte)));
   const Tensor index = positives.contiguous();
   const int64_t stored = store_size / tile_bytes<P>();
   const auto moments = [](const Tensor& t) {  // [3, ...]
@@ -105,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   if (stored < row_blocks * col_blocks || any_absent<P>(store, stored)) features.pack_kt();
   if (need_query) features.pack_k();
   const auto options = query.options().dtype(scalar_type<A>());
-  const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, features.query.options());
-  const Tensor dkey = at::empty({need_key ? p.m : 0, p.d}, features.query.options());
+  const Tensor dquery = on_huge_pages(at::empty({need_query ? p.n : 0, p.d}, features.query.options()));
+  const Tensor dkey = on_huge_pages(at::empty({need_key ? p.m : 0, p.d}, features.query.options()));
   const Tensor query_dot = at::empty({need_query ? p.n : 0}, options), key_dot = at::empty({need_key ? p.m : 0}, options);
-  const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
+  const Tensor key_sums = on_huge_pages(at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options));
   if (p.n == 0) key_sums.zero_();
   const auto contiguous = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
   const Tensor index = positives.contiguous(), u = row_coef.contiguous(), v = col_coef.contiguous(),
@@ -130,8 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   int64_t most = 0;
   for (int64_t first = 0; first < row_blocks; first = end_of_chunk(first))
     most = std::max(most, missing(first, end_of_chunk(first)));
-  const Tensor workspace = at::empty({most * tile_bytes<P>()}, query.options().dtype(at::kByte));
-  prefer_huge_pages(workspace);
+  const Tensor workspace = on_huge_pages(at::empty({most * tile_bytes<P>()}, query.options().dtype(at::kByte)));
 
   InfoNceGrads<P> g{p,
                     data<int64_t>(index),

@@ -5,13 +5,10 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <memory>
 #include <optional>
 
+#include "memory.h"
 #include "tile_gemm.h"
 #include "vlmkernels/pairwise.h"
 
@@ -37,16 +34,6 @@ auto with_operand(at::ScalarType dtype, F f) {
   if (dtype == at::kDouble) return f(double());
   if (dtype == at::kBFloat16 && tile_product<bf16>()) return f(bf16());
   return f(float());
-}
-
-// Large buffers that are written once: fewer page faults where the system gives huge pages on request.
-inline void prefer_huge_pages(const at::Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
-  const uintptr_t first = (begin + huge - 1) / huge * huge;
-  if (end > first + huge) madvise(reinterpret_cast<void*>(first), (end - first) / huge * huge, MADV_HUGEPAGE);
-#endif
 }
 
 struct Scratch {
@@ -108,7 +95,7 @@ struct Features {
 
   // K^T for the similarities.
   void pack_kt() {
-    kt = at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options());
+    kt = on_huge_pages(at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options()));
     P* out = data<P>(kt);
     for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
       const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
@@ -122,7 +109,7 @@ struct Features {
   void pack_k() {
     pairs.k = data<P>(key);
     if constexpr (sizeof(P) == 2) {
-      k = at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options());
+      k = on_huge_pages(at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options()));
       P* out = data<P>(k);
       for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
         const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
@@ -137,7 +124,7 @@ struct Features {
   void pack_qt(int64_t first, int64_t last) {
     constexpr int64_t rows = kKeyTiles<P> * kTileRows;
     const int64_t groups = ceil_div(last - first, kKeyTiles<P>), size = groups * pairs.d * rows;
-    if (!qt.defined() || qt.numel() < size) qt = at::empty({size}, query.options());
+    if (!qt.defined() || qt.numel() < size) qt = on_huge_pages(at::empty({size}, query.options()));
     P* out = data<P>(qt);
     for_tasks(groups, 0, [&](int64_t group, Scratch&) {
       const int64_t i0 = first * kTileRows + group * rows, count = std::min(rows, pairs.n - i0);

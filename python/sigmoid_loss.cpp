@@ -35,17 +35,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   const Tensor coef = row_coef.contiguous();
   const int64_t chunk_cols = chunk_of(col_blocks, 64), chunks = std::max<int64_t>(1, ceil_div(col_blocks, chunk_cols));
   const Tensor parts = at::empty({3, chunks, p.n}, options);
-  const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, features.query.options());
-  const Tensor dkey = at::empty({need_key ? p.m : 0, p.d}, features.query.options());
+  const Tensor dquery = on_huge_pages(at::empty({need_query ? p.n : 0, p.d}, features.query.options()));
+  const Tensor dkey = on_huge_pages(at::empty({need_key ? p.m : 0, p.d}, features.query.options()));
   const Tensor dots = at::empty({p.n + p.m}, options);
-  const Tensor key_sums = at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options);
+  const Tensor key_sums = on_huge_pages(at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options));
   if (p.n == 0) key_sums.zero_();
   const int64_t row_bytes = col_blocks * kTile * static_cast<int64_t>(sizeof(P));
   const int64_t step =
       need_grad ? std::clamp<int64_t>(kWorkspace / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(row_blocks, 1))
                 : std::max<int64_t>(row_blocks, 1);
-  const Tensor tiles = at::empty({need_grad ? step * col_blocks * kTile : 0}, features.query.options());
-  prefer_huge_pages(tiles);
+  const Tensor tiles = on_huge_pages(at::empty({need_grad ? step * col_blocks * kTile : 0}, features.query.options()));
   const auto ids = [](const Tensor& t) { return t.defined() ? data<int64_t>(t) : nullptr; };
   A* sums = data<A>(parts);
   SigmoidLoss<P> g{p,
