@@ -17,7 +17,7 @@ $(VENV)/packages: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlmkernels needs Python 3.10 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" setuptools wheel cmake ninja pybind11
-	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]' "$(TORCH)"
 	touch $@
 
 $(VENV)/native: $(VENV)/packages $(SOURCES)
