@@ -1,7 +1,17 @@
 """Fused kernels for vision-language models, exposed as torch ops."""
 
+from vlmkernels import intervals
 from vlmkernels._info import info
 from vlmkernels._version import __version__
-from vlmkernels.ops import gated_residual, info_nce, sigmoid_loss
+from vlmkernels.ops import gated_residual, info_nce, interval_attention, perceiver_attention, sigmoid_loss
 
-__all__ = ["__version__", "gated_residual", "info", "info_nce", "sigmoid_loss"]
+__all__ = [
+    "__version__",
+    "gated_residual",
+    "info",
+    "info_nce",
+    "interval_attention",
+    "intervals",
+    "perceiver_attention",
+    "sigmoid_loss",
+]

@@ -2,6 +2,8 @@
 
 from vlmkernels.ops.gated_residual import gated_residual
 from vlmkernels.ops.info_nce import info_nce
+from vlmkernels.ops.interval_attention import interval_attention
+from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 
-__all__ = ["gated_residual", "info_nce", "sigmoid_loss"]
+__all__ = ["gated_residual", "info_nce", "interval_attention", "perceiver_attention", "sigmoid_loss"]

@@ -2,6 +2,8 @@
 
 from vlmkernels.reference.gated_residual import gated_residual
 from vlmkernels.reference.info_nce import info_nce
+from vlmkernels.reference.interval_attention import interval_attention
+from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 
-__all__ = ["gated_residual", "info_nce", "sigmoid_loss"]
+__all__ = ["gated_residual", "info_nce", "interval_attention", "perceiver_attention", "sigmoid_loss"]

@@ -1,0 +1,112 @@
+"""out_i = sum_j p_ij v_j, p_i = softmax of scale <q_i, k_j> + bias_ij over start_i <= j < end_i."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.ops import _attention as attention
+from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
+
+
+def interval_attention(
+    query: Tensor,  # [B, H, Tq, Dh]
+    key: Tensor,  # [B, Hkv, Tk, Dh]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    start: Tensor,  # [Tq] or [B, Tq]
+    end: Tensor,  # as start
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    relative_bias: Tensor | None = None,  # [H, 2R-1, 2C-1]
+    grid: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which query i sees the keys ``start_i <= j < end_i``.
+
+    Causal, prefix-LM, packed, padded and Flamingo's masks are such intervals (`vlmkernels.intervals`). Keys
+    outside cost nothing where whole blocks of queries do not see them, and nothing of size Tq x Tk exists.
+    Scaled dot-product attention is equation 1 of Vaswani et al. 2017, the streaming softmax that of
+    FlashAttention (Dao et al. 2022).
+
+    Args:
+        query: ``[B, H, Tq, Dh]``, any strides; a view of ``[B, Tq, H * Dh]`` need not be copied.
+        key: ``[B, Hkv, Tk, Dh]``, H a multiple of Hkv: query head h reads key head ``h // (H // Hkv)``.
+        value: ``[B, Hkv, Tk, Dv]``.
+        start, end: int32 or int64, ``[Tq]`` or ``[B, Tq]``; clipped to [0, Tk]; ``end <= start`` is an empty
+            row. Never read on the host of an accelerator. They need not be monotone.
+        scale: of the similarities, ``1 / sqrt(Dh)`` when None.
+        return_lse: also return the log-sum-exp of each row's logits.
+        relative_bias: ``[H, 2R-1, 2C-1]``, added to the logits as ``relative_bias[h, r_i - r_j + R - 1,
+            c_i - c_j + C - 1]`` for queries and keys i, j < R C at row r and column c of a row-major grid.
+        grid: ``(R, C)``.
+
+    Returns:
+        ``[B, H, Tq, Dv]`` in the dtype of the inputs, in memory ``[B, Tq, H, Dv]``, so that merging the heads
+        copies nothing; an empty row is exactly 0 and gets no gradient. With ``return_lse`` also ``[B, H,
+        Tq]``, float32 (float64), natural logarithm, -inf on empty rows, with a gradient. Softmax and sums
+        run in that dtype.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+    faults = attention.attention_faults(query, {"key": key}, {"value": value})
+    faults += attention.interval_faults(query, start, end)
+    faults += attention.bias_faults(query, relative_bias, grid)
+    if faults:
+        raise ValueError("interval_attention: " + "; ".join(faults))
+    rows, cols = grid if grid is not None and relative_bias is not None else (0, 0)
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    out, lse = _op(query, key, value, start, end, scale, relative_bias, rows, cols)
+    return (out, lse) if return_lse else out
+
+
+def _fake(query, key, value, start, end, scale, relative_bias, grid_rows, grid_cols):
+    b, h, tq, _ = query.shape
+    lse = query.new_empty((b, h, tq), dtype=torch.promote_types(query.dtype, torch.float32))
+    return attention.laid_out(query, (b, h, tq, value.shape[-1])), lse
+
+
+def _fake_bwd(
+    dout, dlse, query, key, value, start, end, out, lse, scale, relative_bias, grid_rows, grid_cols, needs
+):
+    grads = [
+        attention.laid_out(x, x.shape) if need else x.new_empty(0)
+        for x, need in zip((query, key, value), needs, strict=False)
+    ]
+    bias = query if relative_bias is None else relative_bias
+    return *grads, bias.new_empty(bias.shape if needs[3] else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, start, end, ctx.scale, relative_bias, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(query, key, value, start, end, *output, relative_bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    *tensors, relative_bias = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 6)]
+    if (dout is None and dlse is None) or not any(needs):
+        return (None,) * 9
+    if dout is None:
+        dout = torch.zeros_like(tensors[5])
+    grads = _bwd(dout, dlse, *tensors, ctx.scale, relative_bias, ctx.rows, ctx.cols, needs)
+    dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dq, dk, dv, None, None, None, dbias, None, None
+
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor start, Tensor end"
+_OPTIONS = "float scale, Tensor? relative_bias, SymInt grid_rows, SymInt grid_cols"
+_op = define(
+    f"interval_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    reference=interval_attention_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=3,
+)
+_bwd = define(
+    f"interval_attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS},"
+    " bool[] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drelative_bias)",
+    reference=interval_attention_bwd,
+    fake=_fake_bwd,
+)

@@ -1,0 +1,105 @@
+"""Latents attend to the tokens of a medium and to themselves: one softmax over two sources of keys."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.ops import _attention as attention
+from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
+
+
+def perceiver_attention(
+    query: Tensor,  # [B, H, n, Dh]
+    media_key: Tensor,  # [B, Hkv, S, Dh]
+    media_value: Tensor,  # [B, Hkv, S, Dv]
+    latent_key: Tensor,  # [B, Hkv, L, Dh]
+    latent_value: Tensor,  # [B, Hkv, L, Dv]
+    *,
+    media_lengths: Tensor | None = None,  # [B]
+    scale: float | None = None,
+) -> Tensor:  # [B, H, n, Dv]
+    """Attention over media tokens and latents together, without joining them in memory.
+
+    The attention of Flamingo's Perceiver Resampler (Alayrac et al. 2022, appendix A.1.1), whose keys and
+    values are those of the media and of the latents; the softmax over both has one running maximum.
+
+    Args:
+        query: ``[B, H, n, Dh]``, any strides.
+        media_key, media_value: ``[B, Hkv, S, Dh]`` and ``[B, Hkv, S, Dv]``, H a multiple of Hkv.
+        latent_key, latent_value: ``[B, Hkv, L, Dh]`` and ``[B, Hkv, L, Dv]``.
+        media_lengths: int32 or int64 ``[B]``, how many of the S media tokens count, clipped to [0, S]; with
+            0 only the latents are seen. All when None.
+        scale: of the similarities, ``1 / sqrt(Dh)`` when None.
+
+    Returns:
+        ``[B, H, n, Dv]`` in the dtype of the inputs, in memory ``[B, n, H, Dv]``; 0 where there is nothing
+        to see (no media and L = 0). Softmax and sums run in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+    faults = attention.attention_faults(
+        query,
+        {"media_key": media_key, "latent_key": latent_key},
+        {"media_value": media_value, "latent_value": latent_value},
+    )
+    if media_lengths is not None and query.dim() == 4:
+        fits = media_lengths.shape == query.shape[:1] and media_lengths.device == query.device
+        if not fits or media_lengths.dtype not in (torch.int32, torch.int64):
+            faults.append(
+                f"media_lengths must be int32 or int64 [B] = ({query.shape[0]},) on {query.device}, got "
+                f"{media_lengths.dtype} {tuple(media_lengths.shape)} on {media_lengths.device}"
+            )
+    if faults:
+        raise ValueError("perceiver_attention: " + "; ".join(faults))
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    return _op(query, media_key, media_value, latent_key, latent_value, media_lengths, scale)[0]
+
+
+def _fake(query, media_key, media_value, latent_key, latent_value, media_lengths, scale):
+    b, h, n, _ = query.shape
+    lse = query.new_empty((b, h, n), dtype=torch.promote_types(query.dtype, torch.float32))
+    return attention.laid_out(query, (b, h, n, media_value.shape[-1])), lse
+
+
+def _fake_bwd(
+    dout, query, media_key, media_value, latent_key, latent_value, media_lengths, out, lse, scale, needs
+):
+    inputs = (query, media_key, media_value, latent_key, latent_value)
+    return tuple(
+        attention.laid_out(x, x.shape) if need else x.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    needs = list(ctx.needs_input_grad[:5])
+    if dout is None or not any(needs):
+        return (None,) * 7
+    grads = _bwd(dout, *ctx.saved_tensors, ctx.scale, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+_INPUTS = "Tensor query, Tensor media_key, Tensor media_value, Tensor latent_key, Tensor latent_value,"
+_INPUTS += " Tensor? media_lengths"
+_op = define(
+    f"perceiver_attention({_INPUTS}, float scale) -> (Tensor out, Tensor lse)",
+    reference=perceiver_attention_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=5,
+)
+_bwd = define(
+    f"perceiver_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float scale, bool[] needs)"
+    " -> (Tensor dquery, Tensor dmedia_key, Tensor dmedia_value, Tensor dlatent_key, Tensor dlatent_value)",
+    reference=perceiver_attention_bwd,
+    fake=_fake_bwd,
+)
