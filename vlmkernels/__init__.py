@@ -3,10 +3,18 @@
 from vlmkernels import intervals
 from vlmkernels._info import info
 from vlmkernels._version import __version__
-from vlmkernels.ops import gated_residual, info_nce, interval_attention, perceiver_attention, sigmoid_loss
+from vlmkernels.ops import (
+    gated_linear_residual,
+    gated_residual,
+    info_nce,
+    interval_attention,
+    perceiver_attention,
+    sigmoid_loss,
+)
 
 __all__ = [
     "__version__",
+    "gated_linear_residual",
     "gated_residual",
     "info",
     "info_nce",
