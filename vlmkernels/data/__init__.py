@@ -1,9 +1,11 @@
-"""Image-text data: the embedded emoji3 set, CSV files, webdataset tars, transforms and tokenizers."""
+"""Image-text data: emoji3 and scenes made of it, CSV files, webdataset tars, transforms, tokenizers."""
 
+from vlmkernels.data.captions import CaptionCollate, CaptionTokenizer
 from vlmkernels.data.csv_pairs import BrokenImageError, CsvPairs
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.pairs import load_pairs
 from vlmkernels.data.samples import Collate, Sample, SkipLog
+from vlmkernels.data.scenes import SCENE_SPLITS, Scene, Scenes, load_scenes, parse_caption, slot_accuracy
 from vlmkernels.data.tar_pairs import TarPairs
 from vlmkernels.data.tokenizer import ClipTokenizer, WordPieceTokenizer, load_tokenizer
 from vlmkernels.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
@@ -12,8 +14,11 @@ __all__ = [
     "CAPTIONS",
     "CLIP_MEAN",
     "CLIP_STD",
+    "SCENE_SPLITS",
     "SPLITS",
     "BrokenImageError",
+    "CaptionCollate",
+    "CaptionTokenizer",
     "ClipTokenizer",
     "Collate",
     "Concept",
@@ -21,6 +26,8 @@ __all__ = [
     "Emoji3",
     "ImageTransform",
     "Sample",
+    "Scene",
+    "Scenes",
     "SkipLog",
     "TarPairs",
     "WordPieceTokenizer",
@@ -28,5 +35,8 @@ __all__ = [
     "image_transform",
     "load_emoji3",
     "load_pairs",
+    "load_scenes",
     "load_tokenizer",
+    "parse_caption",
+    "slot_accuracy",
 ]

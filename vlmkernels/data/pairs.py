@@ -1,4 +1,4 @@
-"""`load_pairs`: one name for the three sources of image-text pairs."""
+"""`load_pairs`: one name for the four sources of image-text pairs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import Emoji3, load_emoji3
 from vlmkernels.data.samples import Transform
+from vlmkernels.data.scenes import Scenes, load_scenes
 from vlmkernels.data.tar_pairs import TarPairs
 
 
 def load_pairs(
     spec: str, *, transform: Transform | None = None, seed: int = 0, **options: Any
-) -> Emoji3 | CsvPairs | TarPairs:
+) -> Emoji3 | Scenes | CsvPairs | TarPairs:
     """Open the data set that `spec` names; its samples are `Sample`s.
 
-    spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), the path of a .csv, .tsv or .txt table (`CsvPairs`), or
-        webdataset tars as a path, brace pattern or URL with ".tar" (`TarPairs`).
+    spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), "scenes" or "scenes:SPLIT" (`load_scenes`), the path of
+        a .csv, .tsv or .txt table (`CsvPairs`), or webdataset tars as a path, brace pattern or URL with
+        ".tar" (`TarPairs`).
     transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
     options: further arguments of that class, e.g. caption="label_tags", separator=",", shuffle=1000.
 
@@ -28,13 +30,16 @@ def load_pairs(
     """
     arguments = {"transform": transform, "seed": seed, **options}
     name, _, split = spec.partition(":")
-    if name == "emoji3":
-        return _open(load_emoji3, split or "train", arguments)
+    embedded: dict[str, Callable[..., Any]] = {"emoji3": load_emoji3, "scenes": load_scenes}
+    if name in embedded:
+        return _open(embedded[name], split or "train", arguments)
     if ".tar" in spec:
         return _open(TarPairs, spec, arguments)
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
-    raise ValueError(f"spec is {spec!r}, expected emoji3[:SPLIT], a .csv, .tsv or .txt file, or .tar shards")
+    raise ValueError(
+        f"spec is {spec!r}, expected emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards"
+    )
 
 
 def _open(source: Callable[..., Any], first: str, arguments: dict[str, Any]) -> Any:

@@ -14,11 +14,14 @@ from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CLIP_VOCABULARY = 49408
 _BYTES = 256
@@ -199,23 +202,23 @@ class ClipTokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, each atomically; the folder is made if absent."""
         config = {
-            "type": "ClipTokenizer",
+            "type": type(self).__name__,
             "context_length": self.context_length,
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.eot_id + 1,
         }
         _save(folder, self._tokenizer, config)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ClipTokenizer:
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. FileNotFoundError, or ValueError for a folder of another tokenizer."""
-        config = _read_config(folder, "ClipTokenizer")
+        config = _read_config(folder, cls.__name__)
         tokenizer = cls.__new__(cls)
         inner = Tokenizer.from_file(str(Path(folder) / _TOKENIZER))
         tokenizer._setup(inner, config["vocab_size"], config["context_length"])
         return tokenizer
 
     def __repr__(self) -> str:
-        return f"ClipTokenizer(context_length={self.context_length}, vocabulary={self.vocab_size})"
+        return f"{type(self).__name__}(context_length={self.context_length}, vocabulary={self.vocab_size})"
 
 
 class WordPieceTokenizer:
@@ -320,11 +323,14 @@ class WordPieceTokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceTokenizer:
-    """Read the tokenizer that was saved in `folder`, of either kind."""
+    """Read the tokenizer that was saved in `folder`, of any kind."""
+    from vlmkernels.data.captions import CaptionTokenizer
+
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")
-    kinds: dict[str, Any] = {"ClipTokenizer": ClipTokenizer, "WordPieceTokenizer": WordPieceTokenizer}
+    known: tuple[Any, ...] = (ClipTokenizer, WordPieceTokenizer, CaptionTokenizer)
+    kinds = {cls.__name__: cls for cls in known}
     kind = json.loads(path.read_text(encoding="utf-8")).get("type")
     if kind not in kinds:
         raise ValueError(f"{path} holds type {kind!r}, expected one of {sorted(kinds)}")
