@@ -1,5 +1,16 @@
 """Modules over the ops."""
 
+from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
 from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, SigLipLoss
+from vlmkernels.nn.media_cache import MediaCache
+from vlmkernels.nn.perceiver import PerceiverResampler
 
-__all__ = ["ClipLoss", "InfoNCELoss", "SigLipLoss"]
+__all__ = [
+    "ClipLoss",
+    "GatedCrossAttentionBlock",
+    "InfoNCELoss",
+    "MaskedCrossAttention",
+    "MediaCache",
+    "PerceiverResampler",
+    "SigLipLoss",
+]

@@ -1,0 +1,262 @@
+"""Norms, projections and feed-forward layers that keep their input for the backward and little else.
+
+What a norm gives, and what an activation gives, is made again in the backward from tensors that are kept
+anyway. Modules that are not plain ones (a linear layer wrapped for low-rank adaptation, say) are called as
+they are, and then keep what PyTorch keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlmkernels
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2, the activation of Flamingo (Alayrac et al. 2022, appendix A.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """silu(a) b for the two halves [a; b] of the last dimension (Shazeer 2020)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., 2 K] -> [..., K]
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+
+
+NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "squared_relu": SquaredReLU,
+    "swiglu": SwiGLU,
+}
+
+
+def option_faults(**given: Any) -> list[str]:
+    """Faults of constructor arguments: sizes must be positive, options known, heads divisible."""
+    known = {
+        "norm": tuple(NORMS),
+        "activation": tuple(ACTIVATIONS),
+        "gate": ("scalar", "vector"),
+        "empty_row": ("zero", "uniform", "all"),
+    }
+    faults = []
+    for name, value in given.items():
+        if name in known and value not in known[name]:
+            faults.append(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
+        elif name not in known and (not isinstance(value, (int, float)) or value <= 0):
+            faults.append(f"{name} must be a positive number, got {value!r}")
+    if not faults and given["heads"] % given["kv_heads"]:
+        faults.append(f"heads must be a multiple of kv_heads, got {given['heads']} and {given['kv_heads']}")
+    return faults
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with `x` run in: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def is_plain(norm: nn.Module, *linears: nn.Module) -> bool:
+    """Whether these are torch's own norm, with weights, and linear layers without bias."""
+    return type(norm) in (nn.LayerNorm, nn.RMSNorm) and all(
+        type(linear) is nn.Linear and linear.bias is None for linear in linears
+    )
+
+
+def norm_linear(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """``linear(norm(x))`` of each linear layer; `x` is kept for the backward, the normalised x is not."""
+    if not is_plain(norm, *linears):
+        normed = norm(x)
+        return tuple(linear(normed) for linear in linears)
+    dtype = product_dtype(x)
+    weights = (linear.weight.to(dtype) for linear in linears)
+    return _NormLinear.apply(x, norm.weight, getattr(norm, "bias", None), norm.eps, *weights)
+
+
+def add_linear(
+    x: Tensor,  # [..., D]
+    h: Tensor,  # [..., K]
+    linear: nn.Module,
+    gate: Tensor,  # 1 or D elements
+    row_mask: Tensor | None = None,  # [...] bool
+) -> Tensor:  # [..., D]
+    """``x + tanh(gate) * linear(h)``; what the linear layer gives is not stored."""
+    if type(linear) is not nn.Linear or linear.bias is not None:
+        return vlmkernels.gated_residual(x, linear(h), gate, row_mask=row_mask)
+    weight, h = linear.weight.to(product_dtype(x)), h.to(product_dtype(x))
+    return vlmkernels.gated_linear_residual(x, h, weight, gate, row_mask=row_mask)
+
+
+class FeedForward(nn.Sequential):
+    """norm, linear, activation, linear, without biases; the names of open_flamingo's: 0, 1 and 3.
+
+    Called, it is the branch alone; `add_to` adds it to the residual stream.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, activation: str, norm: str, eps: float) -> None:
+        width = 2 * hidden if activation == "swiglu" else hidden
+        super().__init__(
+            NORMS[norm](dim, eps=eps),
+            nn.Linear(dim, width, bias=False),
+            ACTIVATIONS[activation](),
+            nn.Linear(hidden, dim, bias=False),
+        )
+
+    def add_to(
+        self,
+        x: Tensor,  # [..., D]
+        gate: Tensor | None = None,  # 1 or D elements
+        *,
+        row_mask: Tensor | None = None,  # [...] bool
+        recompute: bool = False,
+    ) -> Tensor:  # [..., D]
+        """``x + tanh(gate) * self(x)``, without the tanh when there is no gate; rows masked out keep x.
+
+        Kept for the backward: x, and the pre-activation unless `recompute`.
+        """
+        norm, w1, activation, w2 = self
+        if not is_plain(norm, w1, w2):
+            branch = w2(activation(w1(norm(x))))
+            return (
+                x + branch if gate is None else vlmkernels.gated_residual(x, branch, gate, row_mask=row_mask)
+            )
+        dtype = product_dtype(x)
+        weights = (norm.weight, getattr(norm, "bias", None), w1.weight.to(dtype), w2.weight.to(dtype))
+        return _AddFeedForward.apply(x, *weights, gate, row_mask, norm.eps, type(activation), recompute)
+
+
+class _NormLinear(torch.autograd.Function):
+    """y_i = norm(x) W_i^T."""
+
+    @staticmethod
+    def forward(ctx, x, gain, shift, eps, *weights):
+        ctx.save_for_backward(x, gain, shift, *weights)
+        ctx.eps = eps
+        normed = _norm(x, gain, shift, eps).to(weights[0].dtype)
+        return tuple(F.linear(normed, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, gain, shift, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dweights = [None] * len(weights)
+        if any(needs[4:]):
+            normed = _norm(x, gain, shift, ctx.eps).to(weights[0].dtype).flatten(0, -2)
+            dweights = [
+                dy.flatten(0, -2).t() @ normed if need else None
+                for dy, need in zip(dys, needs[4:], strict=True)
+            ]
+        dx = dgain = dshift = None
+        if any(needs[:3]):
+            dnormed = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dnormed = dnormed + dy @ weight
+            dx, dgain, dshift = _norm_backward(dnormed, x, gain, shift, ctx.eps, needs[:3])
+        return dx, dgain, dshift, None, *dweights
+
+
+class _AddFeedForward(torch.autograd.Function):
+    """x + tanh(gate) (act(norm(x) W1^T) W2^T)."""
+
+    @staticmethod
+    def forward(ctx, x, gain, shift, w1, w2, gate, row_mask, eps, activation, recompute):
+        pre = F.linear(_norm(x, gain, shift, eps).to(w1.dtype), w1)
+        ctx.save_for_backward(x, gain, shift, w1, w2, gate, row_mask, None if recompute else pre)
+        ctx.eps, ctx.activation = eps, activation
+        hidden = _activate(pre, activation)
+        if gate is None:
+            return x + F.linear(hidden, w2)
+        return vlmkernels.gated_linear_residual(x, hidden, w2, gate, row_mask=row_mask)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, gain, shift, w1, w2, gate, row_mask, pre = ctx.saved_tensors
+        need_x, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:6]
+        need_norm = (need_x, need_gain, need_shift)
+        normed = _norm(x, gain, shift, ctx.eps).to(w1.dtype) if pre is None or need_w1 else None
+        pre = F.linear(normed, w1) if pre is None else pre
+        dhidden, dw2, dgate = _linear_backward(
+            dout,
+            _activate(pre, ctx.activation),
+            w2,
+            gate,
+            row_mask,
+            need_w1 or any(need_norm),
+            need_w2,
+            need_gate,
+        )
+        dx = dgain = dshift = dw1 = None
+        if dhidden is not None:
+            dpre = _activate_backward(dhidden, pre, ctx.activation)
+            dw1 = dpre.flatten(0, -2).t() @ normed.flatten(0, -2) if need_w1 else None
+            dx, dgain, dshift = _norm_backward(dpre @ w1, x, gain, shift, ctx.eps, need_norm)
+        if need_x:
+            dx = dx + dout.to(dx.dtype)
+        return dx, dgain, dshift, dw1, dw2, dgate, None, None, None, None
+
+
+def _linear_backward(dout, hidden, weight, gate, row_mask, need_hidden, need_weight, need_gate):
+    """Gradients of hidden, weight and gate in x + tanh(gate) (hidden weight^T), whose gate may be None."""
+    if gate is not None:
+        needs = (need_hidden, need_weight, need_gate)
+        grads = torch.ops.vlmkernels.gated_linear_residual_bwd(dout, hidden, weight, gate, row_mask, *needs)
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    dout = dout.to(weight.dtype)
+    dweight = dout.flatten(0, -2).t() @ hidden.flatten(0, -2) if need_weight else None
+    return dout @ weight if need_hidden else None, dweight, None
+
+
+def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm, or RMSNorm when there is no shift."""
+    x = x.to(torch.promote_types(x.dtype, gain.dtype))
+    if shift is None:
+        return F.rms_norm(x, x.shape[-1:], gain, eps)
+    return F.layer_norm(x, x.shape[-1:], gain, shift, eps)
+
+
+def _norm_backward(dy, x, gain, shift, eps, needs):
+    """Gradients of x, gain and shift, in their dtypes."""
+    work = torch.promote_types(x.dtype, torch.promote_types(gain.dtype, torch.float32))
+    g, wide = dy.to(work), x.to(work)
+    if shift is not None:
+        _, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+        dx, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
+            g, wide, wide.shape[-1:], mean, rstd, gain.to(work), shift.to(work), needs
+        )
+    else:
+        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        unit = wide * rstd
+        dgain = (g * unit).flatten(0, -2).sum(0)
+        g = g * gain.to(work)
+        dx, dshift = rstd * (g - unit * (g * unit).mean(-1, keepdim=True)), None
+    return (
+        dx.to(x.dtype) if needs[0] else None,
+        dgain.to(gain.dtype) if needs[1] else None,
+        dshift.to(shift.dtype) if needs[2] else None,
+    )
+
+
+def _activate(pre: Tensor, activation: type[nn.Module]) -> Tensor:
+    return activation()(pre)
+
+
+def _activate_backward(dy: Tensor, pre: Tensor, activation: type[nn.Module]) -> Tensor:
+    if activation is nn.GELU:
+        return torch.ops.aten.gelu_backward(dy, pre)
+    if activation is nn.ReLU:
+        return torch.ops.aten.threshold_backward(dy, pre, 0)
+    if activation is SquaredReLU:
+        return 2 * dy * F.relu(pre)
+    a, b = pre.chunk(2, -1)
+    return torch.cat([torch.ops.aten.silu_backward(dy * b, a), dy * F.silu(a)], -1)

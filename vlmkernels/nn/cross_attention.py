@@ -1,0 +1,334 @@
+"""Text attends to images: Flamingo's masked cross-attention and the gated block around it.
+
+    h = x + tanh(attn_gate) attention(norm x, media)        out = h + tanh(ff_gate) feed_forward(norm h)
+
+Source: Alayrac et al. 2022, "Flamingo", section 3.1.2 and 3.1.3; the released code of open_flamingo 2.0.1
+(MIT) for what the paper leaves open. Parameter names are open_flamingo's; `families.py` has the names and
+the options of the other families.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlmkernels
+from vlmkernels import intervals as build
+from vlmkernels.nn import _layers as layers
+
+if TYPE_CHECKING:
+    from vlmkernels.nn.media_cache import MediaCache
+
+Intervals = tuple[Tensor, Tensor]
+
+
+class MaskedCrossAttention(nn.Module):
+    """The attention branch: text rows see the tokens of the image before them, or of all images before them.
+
+    Arguments and parameter names are those of open_flamingo's class; the keyword-only ones it does not have
+    serve the other families (`vlmkernels.nn.families`).
+
+    Args:
+        dim: width of the text; dim_visual: width of the media, `dim` when None.
+        heads, dim_head, kv_heads: query heads, their width, heads of keys and values (`heads` when None).
+        only_attend_immediate_media: see the last image before a row only, otherwise all before it.
+        norm, eps: "layernorm" or "rmsnorm" of the text; the media are not normalised.
+        qk_norm: a norm of that kind over each head of the queries and keys.
+        empty_row: what the attention gives to a row that sees nothing. "zero"; "uniform", the mean of all
+            values, as open_flamingo does (but zero before the first image when
+            `only_attend_immediate_media`, as it does too); "all", attention to everything, as transformers'
+            mllama does.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int | None = None,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        only_attend_immediate_media: bool = True,
+        norm: str = "layernorm",
+        eps: float = 1e-5,
+        qk_norm: bool = False,
+        empty_row: str = "zero",
+    ) -> None:
+        super().__init__()
+        dim_visual, kv_heads = dim_visual or dim, kv_heads or heads
+        faults = layers.option_faults(
+            dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads, kv_heads=kv_heads, norm=norm,
+            eps=eps, empty_row=empty_row,
+        )  # fmt: skip
+        if faults:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
+        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
+        self.only_attend_immediate_media = only_attend_immediate_media
+        self.empty_row = empty_row
+        self.norm = layers.NORMS[norm](dim, eps=eps)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.q_norm = layers.NORMS[norm](dim_head, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = layers.NORMS[norm](dim_head, eps=eps) if qk_norm else nn.Identity()
+
+    @property
+    def attend(self) -> str:
+        """The word for `vlmkernels.intervals.media`."""
+        return "immediate" if self.only_attend_immediate_media else "all_previous"
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor | None = None,  # [B, M, n, Dv]
+        media_locations: Tensor | None = None,  # [B, T] bool
+        use_cached_media: bool = False,
+        *,
+        num_media: Tensor | None = None,  # [B]
+        intervals: Intervals | None = None,  # two [B, T] or [T]
+        mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
+        cache: MediaCache | None = None,
+    ) -> Tensor:  # [B, T, D]
+        """The branch alone, without residual and gate. Arguments: see `GatedCrossAttentionBlock.forward`."""
+        out, _ = self.attention(
+            x, media, media_locations, use_cached_media,
+            num_media=num_media, intervals=intervals, mask=mask, cache=cache,
+        )  # fmt: skip
+        return self.to_out(out)
+
+    def keys_values(
+        self,
+        media: Tensor,  # [B, M, n, Dv]
+    ) -> tuple[Tensor, Tensor]:  # each [B, Hkv, M n, Dh]
+        """Keys and values of images; `MediaCache` keeps them."""
+        both = self.to_kv(media.flatten(1, 2)).unflatten(-1, (2, self.kv_heads, self.dim_head))
+        key, value = both.unbind(2)  # each [B, M n, Hkv, Dh]
+        return self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
+
+    def attention(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor | None,
+        media_locations: Tensor | None,
+        use_cached_media: bool,
+        *,
+        num_media: Tensor | None,
+        intervals: Intervals | None,
+        mask: Tensor | None,
+        cache: MediaCache | None,
+    ) -> tuple[Tensor, Tensor | None]:  # [B, T, H Dh], [B, T] or [T]
+        """What `to_out` projects, and which rows see nothing (None: every row sees everything)."""
+        self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        if cache is not None:
+            key, value = cache.keys_values(self)
+            if intervals is None and mask is None:
+                intervals = cache.intervals_for(x)
+        else:
+            assert media is not None
+            key, value = self.keys_values(media)
+            if media_locations is not None:
+                time = build.text_time(media_locations)
+                if use_cached_media:
+                    time = media_locations.sum(1, dtype=torch.int32)[:, None].expand(x.shape[:2])
+                most = media.shape[1] if num_media is None else num_media
+                intervals = build.media(time, media.shape[2], most, attend=self.attend)
+        (query,) = layers.norm_linear(x, self.norm, self.to_q)
+        query = self.q_norm(query.unflatten(-1, (self.heads, self.dim_head))).transpose(1, 2)
+        if mask is not None:
+            out, empty = self._by_mask(query, key, value, mask)
+        else:
+            out, empty = self._by_intervals(query, key, value, intervals)
+        return out.transpose(1, 2).flatten(2), empty
+
+    def _by_intervals(
+        self, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals | None
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, empty = key.shape[2], None
+        if intervals is None:
+            start = torch.zeros(query.shape[2], dtype=torch.int32, device=query.device)
+            end = start + tokens
+        else:
+            start, end = intervals
+            empty = end.clamp_max(tokens) <= start.clamp_min(0)
+            if self.empty_row == "all":
+                start, end = start.where(~empty, 0), end.where(~empty, tokens)
+        out = vlmkernels.interval_attention(query, key, value, start, end)
+        assert isinstance(out, Tensor)
+        if empty is not None and self.empty_row == "uniform":
+            rows = empty & (start > 0) if self.only_attend_immediate_media else empty
+            out = torch.where(rows[..., None, :, None], self._mean(value, out), out)
+        return out, empty
+
+    def _by_mask(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Masks that are not intervals: scaled dot-product attention with the mask, of size T x M n."""
+        if mask.shape[-1] != key.shape[2]:
+            mask = mask.repeat_interleave(key.shape[2] // mask.shape[-1], -1)
+        empty = mask.sum(-1) == 0
+        dtype = layers.product_dtype(query)
+        out = F.scaled_dot_product_attention(
+            query.to(dtype), key.to(dtype), value.to(dtype),
+            attn_mask=(mask | empty[..., None])[:, None],
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        if self.empty_row != "all":
+            instead = self._mean(value, out) if self.empty_row == "uniform" else 0
+            out = torch.where(empty[:, None, :, None], instead, out)
+        return out, empty
+
+    def _mean(self, value: Tensor, like: Tensor) -> Tensor:  # [B, H, 1, Dh]
+        mean = value.mean(2, keepdim=True).to(like.dtype)
+        return mean.repeat_interleave(self.heads // self.kv_heads, 1)
+
+    def _check(
+        self,
+        x: Tensor,
+        media: Tensor | None,
+        media_locations: Tensor | None,
+        use_cached_media: bool,
+        num_media: Tensor | None,
+        intervals: Intervals | None,
+        mask: Tensor | None,
+        cache: MediaCache | None,
+    ) -> None:
+        faults = []
+        if x.dim() != 3 or x.shape[-1] != self.norm.normalized_shape[0]:
+            faults.append(f"x must be [B, T, {self.norm.normalized_shape[0]}], got {tuple(x.shape)}")
+        if (media is None) == (cache is None):
+            faults.append("wants either media or a cache")
+        if media is not None and (media.dim() != 4 or len(media) != len(x)):
+            faults.append(f"media must be [B = {len(x)}, M, n, Dv], got {tuple(media.shape)}")
+        ways = {"media_locations": media_locations, "intervals": intervals, "mask": mask}
+        given = [name for name, way in ways.items() if way is not None]
+        if len(given) > 1:
+            faults.append(f"wants one of media_locations, intervals and mask, got {' and '.join(given)}")
+        if media_locations is not None:
+            if cache is not None:
+                faults.append("media_locations go to cache.step()")
+            wanted = (x.shape[0],) if use_cached_media else tuple(x.shape[:2])
+            if media_locations.dim() != 2 or tuple(media_locations.shape[: len(wanted)]) != wanted:
+                faults.append(
+                    f"media_locations must be [B, T] = {tuple(x.shape[:2])} (any T with use_cached_media), "
+                    f"got {tuple(media_locations.shape)}"
+                )
+        elif num_media is not None:
+            faults.append("num_media goes with media_locations")
+        if mask is not None and not faults:
+            images = media.shape[1] if media is not None else cache.num_slots  # type: ignore[union-attr]
+            each = media.shape[2] if media is not None else cache.tokens_per_media  # type: ignore[union-attr]
+            last = (images, images * each)
+            if mask.dtype != torch.bool or mask.shape[:-1] != x.shape[:2] or mask.shape[-1] not in last:
+                faults.append(
+                    f"mask must be bool [B, T, M or M n] = {(*x.shape[:2], last)}, "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
+        if faults:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """Flamingo's GATED XATTN-DENSE: cross-attention and feed-forward, each through a tanh gate from 0.
+
+    Arguments and parameter names are those of open_flamingo's class. Beyond `MaskedCrossAttention`'s:
+
+    Args:
+        ff_mult, ff_dim: hidden width of the feed-forward layer, ``dim * ff_mult`` unless given as `ff_dim`.
+        activation: "gelu", "relu", "squared_relu" (Flamingo's paper) or "swiglu".
+        gate: "scalar" or "vector", one gate or one per channel.
+        ffn_on_empty: whether the feed-forward layer works on rows that see no image; without it such a row
+            passes unchanged, as in Meta's mllama.
+        recompute_ffn: make the hidden layer of the feed-forward again in the backward instead of keeping its
+            pre-activation: less memory, one more product.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int | None = None,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        ff_mult: float = 4,
+        ff_dim: int | None = None,
+        only_attend_immediate_media: bool = True,
+        activation: str = "gelu",
+        norm: str = "layernorm",
+        eps: float = 1e-5,
+        qk_norm: bool = False,
+        gate: str = "scalar",
+        empty_row: str = "zero",
+        ffn_on_empty: bool = True,
+        recompute_ffn: bool = False,
+    ) -> None:
+        super().__init__()
+        faults = layers.option_faults(
+            dim=dim, dim_visual=dim_visual or dim, dim_head=dim_head, heads=heads,
+            kv_heads=kv_heads or heads, ff_mult=ff_mult, ff_dim=ff_dim or 1, activation=activation, norm=norm,
+            eps=eps, gate=gate, empty_row=empty_row,
+        )  # fmt: skip
+        if faults:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
+        self.attn = MaskedCrossAttention(
+            dim, dim_visual, dim_head=dim_head, heads=heads, kv_heads=kv_heads,
+            only_attend_immediate_media=only_attend_immediate_media, norm=norm, eps=eps, qk_norm=qk_norm,
+            empty_row=empty_row,
+        )  # fmt: skip
+        self.attn_gate = nn.Parameter(torch.zeros(dim if gate == "vector" else 1))
+        hidden = ff_dim or int(dim * ff_mult)
+        self.ff = layers.FeedForward(dim, hidden, activation=activation, norm=norm, eps=eps)
+        self.ff_gate = nn.Parameter(torch.zeros(dim if gate == "vector" else 1))
+        self.ffn_on_empty = ffn_on_empty
+        self.recompute_ffn = recompute_ffn
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor | None = None,  # [B, M, n, Dv]
+        media_locations: Tensor | None = None,  # [B, T] bool
+        use_cached_media: bool = False,
+        *,
+        num_media: Tensor | None = None,  # [B]
+        intervals: Intervals | None = None,  # two [B, T] or [T]
+        mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
+        cache: MediaCache | None = None,
+    ) -> Tensor:  # [B, T, D]
+        """The residual stream with what the images add.
+
+        Without one of `media_locations`, `intervals`, `mask` and `cache` every row sees all media.
+
+        Args:
+            x: text, ``[B, T, D]``.
+            media: ``[B, M, n, Dv]``, n tokens of each of M images; or None with a `cache`.
+            media_locations: bool ``[B, T]``, True at the tokens that stand for an image; the token itself
+                sees its image.
+            use_cached_media: every row comes after the last of `media_locations`, whose length may differ.
+            num_media: int ``[B]``, how many of the M images a sample has; the others are never seen.
+            intervals: ``(start, end)``, what row i sees, in tokens of all images; computed once per forward
+                by `vlmkernels.intervals.media` and shared by the blocks of a model.
+            mask: bool, what row i sees, per image or per media token. The one way that is not an interval:
+                scaled dot-product attention with a mask, of size T x M n.
+            cache: keys, values and intervals come from a `MediaCache`.
+
+        Raises:
+            ValueError: naming every argument that does not fit.
+        """
+        out, empty = self.attn.attention(
+            x, media, media_locations, use_cached_media,
+            num_media=num_media, intervals=intervals, mask=mask, cache=cache,
+        )  # fmt: skip
+        x = layers.add_linear(x, out, self.attn.to_out, self.attn_gate)
+        row_mask = None
+        if not self.ffn_on_empty and empty is not None:
+            row_mask = (~empty).expand(x.shape[:2])
+        return self.ff.add_to(x, self.ff_gate, row_mask=row_mask, recompute=self.recompute_ffn)
