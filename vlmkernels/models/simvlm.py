@@ -1,0 +1,461 @@
+"""SimVLM: one prefix language model of images and text, L = -sum_{t >= p} log P(x_t | image, x_<t).
+
+Wang et al. 2022 (arXiv:2108.10904). The prefix is the image and a random number p of leading tokens;
+positions in it see each other, the tokens after it are predicted one by one, and the loss counts those only.
+The image goes through the first three stages of a ResNet, each position of the result is a token, and the
+tokens of image and text go through one transformer. Two forms:
+
+- "encoder_decoder", the paper's: the encoder reads the prefix, the decoder the tokens after it, with
+  cross-attention to the encoder's result.
+- "prefix_lm": the same layers without cross-attention in one stack, every position at once, with the prefix
+  mask [0, max(prefix, i + 1)).
+
+Names of parameters are the same in both but for those of cross-attention, which only the first has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkernels import intervals
+from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models._simvlm_blocks import Block, KeysValues
+from vlmkernels.models._simvlm_conv import ConvStage
+from vlmkernels.models.clip import LayerNorm
+from vlmkernels.models.generation import generate
+
+FORMS = ("encoder_decoder", "prefix_lm")
+
+
+@dataclass(frozen=True)
+class SimVLMConfig:
+    """Sizes of a SimVLM. Defaults: the published base size.
+
+    `conv_blocks` and `conv_width` are the blocks of the three ResNet stages and the width of its stem;
+    `conv_pool=False` leaves out the stem's pooling, so that a token covers 8 pixels a side in place of 16.
+    `decoder_layers` may be 0 in the form "prefix_lm", whose stack is `encoder_layers + decoder_layers` deep.
+    `heads` of None means heads of 64 channels. `context_length` is the most tokens of a text, `bos_id` the
+    token every text starts with. `dropout` (embeddings and branches) and `stochastic_depth` (conv stage and
+    encoder), 0 in pretraining, were 0.1 in the paper's fine-tuning.
+    """
+
+    form: str = "encoder_decoder"
+    image_size: int = 224
+    conv_blocks: tuple[int, int, int] = (3, 4, 23)
+    conv_width: int = 64
+    conv_pool: bool = True
+    width: int = 768
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    heads: int | None = None
+    context_length: int = 256
+    vocab_size: int = 32000
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 0
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conv_blocks", tuple(self.conv_blocks))
+        heads = max(self.width // 64, 1) if self.heads is None else self.heads
+        object.__setattr__(self, "heads", heads)
+        stride = 16 if self.conv_pool else 8
+        faults = []
+        if self.form not in FORMS:
+            faults.append(f"form: got {self.form!r}, wants one of {FORMS}")
+        if self.image_size < 1 or self.image_size % stride:
+            faults.append(f"image_size: got {self.image_size}, wants a multiple of {stride}")
+        if len(self.conv_blocks) != 3 or min(self.conv_blocks) < 1:
+            faults.append(f"conv_blocks: got {self.conv_blocks}, wants three numbers of 1 or more")
+        if self.width % heads:
+            faults.append(f"heads: got {heads}, wants a divisor of width {self.width}")
+        if self.encoder_layers < 1 or self.decoder_layers < (self.form == "encoder_decoder"):
+            got = f"{self.encoder_layers}, {self.decoder_layers}"
+            faults.append(f"encoder_layers, decoder_layers: got {got}, wants 1 or more of each")
+        if self.context_length < 2:
+            faults.append(f"context_length: got {self.context_length}, wants 2 or more")
+        for name in ("bos_id", "eos_id", "pad_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                faults.append(f"{name}: got {getattr(self, name)}, wants an id below {self.vocab_size}")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                faults.append(f"{name}: got {getattr(self, name)}, wants 0 <= {name} < 1")
+        if faults:
+            raise ValueError("SimVLMConfig: " + "; ".join(faults))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        side = self.image_size // (16 if self.conv_pool else 8)
+        return side, side
+
+
+class SimVLM(Pretrained):
+    """The conv stage, the transformer and the tied head. Build with `SimVLM(CONFIGS["emoji-tiny"])`.
+
+    Texts are rows of token ids `[B, L]`: the start token, the words, the end token, padding. The start token
+    is always given and never predicted. A prefix length p counts tokens of the row, the start token among
+    them: `tokens[:, :p]` belongs to the prefix, the rest is predicted. p = 1 is captioning by the image
+    alone.
+    """
+
+    model_type: ClassVar[str] = "simvlm"
+    config_class: ClassVar[type] = SimVLMConfig
+    config: SimVLMConfig
+
+    def __init__(self, config: SimVLMConfig) -> None:
+        super().__init__(config)
+        assert config.heads is not None  # set by SimVLMConfig
+        width, grid = config.width, config.grid
+        self.image_tokens = grid[0] * grid[1]
+        self.conv_stage = ConvStage(
+            config.conv_blocks,
+            config.conv_width,
+            pool=config.conv_pool,
+            stochastic_depth=config.stochastic_depth,
+        )
+        self.image_projection = nn.Linear(self.conv_stage.channels, width)
+        self.image_position = nn.Parameter(0.02 * torch.randn(self.image_tokens, width))
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.text_position = nn.Parameter(0.02 * torch.randn(config.context_length, width))
+        self.encoder = nn.ModuleList(
+            Block(
+                width,
+                config.heads,
+                grid=grid,
+                dropout=config.dropout,
+                stochastic_depth=config.stochastic_depth,
+            )
+            for _ in range(config.encoder_layers)
+        )
+        cross = config.form == "encoder_decoder"
+        self.cross_norm = LayerNorm(width) if cross else None
+        self.decoder = nn.ModuleList(
+            Block(width, config.heads, cross=cross, dropout=config.dropout)
+            for _ in range(config.decoder_layers)
+        )
+        self.ln_final = LayerNorm(width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Linear layers N(0, 1 / inputs), those that end one of n branches N(0, 1 / (n inputs)), biases 0."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        branches = 2 * (len(self.encoder) + len(self.decoder))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                summed = branches if name.endswith(("out_proj", "c_proj")) else 1
+                nn.init.normal_(module.weight, std=(module.in_features * summed) ** -0.5)
+                nn.init.zeros_(module.bias)
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """As of every model here, with an error of its own for weights of the other form."""
+        if "image_projection.weight" in state_dict:
+            form = FORMS["cross_norm.weight" not in state_dict]
+            if form != self.config.form:
+                raise ValueError(
+                    f"state_dict: weights of a SimVLM of form {form!r}, the config says form="
+                    f"{self.config.form!r}. The weights of one form do not serve the other: a decoder is"
+                    " trained with cross-attention or without"
+                )
+        super().load_weights(state_dict)
+
+    def encode_image(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, image_tokens, D]
+        """Image tokens with their positions. ValueError for anything but a floating [B, 3, R, R]."""
+        side = self.config.image_size
+        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
+            raise ValueError(
+                f"images: got {images.dtype} of shape {list(images.shape)}, wants floating"
+                f" [B, 3, {side}, {side}]"
+            )
+        patches = self.image_projection(self.conv_stage(images).flatten(2).transpose(1, 2))
+        return patches + self.image_position.to(patches.dtype)
+
+    def text_lengths(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
+        """Tokens up to and including the first `eos_id` of each row; L where there is none."""
+        open_rows = (tokens == self.config.eos_id).cumsum(1) == 0
+        return (open_rows.sum(1) + 1).clamp(max=tokens.shape[1])
+
+    def sample_prefix(self, text_lengths: Tensor, generator: torch.Generator | None = None) -> Tensor:  # [B]
+        """A prefix length for each text, [B] int64: 1 (the start token) + uniform over 0 .. n - 1.
+
+        n = text_lengths - 1 is the number of tokens to predict, of which at least one is left. The paper asks
+        for T_p >= T_i, the image tokens, and prints no range; this is the one consistent with it.
+        """
+        n = (text_lengths - 1).clamp(min=1)
+        drawn = torch.rand(n.shape, generator=generator, device=n.device)
+        return 1 + torch.minimum((drawn * n).long(), n - 1)
+
+    def forward(
+        self,
+        images: Tensor | None,  # [B, 3, R, R]
+        tokens: Tensor,  # [B, L]
+        prefix_length: int | Tensor | None = None,  # [B]
+        text_lengths: Tensor | None = None,  # [B]
+        *,
+        return_logits: bool = False,
+    ) -> dict[str, Tensor]:
+        """The loss, and the logits when asked for.
+
+        Args:
+            images: None for a batch of texts alone.
+            tokens: integer ids, L <= context_length.
+            prefix_length: tokens of each row in the prefix, 0 <= p <= its length; None draws them
+                (`sample_prefix`), as training does.
+            text_lengths: tokens of each row before its padding; None: as `text_lengths()` counts them.
+            return_logits: compute them for every position; the loss alone needs only those it counts.
+
+        Returns:
+            `loss`: mean over the predicted tokens, positions max(p, 1) .. length - 1 of each row, of -log P;
+            0 if there are none. `logits` [B, L, V]: position t predicts token t + 1, from t = max(p, 1) - 1
+            on; what earlier positions hold has no meaning.
+
+        Raises:
+            ValueError: for wrong shapes or dtypes; on the CPU also for lengths out of range.
+        """
+        lengths = self._checked_lengths(images, tokens, prefix_length, text_lengths)
+        if prefix_length is None:
+            prefix_length = self.sample_prefix(lengths)
+        hidden = self._hidden(images, tokens, prefix_length)  # [B, L, D]
+        position = torch.arange(1, tokens.shape[1], device=tokens.device)
+        first = prefix_length[:, None] if isinstance(prefix_length, Tensor) else prefix_length
+        counted = (position >= first) & (position < lengths[:, None])  # [B, L - 1]
+        targets = tokens[:, 1:][counted]
+        if return_logits:
+            logits = self._logits(hidden)
+            return {"loss": _mean_loss(logits[:, :-1][counted], targets), "logits": logits}
+        return {"loss": _mean_loss(self._logits(hidden[:, :-1][counted]), targets)}
+
+    def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        return F.linear(hidden, self.token_embedding.weight)
+
+    def _checked_lengths(
+        self, images: Tensor | None, tokens: Tensor, prefix: int | Tensor | None, lengths: Tensor | None
+    ) -> Tensor:  # [B]
+        """`lengths`, or those of `tokens`; ValueError listing every argument that does not fit."""
+        faults = []
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            got = f"{tokens.dtype} of shape {list(tokens.shape)}"
+            raise ValueError(f"SimVLM: tokens: got {got}, wants integer ids [B, L]")
+        if not 1 <= tokens.shape[1] <= self.config.context_length:
+            limit = self.config.context_length
+            faults.append(f"tokens: got rows of {tokens.shape[1]}, wants 1 to context_length {limit}")
+        if images is not None and len(images) != len(tokens):
+            faults.append(f"images, tokens: got {len(images)} and {len(tokens)} rows, wants as many of each")
+        for name, value in (("text_lengths", lengths), ("prefix_length", prefix)):
+            if isinstance(value, Tensor):
+                if value.shape != tokens.shape[:1] or value.is_floating_point():
+                    got = f"{value.dtype} of shape {list(value.shape)}"
+                    faults.append(f"{name}: got {got}, wants {len(tokens)} integers")
+            elif value is not None and not (name == "prefix_length" and isinstance(value, int)):
+                faults.append(f"{name}: got {value!r}, wants a tensor of {len(tokens)} integers")
+        if lengths is None:
+            lengths = self.text_lengths(tokens)
+        if not faults and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not ((lengths >= 1) & (lengths <= tokens.shape[1])).all():
+                faults.append(f"text_lengths: got {lengths.tolist()}, wants 1 to {tokens.shape[1]}")
+            given = lengths.new_tensor(prefix) if isinstance(prefix, int) else prefix
+            if given is not None and not ((given >= 0) & (given <= lengths)).all():
+                wanted = f"0 to text_lengths {lengths.tolist()}"
+                faults.append(f"prefix_length: got {given.tolist()}, wants {wanted}")
+        if faults:
+            raise ValueError("SimVLM: " + "; ".join(faults))
+        return lengths
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:  # [B, L] -> [B, L, D]
+        rows = slice(tokens.shape[1]) if positions is None else positions
+        return self.token_embedding(tokens) + self.text_position[rows]
+
+    def _encoder_input(self, images: Tensor | None, text: Tensor) -> Tensor:  # [B, L, D] -> [B, N + L, D]
+        x = text if images is None else torch.cat([self.encode_image(images).to(text.dtype), text], dim=1)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _encode(self, images: Tensor | None, text: Tensor, prefix: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's result [B, N + P, D] of image and P text tokens, and how much of it counts [B]."""
+        x = self._encoder_input(images, text)
+        length = torch.as_tensor(x.shape[1] - text.shape[1] + prefix, device=x.device).expand(len(x))
+        interval = intervals.padding(length, x.shape[1])
+        for block in self.encoder:
+            x = block(x, interval, has_image=images is not None)
+        assert self.cross_norm is not None
+        return self.cross_norm(x), length
+
+    def _hidden(self, images: Tensor | None, tokens: Tensor, prefix: int | Tensor) -> Tensor:
+        """Normalised last hidden states of the text positions, [B, L, D]."""
+        text = self._embed(tokens)
+        if self.config.form == "prefix_lm":
+            x = self._encoder_input(images, text)
+            before = x.shape[1] - text.shape[1]
+            interval = intervals.prefix_lm(before + prefix, x.shape[1], device=x.device)
+            for block in _blocks(self.encoder, self.decoder):
+                x = block(x, interval, has_image=images is not None)
+            return self.ln_final(x[:, before:])
+        longest = tokens.shape[1] if isinstance(prefix, Tensor) else prefix
+        memory, memory_length = self._encode(images, text[:, :longest], prefix)
+        memory_interval = intervals.padding(memory_length, tokens.shape[1])
+        # The decoder reads from the last token of the prefix on: the rows before it are empty.
+        start, end = intervals.causal(tokens.shape[1], device=text.device)
+        start = start + torch.as_tensor(prefix, device=start.device).to(start).sub(1).clamp(min=0)[..., None]
+        interval = start, end.expand_as(start)
+        y = F.dropout(text, self.config.dropout, self.training)
+        for block in _blocks(self.decoder):
+            y = block(y, interval, memory=(block.cross.keys_values(memory), memory_interval))
+        return self.ln_final(y)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor | None,  # [B, 3, R, R]
+        prefix_tokens: Tensor | None = None,  # [B, P]
+        *,
+        prefix_lengths: Tensor | None = None,  # [B]
+        max_new_tokens: int,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # [B, n]
+        """Text after the prefix; keys and values are kept. Put the model in evaluation mode first.
+
+        Args:
+            images: None continues texts alone.
+            prefix_tokens: start token first, then a text the caption continues ("a picture of"); None: the
+                start token alone.
+            prefix_lengths: tokens of each row before padding on its right; None: P.
+            max_new_tokens: P + max_new_tokens <= context_length.
+            num_beams, do_sample, temperature, top_k, top_p, length_penalty, early_stopping, generator: see
+                `vlmkernels.models.generation.generate`.
+            eos_token_id: ends a text; None: the config's.
+
+        Returns:
+            The new tokens only, the config's `pad_id` after the end.
+
+        Raises:
+            ValueError: for arguments that do not fit; with neither images nor a prefix.
+        """
+        if prefix_tokens is None:
+            if images is None:
+                raise ValueError("generate: wants images, prefix_tokens or both")
+            prefix_tokens = torch.full((len(images), 1), self.config.bos_id, device=images.device)
+        room = self.config.context_length - prefix_tokens.shape[-1]
+        if not 1 <= max_new_tokens <= room:
+            raise ValueError(
+                f"max_new_tokens: got {max_new_tokens}, wants 1 to {room}, the room after the prefix"
+            )
+        if prefix_lengths is None:
+            prefix_lengths = torch.full_like(prefix_tokens[..., 0], prefix_tokens.shape[-1])
+        prefix_lengths = self._checked_lengths(images, prefix_tokens, None, prefix_lengths)
+        decoding = _Decoding(self, images, prefix_tokens, prefix_lengths, max_new_tokens)
+        return generate(
+            decoding.first_logits,
+            decoding.step,
+            decoding.reorder,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=self.config.eos_id if eos_token_id is None else eos_token_id,
+            pad_token_id=self.config.pad_id,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            generator=generator,
+        )
+
+
+class _Decoding:
+    """Texts under way: keys and values of every layer, and where the next token of each row goes."""
+
+    def __init__(
+        self, model: SimVLM, images: Tensor | None, tokens: Tensor, lengths: Tensor, new_tokens: int
+    ) -> None:
+        self.model = model
+        self.memories: list[KeysValues] = []
+        self.memory_length = lengths
+        text, rows = model._embed(tokens), torch.arange(len(tokens), device=tokens.device)
+        if model.config.form == "encoder_decoder":
+            memory, self.memory_length = model._encode(images, text, lengths)
+            self.blocks = _blocks(model.decoder)
+            self.memories = [block.cross.keys_values(memory) for block in self.blocks]
+            self.caches = self._empty_caches(text, new_tokens)
+            # The decoder starts with the last token of the prefix. Where the next token goes, [N] each:
+            self.slot, self.position = torch.zeros_like(lengths), lengths - 1  # in the caches, in its text
+            self.first_logits = self.step(tokens[rows, lengths - 1])
+        else:
+            x = model._encoder_input(images, text)
+            self.blocks = _blocks(model.encoder, model.decoder)
+            self.caches = self._empty_caches(text, x.shape[1] + new_tokens)
+            # New tokens follow their own prefix and overwrite its padding.
+            self.slot, self.position = x.shape[1] - text.shape[1] + lengths, lengths
+            interval = intervals.prefix_lm(self.slot, x.shape[1])
+            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            for block, cache in zip(self.blocks, self.caches, strict=True):
+                x = block(x, interval, has_image=images is not None, cache=(cache, slots))
+            self.first_logits = model._logits(model.ln_final(x[rows, self.slot - 1]))
+
+    def _empty_caches(self, x: Tensor, capacity: int) -> list[KeysValues]:
+        heads = self.blocks[0].attn.heads
+        shape = len(x), capacity, heads, x.shape[-1] // heads
+        return [KeysValues(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.blocks]
+
+    def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
+        """Logits of the tokens after `tokens`, which join the caches."""
+        x = self.model._embed(tokens[:, None], self.position[:, None])
+        interval = intervals.padding(self.slot + 1, 1)
+        memory_interval = intervals.padding(self.memory_length, 1)
+        for i, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
+            memory = (self.memories[i], memory_interval) if self.memories else None
+            x = block(x, interval, memory=memory, cache=(cache, self.slot[:, None]))
+        self.slot, self.position = self.slot + 1, self.position + 1
+        return self.model._logits(self.model.ln_final(x[:, 0]))
+
+    def reorder(self, rows: Tensor) -> None:  # [M]
+        """The texts become rows of those held; M may differ from N."""
+        self.caches = [cache.select(rows) for cache in self.caches]
+        self.memories = [memory.select(rows) for memory in self.memories]
+        self.memory_length = self.memory_length[rows]
+        self.slot, self.position = self.slot[rows], self.position[rows]
+
+
+def _blocks(*stacks: nn.ModuleList) -> list[Block]:
+    return [cast(Block, block) for stack in stacks for block in stack]
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:  # [R, V], [R]
+    total = F.cross_entropy(logits.float(), targets.long(), reduction="sum")
+    return total / max(len(targets), 1)
+
+
+CONFIGS: dict[str, SimVLMConfig] = {
+    "simvlm-base": SimVLMConfig(),
+    "simvlm-large": SimVLMConfig(conv_blocks=(3, 8, 36), width=1024, encoder_layers=24, decoder_layers=24),
+    "simvlm-huge": SimVLMConfig(
+        conv_blocks=(3, 8, 36), conv_width=80, width=1280, encoder_layers=32, decoder_layers=32, heads=16
+    ),
+    "emoji-tiny": SimVLMConfig(
+        image_size=48,
+        conv_blocks=(1, 1, 1),
+        conv_width=16,
+        conv_pool=False,
+        width=128,
+        encoder_layers=3,
+        decoder_layers=3,
+        heads=4,
+        context_length=32,
+        vocab_size=4096,
+        bos_id=4094,
+        eos_id=4095,
+    ),
+}
