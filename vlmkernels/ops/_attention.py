@@ -15,25 +15,28 @@ def laid_out(like: Tensor, shape: Sequence[int]) -> Tensor:
 def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
     """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+
+    def shapes() -> str:  # only when asked for: compiled code cannot print symbolic sizes
+        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+
     faults = []
     if any(t.dim() != 4 for t in tensors.values()):
-        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {shapes}")
+        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {shapes()}")
     else:
         b, h, _, dh = query.shape
         heads = {t.shape[1] for t in (*keys.values(), *values.values())}
         hkv = next(iter(heads))
         if any(t.shape[0] != b for t in tensors.values()):
-            faults.append(f"all must have one batch size, got {shapes}")
+            faults.append(f"all must have one batch size, got {shapes()}")
         if any(k.shape[3] != dh for k in keys.values()):
-            faults.append(f"query and key must have one width, got {shapes}")
+            faults.append(f"query and key must have one width, got {shapes()}")
         if len(heads) > 1 or (h % hkv if hkv else h):
-            faults.append(f"the heads of query must be a multiple of those of key and value, got {shapes}")
+            faults.append(f"the heads of query must be a multiple of those of key and value, got {shapes()}")
         if len({v.shape[3] for v in values.values()}) > 1:
-            faults.append(f"values must have one width, got {shapes}")
+            faults.append(f"values must have one width, got {shapes()}")
         for (name, k), (of, v) in zip(keys.items(), values.items(), strict=True):
             if k.shape[2] != v.shape[2]:
-                faults.append(f"{name} and {of} must have as many tokens, got {shapes}")
+                faults.append(f"{name} and {of} must have as many tokens, got {shapes()}")
     if len({t.device for t in tensors.values()}) > 1:
         devices = ", ".join(f"{name} {t.device}" for name, t in tensors.items())
         faults.append(f"all must be on one device, got {devices}")
