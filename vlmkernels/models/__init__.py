@@ -2,6 +2,19 @@
 
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
+from vlmkernels.models.decoder import CausalLM, DecoderConfig
+from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 
-__all__ = ["ALIGN", "CLIP", "AlignConfig", "ClipConfig", "SimVLM", "SimVLMConfig"]
+__all__ = [
+    "ALIGN",
+    "CLIP",
+    "AlignConfig",
+    "CausalLM",
+    "ClipConfig",
+    "DecoderConfig",
+    "Flamingo",
+    "FlamingoConfig",
+    "SimVLM",
+    "SimVLMConfig",
+]

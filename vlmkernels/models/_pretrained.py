@@ -132,8 +132,8 @@ def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
     """The tensors of a state dict or of a file with one.
 
     Files: .safetensors; torch.save's format, read with weights_only=True; a TorchScript archive (OpenAI's
-    CLIP). A training checkpoint with the weights under "state_dict" is unwrapped, and DDP's prefix "module."
-    removed. Raises FileNotFoundError, or ValueError when the file holds no state dict.
+    CLIP). A training checkpoint with the weights under "state_dict" or "model_state_dict" is unwrapped, and
+    DDP's prefix "module." removed. Raises FileNotFoundError, or ValueError when the file holds no state dict.
     """
     content: Any = source
     if not isinstance(source, Mapping):
@@ -150,8 +150,9 @@ def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
                 content = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    for name in ("state_dict", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         what = "the mapping given" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{what} is not a state dict: wants names mapped to tensors")

@@ -178,12 +178,23 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
+    def _tokens(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, 1 + (R / P)^2, D], class token first
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        return self.transformer(self.ln_pre(x))
+
+    def patch_tokens(
+        self,
+        images: Tensor,  # [B, 3, R, R]
+        normalize: bool = False,
+    ) -> Tensor:  # [B, (R / P)^2, D]
+        """The last layer's output at the patches, row by row, through `ln_post` if `normalize`."""
+        x = self._tokens(images)[:, 1:]
+        return self.ln_post(x) if normalize else x
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
+        return self.ln_post(self._tokens(images)[:, 0]) @ self.proj
 
 
 class CLIP(Pretrained):

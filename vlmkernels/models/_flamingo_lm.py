@@ -1,0 +1,172 @@
+"""A frozen causal language model with gated cross-attention before some of its layers.
+
+The model is any module called like a decoder of transformers (which is not imported): `input_ids`,
+`attention_mask`, `past_key_values`, `use_cache` in, an object with `logits` and `past_key_values` out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
+from vlmkernels.nn.media_cache import MediaCache
+
+# Where a language model keeps its layers: OPT, GPT-NeoX, Llama and its kin, GPT-2 and GPT-J, MPT, `CausalLM`.
+LAYERS = (
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "transformer.h",
+    "transformer.blocks",
+    "layers",
+)
+GATED = "gated_cross_attn_layer"
+_PREFIX = "lang_encoder."
+_DUPLICATES = {f"{_PREFIX}gated_cross_attn_layers.": GATED, f"{_PREFIX}old_decoder_blocks.": "decoder_layer"}
+
+
+class MediaCondition:
+    """What the gated layers look at during one call of the language model; outside a call, nothing."""
+
+    def __init__(self) -> None:
+        self.media: Tensor | None = None  # [B, M, n, Dv]
+        self.intervals: tuple[Tensor, Tensor] | None = None  # each [B, T], columns of the M n media tokens
+        self.cache: MediaCache | None = None  # holds both of the above, for decoding
+
+    @property
+    def empty(self) -> bool:
+        return self.media is None and self.cache is None
+
+
+class FlamingoLayer(nn.Module):
+    """A decoder layer, and before it a gated cross-attention block if it has one and there are media."""
+
+    def __init__(
+        self, block: GatedCrossAttentionBlock | None, decoder_layer: nn.Module, condition: MediaCondition
+    ) -> None:
+        super().__init__()
+        self.gated_cross_attn_layer = block
+        self.decoder_layer = decoder_layer
+        self.condition = condition
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        block, seen = self.gated_cross_attn_layer, self.condition
+        if block is not None and seen.cache is not None:
+            x = block(x, cache=seen.cache)
+        elif block is not None and seen.media is not None:
+            x = block(x, seen.media, intervals=seen.intervals)
+        return self.decoder_layer(x, *args, **kwargs)
+
+
+def decoder_layers(language_model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers. ValueError when no known path leads to an nn.ModuleList."""
+    for path in LAYERS:
+        found: Any = language_model
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList):
+            return path, found
+    raise ValueError(
+        f"lang_encoder: {type(language_model).__name__} keeps its layers under none of {', '.join(LAYERS)}"
+    )
+
+
+def language_width(language_model: nn.Module) -> int:
+    """Width D of the layers, from the model's config."""
+    config = getattr(language_model, "config", None)
+    for name in ("hidden_size", "d_model", "width"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise ValueError(
+        f"lang_encoder: the config of {type(language_model).__name__} has no hidden_size, d_model or width"
+    )
+
+
+def input_embeddings(language_model: nn.Module) -> nn.Parameter:
+    """The token embedding's weight [V, D]."""
+    try:
+        return language_model.get_input_embeddings().weight  # type: ignore[operator, return-value]
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"lang_encoder: {type(language_model).__name__} does not give its input embeddings"
+        ) from error
+
+
+def insert_blocks(
+    language_model: nn.Module, blocks: Sequence[GatedCrossAttentionBlock | None], condition: MediaCondition
+) -> None:
+    """Wraps each decoder layer, in place, into a `FlamingoLayer` with its block."""
+    path, layers = decoder_layers(language_model)
+    wrapped = nn.ModuleList(
+        FlamingoLayer(block, layer, condition) for block, layer in zip(blocks, layers, strict=True)
+    )
+    parent, _, name = path.rpartition(".")
+    setattr(language_model.get_submodule(parent), name, wrapped)
+
+
+def keep_gradient_of_rows(
+    weight: nn.Parameter,  # [V, D]
+    rows: Sequence[int],
+) -> None:
+    """From now on the gradient of `weight` is 0 outside `rows`."""
+
+    def mask(gradient: Tensor) -> Tensor:  # [V, D]
+        kept = torch.zeros_like(gradient)
+        kept[list(rows)] = gradient[list(rows)]
+        return kept
+
+    weight.register_hook(mask)
+
+
+class LanguageModelCall:
+    """Calls a language model with the arguments that its forward has."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        known = inspect.signature(language_model.forward).parameters
+        self.takes_positions = "position_ids" in known
+        self.takes_logits_to_keep = "logits_to_keep" in known
+
+    def arguments(
+        self,
+        tokens: Tensor,  # [B, T]
+        attention_mask: Tensor | None,  # [B, past + T]
+        *,
+        last_only: bool = False,
+    ) -> dict[str, Any]:
+        """Positions count from the first token that is not padding."""
+        options: dict[str, Any] = {"input_ids": tokens}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            if self.takes_positions:
+                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+                options["position_ids"] = positions[:, attention_mask.shape[1] - tokens.shape[1] :]
+        if last_only and self.takes_logits_to_keep:
+            options["logits_to_keep"] = 1
+        return options
+
+
+def without_duplicates(state_dict: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:
+    """open_flamingo's names, in which each layer stands up to three times, as one name for each tensor.
+
+    `layers` is the path of the decoder layers.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        for prefix, part in _DUPLICATES.items():
+            if name.startswith(prefix):
+                index, _, rest = name.removeprefix(prefix).partition(".")
+                result.setdefault(f"{_PREFIX}{layers}.{index}.{part}.{rest}", tensor)
+                break
+        else:
+            result[name] = tensor
+    return result
