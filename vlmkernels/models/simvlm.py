@@ -219,7 +219,7 @@ class SimVLM(Pretrained):
         Raises:
             ValueError: for wrong shapes or dtypes; on the CPU also for lengths out of range.
         """
-        lengths = self._checked_lengths(images, tokens, prefix_length, text_lengths)
+        lengths = self._checked_lengths(images, tokens, text_lengths, prefix_length)
         if prefix_length is None:
             prefix_length = self.sample_prefix(lengths)
         hidden = self._hidden(images, tokens, prefix_length)  # [B, L, D]
@@ -236,19 +236,25 @@ class SimVLM(Pretrained):
         return F.linear(hidden, self.token_embedding.weight)
 
     def _checked_lengths(
-        self, images: Tensor | None, tokens: Tensor, prefix: int | Tensor | None, lengths: Tensor | None
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        prefix: int | Tensor | None = None,
+        names: tuple[str, str] = ("tokens", "text_lengths"),
     ) -> Tensor:  # [B]
         """`lengths`, or those of `tokens`; ValueError listing every argument that does not fit."""
-        faults = []
+        rows, counts = names
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             got = f"{tokens.dtype} of shape {list(tokens.shape)}"
-            raise ValueError(f"SimVLM: tokens: got {got}, wants integer ids [B, L]")
+            raise ValueError(f"SimVLM: {rows}: got {got}, wants integer ids [B, L]")
+        faults = []
         if not 1 <= tokens.shape[1] <= self.config.context_length:
             limit = self.config.context_length
-            faults.append(f"tokens: got rows of {tokens.shape[1]}, wants 1 to context_length {limit}")
+            faults.append(f"{rows}: got rows of {tokens.shape[1]}, wants 1 to context_length {limit}")
         if images is not None and len(images) != len(tokens):
-            faults.append(f"images, tokens: got {len(images)} and {len(tokens)} rows, wants as many of each")
-        for name, value in (("text_lengths", lengths), ("prefix_length", prefix)):
+            faults.append(f"images, {rows}: got {len(images)} and {len(tokens)} rows, wants as many of each")
+        for name, value in ((counts, lengths), ("prefix_length", prefix)):
             if isinstance(value, Tensor):
                 if value.shape != tokens.shape[:1] or value.is_floating_point():
                     got = f"{value.dtype} of shape {list(value.shape)}"
@@ -259,10 +265,10 @@ class SimVLM(Pretrained):
             lengths = self.text_lengths(tokens)
         if not faults and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             if not ((lengths >= 1) & (lengths <= tokens.shape[1])).all():
-                faults.append(f"text_lengths: got {lengths.tolist()}, wants 1 to {tokens.shape[1]}")
+                faults.append(f"{counts}: got {lengths.tolist()}, wants 1 to {tokens.shape[1]}")
             given = lengths.new_tensor(prefix) if isinstance(prefix, int) else prefix
             if given is not None and not ((given >= 0) & (given <= lengths)).all():
-                wanted = f"0 to text_lengths {lengths.tolist()}"
+                wanted = f"0 to {counts} {lengths.tolist()}"
                 faults.append(f"prefix_length: got {given.tolist()}, wants {wanted}")
         if faults:
             raise ValueError("SimVLM: " + "; ".join(faults))
@@ -348,14 +354,14 @@ class SimVLM(Pretrained):
             if images is None:
                 raise ValueError("generate: wants images, prefix_tokens or both")
             prefix_tokens = torch.full((len(images), 1), self.config.bos_id, device=images.device)
-        room = self.config.context_length - prefix_tokens.shape[-1]
-        if not 1 <= max_new_tokens <= room:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens}, wants 1 to {room}, the room after the prefix"
-            )
+        length = prefix_tokens.shape[-1]
         if prefix_lengths is None:
-            prefix_lengths = torch.full_like(prefix_tokens[..., 0], prefix_tokens.shape[-1])
-        prefix_lengths = self._checked_lengths(images, prefix_tokens, None, prefix_lengths)
+            prefix_lengths = torch.full(prefix_tokens.shape[:1], length, device=prefix_tokens.device)
+        names = "prefix_tokens", "prefix_lengths"
+        prefix_lengths = self._checked_lengths(images, prefix_tokens, prefix_lengths, names=names)
+        room = self.config.context_length - length
+        if not 1 <= max_new_tokens <= room:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}, wants 1 to {room} after the prefix")
         decoding = _Decoding(self, images, prefix_tokens, prefix_lengths, max_new_tokens)
         return generate(
             decoding.first_logits,
@@ -434,7 +440,8 @@ def _blocks(*stacks: nn.ModuleList) -> list[Block]:
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:  # [R, V], [R]
-    total = F.cross_entropy(logits.float(), targets.long(), reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets.long(), reduction="sum")
     return total / max(len(targets), 1)
 
 
