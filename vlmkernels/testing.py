@@ -1,6 +1,6 @@
 """Judging a kernel by what float64 says and by how well plain PyTorch does from the same inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,3 +118,23 @@ def unit_features(
     n = min(rows, cols)
     key[:n] = similarity * query[:n] + (1 - similarity**2) ** 0.5 * key[:n]
     return query.to(dtype), torch.nn.functional.normalize(key, dim=-1).to(dtype)
+
+
+def saved_activation_bytes(fn: Callable, *inputs: Any, parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps from `fn(*inputs)` for the backward.
+
+    Every storage counts once and whole, however many tensors share it; those of `inputs` and `parameters` do
+    not count. They are kept alive until the end, so that none is counted under the address of another.
+    """
+    known = {x.untyped_storage().data_ptr() for x in (*inputs, *parameters) if isinstance(x, Tensor)}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        fn(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
