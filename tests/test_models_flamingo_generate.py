@@ -38,7 +38,7 @@ def test_greedy_with_cache_for_every_prefill_chunk(kind):
     model = flamingo(kind, cross_attn_every_n_layers=2)
     with torch.no_grad():
         for block in model.gated_blocks():
-            block.attn.to_out.weight.mul_(20.0)
+            block.attn.to_out.weight.mul_(6.0 if kind == "ours" else 3.0)  # images decide some tokens
     vision_x, lang_x = inputs()
     wanted = without_cache(model, vision_x, lang_x)
     assert len({tuple(row) for row in wanted.tolist()}) > 1
