@@ -74,6 +74,11 @@ def is_plain(norm: nn.Module, *linears: nn.Module) -> bool:
     )
 
 
+def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
+    """The norm of a query or key, if it has one, in the dtype of `x`; under autocast it runs in its own."""
+    return x if isinstance(norm, nn.Identity) else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 def norm_linear(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
     """``linear(norm(x))`` of each linear layer; `x` is kept for the backward, the normalised x is not."""
     if not is_plain(norm, *linears):

@@ -109,7 +109,7 @@ class MaskedCrossAttention(nn.Module):
         """Keys and values of images; `MediaCache` keeps them."""
         both = self.to_kv(media.flatten(1, 2)).unflatten(-1, (2, self.kv_heads, self.dim_head))
         key, value = both.unbind(2)  # each [B, M n, Hkv, Dh]
-        return self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
+        return layers.head_norm(self.k_norm, key).transpose(1, 2), value.transpose(1, 2)
 
     def attention(
         self,
@@ -139,7 +139,8 @@ class MaskedCrossAttention(nn.Module):
                 most = media.shape[1] if num_media is None else num_media
                 intervals = build.media(time, media.shape[2], most, attend=self.attend)
         (query,) = layers.norm_linear(x, self.norm, self.to_q)
-        query = self.q_norm(query.unflatten(-1, (self.heads, self.dim_head))).transpose(1, 2)
+        query = query.unflatten(-1, (self.heads, self.dim_head))
+        query = layers.head_norm(self.q_norm, query).transpose(1, 2)
         if mask is not None:
             out, empty = self._by_mask(query, key, value, mask)
         else:

@@ -43,15 +43,18 @@ class PerceiverAttention(nn.Module):
     ) -> Tensor:  # [N, n, D]
         """The branch alone; latents with a batch of 1 are those of every image."""
         query, both = layers.norm_linear(latents, self.norm_latents, self.to_q, self.to_kv)
-        query = self.q_norm(query.unflatten(-1, (self.heads, self.dim_head)))
+        query = layers.head_norm(self.q_norm, query.unflatten(-1, (self.heads, self.dim_head)))
         key, value = both.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(2)
-        batch = len(media_key)
+        key, media_key = layers.head_norm(self.k_norm, key), layers.head_norm(self.k_norm, media_key)
+        query, key, value = (
+            t.transpose(1, 2).expand(len(media_key), -1, -1, -1) for t in (query, key, value)
+        )
         out = vlmkernels.perceiver_attention(
-            query.transpose(1, 2).expand(batch, -1, -1, -1),
-            self.k_norm(media_key).transpose(1, 2),
+            query,
+            media_key.transpose(1, 2),
             media_value.transpose(1, 2),
-            self.k_norm(key).transpose(1, 2).expand(batch, -1, -1, -1),
-            value.transpose(1, 2).expand(batch, -1, -1, -1),
+            key,
+            value,
             media_lengths=media_lengths,
         )
         return self.to_out(out.transpose(1, 2).flatten(2))
