@@ -246,6 +246,52 @@ def test_under_torch_compile(kind):
         model.zero_grad()
 
 
+@needs_transformers
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_with_checkpointed_layers(kind):
+    model = flamingo(kind).train()
+    loss_of(model).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.lang_encoder.activation_checkpointing_enable()
+    loss_of(model).backward()
+    for name, gradient in wanted.items():
+        error = (model.get_parameter(name).grad - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast(kind):
+    model = flamingo(kind)
+    vision_x, lang_x = inputs()
+    exact = model(vision_x, lang_x, labels=lang_x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(vision_x, lang_x, labels=lang_x)
+    assert out["loss"].dtype == torch.float32
+    assert (out["loss"] - exact["loss"]).abs() <= 0.02 * exact["loss"]
+    out["loss"].backward()
+    assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.grad is not None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(vision_x, lang_x, max_new_tokens=2, num_beams=2).shape[0] == 3
+
+
+def test_learns_to_name_images_and_needs_them():
+    """Four images, four words, a frozen random language model: the images are learnt, nothing else helps."""
+    model = flamingo().train()
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=3e-3)
+    images = torch.randn(4, 1, 1, 3, 16, 16)
+    text = torch.tensor([[MEDIA, 7, word, END] for word in (10, 11, 12, 13)])
+    labels = torch.where((text >= 10) & (text <= 13), text, -100)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(images, text, labels=labels)["loss"].backward()
+        optimizer.step()
+    model.eval()
+    loss = float(model(images, text, labels=labels)["loss"].detach())
+    assert loss < 0.2 < 1.38 < float(model(images.roll(1, 0), text, labels=labels)["loss"].detach())
+    assert model.generate(images, text[:, :2], max_new_tokens=1).flatten().tolist() == [10, 11, 12, 13]
+
+
 @pytest.mark.parametrize("part", ["flamingo", "decoder"])
 def test_saved_and_loaded(part, tmp_path):
     model = (
@@ -330,6 +376,8 @@ def test_modules_that_do_not_fit():
         Flamingo(external)
     with pytest.raises(ValueError, match="wants a lang_encoder"):
         Flamingo(config("opt"))
+    with pytest.raises(ValueError, match=r"other tensors than the tower of config\.vision"):
+        Flamingo(config(), vision_encoder=clip.CLIP(replace(VISION, vision_layers=3)).visual)
     small = DecoderConfig(30, width=16, layers=2, heads=2)
     with pytest.raises(ValueError) as caught:
         Flamingo(replace(config("opt"), cross_attn_every_n_layers=3), lang_encoder=CausalLM(small))

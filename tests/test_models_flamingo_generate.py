@@ -43,7 +43,8 @@ def test_greedy_with_cache_for_every_prefill_chunk(kind):
     wanted = without_cache(model, vision_x, lang_x)
     assert len({tuple(row) for row in wanted.tolist()}) > 1
     assert not torch.equal(wanted, without_cache(model, vision_x.flip(0), lang_x)), "images play no part"
-    for chunk in (None, *range(1, lang_x.shape[1] + 2)):
+    chunks = range(1, lang_x.shape[1] + 2) if kind in ("ours", "llama") else (1, 3, 6, 13)
+    for chunk in (None, *chunks):
         got = model.generate(vision_x, lang_x, max_new_tokens=NEW, prefill_chunk=chunk)
         assert torch.equal(got, wanted), chunk
 

@@ -125,6 +125,11 @@ class Flamingo(Pretrained):
             if c.vision is None:
                 raise ValueError("Flamingo: config.vision is None, wants a vision_encoder")
             vision_encoder = CLIP(c.vision).visual
+        elif c.vision is not None:
+            with torch.device("meta"):
+                wanted = CLIP(c.vision).visual.state_dict()
+            if _shapes(vision_encoder.state_dict()) != _shapes(wanted):
+                raise ValueError("Flamingo: vision_encoder has other tensors than the tower of config.vision")
         if lang_encoder is None:
             if c.language is None:
                 raise ValueError("Flamingo: config.language is None, wants a lang_encoder")
@@ -406,6 +411,10 @@ class Flamingo(Pretrained):
         if faults:
             raise ValueError("state_dict does not fit Flamingo: " + "; ".join(faults))
         self.load_state_dict({name: given[name] for name in given if name in own}, strict=False)
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state_dict.items()}
 
 
 class _Decoding:
