@@ -224,10 +224,11 @@ def test_prefix_form_at_prefix_0_is_a_causal_language_model():
     for block in (*model.encoder, *model.decoder):
         x = torch_layer(block, cross=False)[0](x, src_mask=later, is_causal=True)
     causal = F.linear(model.ln_final(x), model.token_embedding.weight)
-    for prefix in (0, 1, torch.zeros(len(tokens), dtype=torch.long)):
-        close(model(None, tokens, prefix, return_logits=True)["logits"], causal)
-    longer = model(None, tokens, 3, return_logits=True)["logits"]
-    assert (longer[:, 0] - causal[:, 0]).abs().max() > 1e-3
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    for prefix in (0, 1, torch.zeros_like(lengths)):
+        close(model(None, tokens, prefix, lengths, return_logits=True)["logits"], causal)
+    longer = model(None, tokens, 3, lengths, return_logits=True)["logits"]
+    assert (longer[:, 2] - causal[:, 2]).abs().max() > 1e-3
 
 
 @both_forms

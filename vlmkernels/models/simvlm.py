@@ -209,12 +209,12 @@ class SimVLM(Pretrained):
             prefix_length: tokens of each row in the prefix, 0 <= p <= its length; None draws them
                 (`sample_prefix`), as training does.
             text_lengths: tokens of each row before its padding; None: as `text_lengths()` counts them.
-            return_logits: compute them for every position; the loss alone needs only those it counts.
+            return_logits: also return them.
 
         Returns:
             `loss`: mean over the predicted tokens, positions max(p, 1) .. length - 1 of each row, of -log P;
-            0 if there are none. `logits` [B, L, V]: position t predicts token t + 1, from t = max(p, 1) - 1
-            on; what earlier positions hold has no meaning.
+            0 if there are none. `logits` [B, L, V]: position t predicts token t + 1, for max(p, 1) - 1 <= t <
+            length; the others are 0.
 
         Raises:
             ValueError: for wrong shapes or dtypes; on the CPU also for lengths out of range.
@@ -222,15 +222,17 @@ class SimVLM(Pretrained):
         lengths = self._checked_lengths(images, tokens, text_lengths, prefix_length)
         if prefix_length is None:
             prefix_length = self.sample_prefix(lengths)
-        hidden = self._hidden(images, tokens, prefix_length)  # [B, L, D]
-        position = torch.arange(1, tokens.shape[1], device=tokens.device)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
         first = prefix_length[:, None] if isinstance(prefix_length, Tensor) else prefix_length
-        counted = (position >= first) & (position < lengths[:, None])  # [B, L - 1]
-        targets = tokens[:, 1:][counted]
-        if return_logits:
-            logits = self._logits(hidden)
-            return {"loss": _mean_loss(logits[:, :-1][counted], targets), "logits": logits}
-        return {"loss": _mean_loss(self._logits(hidden[:, :-1][counted]), targets)}
+        counted = (position >= first - 1) & (position < lengths[:, None] - 1)  # [B, L] predicts its successor
+        asked = (position >= first - 1) & (position < lengths[:, None]) if return_logits else counted
+        rows = self._logits(self._hidden(images, tokens, prefix_length, asked))  # [R, V]
+        targets = tokens[:, 1:][counted[:, :-1]]
+        if not return_logits:
+            return {"loss": _mean_loss(rows, targets)}
+        logits = rows.new_zeros(*tokens.shape, rows.shape[1])
+        logits[asked] = rows
+        return {"loss": _mean_loss(rows[counted[asked]], targets), "logits": logits}
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         return F.linear(hidden, self.token_embedding.weight)
@@ -292,8 +294,8 @@ class SimVLM(Pretrained):
         assert self.cross_norm is not None
         return self.cross_norm(x), length
 
-    def _hidden(self, images: Tensor | None, tokens: Tensor, prefix: int | Tensor) -> Tensor:
-        """Normalised last hidden states of the text positions, [B, L, D]."""
+    def _hidden(self, images: Tensor | None, tokens: Tensor, prefix: int | Tensor, asked: Tensor) -> Tensor:
+        """Normalised last hidden states [R, D] of the R text positions where `asked` [B, L] is True."""
         text = self._embed(tokens)
         if self.config.form == "prefix_lm":
             x = self._encoder_input(images, text)
@@ -301,18 +303,20 @@ class SimVLM(Pretrained):
             interval = intervals.prefix_lm(before + prefix, x.shape[1], device=x.device)
             for block in _blocks(self.encoder, self.decoder):
                 x = block(x, interval, has_image=images is not None)
-            return self.ln_final(x[:, before:])
+            return self.ln_final(x[:, before:][asked])
         longest = tokens.shape[1] if isinstance(prefix, Tensor) else prefix
         memory, memory_length = self._encode(images, text[:, :longest], prefix)
-        memory_interval = intervals.padding(memory_length, tokens.shape[1])
-        # The decoder reads from the last token of the prefix on: the rows before it are empty.
-        start, end = intervals.causal(tokens.shape[1], device=text.device)
-        start = start + torch.as_tensor(prefix, device=start.device).to(start).sub(1).clamp(min=0)[..., None]
-        interval = start, end.expand_as(start)
-        y = F.dropout(text, self.config.dropout, self.training)
+        # The decoder reads the positions asked for, from the last of the prefix on, of all texts in one row.
+        bounds = F.pad(asked.sum(1).cumsum(0), (1, 0))
+        y = F.dropout(text[asked], self.config.dropout, self.training)[None]  # [1, R, D]
+        interval = intervals.packed(bounds, y.shape[1])
+        sample = asked.nonzero()[:, 0]  # [R]
+        start = sample * memory.shape[1]
+        memory_interval = start, start + memory_length[sample]
+        memory = memory.flatten(0, 1)[None]
         for block in _blocks(self.decoder):
             y = block(y, interval, memory=(block.cross.keys_values(memory), memory_interval))
-        return self.ln_final(y)
+        return self.ln_final(y[0])
 
     @torch.no_grad()
     def generate(
