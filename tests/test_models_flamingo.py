@@ -226,9 +226,11 @@ def test_a_failed_call_leaves_nothing_behind():
     assert torch.equal(model(vision_x, lang_x)["logits"], wanted)
 
 
-@pytest.mark.parametrize("kind", ["ours", pytest.param("llama", marks=needs_transformers)])
+@pytest.mark.parametrize(
+    "kind", ["ours", pytest.param("llama", marks=[needs_transformers, pytest.mark.slow])]
+)
 def test_under_torch_compile(kind):
-    model = flamingo(kind)
+    model = flamingo(kind, cross_attn_every_n_layers=2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (0, 1):
         vision_x, lang_x = inputs(seed)
