@@ -1,0 +1,607 @@
+#include "vlmkernels/attention.h"
+
+#include "pairwise.h"
+#include "vector.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+template <class A>
+constexpr A kNothing = -__builtin_inf();
+
+// Takes pieces of scratch; from a null pointer it measures.
+struct Carve {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return piece;
+  }
+};
+
+template <class T>
+T* row_of(const Tokens<T>& x, int64_t b, int64_t h, int64_t t) {
+  return x.data + b * x.batch + h * x.head + t * x.token;
+}
+
+// Rows as an A operand [block][depth], or a B operand of unpaired rows; zero padded.
+template <class P>
+void copy_rows(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < d; ++c) out[r * depth + c] = x[r * ldx + c];
+    for (int64_t c = d; c < depth; ++c) out[r * depth + c] = P{};
+  }
+  for (int64_t i = count * depth; i < block * depth; ++i) out[i] = P{};
+}
+
+// Rows as the B operand of a product that sums over them.
+template <class P>
+void rows_as_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out) {
+  if constexpr (kPaired<P>) {
+    pack_rows_b(x, ldx, count, d, depth, block, out);
+  } else {
+    copy_rows(x, ldx, count, d, depth, block, out);
+  }
+}
+
+// What the rows of a query block see of a source: all of [inner_lo, inner_hi), nothing outside [lo, hi).
+struct Span {
+  int64_t lo, hi, inner_lo, inner_hi;
+};
+inline Span span_of(const int32_t* begin, const int32_t* end, int64_t rows) {
+  Span span{INT32_MAX, 0, 0, INT32_MAX};
+  for (int64_t r = 0; r < rows; ++r) {
+    span.inner_lo = begin[r] < end[r] ? max_<int64_t>(span.inner_lo, begin[r]) : INT32_MAX;
+    span.inner_hi = min_<int64_t>(span.inner_hi, end[r]);
+    if (begin[r] >= end[r]) continue;
+    span.lo = min_<int64_t>(span.lo, begin[r]);
+    span.hi = max_<int64_t>(span.hi, end[r]);
+  }
+  if (span.hi == 0) span.lo = 0;
+  return span;
+}
+
+// The keys [c0, c1) of the block at j0 that a span touches, in units.
+struct Columns {
+  int64_t c0, c1;
+};
+inline Columns columns_of(const Span& span, int64_t j0, int64_t block) {
+  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(ceil_div(span.hi - j0, kKeyUnit) * kKeyUnit, block)};
+}
+
+// Queries of a tile's row: whole vectors, and few distinct shapes of products.
+template <class P>
+int64_t tile_width(int64_t queries) {
+  constexpr int64_t step = kPaired<P> ? 32 : 16;
+  return ceil_div(queries, step) * step;
+}
+
+template <class P>
+int64_t table_size(const Attention<P>& g) {
+  return (2 * g.grid_rows - 1) * (2 * g.grid_cols - 1);
+}
+
+// Calls f(x, entry, run) for runs of queries [i0 + x, i0 + x + run) of [i0, i1) whose biases for key j begin at `entry`.
+template <class P, class F>
+void for_query_runs(const Attention<P>& g, int64_t i0, int64_t i1, int64_t j, F f) {
+  const int64_t rows = g.grid_rows, cols = g.grid_cols, last = min_(i1, rows * cols);
+  if (j >= rows * cols) return;
+  for (int64_t i = i0; i < last;) {
+    const int64_t run = min_(cols - i % cols, last - i);
+    f(i - i0, (i / cols - j / cols + rows - 1) * (2 * cols - 1) + i % cols - j % cols + cols - 1, run);
+    i += run;
+  }
+}
+
+// Where the queries of a block see keys, for comparison with a key's index; queries past the last see none.
+template <class A>
+void bounds_of(const int32_t* begin, const int32_t* end, int64_t rows, typename Vectors<A>::Index* from,
+               typename Vectors<A>::Index* to) {
+  for (int64_t r = 0; r < kQueryBlock; ++r) {
+    from[r] = r < rows ? begin[r] : 0;
+    to[r] = r < rows ? end[r] : 0;
+  }
+}
+template <class A>
+VLMK_INLINE IndexVec<A> sees(const typename Vectors<A>::Index* from, const typename Vectors<A>::Index* to, int64_t j) {
+  const auto key = static_cast<typename Vectors<A>::Index>(j);
+  return (load<IndexVec<A>>(from) <= key) & (load<IndexVec<A>>(to) > key);
+}
+
+// Tiles are transposed, [keys][queries]: what belongs to one query stays in one lane.
+template <class P>
+struct ForwardScratch {
+  using A = acc_t<P>;
+  P* qt;                                  // [depth][kQueryBlock] B operand
+  A* s;                                   // [key_block][kQueryBlock]
+  P* p;                                   // the same as a B operand; of full precision in place of s
+  A* o;                                   // [dv][kQueryBlock]
+  A* rows;                                // [kQueryBlock][dv]
+  A *top, *sum, *keep;                    // [kQueryBlock]
+  typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
+  P* k[2];                                // [key blocks][key_block][depth] A operands
+  P* vt[2];                               // [key blocks][dv][key_block] A operands
+  uint8_t* packed[2];
+  int64_t bytes;
+
+  ForwardScratch(const Attention<P>& g, char* base) {
+    Carve carve{base};
+    qt = carve.take<P>(kQueryBlock * g.depth);
+    s = carve.take<A>(kQueryBlock * g.key_block);
+    if constexpr (kPaired<P>) {
+      p = carve.take<P>(kQueryBlock * g.key_block);
+    } else {
+      p = s;
+    }
+    o = carve.take<A>(kQueryBlock * g.dv);
+    rows = carve.take<A>(kQueryBlock * g.dv);
+    top = carve.take<A>(kQueryBlock);
+    sum = carve.take<A>(kQueryBlock);
+    keep = carve.take<A>(kQueryBlock);
+    from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
+    to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
+    for (int64_t i = 0; i < g.sources; ++i) {
+      const int64_t blocks = ceil_div(g.source[i].count, g.key_block);
+      k[i] = carve.take<P>(blocks * g.depth * g.key_block);
+      vt[i] = carve.take<P>(blocks * g.dv * g.key_block);
+      packed[i] = carve.take<uint8_t>(blocks);
+    }
+    bytes = carve.at - base;
+  }
+};
+
+// s becomes scale s + bias, for keys [j0, j0 + keys) and the queries from q0 on.
+template <class P>
+void add_bias(const Attention<P>& g, const acc_t<P>* table, int64_t q0, int64_t rows, int64_t width, int64_t j0, int64_t keys,
+              acc_t<P>* s) {
+  for (int64_t j = j0; j < j0 + keys; ++j, s += width) {
+    for (int64_t i = 0; i < width; ++i) s[i] *= g.scale;
+    for_query_runs(g, q0, q0 + rows, j, [&](int64_t x, int64_t entry, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) s[x + i] += table[entry + i];
+    });
+  }
+}
+
+// One tile of logits [keys][width] joins the softmax: with z = factor s in powers of two, top takes in the tile's maxima, p =
+// 2^(z - top), sum takes in their sums after keep = 2^(old top - top). Returns whether any query's top has moved. What is not
+// seen becomes 0; a query that sees nothing keeps its top at -inf.
+template <bool kMasked, class P>
+bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const ForwardScratch<P>& w) {
+  using A = acc_t<P>;
+  constexpr int64_t lanes = Vectors<A>::lanes;
+  const Vec<A> nothing = Vec<A>{} + kNothing<A>;
+  bool moved = false;
+  for (int64_t i = 0; i < width; i += lanes) {
+    Vec<A> high[4] = {nothing, nothing, nothing, nothing};
+    for (int64_t j = 0; j < keys; j += 4) {
+      for (int64_t x = 0; x < 4; ++x) {
+        A* at = s + (j + x) * width + i;
+        Vec<A> z = load<Vec<A>>(at) * factor;
+        if constexpr (kMasked) {
+          z = sees<A>(w.from + i, w.to + i, j0 + j + x) ? z : nothing;
+          store(z, at);
+        }
+        high[x] = max_of(high[x], z);
+      }
+    }
+    const Vec<A> old = load<Vec<A>>(w.top + i);
+    const Vec<A> top = max_of(max_of(max_of(high[0], high[1]), max_of(high[2], high[3])), old);
+    const Vec<A> finite = top > nothing ? top : Vec<A>{}, keep = exp2_(old - finite);
+    for (int64_t x = 0; x < lanes; ++x) moved |= top[x] > old[x];
+    store(top, w.top + i);
+    store(keep, w.keep + i);
+    Vec<A> sum[2] = {load<Vec<A>>(w.sum + i) * keep, Vec<A>{}};
+    for (int64_t j = 0; j < keys; j += 2) {
+      A* at = s + j * width + i;
+      const A unit = kMasked ? A(1) : factor;
+      const Vec<A> first = exp2_(load<Vec<A>>(at) * unit - finite), second = exp2_(load<Vec<A>>(at + width) * unit - finite);
+      sum[0] += first;
+      sum[1] += second;
+      if constexpr (kPaired<P>) {
+        store(paired(first, second), w.p + j * width + 2 * i);
+      } else {
+        store(first, at);
+        store(second, at + width);
+      }
+    }
+    store(sum[0] + sum[1], w.sum + i);
+  }
+  return moved;
+}
+
+template <class A>
+constexpr A kLog2e = A(1.44269504088896340736);
+
+// Transposed results [dv][width] as rows, divided by the sums.
+template <class P>
+void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t width, bool any,
+                const ForwardScratch<P>& w) {
+  using A = acc_t<P>;
+  transpose(w.o, width, g.dv, rows, w.rows, g.dv);
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool seen = any && w.top[r] != kNothing<A>;
+    const A inverse = 1 / w.sum[r], *row = w.rows + r * g.dv;
+    P* out = row_of(g.out, b, h, q0 + r);
+#pragma omp simd
+    for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? row[c] * inverse : A(0), out[c]);
+    g.lse[(b * g.heads + h) * g.tq + q0 + r] = seen ? (w.top[r] + std::log2(w.sum[r])) / kLog2e<A> : kNothing<A>;
+  }
+}
+
+}  // namespace
+
+template <class P>
+int64_t attention_forward_scratch(const Attention<P>& g) {
+  return ForwardScratch<P>(g, nullptr).bytes;
+}
+
+template <class P>
+void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch) {
+  using A = acc_t<P>;
+  const ForwardScratch<P> w(g, scratch);
+  const int64_t block = g.key_block, kv_head = h / (g.heads / g.kv_heads);
+  const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
+  const A factor = (table ? A(1) : g.scale) * kLog2e<A>;
+  for (int64_t n = 0; n < g.sources; ++n) {
+    for (int64_t i = 0; i * block < g.source[n].count; ++i) w.packed[n][i] = false;
+  }
+  for (int64_t q0 = part * kQueryBlock; q0 < g.tq; q0 += parts * kQueryBlock) {
+    const int64_t rows = min_(kQueryBlock, g.tq - q0), width = tile_width<P>(rows);
+    pack_transposed_b(row_of(g.q, b, h, q0), g.q.token, rows, g.dh, g.depth, width, w.qt);
+    for (int64_t r = 0; r < width; ++r) w.top[r] = kNothing<A>, w.sum[r] = 0;
+    bool any = false;
+    for (int64_t n = 0; n < g.sources; ++n) {
+      const Source<P>& source = g.source[n];
+      const int32_t *begin = source.begin + b * source.interval_batch + q0, *end = source.end + b * source.interval_batch + q0;
+      const Span span = span_of(begin, end, rows);
+      bounds_of<A>(begin, end, rows, w.from, w.to);
+      for (int64_t j0 = span.lo / block * block; j0 < span.hi; j0 += block) {
+        const auto [c0, c1] = columns_of(span, j0, block);
+        const int64_t keys = c1 - c0;
+        P *k = w.k[n] + j0 * g.depth, *vt = w.vt[n] + j0 * g.dv;
+        if (!w.packed[n][j0 / block]) {
+          const int64_t count = min_(block, source.count - j0);
+          copy_rows(row_of(source.k, b, kv_head, j0), source.k.token, count, g.dh, g.depth, block, k);
+          pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
+          w.packed[n][j0 / block] = true;
+        }
+        g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
+        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
+        const bool all_seen = span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1;
+        const bool moved = all_seen ? join_softmax<false>(w.s, keys, width, j0 + c0, factor, w)
+                                    : join_softmax<true>(w.s, keys, width, j0 + c0, factor, w);
+        for (int64_t c = 0; any && moved && c < g.dv; ++c) {
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) w.o[c * width + i] *= w.keep[i];
+        }
+        g.product(g.dv, width, keys, block, width, width, any, vt + c0, w.p, w.o);
+        any = true;
+      }
+    }
+    write_rows(g, b, h, q0, rows, width, any, w);
+  }
+}
+
+template <class P>
+int64_t attention_rows_scratch(const Attention<P>& g) {
+  int64_t keys = 0;
+  for (int64_t n = 0; n < g.sources; ++n) keys = max_(keys, g.source[n].count);
+  return (keys + g.dh + g.dv) * static_cast<int64_t>(sizeof(acc_t<P>)) + 192;
+}
+
+template <class P>
+void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) {
+  using A = acc_t<P>;
+  Carve carve{scratch};
+  A *q = carve.take<A>(g.dh), *o = carve.take<A>(g.dv), *s = carve.take<A>(0);
+  const int64_t kv_head = h / (g.heads / g.kv_heads);
+  const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
+  for (int64_t i = 0; i < g.tq; ++i) {
+    const P* query = row_of(g.q, b, h, i);
+    for (int64_t c = 0; c < g.dh; ++c) q[c] = to_acc(query[c]) * g.scale;
+    for (int64_t c = 0; c < g.dv; ++c) o[c] = 0;
+    A top = kNothing<A>, sum = 0;
+    for (int64_t n = 0; n < g.sources; ++n) {
+      const Source<P>& source = g.source[n];
+      const int64_t at = b * source.interval_batch + i, begin = source.begin[at], end = source.end[at];
+      for (int64_t j = begin; j < end; ++j) {
+        const P* k = row_of(source.k, b, kv_head, j);
+        A dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t c = 0; c < g.dh; ++c) dot += q[c] * to_acc(k[c]);
+        s[j - begin] = dot;
+      }
+      for (int64_t j = begin; table && j < end; ++j) {
+        for_query_runs(g, i, i + 1, j, [&](int64_t, int64_t entry, int64_t) { s[j - begin] += table[entry]; });
+      }
+      A high = top, total = 0;
+#pragma omp simd reduction(max : high)
+      for (int64_t x = 0; x < end - begin; ++x) high = max_(high, s[x]);
+      if (high == kNothing<A>) continue;
+      const A keep = exp_(top - high);
+      for (int64_t c = 0; c < g.dv; ++c) o[c] *= keep;
+#pragma omp simd reduction(+ : total)
+      for (int64_t x = 0; x < end - begin; ++x) total += s[x] = exp_(s[x] - high);
+      sum = sum * keep + total;
+      top = high;
+      for (int64_t j = begin; j < end; ++j) add_scaled(g.dv, s[j - begin], row_of(source.v, b, kv_head, j), o);
+    }
+    const bool seen = top != kNothing<A>;
+    P* out = row_of(g.out, b, h, i);
+    for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? o[c] / sum : A(0), out[c]);
+    g.lse[(b * g.heads + h) * g.tq + i] = seen ? top + std::log(sum) : kNothing<A>;
+  }
+}
+
+namespace {
+
+template <class P>
+struct BackwardScratch {
+  using A = acc_t<P>;
+  P *qt, *dot;                            // [depth | width][kQueryBlock] B operands of the logits and of dP
+  P *q, *dout;                            // [kQueryBlock][depth | width] B operands of dk and dv
+  A *lse, *slope;                         // [kQueryBlock] the log-sum-exp in powers of two, and <dout, out> - dlse
+  typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
+  A* rows;                                // [kQueryBlock][dh]
+  A *s, *ds;                              // [kGradKeys][kQueryBlock] transposed tiles
+  P *p_a, *ds_a, *ds_b;                   // the same as operands
+  P *k, *v;                               // [key_chunk][depth | width] A operands
+  P* kt;                                  // [key_chunk / kGradKeys][dh][kGradKeys] A operand of dq
+  A *dk, *dv;                             // [key_chunk][depth | width]
+  uint8_t* packed;                        // [key_chunk / kGradKeys]
+  A* delta;                               // [group][tq]
+  A* dq;                                  // [group][query blocks][dh][kQueryBlock], when chunks == 1
+  uint8_t* touched;                       // [group][query blocks], when chunks == 1
+  int64_t bytes;
+
+  BackwardScratch(const AttentionGrads<P>& grads, char* base) {
+    const Attention<P>& g = grads.attention;
+    const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), tile = kGradKeys * kQueryBlock;
+    Carve carve{base};
+    qt = carve.take<P>(kQueryBlock * g.depth);
+    dot = carve.take<P>(kQueryBlock * g.width);
+    q = carve.take<P>(kQueryBlock * g.depth);
+    dout = carve.take<P>(kQueryBlock * g.width);
+    lse = carve.take<A>(kQueryBlock);
+    slope = carve.take<A>(kQueryBlock);
+    from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
+    to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
+    rows = carve.take<A>(kQueryBlock * g.dh);
+    s = carve.take<A>(tile);
+    ds = carve.take<A>(tile);
+    if constexpr (kPaired<P>) {
+      p_a = carve.take<P>(tile);
+      ds_a = carve.take<P>(tile);
+      ds_b = carve.take<P>(tile);
+    } else {
+      p_a = s;
+      ds_a = ds_b = ds;
+    }
+    k = carve.take<P>(grads.key_chunk * g.depth);
+    v = carve.take<P>(grads.key_chunk * g.width);
+    kt = carve.take<P>(grads.key_chunk * g.dh);
+    dk = carve.take<A>(grads.key_chunk * g.depth);
+    dv = carve.take<A>(grads.key_chunk * g.width);
+    packed = carve.take<uint8_t>(grads.key_chunk / kGradKeys);
+    delta = carve.take<A>(group * g.tq);
+    const bool whole = grads.chunks == 1 && grads.need_q;
+    dq = carve.take<A>(whole ? group * blocks * g.dh * kQueryBlock : 0);
+    touched = carve.take<uint8_t>(whole ? group * blocks : 0);
+    bytes = carve.at - base;
+  }
+};
+
+// A tile [keys][width]: p = 2^(factor s - lse) where the queries see the keys, ds = p (dp - slope).
+template <bool kMasked, class P>
+void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const BackwardScratch<P>& w) {
+  using A = acc_t<P>;
+  for (int64_t i = 0; i < width; i += Vectors<A>::lanes) {
+    const Vec<A> lse = load<Vec<A>>(w.lse + i), slope = load<Vec<A>>(w.slope + i);
+    for (int64_t j = 0; j < keys; j += 2) {
+      Vec<A> p[2], ds[2];
+      for (int64_t x = 0; x < 2; ++x) {
+        const int64_t at = (j + x) * width + i;
+        p[x] = exp2_(load<Vec<A>>(w.s + at) * factor - lse);
+        ds[x] = p[x] * (load<Vec<A>>(w.ds + at) - slope);
+        if constexpr (kMasked) {
+          const auto seen = sees<A>(w.from + i, w.to + i, j0 + j + x);
+          p[x] = seen ? p[x] : Vec<A>{};
+          ds[x] = seen ? ds[x] : Vec<A>{};
+        }
+        store(ds[x], w.ds + at);
+        if constexpr (kPaired<P>) {
+          store_rounded(p[x], w.p_a + at);
+          store_rounded(ds[x], w.ds_a + at);
+        } else {
+          store(p[x], w.s + at);
+        }
+      }
+      if constexpr (kPaired<P>) store(paired(ds[0], ds[1]), w.ds_b + j * width + 2 * i);
+    }
+  }
+}
+
+// The transposed gradients [dh][width] of a query block as rows; none: zeros. rows: kQueryBlock * dh.
+template <class P>
+void write_query(const AttentionGrads<P>& grads, int64_t b, int64_t h, int64_t q0, const acc_t<P>* dqt, acc_t<P>* flat) {
+  const Attention<P>& g = grads.attention;
+  const int64_t rows = min_(kQueryBlock, g.tq - q0);
+  if (dqt) transpose(dqt, tile_width<P>(rows), g.dh, rows, flat, g.dh);
+  for (int64_t r = 0; r < rows; ++r) {
+    P* out = row_of(grads.dq, b, h, q0 + r);
+#pragma omp simd
+    for (int64_t c = 0; c < g.dh; ++c) from_acc(dqt ? g.scale * flat[r * g.dh + c] : acc_t<P>(0), out[c]);
+  }
+}
+
+// <dout_i, out_i> - dlse_i
+template <class P>
+void row_slopes(const AttentionGrads<P>& grads, int64_t b, int64_t h, acc_t<P>* delta) {
+  using A = acc_t<P>;
+  const Attention<P>& g = grads.attention;
+  for (int64_t i = 0; i < g.tq; ++i) {
+    const P *dout = row_of(grads.dout, b, h, i), *out = row_of(g.out, b, h, i);
+    A dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t c = 0; c < g.dv; ++c) dot += to_acc(dout[c]) * to_acc(out[c]);
+    delta[i] = grads.dlse ? dot - grads.dlse[(b * g.heads + h) * g.tq + i] : dot;
+  }
+}
+
+// The chunk of keys [first, first + count) of a source, for all query heads that share them.
+template <class P>
+void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, int64_t n, int64_t first, int64_t count,
+                   int64_t b, int64_t kv_head, int64_t chunk, acc_t<P>* dq, uint8_t* touched) {
+  using A = acc_t<P>;
+  const Attention<P>& g = grads.attention;
+  const Source<P>& source = g.source[n];
+  const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), key_blocks = ceil_div(count, kGradKeys);
+  const bool need_ds = grads.need_q || grads.need_k || grads.dbias_parts;
+  const A factor = (g.bias ? A(1) : g.scale) * kLog2e<A>;
+  for (int64_t jb = 0; jb < key_blocks; ++jb) w.packed[jb] = false;
+  for (int64_t member = 0; member < group; ++member) {
+    const int64_t h = kv_head * group + member, stats = (b * g.heads + h) * g.tq;
+    const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
+    A* dtable = grads.dbias_parts ? grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + h) * table_size(g) : nullptr;
+    for (int64_t qb = 0; qb < blocks; ++qb) {
+      const int64_t q0 = qb * kQueryBlock, rows = min_(kQueryBlock, g.tq - q0), at = b * source.interval_batch + q0;
+      Span span = span_of(source.begin + at, source.end + at, rows);
+      span.lo = max_(span.lo, first), span.hi = min_(span.hi, first + count);
+      if (span.lo >= span.hi) continue;
+      const int64_t width = tile_width<P>(rows);
+      const P *query = row_of(g.q, b, h, q0), *dout = row_of(grads.dout, b, h, q0);
+      pack_transposed_b(query, g.q.token, rows, g.dh, g.depth, width, w.qt);
+      if (need_ds) pack_transposed_b(dout, grads.dout.token, rows, g.dv, g.width, width, w.dot);
+      if (grads.need_k) rows_as_b(query, g.q.token, rows, g.dh, g.depth, width, w.q);
+      if (grads.need_v) rows_as_b(dout, grads.dout.token, rows, g.dv, g.width, width, w.dout);
+      bounds_of<A>(source.begin + at, source.end + at, rows, w.from, w.to);
+      for (int64_t r = 0; r < width; ++r) {
+        const bool inside = r < rows && g.lse[stats + q0 + r] != kNothing<A>;
+        w.lse[r] = inside ? g.lse[stats + q0 + r] * kLog2e<A> : A(0);
+        w.slope[r] = inside ? w.delta[member * g.tq + q0 + r] : A(0);
+      }
+      uint8_t* seen = touched ? touched + member * blocks + qb : nullptr;
+      A* dqt = dq ? dq + (member * blocks + qb) * g.dh * kQueryBlock : nullptr;
+      for (int64_t jb = (span.lo - first) / kGradKeys; jb * kGradKeys + first < span.hi; ++jb) {
+        const int64_t j0 = first + jb * kGradKeys, local = jb * kGradKeys;
+        const auto [c0, c1] = columns_of(span, j0, kGradKeys);
+        const int64_t keys = c1 - c0;
+        P *k = w.k + local * g.depth, *v = w.v + local * g.width, *kt = w.kt + local * g.dh;
+        A *dk = w.dk + local * g.depth, *dv = w.dv + local * g.width;
+        if (!w.packed[jb]) {
+          const int64_t here = min_(kGradKeys, first + count - j0);
+          const P *key = row_of(source.k, b, kv_head, j0), *value = row_of(source.v, b, kv_head, j0);
+          copy_rows(key, source.k.token, here, g.dh, g.depth, kGradKeys, k);
+          if (need_ds) copy_rows(value, source.v.token, here, g.dv, g.width, kGradKeys, v);
+          if (grads.need_q) pack_transposed_a(key, source.k.token, here, g.dh, kGradKeys, kt);
+          for (int64_t i = 0; grads.need_k && i < kGradKeys * g.depth; ++i) dk[i] = 0;
+          for (int64_t i = 0; grads.need_v && i < kGradKeys * g.width; ++i) dv[i] = 0;
+          w.packed[jb] = true;
+        }
+        g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
+        if (need_ds) g.product(keys, width, g.width, g.width, width, width, false, v + c0 * g.width, w.dot, w.ds);
+        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
+        if (span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1) {
+          grad_tile<false>(keys, width, j0 + c0, factor, w);
+        } else {
+          grad_tile<true>(keys, width, j0 + c0, factor, w);
+        }
+        for (int64_t c = 0; dtable && c < keys; ++c) {
+          for_query_runs(g, q0, q0 + rows, j0 + c0 + c, [&](int64_t x, int64_t entry, int64_t run) {
+            for (int64_t i = 0; i < run; ++i) dtable[entry + i] += w.ds[c * width + x + i];
+          });
+        }
+        if (grads.need_v) {
+          g.product(keys, g.width, width, width, g.width, g.width, true, w.p_a, w.dout, dv + c0 * g.width);
+        }
+        if (grads.need_k) {
+          g.product(keys, g.depth, width, width, g.depth, g.depth, true, w.ds_a, w.q, dk + c0 * g.depth);
+        }
+        if (grads.need_q) {
+          g.product(g.dh, width, keys, kGradKeys, width, width, *seen, kt + c0, w.ds_b, dqt);
+          *seen = true;
+        }
+      }
+    }
+  }
+  const auto write = [&](const Tokens<P>& to, const A* sums, int64_t d, int64_t ld, A factor) {
+    for (int64_t j = 0; j < count; ++j) {
+      P* out = row_of(to, b, kv_head, first + j);
+      const bool any = w.packed[j / kGradKeys];
+#pragma omp simd
+      for (int64_t c = 0; c < d; ++c) from_acc(any ? factor * sums[j * ld + c] : A(0), out[c]);
+    }
+  };
+  if (grads.need_k) write(source.dk, w.dk, g.dh, g.depth, g.scale);
+  if (grads.need_v) write(source.dv, w.dv, g.dv, g.width, A(1));
+}
+
+}  // namespace
+
+template <class P>
+int64_t attention_backward_scratch(const AttentionGrads<P>& grads) {
+  return BackwardScratch<P>(grads, nullptr).bytes;
+}
+
+template <class P>
+void attention_backward(const AttentionGrads<P>& grads, int64_t b, int64_t kv_head, int64_t chunk, char* scratch) {
+  using A = acc_t<P>;
+  const Attention<P>& g = grads.attention;
+  const BackwardScratch<P> w(grads, scratch);
+  const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), first_head = kv_head * group;
+  A* dq = nullptr;
+  uint8_t* touched = nullptr;
+  if (grads.need_q) {
+    const int64_t at = ((chunk * g.batch + b) * g.heads + first_head) * blocks;
+    dq = grads.chunks > 1 ? grads.dq_parts + at * g.dh * kQueryBlock : w.dq;
+    touched = grads.chunks > 1 ? grads.dq_touched + at : w.touched;
+    for (int64_t i = 0; i < group * blocks; ++i) touched[i] = false;
+  }
+  for (int64_t member = 0; member < group; ++member) row_slopes(grads, b, first_head + member, w.delta + member * g.tq);
+  if (grads.dbias_parts) {
+    A* dbias = grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + first_head) * table_size(g);
+    for (int64_t i = 0; i < group * table_size(g); ++i) dbias[i] = 0;
+  }
+  for (int64_t n = 0, index = 0; n < g.sources; ++n) {
+    const int64_t keys = g.source[n].count;
+    for (int64_t first = 0; first < keys; first += grads.key_chunk, ++index) {
+      if (index % grads.chunks != chunk) continue;
+      backward_keys(grads, w, n, first, min_(grads.key_chunk, keys - first), b, kv_head, chunk, dq, touched);
+    }
+  }
+  if (!grads.need_q || grads.chunks > 1) return;
+  for (int64_t i = 0; i < group * blocks; ++i) {
+    write_query(grads, b, first_head + i / blocks, i % blocks * kQueryBlock, touched[i] ? dq + i * g.dh * kQueryBlock : nullptr,
+                w.rows);
+  }
+}
+
+template <class P>
+void attention_join_query(const AttentionGrads<P>& grads, int64_t b, int64_t h, int64_t query_block, acc_t<P>* scratch) {
+  const Attention<P>& g = grads.attention;
+  const int64_t blocks = ceil_div(g.tq, kQueryBlock), size = g.dh * kQueryBlock;
+  for (int64_t i = 0; i < size; ++i) scratch[i] = 0;
+  for (int64_t chunk = 0; chunk < grads.chunks; ++chunk) {
+    const int64_t at = ((chunk * g.batch + b) * g.heads + h) * blocks + query_block;
+    if (!grads.dq_touched[at]) continue;
+    const acc_t<P>* part = grads.dq_parts + at * size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) scratch[i] += part[i];
+  }
+  write_query(grads, b, h, query_block * kQueryBlock, scratch, scratch + size);
+}
+
+#define VLMK_INSTANTIATE(P)                                                                        \
+  template int64_t attention_forward_scratch(const Attention<P>&);                                 \
+  template int64_t attention_rows_scratch(const Attention<P>&);                                    \
+  template int64_t attention_backward_scratch(const AttentionGrads<P>&);                           \
+  template void attention_forward(const Attention<P>&, int64_t, int64_t, int64_t, int64_t, char*); \
+  template void attention_rows(const Attention<P>&, int64_t, int64_t, char*);                      \
+  template void attention_backward(const AttentionGrads<P>&, int64_t, int64_t, int64_t, char*);    \
+  template void attention_join_query(const AttentionGrads<P>&, int64_t, int64_t, int64_t, acc_t<P>*);
+VLMK_INSTANTIATE(float)
+VLMK_INSTANTIATE(double)
+VLMK_INSTANTIATE(bf16)
+
+}  // namespace vlmk::VLMK_ISA

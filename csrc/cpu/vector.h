@@ -1,0 +1,69 @@
+#pragma once
+// Vectors of 64 bytes with operators, for loops whose shape the compiler must not guess.
+#include <type_traits>
+
+#include "simd.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+template <class A>
+struct Vectors {
+  static constexpr int64_t lanes = 64 / sizeof(A);
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef A type __attribute__((vector_size(64)));
+  typedef Index index_type __attribute__((vector_size(64)));
+};
+template <class A>
+using Vec = typename Vectors<A>::type;
+template <class A>
+using IndexVec = typename Vectors<A>::index_type;
+
+template <class V, class T>
+VLMK_INLINE V load(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <class V, class T>
+VLMK_INLINE void store(V v, T* to) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+template <class V>
+VLMK_INLINE V max_of(V a, V b) {
+  return a > b ? a : b;
+}
+
+// 2^z within 2 ulp for z <= 127; 0 below -127. Cephes' polynomial.
+VLMK_INLINE Vec<float> exp2_(Vec<float> z) {
+  const Vec<float> low = Vec<float>{} - 127.0f, y = z < low ? low : z;
+  const Vec<float> n = y + 12582912.0f, f = y - (n - 12582912.0f);
+  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const IndexVec<float> power = (__builtin_bit_cast(IndexVec<float>, n) << 23) + 0x3f800000;
+  return p * __builtin_bit_cast(Vec<float>, power);
+}
+VLMK_INLINE Vec<double> exp2_(Vec<double> z) {
+  Vec<double> out{};
+  for (int i = 0; i < 8; ++i) out[i] = std::exp2(z[i]);
+  return out;
+}
+
+// Rounded to bf16, ties away from zero: the upper halves of the words.
+VLMK_INLINE Vec<uint32_t> rounded(Vec<float> x) { return __builtin_bit_cast(Vec<uint32_t>, x) + 0x8000u; }
+
+// Two rows as one row of a B operand.
+VLMK_INLINE Vec<uint32_t> paired(Vec<float> first, Vec<float> second) {
+  return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
+}
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+VLMK_INLINE void store_rounded(Vec<float> x, bf16* to) { store(__builtin_convertvector(rounded(x) >> 16, Halves), to); }
+
+}  // namespace
+}  // namespace vlmk::VLMK_ISA

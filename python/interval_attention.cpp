@@ -1,0 +1,73 @@
+// vlmkernels::interval_attention and interval_attention_bwd for CPU tensors (contracts: vlmkernels/ops/interval_attention.py).
+#include <ATen/core/List.h>
+#include <torch/library.h>
+
+#include "attention.h"
+
+namespace vlmk {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Without features a product has no terms: one feature of zeros is the same.
+Tensor with_width(const Tensor& x) { return x.size(-1) ? x : at::constant_pad_nd(x, {0, 1}); }
+
+std::vector<KeySource> source(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& end) {
+  return {{key, value, clipped(start, key.size(2)), clipped(end, key.size(2))}};
+}
+
+std::tuple<Tensor, Tensor> interval_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& start,
+                                              const Tensor& end, double scale, const optional<Tensor>& bias, int64_t grid_rows,
+                                              int64_t grid_cols) {
+  if (query.size(-1) == 0 || value.size(-1) == 0) {
+    const auto [out, lse] = interval_attention(with_width(query), with_width(key), with_width(value), start, end, scale, bias,
+                                               grid_rows, grid_cols);
+    return {out.narrow(-1, 0, value.size(-1)), lse};
+  }
+  return with_operand(query.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor> {
+    AttentionInputs<decltype(type)> inputs(query, source(key, value, start, end), scale, bias, grid_rows, grid_cols);
+    const auto [out, lse] = attention_forward(inputs);
+    return {out.to(query.scalar_type()), lse};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(const Tensor& dout, const optional<Tensor>& dlse,
+                                                                  const Tensor& query, const Tensor& key, const Tensor& value,
+                                                                  const Tensor& start, const Tensor& end, const Tensor& out,
+                                                                  const Tensor& lse, double scale, const optional<Tensor>& bias,
+                                                                  int64_t grid_rows, int64_t grid_cols,
+                                                                  const c10::List<bool>& needs) {
+  if (query.size(-1) == 0 || value.size(-1) == 0) {
+    const auto [dq, dk, dv, dbias] =
+        interval_attention_bwd(with_width(dout), dlse, with_width(query), with_width(key), with_width(value), start, end,
+                               with_width(out), lse, scale, bias, grid_rows, grid_cols, needs);
+    const auto narrowed = [](const Tensor& x, const Tensor& like, bool need) {
+      return need ? x.narrow(-1, 0, like.size(-1)) : x;
+    };
+    return {narrowed(dq, query, needs[0]), narrowed(dk, key, needs[1]), narrowed(dv, value, needs[2]), dbias};
+  }
+  return with_operand(query.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    AttentionInputs<decltype(type)> inputs(query, source(key, value, start, end), scale, bias, grid_rows, grid_cols);
+    const auto grads = attention_backward(inputs, dout, dlse, out, lse, {needs[0], needs[1], needs[2], needs[3]});
+    const auto given = [&](bool need, const auto& get, const Tensor& like) {
+      return need ? get().to(like.scalar_type()) : at::empty({0}, like.options());
+    };
+    return {given(
+                needs[0], [&] { return grads.dquery; }, query),
+            given(
+                needs[1], [&] { return grads.dkey[0]; }, key),
+            given(
+                needs[2], [&] { return grads.dvalue[0]; }, value),
+            given(needs[3], [&] { return grads.dbias; }, bias ? *bias : query)};
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vlmkernels, CPU, m) {
+  m.impl("interval_attention", &interval_attention);
+  m.impl("interval_attention_bwd", &interval_attention_bwd);
+}
+
+}  // namespace vlmk
