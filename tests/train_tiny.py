@@ -34,6 +34,33 @@ TINY_ALIGN = {
     "context_length": 12,
     "max_positions": 12,
 }
+TINY_LM = {"width": 16, "layers": 2, "heads": 2, "context_length": 24, "vocab_size": 602}
+TINY_FLAMINGO = {
+    "num_latents": 4,
+    "resampler_depth": 1,
+    "resampler_heads": 2,
+    "resampler_dim_head": 8,
+    "heads": 2,
+    "dim_head": 8,
+}
+TINY_SIMVLM = {
+    "image_size": 16,
+    "conv_width": 4,
+    "width": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "heads": 2,
+    "context_length": 24,
+    "vocab_size": 602,
+}
+TINY = {
+    "clip": TINY_CLIP,
+    "siglip": TINY_CLIP,
+    "align": TINY_ALIGN,
+    "lm": TINY_LM,
+    "flamingo": TINY_FLAMINGO,
+    "simvlm": TINY_SIMVLM,
+}
 WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
 
 
@@ -55,7 +82,7 @@ def tiny_values(table: Path, out: Path, kind: str = "clip", **values: Any) -> di
     return {
         "data": str(table),
         "out": str(out),
-        "model_options": TINY_ALIGN if kind == "align" else TINY_CLIP,
+        "model_options": TINY[kind],
         "augment": {"crop_scale": [0.5, 1.0], "flip": 0.5},
         "epochs": 4,
         "batch_size": 8,
@@ -66,6 +93,17 @@ def tiny_values(table: Path, out: Path, kind: str = "clip", **values: Any) -> di
         "progress": False,
         **values,
     }
+
+
+def train_parts(table: Path, folder: Path) -> dict[str, str]:
+    """The two trained models that a Flamingo is put between, as its fields of a TrainConfig."""
+    from vlmkernels.train import TrainConfig, train
+
+    finals = {}
+    for kind, epochs in (("clip", 2), ("lm", 20)):
+        values = tiny_values(table, folder / kind, kind, epochs=epochs, lr=0.02)
+        finals[kind] = str(train(kind, TrainConfig(**values)).final)
+    return {"vision": finals["clip"], "language_model": finals["lm"]}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

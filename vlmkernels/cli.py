@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, train, eval, embed, search."""
+"""The ``vlmkernels`` command: info, train, eval, embed, search, caption."""
 
 from __future__ import annotations
 
@@ -79,13 +79,15 @@ def _train_options(command: Callable) -> Callable:
 )
 @_train_options
 def train(kind: str, config: str | None, **flags: Any) -> None:
-    """Train CLIP (softmax loss), ALIGN or SigLIP (CLIP's towers, sigmoid loss).
+    """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a language model of captions
+    (lm), Flamingo (between the frozen --vision and --language-model) or SimVLM.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, embed and search take. A run that was stopped continues, bit for bit, with --out RUN --resume
-    auto.
+    that eval, embed, search and caption take. A run that was stopped continues, bit for bit, with --out RUN
+    --resume auto.
     """
     from vlmkernels.train import train as run
+    from vlmkernels.train.record import score_text
 
     given = {name: value for name, value in flags.items() if value is not None}
     values = read_config(config) if config is not None else _earlier_config(given)
@@ -93,7 +95,7 @@ def train(kind: str, config: str | None, **flags: Any) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
     click.echo(
-        f"{summary.steps} steps, loss {summary.loss:.4f}, in-batch R@1 {summary.retrieval_at_1:.3f}, "
+        f"{summary.steps} steps, loss {summary.loss:.4f}, {score_text(summary.scores)}, "
         f"{summary.seconds:.1f} s, {summary.pairs_per_second:.0f} pairs/s\nmodel: {summary.final}"
     )
 
@@ -128,26 +130,62 @@ def _model_options(command: Callable) -> Callable:
     "--data",
     default="emoji3:style-test",
     show_default=True,
-    help="emoji3[:SPLIT], a CSV/TSV file or webdataset tars; or a folder with a folder of images per class.",
+    help="emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file or webdataset tars; or a folder with a folder of "
+    "images per class.",
 )
 @click.option(
     "--template", "templates", multiple=True, metavar="TEXT", help="Class prompt with {}; may be repeated."
 )
+@click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beams of generated captions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def evaluate(
-    folder: str, batch_size: int, device: str, data: str, templates: tuple[str, ...], as_json: bool
+    folder: str,
+    batch_size: int,
+    device: str,
+    data: str,
+    templates: tuple[str, ...],
+    num_beams: int,
+    as_json: bool,
 ) -> None:
-    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance."""
+    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance; of a model that writes
+    captions perplexity, BLEU, CIDEr and, on scenes, the share of slots that are right.
+    """
     from vlmkernels.train.evaluate import evaluate as run
 
-    result = run(folder, data, batch_size=batch_size, device=device, templates=templates or None)
-    click.echo(json.dumps(result, indent=2) if as_json else _table(result))
+    result = run(
+        folder,
+        data,
+        batch_size=batch_size,
+        device=device,
+        templates=templates or None,
+        num_beams=num_beams,
+    )
+    table = _caption_table if "captions" in result else _table
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
+
+
+def _caption_table(result: dict[str, Any]) -> str:
+    """The numbers of an evaluation of captions, and three of them."""
+    accuracy = f"token accuracy {result['token_accuracy']:.4f} ({result['tokens']} tokens)"
+    lines = [_counted(result), f"perplexity {result['perplexity']:.3f}, {accuracy}"]
+    for title, name in (("references", "reference_scores"), ("slots exactly right", "slots")):
+        if result[name]:
+            lines.append(f"{title}: " + ", ".join(f"{k} {value:.4f}" for k, value in result[name].items()))
+    if result["reference_scores"] is None:
+        lines.append("references: BLEU and CIDEr need pip install pycocoevalcap")
+    for each in result["captions"][:3]:
+        lines.append(f"{each['key']}: {each['caption']} ({each['references'][0]})")
+    return "\n".join(lines)
+
+
+def _counted(result: dict[str, Any]) -> str:
+    skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
+    return f"{result['samples']} samples{skipped}"
 
 
 def _table(result: dict[str, Any]) -> str:
     """The numbers of an evaluation, each beside chance."""
-    skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
-    lines = [f"{result['samples']} samples{skipped}"]
+    lines = [_counted(result)]
     for name in ("image_to_text", "text_to_image") if result["retrieval"] else ():
         way = result["retrieval"][name]
         cells = [
@@ -194,6 +232,32 @@ def search(folder: str, batch_size: int, device: str, text: str, directory: str,
     _say_skipped(found.skipped)
     for hit in found.hits:
         click.echo(f"{hit.score:.4f}  {hit.path}")
+
+
+@commands.command()
+@_model_options
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
+@click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beam search; 1 is greedy.")
+@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
+@click.option("--temperature", default=1.0, show_default=True, metavar="X", help="With --sample.")
+@click.option("--top-k", type=int, metavar="N", help="With --sample: among the N likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="X",
+    help="With --sample: among the likeliest tokens of total probability X.",
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Of --sample.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Longest caption; 48 when not given.")
+def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
+    """Write a caption for each image: files, and folders with all below them."""
+    from vlmkernels.train.caption import caption as run
+
+    done = run(folder, inputs, **options)
+    _say_skipped(done.skipped)
+    for path, text in done.captions:
+        click.echo(f"{path}: {text}")
 
 
 def _say_skipped(skipped: dict[str, str]) -> None:

@@ -11,37 +11,62 @@ from typing import Any
 
 import torch
 
-from vlmkernels.data import CLIP_MEAN, CLIP_STD, Emoji3, ImageTransform, image_transform
-from vlmkernels.data.tokenizer import ClipTokenizer, WordPieceTokenizer, load_tokenizer
-from vlmkernels.models import align, clip
+from vlmkernels.data import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CaptionTokenizer,
+    ClipTokenizer,
+    Emoji3,
+    ImageTransform,
+    WordPieceTokenizer,
+    image_transform,
+    load_tokenizer,
+)
+from vlmkernels.models import align, clip, decoder, flamingo, simvlm
 from vlmkernels.models._pretrained import read_config as read_model_config
 
 from .checkpoint import write_file
-from .config import TrainConfig
+from .config import CAPTIONERS, TrainConfig
 
 TRANSFORM_FILE = "transform.json"
 ALIGN_MEAN = ALIGN_STD = (0.5, 0.5, 0.5)
 SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}  # Zhai et al. 2023, section 3.2
 
+Model = clip.CLIP | align.ALIGN | decoder.CausalLM | flamingo.Flamingo | simvlm.SimVLM
+MODELS: dict[str, Any] = {
+    cls.model_type: cls
+    for cls in (clip.CLIP, align.ALIGN, decoder.CausalLM, flamingo.Flamingo, simvlm.SimVLM)
+}
+MODULES: dict[str, Any] = {
+    "clip": clip,
+    "siglip": clip,
+    "align": align,
+    "lm": decoder,
+    "flamingo": flamingo,
+    "simvlm": simvlm,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What a training run ends with, and what eval, embed and search begin with.
+    """What a training run ends with, and what the other commands begin with.
 
-    ``transform`` maps a PIL image to float32 [3, H, W], ``tokenizer`` a list of B texts to int64 [B, L].
+    ``transform`` maps a PIL image to float32 [3, H, W], and is None for a language model; ``tokenizer`` maps
+    a list of B texts to int64 [B, L].
     """
 
-    model: clip.CLIP | align.ALIGN
+    model: Model
     tokenizer: ClipTokenizer | WordPieceTokenizer
-    transform: ImageTransform
+    transform: ImageTransform | None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors, transform.json and the tokenizer's two files."""
+        """Write config.json, model.safetensors, transform.json (if any) and the tokenizer's two files."""
         path = Path(folder)
         self.model.save_pretrained(path)
         self.tokenizer.save(path)
-        values = self.transform.for_inference().to_dict()
-        write_file(path / TRANSFORM_FILE, (json.dumps(values, indent=2) + "\n").encode())
+        if self.transform is not None:
+            values = self.transform.for_inference().to_dict()
+            write_file(path / TRANSFORM_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Bundle:
@@ -50,54 +75,89 @@ def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cp
     FileNotFoundError names a file that is missing, ValueError a model that is not known.
     """
     path = Path(folder)
-    for name in ("config.json", TRANSFORM_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"model: {path} holds no {name}; a folder such as RUN/final is wanted")
-    kinds: dict[str, type[clip.CLIP] | type[align.ALIGN]] = {"clip": clip.CLIP, "align": align.ALIGN}
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model: {path} holds no config.json; a folder such as RUN/final is wanted")
     kind = read_model_config(path).get("model_type")
-    if kind not in kinds:
-        raise ValueError(f"model: {path} holds a model of type {kind!r}, expected one of {', '.join(kinds)}")
-    return Bundle(
-        kinds[kind].from_pretrained(path, device=device), load_tokenizer(path), _read_transform(path)
-    )
+    if kind not in MODELS:
+        raise ValueError(f"model: {path} holds a model of type {kind!r}, expected one of {', '.join(MODELS)}")
+    transform = None if kind == decoder.CausalLM.model_type else _read_transform(path)
+    return Bundle(MODELS[kind].from_pretrained(path, device=device), load_tokenizer(path), transform)
 
 
 def _read_transform(folder: Path) -> ImageTransform:
-    return ImageTransform.from_dict(json.loads((folder / TRANSFORM_FILE).read_text(encoding="utf-8")))
+    path = folder / TRANSFORM_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model: {folder} holds no {TRANSFORM_FILE}; a folder such as RUN/final is wanted"
+        )
+    return ImageTransform.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def check_model(kind: str, config: TrainConfig) -> None:
-    """ValueError unless ``config.init`` or the model configuration makes a model of this kind."""
+    """ValueError unless ``config`` makes a model of this kind, from ``init``, its parts or its sizes."""
+    faults = []
     if config.init is not None:
-        where, fields = f"init: {config.init}", read_model_config(config.init)
+        fields = read_model_config(config.init)
+        where, found = f"init: {config.init}", _kind_of(fields)
     else:
-        where, fields = "model_options: init_logit_bias", dataclasses.asdict(model_config(kind, config))
-    found = "align"
-    if fields.get("model_type", kind) != "align":
-        found = "clip" if fields.get("init_logit_bias") is None else "siglip"
+        where, found = "model_options: init_logit_bias", kind
+        if kind in ("clip", "siglip"):
+            found = _kind_of({"model_type": "clip", **dataclasses.asdict(model_config(kind, config))})
     if found != kind:
-        raise ValueError(f"{where} makes a model for {found}, not for {kind}")
+        faults.append(f"{where} makes a model for {found}, not for {kind}")
+    parts = {"vision": ("clip", "siglip"), "language_model": ("lm",)}
+    for name, kinds in parts.items():
+        folder = getattr(config, name)
+        if kind != "flamingo" or config.init is not None:
+            if folder is not None:
+                faults.append(f"{name} belongs to a flamingo without init, got {folder}")
+        elif folder is None:
+            faults.append(
+                f"{name}: flamingo needs the folder of a trained {kinds[0]} (RUN/final), frozen in it"
+            )
+        elif (given := _kind_of(read_model_config(folder))) not in kinds:
+            faults.append(f"{name}: {folder} holds a model for {given}, expected {kinds[0]}")
+    if config.images_per_row > 1 and kind not in ("lm", "flamingo"):
+        faults.append(f"images_per_row belongs to lm and flamingo, got {config.images_per_row}")
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
-def build_transform(kind: str, config: TrainConfig) -> ImageTransform:
-    """The inference transform of ``config.init``, or for the image size and normalisation of the model."""
-    if config.init is not None:
-        return _read_transform(Path(config.init))
+def _kind_of(fields: dict[str, Any]) -> str:
+    """The kind of training whose model has these fields of config.json."""
+    model_type = fields.get("model_type", "clip")
+    if model_type == "clip":
+        return "clip" if fields.get("init_logit_bias") is None else "siglip"
+    return {"decoder": "lm"}.get(model_type, model_type)
+
+
+def build_transform(kind: str, config: TrainConfig) -> ImageTransform | None:
+    """The inference transform of ``config.init``, of the vision tower, or for the model's images."""
+    if kind == "lm":
+        return None
+    folder = config.init or (config.vision if kind == "flamingo" else None)
+    if folder is not None:
+        return _read_transform(Path(folder))
     model = model_config(kind, config)
-    if isinstance(model, clip.ClipConfig):
+    if kind in ("clip", "siglip"):
         return image_transform(model.image_size, CLIP_MEAN, CLIP_STD)
     return image_transform(model.image_size, ALIGN_MEAN, ALIGN_STD, interpolation="bilinear")
 
 
 def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
-    """The tokenizer of ``config.init``, or CLIP's, or ALIGN's word pieces, read or learned from the data.
+    """The tokenizer of ``config.init``, of the language model, or a new one.
 
-    Word pieces are learned from the names and tags of emoji3 or the captions of a table; ValueError for tars.
+    CLIP has its own, and models that write captions the same with two more ids; ALIGN's word pieces are read
+    from ``config.tokenizer`` or learned from the names and tags of emoji3 or the captions of the data.
+    ValueError for tars, from which they cannot be learned.
     """
-    if config.init is not None:
-        return load_tokenizer(config.init)
+    folder = config.init or (config.language_model if kind == "flamingo" else None)
+    if folder is not None:
+        return load_tokenizer(folder)
     model = model_config(kind, config)
-    if isinstance(model, clip.ClipConfig):
+    if kind in CAPTIONERS:
+        return CaptionTokenizer(model.context_length, model.vocab_size)
+    if kind != "align":
         return ClipTokenizer(model.context_length, model.vocab_size)
     if config.tokenizer is not None:
         return WordPieceTokenizer.from_file(config.tokenizer, model.context_length)
@@ -111,20 +171,42 @@ def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenize
     return WordPieceTokenizer.train(texts, model.vocab_size, model.context_length)
 
 
-def build_model(
-    kind: str, config: TrainConfig, tokenizer: ClipTokenizer | WordPieceTokenizer
-) -> clip.CLIP | align.ALIGN:
+def build_model(kind: str, config: TrainConfig, tokenizer: Any) -> Model:
     """A new model for the tokenizer's ids, or that of ``config.init``."""
     if config.init is not None:
         return load_bundle(config.init).model
     sizes = model_config(kind, config)
-    sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
-    return clip.CLIP(sizes) if isinstance(sizes, clip.ClipConfig) else align.ALIGN(sizes)
+    if kind == "flamingo":
+        return _build_flamingo(sizes, config, tokenizer)
+    ids = {"vocab_size": tokenizer.vocab_size}
+    if kind == "simvlm":
+        ids |= {"bos_id": tokenizer.sot_id, "eos_id": tokenizer.eot_id}
+    if kind != "lm":
+        ids["pad_id"] = tokenizer.pad_id
+    return MODELS[{"siglip": "clip", "lm": "decoder"}.get(kind, kind)](dataclasses.replace(sizes, **ids))
+
+
+def _build_flamingo(
+    sizes: flamingo.FlamingoConfig, config: TrainConfig, tokenizer: CaptionTokenizer
+) -> flamingo.Flamingo:
+    """New resampler and gated layers between a trained image tower and a trained language model."""
+    assert config.vision is not None, "checked by check_model"
+    assert config.language_model is not None, "checked by check_model"
+    tower: Any = load_bundle(config.vision).model
+    language: Any = load_bundle(config.language_model).model
+    sizes = dataclasses.replace(
+        sizes,
+        vision=tower.config,
+        language=language.config,
+        media_token_id=tokenizer.image_id,
+        endofchunk_token_id=tokenizer.endofchunk_id,
+    )
+    return flamingo.Flamingo(sizes, vision_encoder=tower.visual, lang_encoder=language)
 
 
 def model_config(kind: str, config: TrainConfig) -> Any:
     """The named model configuration with ``model_options`` applied. ValueError lists what is known."""
-    known = align.CONFIGS if kind == "align" else clip.CONFIGS
+    known = MODULES[kind].CONFIGS
     if config.model not in known:
         raise ValueError(f"model: {kind} has no configuration {config.model!r}; it has {', '.join(known)}")
     base: Any = known[config.model]
@@ -134,6 +216,7 @@ def model_config(kind: str, config: TrainConfig) -> Any:
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(f"model_options: unknown fields {', '.join(unknown)}; known are {', '.join(fields)}")
-    if kind != "align" and "vocab_size" in options:
-        options.setdefault("eot_id", options["vocab_size"] - 1)
+    for name, place in (("eot_id", 1), ("eos_id", 1), ("bos_id", 2)):  # within a vocabulary of another size
+        if name in fields and "vocab_size" in options:
+            options.setdefault(name, options["vocab_size"] - place)
     return dataclasses.replace(base, **options)

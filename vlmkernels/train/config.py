@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-OBJECTIVES = ("clip", "align", "siglip")
+CAPTIONERS = ("lm", "flamingo", "simvlm")
+OBJECTIVES = ("clip", "align", "siglip", *CAPTIONERS)
 SHIPPED = "configs"
 
 
@@ -43,8 +44,15 @@ class TrainConfig:
         None,
         "align: tokenizer.json or vocab.txt of word pieces; learned from the data's texts when not given",
     )
+    vision: str | None = _option(
+        None, "flamingo: folder of a trained CLIP (RUN/final), whose image tower it keeps frozen"
+    )
+    language_model: str | None = _option(
+        None, "flamingo: folder of a trained language model (RUN/final of train lm), which it keeps frozen"
+    )
     data: str = _option(
-        "emoji3:style-train", "emoji3[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars"
+        "emoji3:style-train",
+        "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars",
     )
     data_options: dict[str, Any] = _option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"
@@ -59,6 +67,9 @@ class TrainConfig:
     epochs: int = _option(10, "passes over the data")
     max_steps: int | None = _option(None, "stop after this many steps; the schedule still spans all epochs")
     batch_size: int = _option(256, "pairs per step, all processes together")
+    images_per_row: int = _option(
+        1, "lm, flamingo: pairs that follow each other in one row of tokens; the others see one at a time"
+    )
     drop_last: bool = _option(False, "leave out the last, smaller batch of an epoch")
     optimizer: str = _option("adamw", "adamw or sgd (momentum 0.9)")
     lr: float = _option(1e-3, "peak learning rate")
@@ -99,7 +110,7 @@ class TrainConfig:
 
     def _range_faults(self) -> list[str]:
         faults = []
-        for name in ("epochs", "batch_size", "log_every", "keep"):
+        for name in ("epochs", "batch_size", "images_per_row", "log_every", "keep"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (

@@ -17,13 +17,16 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
+from vlmkernels.data import Sample
 from vlmkernels.data.csv_pairs import BrokenImageError
 from vlmkernels.models._pretrained import write_atomic
 
 log = logging.getLogger("vlmkernels.train.embed")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EMBEDDERS = ("clip", "align")
 KINDS = ("images", "texts")
 FORMATS = (".safetensors", ".npz")
 
@@ -38,12 +41,14 @@ class Embedded:
     skipped: dict[str, str]
 
 
-def load_model(folder: str | os.PathLike[str], device: str = "auto") -> tuple[nn.Module, Any, Any]:
+def load_model(
+    folder: str | os.PathLike[str], device: str = "auto", *, kinds: Sequence[str] = EMBEDDERS
+) -> tuple[nn.Module, Any, Any]:
     """(model, tokenizer, transform) of a folder that training wrote (RUN/final), the model in evaluation
     mode.
 
-    ``device`` is "auto" (a CUDA device if there is one), "cpu" or a torch device. FileNotFoundError or
-    ValueError name what is missing or does not fit.
+    ``device`` is "auto" (a CUDA device if there is one), "cpu" or a torch device. ``kinds`` are the model
+    types that will do. FileNotFoundError or ValueError name what is missing or does not fit.
     """
     from .bundle import load_bundle
 
@@ -52,7 +57,10 @@ def load_model(folder: str | os.PathLike[str], device: str = "auto") -> tuple[nn
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bundle = load_bundle(folder, device)
-    return bundle.model, bundle.tokenizer, bundle.transform.for_inference()
+    found = bundle.model.model_type
+    if found not in kinds:
+        raise ValueError(f"model: {folder} holds a model of type {found}, this takes {', '.join(kinds)}")
+    return bundle.model, bundle.tokenizer, bundle.transform and bundle.transform.for_inference()
 
 
 @contextlib.contextmanager
@@ -159,6 +167,16 @@ def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
         where = ", ".join(str(name) for name in names) or "an empty list"
         raise ValueError(f"inputs: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in {where}")
     return list(found)
+
+
+def readable(dataset: Any) -> Iterator[Sample]:
+    """The samples in order, each once; a map-style data set raises BrokenImageError for those left out."""
+    if isinstance(dataset, IterableDataset):
+        yield from dataset
+        return
+    for index in range(len(dataset)):
+        with contextlib.suppress(BrokenImageError):
+            yield dataset[index]
 
 
 def embed(

@@ -7,13 +7,12 @@ normalised embeddings of its texts (Radford et al. 2021, section 3.1.4).
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,18 @@ from torch.utils.data import Dataset, IterableDataset
 from vlmkernels.data import Sample
 from vlmkernels.data.csv_pairs import BrokenImageError
 
-from .embed import check_batch_size, encode_images, encode_texts, find_images, load_model, read_image
+from .caption import CAPTION_MODELS
+from .caption_scores import evaluate_captions
+from .embed import (
+    EMBEDDERS,
+    check_batch_size,
+    encode_images,
+    encode_texts,
+    find_images,
+    load_model,
+    read_image,
+    readable,
+)
 
 RECALLS = (1, 5, 10)
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
@@ -224,16 +234,6 @@ class ClassFolders(Dataset):
         return Sample(image=image, text=self.class_names[label], key=str(file), label=label, concept=-1)
 
 
-def readable(dataset: Any) -> Iterator[Sample]:
-    """The samples in order, each once; a map-style data set raises BrokenImageError for those left out."""
-    if isinstance(dataset, IterableDataset):
-        yield from dataset
-        return
-    for index in range(len(dataset)):
-        with contextlib.suppress(BrokenImageError):
-            yield dataset[index]
-
-
 def evaluate_model(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
@@ -314,15 +314,24 @@ def evaluate(
     batch_size: int = 256,
     device: str = "auto",
     templates: Sequence[str] | None = None,
+    num_beams: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate a trained model (RUN/final) on ``data``; the result is that of :func:`evaluate_model`.
+    """Evaluate a trained model (RUN/final) on ``data``.
 
-    ``data``: "emoji3[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a
-    folder with one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the
-    name); or a data set. Raises FileNotFoundError or ValueError naming what does not fit.
+    CLIP and ALIGN: the result is that of :func:`evaluate_model`. ``data`` is "emoji3[:SPLIT]",
+    "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
+    one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
+    data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search where
+    ``num_beams`` exceeds 1; no class folders. Raises FileNotFoundError or ValueError naming what does not
+    fit.
     """
     check_batch_size(batch_size)
     dataset = open_data(data)
+    loaded = load_model(model_folder, device, kinds=(*EMBEDDERS, *CAPTION_MODELS, "decoder"))
+    if cast(Any, loaded[0]).model_type not in EMBEDDERS:
+        if templates is not None or isinstance(dataset, ClassFolders):
+            raise ValueError(f"data: {model_folder} writes captions, classes are for clip and align")
+        return evaluate_captions(*loaded, dataset, batch_size=batch_size, num_beams=num_beams)
     class_texts = None
     if templates is not None:
         names = getattr(dataset, "class_names", None) or getattr(dataset, "group_names", None)
@@ -333,7 +342,4 @@ def evaluate(
         class_texts = {"names": [fill(templates, name.split("-")) for name in names]}
         if not isinstance(dataset, ClassFolders):
             class_texts = {**emoji_class_texts(dataset), **class_texts}
-    model, tokenizer, transform = load_model(model_folder, device)
-    return evaluate_model(
-        model, tokenizer, transform, dataset, batch_size=batch_size, class_texts=class_texts
-    )
+    return evaluate_model(*loaded, dataset, batch_size=batch_size, class_texts=class_texts)

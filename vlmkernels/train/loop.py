@@ -18,14 +18,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from vlmkernels.data import Collate, ImageTransform, load_pairs
+from vlmkernels.data import ImageTransform, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
 
-from . import batches, checkpoint, objective
+from . import batches, checkpoint
 from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
 from .config import FREE_ON_RESUME, OBJECTIVES, TrainConfig, read_config, write_config
 from .optim import build_average, build_optimizer, learning_rate
 from .record import METRICS, Recorder
+from .tasks import build_task
 
 log = logging.getLogger("vlmkernels.train")
 FINAL = "final"
@@ -35,19 +36,23 @@ SHUFFLE = 1000  # samples of a tar among which the next one is drawn
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run ended with; ``final`` is the folder that eval, embed and search take."""
+    """What a run ended with; ``final`` is the folder that eval, embed, search and caption take.
+
+    ``scores`` are of the last logged batch: retrieval_at_1, or perplexity and token_accuracy of a model that
+    writes captions.
+    """
 
     run: Path
     final: Path
     steps: int
     loss: float
-    retrieval_at_1: float
+    scores: dict[str, float]
     seconds: float
     pairs_per_second: float
 
 
 def train(kind: str, config: TrainConfig) -> Summary:
-    """Train ``kind`` ("clip", "align" or "siglip") as ``config`` says and write the run folder.
+    """Train ``kind`` (clip, align, siglip, lm, flamingo or simvlm) as ``config`` says; write the run folder.
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/step-XXXXXXXX (the
     last ``keep``) and final/. ValueError or FileNotFoundError for a configuration that cannot run,
@@ -56,9 +61,9 @@ def train(kind: str, config: TrainConfig) -> Summary:
     """
     if kind not in OBJECTIVES:
         raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
-    if kind == "siglip" and config.label_smoothing:
+    if kind not in ("clip", "align") and config.label_smoothing:
         raise ValueError(
-            f"label_smoothing belongs to the softmax losses, not to siglip; got {config.label_smoothing}"
+            f"label_smoothing belongs to the softmax losses, not to {kind}; got {config.label_smoothing}"
         )
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.precision == "fp16" and on_cpu:
@@ -149,7 +154,7 @@ class Run:
         check_model(kind, config)
         transform = build_transform(kind, config)
         drawn = transform
-        if config.augment:
+        if config.augment and transform is not None:
             drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
         rank, world = accelerator.process_index, accelerator.num_processes
         options: dict[str, Any] = {"transform": drawn, "seed": config.seed, **config.data_options}
@@ -174,9 +179,7 @@ class Run:
         accelerator.wait_for_everyone()
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
-        self.label_smoothing = objective.LABEL_SMOOTHING[kind]
-        if config.label_smoothing is not None:
-            self.label_smoothing = config.label_smoothing
+        self.task = build_task(kind, config, tokenizer)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
@@ -211,6 +214,7 @@ class Run:
         with Recorder(
             self.accelerator,
             self.run,
+            scores=self.task.scores,
             step=self.step,
             steps=self.steps,
             batch_size=config.batch_size,
@@ -233,12 +237,11 @@ class Run:
     def _loop(self, recorder: Recorder) -> None:
         config = self.config
         save_every = config.save_every or self.plan.steps_per_epoch
-        collate = Collate(self.bundle.tokenizer)
         while self.step < self.steps:
             epoch, start = divmod(self.step, self.plan.steps_per_epoch)
             loaded = self.plan.load(
                 self.source,
-                collate,
+                self.task.collate,
                 epoch,
                 start,
                 num_workers=config.num_workers,
@@ -246,7 +249,7 @@ class Run:
             )
             for batch in loaded:
                 logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.steps
-                values = self.one_step(batch["images"], batch["tokens"], logged)
+                values = self.one_step(batch, logged)
                 self.step += 1
                 if logged:
                     recorder.record(self.step, epoch, values)
@@ -257,35 +260,30 @@ class Run:
                 if self.step == self.steps:
                     break
 
-    def one_step(self, images: torch.Tensor, tokens: torch.Tensor, measure: bool) -> dict[str, Any]:
-        """Forward, backward and update on this process's part [B, 3, H, W], [B, L] of a joint batch."""
+    def one_step(self, batch: dict[str, Any], measured: bool) -> dict[str, Any]:
+        """Forward, backward and update on this process's part of a joint batch."""
         config, device = self.config, self.accelerator.device
         rate = learning_rate(self.step, self.span, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output = self.model(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
-        image_features, text_features = objective.joint_features(output)
+        placed = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
         with self.accelerator.autocast():
-            loss = objective.contrastive_loss(
-                image_features,
-                text_features,
-                output["logit_scale"],
-                output.get("logit_bias"),
-                label_smoothing=self.label_smoothing,
-            )
+            loss, measure = self.task.loss(self.model, placed, self.step, measured)
         self.accelerator.backward(loss)
         norm = None
         if config.grad_clip:
             norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.bare.clamp_logit_scale_()
+        self.task.after_step(self.bare)
         if self.average is not None:
             self.average.update_parameters(self.bare)
-        if not measure:
+        if not measured:
             return {}
-        values = {"loss": loss.item(), "lr": rate, "logit_scale": output["logit_scale"].item()}
-        values["retrieval_at_1"] = objective.retrieval_at_1(image_features, text_features).item()
+        values = {**measure(), "lr": rate}
         if norm is not None:
             values["grad_norm"] = norm.item()
         if not math.isfinite(values["loss"]):

@@ -1,4 +1,4 @@
-"""The losses of the three objectives on the features of all processes together."""
+"""The contrastive losses on the features of all processes together, and sums over processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from vlmkernels.ops import info_nce, sigmoid_loss
 LABEL_SMOOTHING = {"clip": 0.0, "align": 0.1, "siglip": 0.0}
 
 
+def process_count() -> int:
+    """Number of processes that train together."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
+@torch.no_grad()
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of every process's value, the same on all; ``value`` itself is left alone."""
+    total = value.clone()
+    if process_count() > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
 def joint_features(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Image and text features [N, E] of the joint batch, N pairs over all processes.
 
@@ -20,7 +35,7 @@ def joint_features(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     after DDP's average each parameter has the gradient of one process on the joint batch.
     """
     images, texts = output["image_features"], output["text_features"]
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if process_count() == 1:
         return images, texts
     sizes = distributed.shard_sizes(len(images), images.device)
     return (

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,25 +18,40 @@ from tqdm import tqdm
 METRICS = "metrics.jsonl"
 
 
-def _last_values(path: Path) -> tuple[float, float]:
-    """Loss and R@1 of the last line, which a run that is resumed at its end has nothing to add to."""
+def _last_values(path: Path) -> dict[str, Any]:
+    """The last line, to which a run that is resumed at its end has nothing to add."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return last.get("loss", math.nan), last.get("retrieval_at_1", math.nan)
+    return json.loads(lines[-1]) if lines else {}
+
+
+SHORT = {"retrieval_at_1": "R@1", "perplexity": "perplexity", "token_accuracy": "token accuracy"}
+
+
+def score_text(scores: Mapping[str, float]) -> str:
+    """Scores by their short names, for people."""
+    return ", ".join(f"{SHORT[name]} {value:.3f}" for name, value in scores.items())
 
 
 class Recorder:
     """Writes the values of logged steps; any process but the first only keeps the totals."""
 
     def __init__(
-        self, accelerator: Accelerator, run: Path, *, step: int, steps: int, batch_size: int, progress: bool
+        self,
+        accelerator: Accelerator,
+        run: Path,
+        *,
+        scores: Sequence[str],
+        step: int,
+        steps: int,
+        batch_size: int,
+        progress: bool,
     ) -> None:
         main = accelerator.is_main_process
-        self._accelerator, self._batch_size = accelerator, batch_size
+        self._accelerator, self._scores, self._batch_size = accelerator, scores, batch_size
         self._first = self._step = step
         self._begin = time.perf_counter()
         self._last = (step, self._begin)
-        self._loss, self._retrieval = _last_values(run / METRICS)
+        self._values = _last_values(run / METRICS)
         # Events after the checkpoint are written again: TensorBoard drops the earlier ones.
         restart = {"purge_step": step + 1} if step else {}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": restart})
@@ -65,13 +81,12 @@ class Recorder:
         clock = time.perf_counter()
         rate = (step - self._last[0]) * self._batch_size / max(clock - self._last[1], 1e-9)
         self._last = (step, clock)
-        self._loss, self._retrieval = values["loss"], values["retrieval_at_1"]
-        values = {**values, "pairs_per_second": round(rate, 1)}
+        self._values = values = {**values, "pairs_per_second": round(rate, 1)}
         if self._file is not None:
             self._file.write(json.dumps({"step": step, "epoch": epoch, **values, "time": time.time()}) + "\n")
             self._file.flush()
         self._accelerator.log({f"train/{name}": value for name, value in values.items()}, step=step)
-        text = f"loss {self._loss:.3f}, R@1 {self._retrieval:.3f}, {rate:.0f} pairs/s"
+        text = f"loss {values['loss']:.3f}, {score_text(self._last_scores())}, {rate:.0f} pairs/s"
         self._bar.set_postfix_str(text, refresh=False)
 
     def advance(self) -> None:
@@ -84,12 +99,15 @@ class Recorder:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def totals(self) -> dict[str, float]:
-        """Last loss and R@1, and the time since the run was started or resumed."""
+    def _last_scores(self) -> dict[str, float]:
+        return {name: self._values.get(name, math.nan) for name in self._scores}
+
+    def totals(self) -> dict[str, Any]:
+        """Last loss and scores, and the time since the run was started or resumed."""
         seconds = time.perf_counter() - self._begin
         return {
-            "loss": self._loss,
-            "retrieval_at_1": self._retrieval,
+            "loss": self._values.get("loss", math.nan),
+            "scores": self._last_scores(),
             "seconds": seconds,
             "pairs_per_second": (self._step - self._first) * self._batch_size / max(seconds, 1e-9),
         }

@@ -1,0 +1,137 @@
+"""How good a model's captions are: perplexity, BLEU and CIDEr, and on scenes the share of right slots."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from vlmkernels.data import CaptionCollate, CaptionTokenizer, Sample, slot_accuracy
+from vlmkernels.models.decoder import IGNORE
+
+from .caption import write_captions
+from .embed import check_batch_size, inference, readable
+from .tasks import LAYOUTS, caption_loss
+
+_WORD = re.compile(r"\w+(?:'\w+)?")
+
+
+def plain_tokens(text: str) -> str:
+    """Lower case, words only, single blanks: what BLEU and CIDEr compare.
+
+    The COCO evaluation splits with the Penn Treebank tokenizer (in Java) and drops punctuation as well; on
+    captions without clitics and hyphens the words are the same.
+    """
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def reference_scores(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """BLEU-1 to BLEU-4 and CIDEr of one caption for each key against its references (``pycocoevalcap``).
+
+    CIDEr weighs n-grams by their rarity among the references given: it is 0 for a single image.
+    ModuleNotFoundError without the package, ValueError for other keys or a key without reference.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    if captions.keys() != references.keys() or not captions:
+        raise ValueError(
+            f"captions and references want the same keys, got {len(captions)}, {len(references)}"
+        )
+    empty = [key for key, texts in references.items() if not texts]
+    if empty:
+        raise ValueError(f"references: none for {', '.join(empty[:5])}")
+    found = {key: [plain_tokens(text)] for key, text in captions.items()}
+    wanted = {key: [plain_tokens(text) for text in texts] for key, texts in references.items()}
+    bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
+    cider, _ = Cider().compute_score(wanted, found)
+    return {**{f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}, "CIDEr": float(cider)}
+
+
+def evaluate_captions(
+    model: nn.Module,
+    tokenizer: CaptionTokenizer,
+    transform: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 64,
+    **decoding: Any,
+) -> dict[str, Any]:
+    """Evaluate a Flamingo, a SimVLM or a language model, which gets the texts alone.
+
+    ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
+    applied, or tensors. The result: ``samples``, ``skipped``, ``perplexity`` and ``token_accuracy`` over all
+    counted tokens of all captions (``tokens``; the end of a caption is one), ``captions`` (key, caption and
+    references of each image), their ``reference_scores`` (None without the package pycocoevalcap) and on
+    scenes ``slots`` (see ``vlmkernels.data.slot_accuracy``). ``decoding`` are options of ``write_captions``;
+    greedy without. Samples with one key are captions of one image. ValueError when no sample can be read.
+    """
+    check_batch_size(batch_size)
+    own: Any = model
+    kind = {"decoder": "lm"}.get(own.model_type, own.model_type)
+    collate = CaptionCollate(tokenizer, LAYOUTS[kind])
+    nll, hits, counted, seen = 0.0, 0, 0, 0
+    captions: dict[str, str] = {}
+    references: dict[str, list[str]] = {}
+    samples = readable(dataset)
+    while batch := list(itertools.islice(samples, batch_size)):
+        batch = [_prepared(sample, transform) for sample in batch] if kind != "lm" else batch
+        if isinstance(dataset, IterableDataset):  # shards may count their keys from zero each
+            batch = [Sample(**{**s, "key": f"{seen + i}"}) for i, s in enumerate(batch)]  # type: ignore[typeddict-item]
+        seen += len(batch)
+        with inference(model) as device:
+            loss, right, number = _score(kind, model, tokenizer, collate(batch), device)
+        nll, hits, counted = nll + loss * number, hits + right, counted + number
+        new = list({sample["key"]: sample for sample in batch if sample["key"] not in captions}.values())
+        if new:
+            images = len(new) if kind == "lm" else torch.stack([sample["image"] for sample in new])
+            texts = write_captions(model, tokenizer, images, **decoding)
+            captions.update(zip((sample["key"] for sample in new), texts, strict=True))
+        for sample in batch:
+            references.setdefault(sample["key"], []).append(sample["text"])
+    skipped = dict(getattr(dataset, "skipped", {}) or {})
+    if not seen:
+        raise ValueError(f"data: no sample can be read, {len(skipped)} skipped")
+    try:
+        scores = reference_scores(captions, references)
+    except ModuleNotFoundError:
+        scores = None
+    return {
+        "samples": seen,
+        "skipped": skipped,
+        "tokens": counted,
+        "perplexity": math.exp(min(nll / counted, 700.0)),
+        "token_accuracy": hits / counted,
+        "reference_scores": scores,
+        "slots": slot_accuracy(list(captions.values()), [texts[0] for texts in references.values()])
+        if hasattr(dataset, "scene")
+        else None,
+        "captions": [
+            {"key": key, "caption": text, "references": references[key]} for key, text in captions.items()
+        ],
+    }
+
+
+def _prepared(sample: Sample, transform: Any) -> Sample:
+    image = sample["image"]
+    return sample if isinstance(image, Tensor) else Sample(**{**sample, "image": transform(image)})  # type: ignore[typeddict-item]
+
+
+def _score(
+    kind: str, model: nn.Module, tokenizer: CaptionTokenizer, batch: dict[str, Any], device: torch.device
+) -> tuple[float, int, int]:
+    """Mean loss, tokens that are the likeliest, and number of tokens of a batch."""
+    placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    loss, logits, labels = caption_loss(kind, model, tokenizer, placed, with_logits=True)
+    assert logits is not None, "asked for"
+    targets = labels[:, 1:]
+    right = (logits[:, :-1].argmax(dim=-1) == targets).sum()
+    return loss.item(), int(right), int((targets != IGNORE).sum())
