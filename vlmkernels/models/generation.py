@@ -152,8 +152,6 @@ def _beam_search(
 
         entering = ended & open_  # only the first `beams` candidates may enter the finished ones
         entering[:, beams:] = False
-        if early_stopping:
-            entering &= finished_scores.amin(1, keepdim=True) == -math.inf
         entered = (best / length**length_penalty).masked_fill(~entering, -math.inf)
         finished_scores, kept = torch.cat([finished_scores, entered], 1).topk(beams)
         padded = torch.nn.functional.pad(sequences, (0, max_new_tokens - length), value=pad)
