@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from train_tiny import TINY_ALIGN, TINY_CLIP, metrics, tiny_values, weights, write_pairs
+from train_tiny import TINY_ALIGN, TINY_CLIP, metrics, per_sample_norm, tiny_values, weights, write_pairs
 
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
@@ -82,19 +82,6 @@ def worker(rank, folder, table):
 def run_values(table, out, kind):
     """23 pairs in joint batches of 7, 7, 7 and 2 with plain SGD."""
     return tiny_values(table, out, kind, batch_size=7, epochs=2, optimizer="sgd", lr=0.05, device="cpu")
-
-
-class per_sample_norm:
-    """Every batch normalisation takes the statistics of each sample alone while the block runs."""
-
-    def __enter__(self):
-        self.forward = nn.BatchNorm2d.forward
-        nn.BatchNorm2d.forward = lambda module, x: nn.functional.group_norm(
-            x, 1, module.weight, module.bias, module.eps
-        )
-
-    def __exit__(self, *error):
-        nn.BatchNorm2d.forward = self.forward
 
 
 @pytest.fixture(scope="module")

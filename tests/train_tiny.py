@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -95,15 +96,28 @@ def tiny_values(table: Path, out: Path, kind: str = "clip", **values: Any) -> di
     }
 
 
-def train_parts(table: Path, folder: Path) -> dict[str, str]:
+def train_parts(table: Path, folder: Path, lm_epochs: int = 20) -> dict[str, str]:
     """The two trained models that a Flamingo is put between, as its fields of a TrainConfig."""
     from vlmkernels.train import TrainConfig, train
 
     finals = {}
-    for kind, epochs in (("clip", 2), ("lm", 20)):
+    for kind, epochs in (("clip", 2), ("lm", lm_epochs)):
         values = tiny_values(table, folder / kind, kind, epochs=epochs, lr=0.02)
         finals[kind] = str(train(kind, TrainConfig(**values)).final)
     return {"vision": finals["clip"], "language_model": finals["lm"]}
+
+
+class per_sample_norm:
+    """Every batch normalisation takes the statistics of each sample alone while the block runs."""
+
+    def __enter__(self):
+        self.forward = nn.BatchNorm2d.forward
+        nn.BatchNorm2d.forward = lambda module, x: nn.functional.group_norm(
+            x, 1, module.weight, module.bias, module.eps
+        )
+
+    def __exit__(self, *error):
+        nn.BatchNorm2d.forward = self.forward
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class Captioning:
         )
         count = (labels[:, 1:] != IGNORE).sum()
         total = objective.sum_over_processes(count)
-        share = count / total
+        share = (count.double() / total).to(own_loss.dtype)
 
         def measure() -> Values:
             targets = labels[:, 1:]
