@@ -1,0 +1,286 @@
+"""interval_attention and perceiver_attention on the CPU, under the sanitizer, against the reference."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from vlmkernels import intervals
+from vlmkernels.reference.interval_attention import (
+    interval_attention_bwd,
+    interval_attention_fwd,
+    visible,
+)
+from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
+from vlmkernels.testing import assert_as_good
+from vlmkernels.triton import _attention, _attention_bwd
+from vlmkernels.triton import interval_attention as triton_interval
+from vlmkernels.triton import perceiver_attention as triton_perceiver
+
+from .interpreter import interpreting
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("dquery", "dkey", "dvalue", "dbias")
+
+
+def heads_last(b, h, t, d, dtype):
+    """[B, H, T, D] as a view of [B, T, H, D] with padded rows, as projections give it."""
+    return torch.full((b, t, h, d + 3), float("nan"), dtype=dtype).normal_()[..., :d].transpose(1, 2)
+
+
+def wide(x, dtype):
+    return x.to(dtype) if x is not None and x.is_floating_point() else x
+
+
+def assert_all_close(names, got, low, exact, dtype, needs=None):
+    """As good as the reference in float32; 16-bit probabilities enter products, so gradients have a cap."""
+    for i, (name, value, lower, true) in enumerate(zip(names, got, low, exact, strict=True)):
+        if needs is not None and not needs[i]:
+            assert value.numel() == 0
+            continue
+        finite = true > -float("inf")
+        assert torch.equal(value.isfinite(), finite), name
+        value, lower, true = (torch.where(finite, x, 0) for x in (value, lower, true))
+        if dtype == torch.float32 or name in ("lse", "dbias"):
+            assert_as_good(value, lower.to(value.dtype), true, name=name)
+        else:
+            assert value.dtype == dtype
+            assert (value.double() - true).norm() <= 6e-3 * true.norm(), name
+
+
+def check(query, key, value, start, end, *, scale=None, bias=None, grid=(0, 0), dlse=True, needs=None):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    needs = [True, True, True, bias is not None] if needs is None else needs
+    dout = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
+    dlse = torch.randn(query.shape[:3]) if dlse else None
+    inputs, rest = (query, key, value, start, end), (scale, bias, *grid)
+    with interpreting(sanitize=True):
+        out, lse = triton_interval.interval_attention(*inputs, *rest)
+        grads = triton_interval.interval_attention_bwd(dout, dlse, *inputs, out, lse, *rest, needs)
+    assert out.transpose(1, 2).is_contiguous()
+    expected = []
+    for work in (torch.float32, torch.float64):
+        operands = [wide(x, work) for x in inputs]
+        options = (scale, wide(bias, work), *grid)
+        o, r = interval_attention_fwd(*operands, *options)
+        o_saved = wide(wide(o, query.dtype), work) if work == torch.float32 else o
+        g = interval_attention_bwd(wide(dout, work), wide(dlse, work), *operands, o_saved, r, *options, needs)
+        expected.append((o, r, *g))
+    assert_all_close(("out", "lse", *NAMES), (out, lse, *grads), *expected, query.dtype, [True, True, *needs])
+    empty = ~visible(start, end, key.shape[2]).any(-1)
+    empty = (empty if empty.dim() == 3 else empty[None, None]).expand(lse.shape)
+    assert (out[empty] == 0).all()
+    assert (lse[empty] == -float("inf")).all()
+    if needs[0]:
+        assert (grads[0][empty] == 0).all()
+    return out, grads
+
+
+def problem(b, h, hkv, tq, tk, dh, dv, dtype):
+    return (
+        heads_last(b, h, tq, dh, dtype),
+        heads_last(b, hkv, tk, dh, dtype),
+        heads_last(b, hkv, tk, dv, dtype),
+    )
+
+
+def any_intervals(b, tq, tk, dtype=torch.int32):
+    start = torch.randint(-5, tk + 5, (b, tq), dtype=dtype)
+    return start, start + torch.randint(-5, tk, (b, tq), dtype=dtype)
+
+
+SIZES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 2, 1, 37, 45, 20, 24),
+    (1, 4, 2, 140, 70, 64, 64),
+    (1, 2, 2, 17, 130, 80, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_intervals_in_any_order(size, dtype):
+    b, _, _, tq, tk = size[:5]
+    check(*problem(*size, dtype), *any_intervals(b, tq, tk))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads(dtype):
+    width = 130 if dtype != torch.float32 else 100
+    check(*problem(1, 1, 1, 35, 40, width, width, dtype), *intervals.causal(35))
+
+
+MASKS = {
+    "causal": lambda: intervals.causal(150),
+    "causal, cached keys": lambda: intervals.causal(20, offset=130),
+    "prefix": lambda: intervals.prefix_lm(torch.tensor([70, 0]), 150),
+    "padding": lambda: intervals.padding(torch.tensor([150, 3], dtype=torch.int64), 140),
+    "packed": lambda: intervals.packed(torch.tensor([0, 1, 40, 130]), 150),
+    "whole documents": lambda: intervals.packed(torch.tensor([0, 66, 150]), 150, causal=False),
+    "images": lambda: intervals.media(torch.arange(140)[None].repeat(2, 1) // 20, 50, 3),
+    "images before": lambda: intervals.media(
+        torch.arange(140)[None].repeat(2, 1) // 40, 50, torch.tensor([3, 1]), attend="all_previous"
+    ),
+    "nothing": lambda: (torch.full((20,), 5), torch.full((20,), 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_of_models(mask):
+    start, end = mask()
+    check(*problem(2, 2, 1, start.shape[-1], 150, 16, 16, torch.bfloat16), start, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bounds_outside_the_keys_are_clipped(dtype):
+    far = torch.iinfo(dtype)
+    start = torch.tensor([far.min, far.min, 10, far.max, 3, -7], dtype=dtype)
+    end = torch.tensor([far.max, far.min, far.max, far.max, 1, 4], dtype=dtype)
+    check(*problem(1, 1, 1, 6, 20, 16, 16, torch.float32), start, end)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("grid", "tq", "tk"), [((2, 5), 10, 10), ((1, 40), 35, 50), ((3, 1), 5, 3)], ids=str)
+def test_relative_bias(grid, tq, tk, dtype):
+    bias = torch.randn(2, 2 * grid[0] - 1, 2 * grid[1] - 1)
+    inputs = (*problem(2, 2, 1, tq, tk, 16, 16, dtype), *any_intervals(2, tq, tk))
+    _, (*_, dbias) = check(*inputs, bias=bias, grid=grid)
+    assert dbias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("programs", [1, 1 << 20])
+def test_relative_bias_in_16_bits_with_few_and_many_programs(programs, monkeypatch):
+    monkeypatch.setattr(triton_interval, "BIAS_PROGRAMS", programs)
+    inputs = (*problem(3, 1, 1, 6, 6, 16, 16, torch.bfloat16), *intervals.causal(6))
+    _, (*_, dbias) = check(*inputs, bias=torch.randn(1, 3, 5).bfloat16(), grid=(2, 3))
+    assert dbias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 2), ()], ids=str)
+def test_frozen_inputs_cost_and_return_nothing(needed):
+    needs = [i in needed for i in range(4)]
+    bias = torch.randn(2, 3, 9)
+    inputs = (*problem(2, 2, 2, 20, 30, 16, 24, torch.float32), *intervals.causal(20))
+    check(*inputs, bias=bias, grid=(2, 5), dlse=False, needs=needs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [10.0, -0.3, 0.0], ids=str)
+def test_extreme_and_negative_scales(dtype, scale):
+    query, key, value = problem(1, 1, 1, 40, 66, 32, 32, dtype)
+    check(query, key, value, *intervals.causal(40, offset=26), scale=scale)
+
+
+def test_expanded_and_transposed_inputs():
+    query = torch.randn(2, 2, 16, 20).mT
+    key, value = torch.randn(1, 1, 33, 16).expand(2, 2, 33, 16), torch.randn(2, 2, 1, 16).expand(2, 2, 33, 16)
+    check(query, key, value, *intervals.causal(20))
+    start, end = intervals.causal(20)
+    inputs = (query, key, value, start, end)
+    with interpreting(sanitize=True):
+        out, lse = triton_interval.interval_attention(*inputs, 0.25, None, 0, 0)
+        saved = (*inputs, out, lse, 0.25, None, 0, 0, [True, True, True, False])
+        broadcast = triton_interval.interval_attention_bwd(torch.ones(()).expand(out.shape), None, *saved)
+        plain = triton_interval.interval_attention_bwd(torch.ones(out.shape), None, *saved)
+    assert all(torch.equal(a, b) for a, b in zip(broadcast, plain, strict=True))
+
+
+@pytest.mark.parametrize("absent", ["b", "h", "tq", "tk", "dh", "dv"])
+def test_sizes_of_zero(absent):
+    size = {"b": 1, "h": 2, "hkv": 1, "tq": 5, "tk": 6, "dh": 16, "dv": 16} | {absent: 0}
+    size["hkv"] = min(size["h"], 1)
+    query, key, value = problem(*size.values(), torch.float32)
+    check(query, key, value, *any_intervals(size["b"], size["tq"], size["tk"] + 1), scale=1.0)
+
+
+def test_float64_and_very_wide_heads_run_the_reference():
+    for dtype, width in ((torch.float64, 16), (torch.float32, 129), (torch.bfloat16, 257)):
+        query, key, value = problem(1, 1, 1, 3, 4, width, 8, dtype)
+        inputs = (query, key, value, *intervals.causal(3), 0.1, None, 0, 0)
+        assert torch.equal(triton_interval.interval_attention(*inputs)[0], interval_attention_fwd(*inputs)[0])
+
+
+def test_blocks_no_query_sees_are_not_read():
+    query, key, value = problem(1, 1, 1, 40, 640, 16, 16, torch.float32)
+    start, end = torch.full((40,), 300), torch.full((40,), 310)
+    key[:, :, :200], value[:, :, :200], key[:, :, 500:], value[:, :, 500:] = [float("nan")] * 4
+    with interpreting():
+        out, lse = triton_interval.interval_attention(query, key, value, start, end, 0.25, None, 0, 0)
+        grads = triton_interval.interval_attention_bwd(
+            out, None, query, key, value, start, end, out, lse, 0.25, None, 0, 0, [True, True, True, False]
+        )
+    for x in (out, lse, *grads[:3]):
+        assert x.isfinite().all()
+    assert (grads[1][:, :, :200] == 0).all()
+
+
+def test_nan_is_not_hidden():
+    query, key, value = problem(1, 1, 1, 20, 20, 16, 16, torch.float32)
+    query[:, :, 3] = float("nan")
+    with interpreting():
+        out, lse = triton_interval.interval_attention(
+            query, key, value, *intervals.causal(20), 0.25, None, 0, 0
+        )
+    assert out[:, :, 3].isnan().all()
+    assert lse[:, :, 3].isnan().all()
+    assert out[:, :, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "s", "latents", "lengths"),
+    [(8, 70, 8, None), (33, 50, 33, (50, 17, 0, 60)), (5, 0, 5, None), (20, 40, 0, (40, 0, 3, -2))],
+    ids=str,
+)
+def test_perceiver(n, s, latents, lengths, dtype):
+    b = len(lengths) if lengths else 2
+    query = heads_last(b, 4, n, 20, dtype)
+    inputs = [heads_last(b, 2, t, d, dtype) for t in (s, latents) for d in (20, 24)]
+    lengths = torch.tensor(lengths) if lengths else None
+    dout = torch.randn(b, 4, n, 24).to(dtype)
+    inputs = (query, *inputs, lengths)
+    with interpreting(sanitize=True):
+        out, lse = triton_perceiver.perceiver_attention(*inputs, 0.3)
+        grads = triton_perceiver.perceiver_attention_bwd(dout, *inputs, out, lse, 0.3, [True] * 5)
+    expected = []
+    for work in (torch.float32, torch.float64):
+        operands = [wide(x, work) for x in inputs]
+        o, r = perceiver_attention_fwd(*operands, 0.3)
+        o_saved = wide(wide(o, dtype), work) if work == torch.float32 else o
+        g = perceiver_attention_bwd(wide(dout, work), *operands, o_saved, r, 0.3, [True] * 5)
+        expected.append((o, r, *g))
+    names = ("out", "lse", "dquery", "dmedia_key", "dmedia_value", "dlatent_key", "dlatent_value")
+    assert_all_close(names, (out, lse, *grads), *expected, dtype)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (2, 4), ()], ids=str)
+def test_perceiver_gives_the_gradients_that_are_needed(needed):
+    inputs = [heads_last(1, 2, t, 16, torch.float32) for t in (8, 30, 30, 8, 8)]
+    dout = torch.randn(1, 2, 8, 16)
+    with interpreting(sanitize=True):
+        out, lse = triton_perceiver.perceiver_attention(*inputs, None, 0.25)
+        saved = (dout, *inputs, None, out, lse, 0.25)
+        whole = triton_perceiver.perceiver_attention_bwd(*saved, [True] * 5)
+        part = triton_perceiver.perceiver_attention_bwd(*saved, [i in needed for i in range(5)])
+    for i, (every, one) in enumerate(zip(whole, part, strict=True)):
+        assert torch.equal(one, every) if i in needed else one.numel() == 0
+
+
+def test_tiles_follow_type_width_and_size():
+    def chosen(dtype, width, rows, tables=_attention.FORWARD):
+        x = torch.empty(1, 1, 1, width, dtype=dtype)
+        options = _attention.launch_options(tables, x, x, rows, 1000, False)
+        return (
+            options["BLOCK_M"],
+            options["BLOCK_N"],
+            options["BLOCK_D"],
+            options["PRECISION"],
+            options["EVEN_D"],
+        )
+
+    assert chosen(torch.bfloat16, 64, 4096) == (128, 64, 64, "ieee", True)
+    assert chosen(torch.float16, 64, 1) == (16, 64, 64, "ieee", True)
+    assert chosen(torch.bfloat16, 80, 4096) == (128, 64, 128, "ieee", False)
+    assert chosen(torch.float32, 128, 4096) == (32, 16, 128, "tf32x3", True)
+    for tables in (_attention.FORWARD, _attention_bwd.QUERY_GRADS, _attention_bwd.KEY_GRADS):
+        assert chosen(torch.float16, 256, 64, tables)[2] == 256

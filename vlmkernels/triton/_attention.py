@@ -1,0 +1,285 @@
+"""Kernels of interval_attention and perceiver_attention: a softmax streamed over one or two key sources."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmkernels.ops._attention import laid_out
+from vlmkernels.triton._contrastive import rows_contiguous, tf32_allowed
+
+NOTHING: tl.constexpr = tl.constexpr(-3e38)  # the maximum of no logits, finite: its distance to itself is 0
+
+
+@triton.jit
+def tile(X, rows, stride, n, width, MASKED: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of X [n, width] as [BLOCK, BLOCK_D], 0 past the end; without MASKED all rows exist."""
+    cols = tl.arange(0, BLOCK_D)
+    at = X + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    if MASKED:
+        if EVEN:
+            x = tl.load(at, mask=(rows < n)[:, None], other=0.0)
+        else:
+            x = tl.load(at, mask=(rows < n)[:, None] & (cols < width)[None, :], other=0.0)
+    elif EVEN:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(cols < width)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk):
+    """[start, end) of each row within [0, tk), [0, 0) for empty rows and rows past the end."""
+    inside = rows < tq
+    start = tl.zeros_like(rows)
+    end = start + tk
+    if START is not None:
+        bound = tl.load(START + batch * stride_sb + rows.to(tl.int64) * stride_st, mask=inside, other=0)
+        start = tl.minimum(tl.maximum(bound, 0), tk).to(tl.int32)
+    if END is not None:
+        bound = tl.load(END + batch * stride_eb + rows.to(tl.int64) * stride_et, mask=inside, other=0)
+        end = tl.minimum(tl.maximum(bound, 0), tk).to(tl.int32)
+    seen = inside & (end > start)
+    return tl.where(seen, start, 0), tl.where(seen, end, 0)
+
+
+@triton.jit
+def key_bounds(start, end, inside, tk, BLOCK_N: tl.constexpr):
+    """lo <= a <= b, hi: some row sees keys of [lo, hi); blocks of [a, b) are seen whole by every row."""
+    seen = end > start
+    lo, hi = tl.min(tl.where(seen, start, tk), 0), tl.max(end, 0)
+    last_start = tl.max(tl.where(inside, tl.where(seen, start, tk), 0), 0)
+    first_end = tl.min(tl.where(inside, end, tk), 0)
+    a = lo + tl.cdiv(tl.maximum(last_start - lo, 0), BLOCK_N) * BLOCK_N
+    return lo, a, a + tl.maximum(first_end - a, 0) // BLOCK_N * BLOCK_N, hi
+
+
+@triton.jit
+def grid_bias(TABLE, i, j, grid_rows, grid_cols):
+    """The relative bias of queries i and keys j (of shapes that broadcast)."""
+    wide = 2 * grid_cols - 1
+    row, col = i // grid_cols - j // grid_cols + grid_rows - 1, i % grid_cols - j % grid_cols + grid_cols - 1
+    on_grid = (i < grid_rows * grid_cols) & (j < grid_rows * grid_cols)
+    return tl.load(TABLE + row * wide + col, mask=on_grid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def attend(
+    acc,  # [BLOCK_M, BLOCK_V] float32: values weighted below the maximum `high`
+    high,  # [BLOCK_M]
+    total,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
+    rows,  # [BLOCK_M]
+    start,  # [BLOCK_M]
+    end,  # [BLOCK_M]
+    lo,
+    hi,
+    K,  # [tk, width]
+    V,  # [tk, value_width]
+    TABLE,  # [2 grid_rows - 1, 2 grid_cols - 1] or None
+    stride_k,
+    stride_v,
+    tk,
+    width,
+    value_width,
+    grid_rows,
+    grid_cols,
+    scale,
+    MASKED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The softmax goes on over blocks of keys from lo to hi."""
+    for first in range(lo, hi, BLOCK_N):
+        cols = first + tl.arange(0, BLOCK_N)
+        k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if TABLE is not None:
+            s += grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols)
+        if MASKED:
+            seen = (cols[None, :] >= start[:, None]) & (cols[None, :] < end[:, None])
+            s = tl.where(seen, s, -float("inf"))
+        higher = tl.maximum(high, tl.max(s, 1))
+        p = tl.exp(s - higher[:, None])
+        shrink = tl.exp(high - higher)
+        total = total * shrink + tl.sum(p, 1)
+        v = tile(V, cols, stride_v, tk, value_width, MASKED, EVEN_V, BLOCK_V)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        high = higher
+    return acc, high, total
+
+
+@triton.jit
+def _forward(
+    Q,  # [B, heads, tq, width]
+    K,  # [B, heads / group, tk, width]
+    V,  # [B, heads / group, tk, value_width]
+    K2,  # [B, heads / group, tk2, width] or None: a second source, every row sees all of it
+    V2,  # [B, heads / group, tk2, value_width] or None
+    START,  # [B, tq] by its strides, or None for 0
+    END,  # [B, tq] by its strides, or None for tk
+    TABLE,  # [heads, 2 grid_rows - 1, 2 grid_cols - 1] or None
+    OUT,  # [B, heads, tq, value_width]
+    LSE,  # [B, heads, tq] float32
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_k2b, stride_k2h, stride_k2t, stride_v2b, stride_v2h, stride_v2t, stride_ob, stride_oh, stride_ot,
+    stride_sb, stride_st, stride_eb, stride_et,
+    heads, group, tq, tk, tk2, width, value_width, grid_rows, grid_cols, scale,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(tq, BLOCK_M)
+    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the longest first
+    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
+    batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < tq
+    start, end = intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk)
+    lo, a, b, hi = key_bounds(start, end, inside, tk, BLOCK_N)
+    q = tile(Q + batch * stride_qb + head * stride_qh, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
+    K += batch * stride_kb + head // group * stride_kh
+    V += batch * stride_vb + head // group * stride_vh
+    if TABLE is not None:
+        TABLE += head * (2 * grid_rows - 1) * (2 * grid_cols - 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    high = tl.full([BLOCK_M], NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    begins, ends = (lo, a, b), (tl.minimum(a, hi), b, hi)
+    for part in tl.static_range(3):
+        acc, high, total = attend(
+            acc, high, total, q, rows, start, end, begins[part], ends[part], K, V, TABLE, stride_kt,
+            stride_vt, tk, width, value_width, grid_rows, grid_cols, scale, part != 1, EVEN_D, EVEN_V,
+            BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+    if K2 is not None:
+        K2 += batch * stride_k2b + head // group * stride_k2h
+        V2 += batch * stride_v2b + head // group * stride_v2h
+        start, end = intervals(None, None, batch, rows, 0, 0, 0, 0, tq, tk2)
+        acc, high, total = attend(
+            acc, high, total, q, rows, start, end, 0, tk2, K2, V2, None, stride_k2t, stride_v2t, tk2, width,
+            value_width, grid_rows, grid_cols, scale, True, EVEN_D, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
+            PRECISION,
+        )  # fmt: skip
+    none = total == 0
+    lse = tl.where(none, -float("inf"), high + tl.log(tl.where(none, 1.0, total)))
+    tl.store(LSE + (batch * heads + head) * tq + rows, lse, mask=inside)
+    out = tl.where(none[:, None], 0.0, acc / tl.where(none, 1.0, total)[:, None])
+    cols = tl.arange(0, BLOCK_V)
+    at = batch * stride_ob + head * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + cols[None, :]
+    kept = inside[:, None] & (cols < value_width)[None, :]
+    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=kept)
+
+
+class Source(NamedTuple):
+    """Keys and values, and which of them each query sees: all of them where a bound is None."""
+
+    key: Tensor  # [B, Hkv, Tk, Dh]
+    value: Tensor  # [B, Hkv, Tk, Dv]
+    start: Tensor | None  # [B, Tq]
+    end: Tensor | None  # [B, Tq]
+
+    def rows_contiguous(self) -> "Source":
+        return self._replace(key=rows_contiguous(self.key), value=rows_contiguous(self.value))
+
+    def strides(self) -> list[int]:
+        return [*self.key.stride()[:3], *self.value.stride()[:3]]
+
+    def interval_strides(self) -> list[int]:
+        return [s for bound in (self.start, self.end) for s in ((0, 0) if bound is None else bound.stride())]
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Tiles = dict[tuple[bool, int], Tile]
+# (inputs of 16 bits, padded width of a head); none spills inside a loop on sm_80, sm_90 or gfx942
+FORWARD: Tiles = {
+    (True, 64): Tile(128, 64, 8, 3),
+    (True, 128): Tile(128, 64, 8, 2),
+    (True, 256): Tile(64, 32, 8, 2),
+    (False, 64): Tile(32, 32, 4, 2),
+    (False, 128): Tile(32, 16, 4, 2),
+}
+
+
+def unsupported(query: Tensor, value: Tensor) -> bool:
+    """float64, which tensor cores do not multiply on every GPU, and heads too wide for registers."""
+    widest = {torch.float64: -1, torch.float32: 128}.get(query.dtype, 256)
+    return max(query.shape[3], value.shape[3]) > widest
+
+
+def block(size: int) -> int:
+    """The power of two that holds `size`, at least what a tensor core multiplies."""
+    return max(16, triton.next_power_of_2(max(size, 1)))
+
+
+def launch_options(tiles: Tiles, query: Tensor, value: Tensor, rows: int, cols: int, biased: bool) -> dict:
+    """The tile for a problem from its table, no larger than the problem."""
+    width, value_width = query.shape[3], value.shape[3]
+    block_d, block_v = block(width), block(value_width)
+    half = query.dtype != torch.float32
+    chosen = tiles[half, max(block_d, block_v, 64)]
+    block_m, block_n = chosen[:2]
+    if half and biased:  # addresses and elements of the table take the registers of half a tile
+        block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
+    amd = torch.version.hip is not None
+    if half or amd:
+        precision = "ieee"
+    else:
+        precision = "tf32" if tf32_allowed() else "tf32x3"  # three products on tensor cores: 21 bits
+    return {
+        "EVEN_D": width == block_d,
+        "EVEN_V": value_width == block_v,
+        "BLOCK_M": min(block_m, block(rows)),
+        "BLOCK_N": min(block_n, block(cols)),
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "PRECISION": precision,
+        "num_warps": chosen.num_warps // (2 if amd else 1),  # those of AMD have 64 lanes
+        "num_stages": 1 if amd else min(chosen.num_stages, 2 if biased else 3),  # prefetching spills there
+    }
+
+
+def forward(
+    query: Tensor,  # [B, H, Tq, Dh]
+    source: Source,
+    second: Source | None,
+    scale: float,
+    table: Tensor | None = None,  # [H, 2R-1, 2C-1]
+    grid_rows: int = 0,
+    grid_cols: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, Tq, Dv] in memory [B, Tq, H, Dv], and lse [B, H, Tq] float32; 0 and -inf on empty rows."""
+    b, h, tq, width = query.shape
+    tk, value_width = source.value.shape[2:]
+    out = laid_out(query, (b, h, tq, value_width))
+    lse = query.new_empty((b, h, tq), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    query, source = rows_contiguous(query), source.rows_contiguous()
+    second = second.rows_contiguous() if second is not None else None
+    tk2 = second.key.shape[2] if second else 0
+    options = launch_options(FORWARD, query, source.value, tq, max(tk, tk2), table is not None)
+    with torch.cuda.device_of(query):
+        _forward[(triton.cdiv(tq, options["BLOCK_M"]) * h * b,)](
+            query, source.key, source.value, *((second.key, second.value) if second else (None, None)),
+            source.start, source.end, table, out, lse,
+            *query.stride()[:3], *source.strides(), *(second.strides() if second else [0] * 6),
+            *out.stride()[:3], *source.interval_strides(), h, h // source.key.shape[1], tq, tk,
+            tk2, width, value_width, grid_rows, grid_cols,
+            scale, **options,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,172 @@
+"""interval_attention (contract in ops/interval_attention.py): launches of the attention kernels.
+
+The gradient of the relative bias has a kernel of its own: a program owns all pairs of rows, and of blocks
+of columns, of the grid that lie one offset apart, so that its tiles add up element by element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmkernels.reference.interval_attention import interval_attention_bwd as reference_bwd
+from vlmkernels.reference.interval_attention import interval_attention_fwd as reference_fwd
+from vlmkernels.triton import _attention as attention
+from vlmkernels.triton import _attention_bwd as attention_bwd
+from vlmkernels.triton._attention import Source, grid_bias, intervals, tile
+from vlmkernels.triton._contrastive import rows_contiguous
+
+BIAS_BLOCK = 32  # at most so many columns of the grid, queries by keys, in a tile of the bias's gradient
+BIAS_PROGRAMS = 1024  # the batch is split until about so many programs share it
+
+
+@triton.jit
+def _bias_grads(
+    Q,  # [B, heads, tq, width]
+    K,  # [B, heads / group, tk, width]
+    V,  # [B, heads / group, tk, value_width]
+    START,  # [B, tq]
+    END,  # [B, tq]
+    TABLE,  # [heads, 2 grid_rows - 1, 2 grid_cols - 1]
+    DOUT,  # [B, heads, tq, value_width]
+    LSE,  # [B, heads, tq] float32
+    DELTA,  # [B, heads, tq] float32
+    PARTS,  # [splits, heads, 2 grid_rows - 1, 2 col_blocks - 1, BLOCK, BLOCK] float32
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt, stride_sb, stride_st, stride_eb, stride_et,
+    batches, splits, heads, group, tq, tk, width, value_width, grid_rows, grid_cols, scale,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    col_blocks = tl.cdiv(grid_cols, BLOCK)
+    program = tl.program_id(0)
+    across = program % (2 * col_blocks - 1) - (col_blocks - 1)
+    program = program // (2 * col_blocks - 1)
+    down = program % (2 * grid_rows - 1) - (grid_rows - 1)
+    program = program // (2 * grid_rows - 1)
+    head = (program % heads).to(tl.int64)
+    Q += head * stride_qh
+    DOUT += head * stride_dh
+    K += head // group * stride_kh
+    V += head // group * stride_vh
+    TABLE += head * (2 * grid_rows - 1) * (2 * grid_cols - 1)
+    within = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    split = program // heads
+    for turn in range(0, tl.cdiv(batches - split, splits)):
+        batch = split.to(tl.int64) + turn * splits
+        row_head = (batch * heads + head) * tq
+        for row in range(tl.maximum(down, 0), tl.minimum(grid_rows + down, grid_rows)):
+            for col in range(tl.maximum(across, 0), tl.minimum(col_blocks + across, col_blocks)):
+                i, j = col * BLOCK + within, (col - across) * BLOCK + within
+                rows = tl.where(i < grid_cols, row * grid_cols + i, tq)
+                cols = tl.where(j < grid_cols, (row - down) * grid_cols + j, tk)
+                start, end = intervals(
+                    START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk
+                )
+                q = tile(Q + batch * stride_qb, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
+                k = tile(K + batch * stride_kb, cols, stride_kt, tk, width, True, EVEN_D, BLOCK_D)
+                v = tile(V + batch * stride_vb, cols, stride_vt, tk, value_width, True, EVEN_V, BLOCK_V)
+                dout = tile(DOUT + batch * stride_db, rows, stride_dt, tq, value_width, True, EVEN_V, BLOCK_V)
+                lse = tl.load(LSE + row_head + rows, mask=rows < tq, other=0.0)
+                delta = tl.load(DELTA + row_head + rows, mask=rows < tq, other=0.0)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                s += grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols)
+                dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
+                seen = (cols[None, :] >= start[:, None]) & (cols[None, :] < end[:, None])
+                total += tl.where(seen, ds, 0.0)
+    at = tl.program_id(0).to(tl.int64) * BLOCK * BLOCK + within[:, None] * BLOCK + within[None, :]
+    tl.store(PARTS + at, total)
+
+
+def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, grid_cols) -> Tensor:
+    b, h, tq, width = query.shape
+    tk, value_width = source.value.shape[2:]
+    if lse.numel() == 0:
+        return torch.zeros_like(table)
+    options = attention.launch_options(attention_bwd.KEY_GRADS, query, source.value, tq, tk, True)
+    widest = max(options["BLOCK_D"], options["BLOCK_V"]) * query.element_size()
+    options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
+    options |= {"num_warps": 4, "num_stages": 1}
+    side = min(BIAS_BLOCK if widest <= 256 and query.element_size() == 2 else 16, attention.block(grid_cols))
+    blocks = triton.cdiv(grid_cols, side)
+    offsets = h * (2 * grid_rows - 1) * (2 * blocks - 1)
+    splits = min(b, triton.cdiv(BIAS_PROGRAMS, offsets))
+    parts = lse.new_empty((splits, h, 2 * grid_rows - 1, 2 * blocks - 1, side, side))
+    with torch.cuda.device_of(query):
+        _bias_grads[(splits * offsets,)](
+            query, source.key, source.value, source.start, source.end, table, dout, lse, delta, parts,
+            *query.stride()[:3], *source.strides(), *dout.stride()[:3], *source.interval_strides(),
+            b, splits, h, h // source.key.shape[1], tq, tk, width, value_width, grid_rows, grid_cols,
+            scale, BLOCK=side, **options,
+        )  # fmt: skip
+    # Rows one element shorter than they are stored slant the diagonals of a tile into columns
+    slanted = pad(parts.sum(0).flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]
+    diagonals = pad(slanted.unflatten(-1, (side, 2 * side - 1)).sum(-2), (0, 1)).unflatten(-1, (2, side))
+    total = pad(diagonals[..., 0, :], (0, 0, 0, 1)) + pad(diagonals[..., 1, :], (0, 0, 1, 0))
+    first = blocks * side - grid_cols
+    return total.flatten(-2)[..., first : first + 2 * grid_cols - 1].to(table.dtype).contiguous()
+
+
+def _source(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor) -> Source:
+    rows = (query.shape[0], query.shape[2])
+    return Source(key, value, start.expand(rows), end.expand(rows)).rows_contiguous()
+
+
+def interval_attention(
+    query: Tensor,  # [B, H, Tq, Dh]
+    key: Tensor,  # [B, Hkv, Tk, Dh]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    start: Tensor,  # [Tq] or [B, Tq]
+    end: Tensor,
+    scale: float,
+    relative_bias: Tensor | None,  # [H, 2R-1, 2C-1]
+    grid_rows: int,
+    grid_cols: int,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Tq, Dv], lse [B, H, Tq])."""
+    if attention.unsupported(query, value):
+        return reference_fwd(query, key, value, start, end, scale, relative_bias, grid_rows, grid_cols)
+    table = relative_bias.contiguous() if relative_bias is not None else None
+    source = _source(query, key, value, start, end)
+    return attention.forward(query, source, None, scale, table, grid_rows, grid_cols)
+
+
+def interval_attention_bwd(
+    dout: Tensor,  # [B, H, Tq, Dv]
+    dlse: Tensor | None,  # [B, H, Tq]
+    query: Tensor,  # [B, H, Tq, Dh]
+    key: Tensor,  # [B, Hkv, Tk, Dh]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    start: Tensor,  # [Tq] or [B, Tq]
+    end: Tensor,
+    out: Tensor,  # [B, H, Tq, Dv]
+    lse: Tensor,  # [B, H, Tq]
+    scale: float,
+    relative_bias: Tensor | None,  # [H, 2R-1, 2C-1]
+    grid_rows: int,
+    grid_cols: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and relative_bias; size 0 where not needed."""
+    if attention.unsupported(query, value):
+        return reference_bwd(
+            dout, dlse, query, key, value, start, end, out, lse, scale, relative_bias, grid_rows, grid_cols,
+            needs,
+        )  # fmt: skip
+    need_query, need_key, _, need_bias = needs
+    table = relative_bias.contiguous() if relative_bias is not None else None
+    grid = (table, grid_rows, grid_cols)
+    source = _source(query, key, value, start, end)
+    dout, query, out, lse = (*map(rows_contiguous, (dout, query, out)), lse.contiguous())
+    none = query.new_empty(0)
+    delta = attention_bwd.row_sums(dout, out, dlse) if need_query or need_key or need_bias else None
+    dq, dbias = none, none if table is None else table.new_empty(0)
+    if need_query:
+        dq = attention_bwd.query_gradient(dout, query, source, None, lse, delta, scale, *grid)
+    if need_bias:
+        dbias = _bias_gradient(dout, query, source, lse, delta, scale, *grid)
+    dk, dv = attention_bwd.key_gradients(dout, query, source, lse, delta, scale, needs[1:3], *grid)
+    return dq, dk, dv, dbias
