@@ -338,7 +338,7 @@ def test_compile(family, backend):
 
 
 def test_saved_memory():
-    """T = 512, d = 1024, 8 images of 64 latents, 8 heads of 64, feed-forward 4 d: 3.5 times less."""
+    """T = 512, d = 1024, 8 images of 64 latents, 8 heads of 64, feed-forward 4 d: 4 times less."""
     theirs = peer("open_flamingo.src.helpers").GatedCrossAttentionBlock(dim=1024, dim_visual=1024)
     x, media, locations = (
         torch.randn(1, 512, 1024),
@@ -352,8 +352,8 @@ def test_saved_memory():
         )
         for b in (theirs, *blocks)
     ]
-    assert kept[0] > 3.5 * kept[1]
-    assert kept[0] > 7 * kept[2]
+    assert kept[0] > 4 * kept[1]
+    assert kept[0] > 12 * kept[2]
 
 
 def test_bad_input():

@@ -123,22 +123,30 @@ class FeedForward(nn.Sequential):
         x: Tensor,  # [..., D]
         gate: Tensor | None = None,  # 1 or D elements
         *,
+        branch: tuple[Tensor, nn.Module, Tensor] | None = None,  # h [..., K], linear layer, its gate
         row_mask: Tensor | None = None,  # [...] bool
         recompute: bool = False,
     ) -> Tensor:  # [..., D]
         """``x + tanh(gate) * self(x)``, without the tanh when there is no gate; rows masked out keep x.
 
-        Kept for the backward: x, and the pre-activation unless `recompute`.
+        With ``branch = (h, linear, gate_h)`` it goes on from ``x + tanh(gate_h) * linear(h)``, which it makes
+        again in the backward. Kept for the backward: x, h, and the pre-activation unless `recompute`.
         """
         norm, w1, activation, w2 = self
-        if not is_plain(norm, w1, w2):
-            branch = w2(activation(w1(norm(x))))
-            return (
-                x + branch if gate is None else vlmkernels.gated_residual(x, branch, gate, row_mask=row_mask)
-            )
+        linears = (w1, w2) if branch is None else (w1, w2, branch[1])
+        if not is_plain(norm, *linears):
+            if branch is not None:
+                x = add_linear(x, *branch)
+            hidden = activation(w1(norm(x)))
+            return x + w2(hidden) if gate is None else add_linear(x, hidden, w2, gate, row_mask)
         dtype = product_dtype(x)
+        first: tuple[Any, ...] = (None, None, None)
+        if branch is not None:
+            h, linear, gate_h = branch
+            first = h.to(dtype), linear.weight.to(dtype), gate_h
         weights = (norm.weight, getattr(norm, "bias", None), w1.weight.to(dtype), w2.weight.to(dtype))
-        return _AddFeedForward.apply(x, *weights, gate, row_mask, norm.eps, type(activation), recompute)
+        options = (norm.eps, type(activation), recompute)
+        return _AddFeedForward.apply(x, *first, *weights, gate, row_mask, *options)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -172,43 +180,43 @@ class _NormLinear(torch.autograd.Function):
 
 
 class _AddFeedForward(torch.autograd.Function):
-    """x + tanh(gate) (act(norm(x) W1^T) W2^T)."""
+    """y + tanh(gate) (act(norm(y) W1^T) W2^T), y = x + tanh(gate_h) (h W0^T) or x."""
 
     @staticmethod
-    def forward(ctx, x, gain, shift, w1, w2, gate, row_mask, eps, activation, recompute):
-        pre = F.linear(_norm(x, gain, shift, eps).to(w1.dtype), w1)
-        ctx.save_for_backward(x, gain, shift, w1, w2, gate, row_mask, None if recompute else pre)
+    def forward(ctx, x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, eps, activation, recompute):
+        y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
+        pre = F.linear(_norm(y, gain, shift, eps).to(w1.dtype), w1)
+        kept = None if recompute else pre
+        ctx.save_for_backward(x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, kept)
         ctx.eps, ctx.activation = eps, activation
         hidden = _activate(pre, activation)
         if gate is None:
-            return x + F.linear(hidden, w2)
-        return vlmkernels.gated_linear_residual(x, hidden, w2, gate, row_mask=row_mask)
+            return y + F.linear(hidden, w2)
+        return vlmkernels.gated_linear_residual(y, hidden, w2, gate, row_mask=row_mask)
 
     @staticmethod
     def backward(ctx, dout):
-        x, gain, shift, w1, w2, gate, row_mask, pre = ctx.saved_tensors
-        need_x, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:6]
-        need_norm = (need_x, need_gain, need_shift)
-        normed = _norm(x, gain, shift, ctx.eps).to(w1.dtype) if pre is None or need_w1 else None
+        x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, pre = ctx.saved_tensors
+        need_x, *need_first, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:9]
+        need_norm = (need_x or any(need_first), need_gain, need_shift)
+        y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
+        normed = _norm(y, gain, shift, ctx.eps).to(w1.dtype) if pre is None or need_w1 else None
         pre = F.linear(normed, w1) if pre is None else pre
-        dhidden, dw2, dgate = _linear_backward(
-            dout,
-            _activate(pre, ctx.activation),
-            w2,
-            gate,
-            row_mask,
-            need_w1 or any(need_norm),
-            need_w2,
-            need_gate,
-        )
+        needs = (need_w1 or any(need_norm), need_w2, need_gate)
+        hidden = _activate(pre, ctx.activation)
+        dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, *needs)
         dx = dgain = dshift = dw1 = None
         if dhidden is not None:
             dpre = _activate_backward(dhidden, pre, ctx.activation)
             dw1 = dpre.flatten(0, -2).t() @ normed.flatten(0, -2) if need_w1 else None
-            dx, dgain, dshift = _norm_backward(dpre @ w1, x, gain, shift, ctx.eps, need_norm)
-        if need_x:
+            dx, dgain, dshift = _norm_backward(dpre @ w1, y, gain, shift, ctx.eps, need_norm)
+        first = (None, None, None)
+        if need_norm[0]:
             dx = dx + dout.to(dx.dtype)
-        return dx, dgain, dshift, dw1, dw2, dgate, None, None, None, None
+            if any(need_first):
+                first = _linear_backward(dx, h, w0, gate_h, None, *need_first)
+            dx = dx.to(x.dtype) if need_x else None
+        return dx, *first, dgain, dshift, dw1, dw2, dgate, None, None, None, None
 
 
 def _linear_backward(dout, hidden, weight, gate, row_mask, need_hidden, need_weight, need_gate):

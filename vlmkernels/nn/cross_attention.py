@@ -328,8 +328,8 @@ class GatedCrossAttentionBlock(nn.Module):
             x, media, media_locations, use_cached_media,
             num_media=num_media, intervals=intervals, mask=mask, cache=cache,
         )  # fmt: skip
-        x = layers.add_linear(x, out, self.attn.to_out, self.attn_gate)
         row_mask = None
         if not self.ffn_on_empty and empty is not None:
             row_mask = (~empty).expand(x.shape[:2])
-        return self.ff.add_to(x, self.ff_gate, row_mask=row_mask, recompute=self.recompute_ffn)
+        branch = (out, self.attn.to_out, self.attn_gate)
+        return self.ff.add_to(x, self.ff_gate, branch=branch, row_mask=row_mask, recompute=self.recompute_ffn)
