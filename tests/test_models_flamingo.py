@@ -279,8 +279,9 @@ def test_under_autocast(kind):
 
 def test_learns_to_name_images_and_needs_them():
     """Four images, four words, a frozen random language model: the images are learnt, nothing else helps."""
-    model = flamingo().train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=3e-3)
+    model = Flamingo(config(), lang_encoder=language_model("ours")).train()
+    assert not any(block.attn_gate.any() or block.ff_gate.any() for block in model.gated_blocks())
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=1e-2)
     images = torch.randn(4, 1, 1, 3, 16, 16)
     text = torch.tensor([[MEDIA, 7, word, END] for word in (10, 11, 12, 13)])
     labels = torch.where((text >= 10) & (text <= 13), text, -100)
