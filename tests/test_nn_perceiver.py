@@ -221,6 +221,18 @@ def test_compile(backend):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_second_derivatives_are_refused():
+    resampler, x = PerceiverResampler(24, **SIZES), torch.randn(2, 1, 1, 7, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(resampler(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+    latents = torch.randn(5, 24, requires_grad=True)
+    out = resampler.layers[0][1].add_to(latents)
+    (grad,) = torch.autograd.grad(out.square().sum(), latents, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
 def test_no_images():
     resampler = PerceiverResampler(24, **SIZES)
     assert resampler(torch.randn(0, 2, 1, 7, 24)).shape == (0, 2, 5, 24)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import vlmkernels
 
@@ -160,6 +161,7 @@ class _NormLinear(torch.autograd.Function):
         return tuple(F.linear(normed, weight) for weight in weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dys):
         x, gain, shift, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -195,6 +197,7 @@ class _AddFeedForward(torch.autograd.Function):
         return vlmkernels.gated_linear_residual(y, hidden, w2, gate, row_mask=row_mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, pre = ctx.saved_tensors
         need_x, *need_first, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:9]
