@@ -14,7 +14,7 @@ from vlmkernels.train import checkpoint
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def child(values, die_in_save_after=None):
+def child(kind, values, die_in_save_after=None):
     """Train; with ``die_in_save_after`` a SIGKILL comes when the next checkpoint's file is half written."""
     import torch
 
@@ -32,7 +32,7 @@ def child(values, die_in_save_after=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = save_half
-    train("clip", TrainConfig(**values))
+    train(kind, TrainConfig(**values))
 
 
 def start(*arguments):
@@ -47,12 +47,13 @@ def steps_written(run):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-def test_killed_run_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("kind", ["clip", "simvlm"])
+def test_killed_run_resumes_bit_for_bit(tmp_path, kind):
     CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
     rng = random.Random(20)
     table = write_pairs(tmp_path)
-    values = tiny_values(table, tmp_path / "whole", epochs=20, save_every=4)  # 60 steps
-    whole = start(values)
+    values = tiny_values(table, tmp_path / "whole", kind, epochs=20, save_every=4)  # 60 steps
+    whole = start(kind, values)
     whole.join()
     assert whole.exitcode == 0
 
@@ -60,7 +61,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     values = {**values, "out": str(run), "resume": "auto"}
 
     def kill_after(step):
-        process = start(values)
+        process = start(kind, values)
         while steps_written(run) < step and process.is_alive():
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
@@ -70,7 +71,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
         assert process.exitcode == -signal.SIGKILL
 
     kill_after(rng.randrange(2, 10))
-    in_save = start(values, rng.randrange(1, 3))
+    in_save = start(kind, values, rng.randrange(1, 3))
     in_save.join()
     assert in_save.exitcode == -signal.SIGKILL
     (half,) = (run / "checkpoints").glob(".partial-*")
@@ -80,7 +81,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     assert not half.exists()
     assert not (run / "final").exists()
     assert steps_written(run) < 60
-    last = start(values)
+    last = start(kind, values)
     last.join()
     assert last.exitcode == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, 61))
