@@ -57,7 +57,11 @@ void pack_rows_b(const bf16* x, int64_t ldx, int64_t count, int64_t d, int64_t d
     bf16* pair = out + r * depth;
     const bf16 *first = x + r * ldx, *second = first + ldx;
     const bool has_first = r < count, has_second = r + 1 < count;
-    for (int64_t c = 0; c < depth; ++c) {
+    const int64_t full = has_second ? d : 0;
+    auto* pairs = reinterpret_cast<Pair*>(pair);
+#pragma omp simd
+    for (int64_t c = 0; c < full; ++c) pairs[c].bits = first[c].bits | static_cast<uint32_t>(second[c].bits) << 16;
+    for (int64_t c = full; c < depth; ++c) {
       pair[2 * c] = has_first && c < d ? first[c] : bf16{};
       pair[2 * c + 1] = has_second && c < d ? second[c] : bf16{};
     }

@@ -7,6 +7,15 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
+// A vector register's lane adds 16 numbers at most before the sum goes on in double, whatever the register's width.
+#if defined(__AVX512F__)
+constexpr int64_t kSumPart = 256;
+#elif defined(__AVX__)
+constexpr int64_t kSumPart = 128;
+#else
+constexpr int64_t kSumPart = 64;
+#endif
+
 template <class P>
 constexpr bool kPaired = sizeof(P) == 2;  // B operands hold pairs of rows
 

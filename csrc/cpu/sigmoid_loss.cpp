@@ -5,15 +5,6 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-// A vector register's lane adds 16 numbers at most before the sum goes on in double, whatever the register's width.
-#if defined(__AVX512F__)
-constexpr int64_t kSumPart = 256;
-#elif defined(__AVX__)
-constexpr int64_t kSumPart = 128;
-#else
-constexpr int64_t kSumPart = 64;
-#endif
-
 struct Sums {
   double loss = 0, dbias = 0, dscale = 0;
 };

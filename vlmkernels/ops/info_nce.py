@@ -49,9 +49,8 @@ def info_nce(
         store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which
             then performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
 
-    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own
-    operators on a CPU, outside compiled code, because the calls of the kernels would cost more than they
-    save.
+    Of the plain form (none of `positives`, `weight`, `reduction`) up to 512 x 512 logits are held on a CPU,
+    outside compiled code, whatever `store_bytes`: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that
@@ -94,7 +93,7 @@ def info_nce(
         raise ValueError("info_nce: " + "; ".join(faults))
     scale = contrastive.as_scalar(scale, query)
     if positives is None and weight is None and reduction == "mean" and _dense.serves(query, key):
-        return _dense.info_nce(query, key, scale, symmetric, label_smoothing, normalize)
+        return _dense.loss(query, key, scale, None, symmetric, label_smoothing, normalize)
     weight = weight.detach() if weight is not None else None
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, scale))):
         store_bytes = 0

@@ -34,9 +34,8 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    A small matrix of logits (2^15 float32, 2^14 bfloat16) of the plain form goes through torch's own
-    operators on a CPU, outside compiled code, because the calls of the kernels would cost more than they
-    save.
+    Of the plain form (neither `positives` nor `reduction`) up to 512 x 512 logits are held on a CPU, outside
+    compiled code: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
@@ -62,7 +61,7 @@ def sigmoid_loss(
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
     scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
     if positives is None and reduction == "mean" and _dense.serves(query, key):
-        return _dense.sigmoid_loss(query, key, scale, bias, normalize)
+        return _dense.loss(query, key, scale, bias, False, 0.0, normalize)
     # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
     # the factor of a scaled loss they would leave the range.
     ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16

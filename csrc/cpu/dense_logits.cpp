@@ -1,0 +1,281 @@
+#include "vlmkernels/dense_logits.h"
+
+#include "pairwise.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+template <class P>
+int64_t rows_of(const DenseLogits<P>& g, int64_t ib) {
+  return min_(kDenseRows, g.pairs.n - ib * kDenseRows);
+}
+
+// x of row block ib, times sign. Products are summed in parts: one long chain of additions would round more than mm does.
+template <class P>
+void similarities(const DenseLogits<P>& g, int64_t ib, acc_t<P> sign) {
+  constexpr int64_t kPart = 512;
+  const Pairs<P>& p = g.pairs;
+  const int64_t i0 = ib * kDenseRows, rows = rows_of(g, ib);
+  for (int64_t j = 0; j < g.ldx; j += kDenseCols) {
+    for (int64_t d = 0; d < p.depth; d += kPart) {
+      p.product(rows, kDenseCols, min_(kPart, p.depth - d), p.depth, kDenseCols, g.ldx, d > 0, p.q + i0 * p.depth + d,
+                p.kt + j * p.depth + d * kDenseCols, g.x + i0 * g.ldx + j);
+    }
+  }
+  for (int64_t i = i0; (p.a || sign < 0) && i < i0 + rows; ++i) {
+    acc_t<P>* x = g.x + i * g.ldx;
+    const acc_t<P> factor = p.a ? sign * p.a[i] : sign;
+#pragma omp simd
+    for (int64_t j = 0; j < p.m; ++j) x[j] *= p.b ? factor * p.b[j] : factor;
+  }
+}
+
+// Row i of G, taken apart: the positive goes to its own place, the others to the slopes.
+template <class P>
+void put_row(const DenseLogits<P>& g, int64_t i, acc_t<P>* row) {
+  const Pairs<P>& p = g.pairs;
+  g.positive[i] = row[i];
+  row[i] = 0;
+  if (!g.slope) return;
+  P* out = g.slope + i * g.ldx;
+  if (p.b) {
+#pragma omp simd
+    for (int64_t j = 0; j < p.m; ++j) round_to(row[j] * p.b[j], out[j]);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < p.m; ++j) round_to(row[j], out[j]);
+  }
+  for (int64_t j = p.m; j < g.ldx; ++j) out[j] = P{};
+}
+
+// The transposed slopes of row block ib from its rows of G [rows, ldx].
+template <class P>
+void put_transposed(const DenseLogits<P>& g, int64_t ib, const acc_t<P>* block) {
+  using A = acc_t<P>;
+  if (!g.slope_t) return;
+  const Pairs<P>& p = g.pairs;
+  const int64_t i0 = ib * kDenseRows, rows = rows_of(g, ib);
+  P* out = g.slope_t + i0;
+  A a[kDenseRows];
+  for (int64_t r = 0; r < rows; ++r) a[r] = p.a ? p.a[i0 + r] : A(1);
+  const auto put = [&](int64_t c, int64_t r, A value) { round_to(a[r] * value, out[c * g.ldt + r]); };
+  if constexpr (sizeof(A) == 4) {
+    const auto put16 = [&](int64_t c, int64_t r, Vector words) {
+      float values[16];
+      __builtin_memcpy(values, &words, 64);
+      P* to = out + c * g.ldt + r;
+#pragma omp simd
+      for (int64_t k = 0; k < 16; ++k) round_to(a[r + k] * values[k], to[k]);
+    };
+    for_columns(block, g.ldx, rows, p.m, put16, put);
+  } else {
+    for (int64_t c = 0; c < p.m; ++c) {
+      for (int64_t r = 0; r < rows; ++r) put(c, r, block[r * g.ldx + c]);
+    }
+  }
+  for (int64_t c = 0; i0 + rows == p.n && c < p.m; ++c) {
+    for (int64_t i = p.n; i < g.ldt; ++i) g.slope_t[c * g.ldt + i] = P{};
+  }
+}
+
+// (1 - smoothing) (lse - positive) + smoothing (lse - mean), with lse = scale max + log.
+template <class A>
+double cross_entropy(A smoothing, A scale, A max, A log, A positive, A mean) {
+  return (1 - smoothing) * (scale * (max - positive) + log) + smoothing * (scale * (max - mean) + log);
+}
+
+}  // namespace
+
+// Logits enter as scale (x - maximum of x) with scale >= 0: the difference is taken before the factor can round it.
+template <class P>
+void dense_cross_entropy_rows(const DenseLogits<P>& g, int64_t ib) {
+  using A = acc_t<P>;
+  const A scale = std::fabs(g.pairs.scale);
+  const int64_t i0 = ib * kDenseRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
+  A *col_max = g.part_max + ib * m, *col_sum = g.part_sum + ib * m, *col_total = g.part_total + ib * m;
+  similarities(g, ib, g.pairs.scale < 0 ? A(-1) : A(1));
+  for (int64_t j = 0; g.symmetric && j < m; ++j) col_max[j] = -__builtin_inf(), col_sum[j] = col_total[j] = 0;
+  for (int64_t i = i0; i < i1; ++i) {
+    const A* x = g.x + i * g.ldx;
+    A top = -__builtin_inf(), total = 0, sum = 0;
+    if (g.symmetric) {
+#pragma omp simd reduction(max : top) reduction(+ : total)
+      for (int64_t j = 0; j < m; ++j) {
+        top = max_(top, x[j]);
+        total += x[j];
+        col_max[j] = max_(col_max[j], x[j]);
+        col_total[j] += x[j];
+      }
+    } else {
+#pragma omp simd reduction(max : top) reduction(+ : total)
+      for (int64_t j = 0; j < m; ++j) {
+        top = max_(top, x[j]);
+        total += x[j];
+      }
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < m; ++j) sum += exp_(scale * (x[j] - top));
+    g.row_max[i] = top;
+    g.row_log[i] = std::log(sum);
+    g.diagonal[i] = x[i];
+    g.loss[i] = cross_entropy<A>(g.smoothing, scale, top, g.row_log[i], x[i], total / m);
+  }
+  for (int64_t i = i0; g.symmetric && i < i1; ++i) {
+    const A* x = g.x + i * g.ldx;
+#pragma omp simd
+    for (int64_t j = 0; j < m; ++j) col_sum[j] += exp_(scale * (x[j] - col_max[j]));
+  }
+}
+
+template <class P>
+double dense_cross_entropy_columns(const DenseLogits<P>& g) {
+  using A = acc_t<P>;
+  const A scale = std::fabs(g.pairs.scale);
+  const int64_t m = g.pairs.m;
+  A *sum = g.part_sum, *total = g.part_total;  // the first block's become those of all
+  for (int64_t j = 0; j < m; ++j) g.col_max[j] = g.part_max[j];
+  for (int64_t ib = 1; ib < g.row_blocks(); ++ib) {
+    const A *part_max = g.part_max + ib * m, *part_sum = g.part_sum + ib * m, *part_total = g.part_total + ib * m;
+#pragma omp simd
+    for (int64_t j = 0; j < m; ++j) {
+      const A top = max_(g.col_max[j], part_max[j]);
+      sum[j] = sum[j] * exp_(scale * (g.col_max[j] - top)) + part_sum[j] * exp_(scale * (part_max[j] - top));
+      total[j] += part_total[j];
+      g.col_max[j] = top;
+    }
+  }
+  double loss = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    g.col_log[j] = std::log(sum[j]);
+    loss += cross_entropy<A>(g.smoothing, scale, g.col_max[j], g.col_log[j], g.diagonal[j], total[j] / m);
+  }
+  return loss;
+}
+
+template <class P>
+void dense_cross_entropy_slopes(const DenseLogits<P>& g, int64_t ib, acc_t<P>* scratch) {
+  using A = acc_t<P>;
+  const Pairs<P>& p = g.pairs;
+  const A scale = std::fabs(p.scale), u = (g.symmetric ? A(0.5) : A(1)) / p.n, v = g.symmetric ? A(0.5) / p.m : A(0);
+  const A uniform_u = u * g.smoothing / p.m, uniform_v = v * g.smoothing / p.n;
+  const A share = (u + v) * g.smoothing - uniform_u - uniform_v;
+  const int64_t i0 = ib * kDenseRows, m = p.m;
+  for (int64_t r = 0; r < rows_of(g, ib); ++r) {
+    const int64_t i = i0 + r;
+    const A *x = g.x + i * g.ldx, top = g.row_max[i], log = g.row_log[i], own = g.diagonal[i];
+    A* row = scratch + r * g.ldx;
+    // p - 1 by expm1: a confident pair's small gradient keeps its digits
+    A slope = u * std::expm1(scale * (own - top) - log) + share;
+    // sum_j G_ij x_ij; since a direction's slopes sum to 0, x may be seen from its positive, where rounding of p does least
+    double dscale = 0;
+    for (int64_t c = 0; c < m; c += kSumPart) {
+      const int64_t end = min_(c + kSumPart, m);
+      A sum = 0;
+      if (g.symmetric) {
+        const A *col_max = g.col_max, *col_log = g.col_log, *positive = g.diagonal;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = c; j < end; ++j) {
+          const A by_row = u * exp_(scale * (x[j] - top) - log) - uniform_u;
+          const A by_col = v * exp_(scale * (x[j] - col_max[j]) - col_log[j]) - uniform_v;
+          sum += by_row * (x[j] - own) + by_col * (x[j] - positive[j]);
+          row[j] = by_row + by_col;
+        }
+      } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = c; j < end; ++j) {
+          row[j] = u * exp_(scale * (x[j] - top) - log) - uniform_u;
+          sum += row[j] * (x[j] - own);
+        }
+      }
+      dscale += sum;
+    }
+    if (g.symmetric) slope += v * std::expm1(scale * (own - g.col_max[i]) - g.col_log[i]);
+    g.dscale[i] = p.scale < 0 ? -dscale : dscale;
+    row[i] = slope;
+    put_row(g, i, row);
+  }
+  put_transposed(g, ib, scratch);
+}
+
+template <class P>
+void dense_logistic(const DenseLogits<P>& g, int64_t ib, acc_t<P>* scratch) {
+  using A = acc_t<P>;
+  const Pairs<P>& p = g.pairs;
+  const A scale = p.scale, bias = g.bias, u = A(1) / p.n;
+  const int64_t i0 = ib * kDenseRows;
+  similarities(g, ib, A(1));
+  for (int64_t r = 0; r < rows_of(g, ib); ++r) {
+    const int64_t i = i0 + r;
+    const A* x = g.x + i * g.ldx;
+    A* row = scratch + r * g.ldx;
+    double loss = 0, dbias = 0, dscale = 0;
+    const auto take = [&](int64_t begin, int64_t end, A sign) {
+      for (int64_t c0 = begin; c0 < end; c0 += kSumPart) {
+        A l = 0, db = 0, ds = 0;
+#pragma omp simd reduction(+ : l, db, ds)
+        for (int64_t c = c0; c < min_(c0 + kSumPart, end); ++c) {
+          const A y = -sign * (scale * x[c] + bias), e = exp_(y < 0 ? y : -y), inverse = A(1) / (A(1) + e);
+          const A dz = -sign * u * (y < 0 ? e * inverse : inverse);
+          l += (y > 0 ? y : A(0)) + log1p_(e);
+          db += dz;
+          ds += dz * x[c];
+          row[c] = dz;
+        }
+        loss += l;
+        dbias += db;
+        dscale += ds;
+      }
+    };
+    take(0, i, -1);
+    take(i, i + 1, 1);
+    take(i + 1, p.m, -1);
+    g.loss[i] = loss;
+    if (!g.need_slopes) continue;
+    g.dbias[i] = dbias;
+    g.dscale[i] = dscale;
+    put_row(g, i, row);
+  }
+  if (g.need_slopes) put_transposed(g, ib, scratch);
+}
+
+template <class P>
+void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
+  using A = acc_t<P>;
+  constexpr int64_t kPart = 512;
+  const int64_t r0 = ib * kDenseRows, rows = min_(kDenseRows, g.rows - r0), pair = kPaired<P> ? 2 : 1;
+  for (int64_t c = 0; c < g.width; c += kDenseCols) {
+    for (int64_t j = 0; j < g.depth; j += kPart) {
+      g.product(rows, min_(kDenseCols, g.width - c), min_(kPart, g.depth - j), g.lds, g.width, g.width, j > 0,
+                g.slope + r0 * g.lds + j, g.operand + j * g.width + c * pair, scratch + c);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = r0 + r;
+    const P* x = g.x + i * g.d;
+    P* dx = g.dx + i * g.d;
+    A *sum = scratch + r * g.width, factor = g.factor, radial = 0;
+    if (i < g.others) add_scaled(g.d, g.positive[i] * (g.inv_y ? g.inv_y[i] : A(1)), g.y + i * g.d, sum);
+    if (g.inv) {
+      const A inv = g.inv[i];
+      factor *= inv;
+#pragma omp simd reduction(+ : radial)
+      for (int64_t c = 0; c < g.d; ++c) radial += to_acc(x[c]) * sum[c];
+      radial = inv < A(1e12) ? inv * inv * radial : A(0);  // below the clamp the norm is a constant
+    }
+    if (radial != 0) add_scaled(g.d, -radial, x, sum);
+#pragma omp simd
+    for (int64_t c = 0; c < g.d; ++c) from_acc(factor * sum[c], dx[c]);
+  }
+}
+
+#define VLMK_INSTANTIATE(P)                                                            \
+  template void dense_cross_entropy_rows(const DenseLogits<P>&, int64_t);              \
+  template double dense_cross_entropy_columns(const DenseLogits<P>&);                  \
+  template void dense_cross_entropy_slopes(const DenseLogits<P>&, int64_t, acc_t<P>*); \
+  template void dense_logistic(const DenseLogits<P>&, int64_t, acc_t<P>*);             \
+  template void dense_gradient(const DenseGradient<P>&, int64_t, acc_t<P>*);
+VLMK_INSTANTIATE(float)
+VLMK_INSTANTIATE(double)
+VLMK_INSTANTIATE(bf16)
+
+}  // namespace vlmk::VLMK_ISA
