@@ -1,70 +1,18 @@
 """Every kernel compiles without a GPU for sm_80 and sm_90, reads wide words and spills inside no loop."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import gated_linear_residual, gated_residual, info_nce, sigmoid_loss
 
-from vlmkernels.triton import _contrastive as tiles  # noqa: E402
-from vlmkernels.triton import gated_residual, info_nce, sigmoid_loss  # noqa: E402
+from .compiling import sass, spills_in_loops
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FEATURES = {"Q", "K", "X", "Y", "DX", "OUT", "DOUT", "DY"}  # pointers to the dtype of the inputs
-INT64 = {"POSITIVES", "QUERY_IDS", "KEY_IDS", "INDEX", "FIRST"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 ROW_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-def argument_type(name: str, dtype: str) -> str:
-    if name.islower():
-        return "i32"
-    if name in FEATURES:
-        return f"*{dtype}"
-    return "*i64" if name in INT64 else {"MASK": "*u8", "PARTIAL": "*fp64"}.get(name, "*fp32")
-
-
-def sass(kernel, dtype: str, options: dict, constants: dict, arch: int, tmp_path) -> str:
-    """Machine code of a kernel whose pointers and sizes are divisible by 16, as real features have them."""
-    constants = {k: v for k, v in options.items() if k not in OPTIONS} | constants
-    names = kernel.arg_names
-    types = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
-    source = ASTSource(
-        kernel,
-        signature=types,
-        constexprs={(names.index(k),): v for k, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
-    )
-    chosen = {k: v for k, v in options.items() if k in OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=chosen)
-    assert compiled.metadata.shared <= 99 * 1024  # what every GPU since sm_80 offers a program
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    return subprocess.run(
-        [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def spills_in_loops(code: str) -> int:
-    """Accesses to spilled registers between a label and a later branch back to it."""
-    labels, instructions = {}, []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-            instructions.append(instruction[1])
-    inside = set()
-    for i, instruction in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
-        if target and labels.get(target[1], i + 1) < i:  # a branch to itself ends the program
-            inside.update(range(labels[target[1]], i + 1))
-    return sum(bool(re.search(r"\b(LDL|STL)\b", instructions[i])) for i in inside)
 
 
 def contrastive_cases():
@@ -169,3 +117,15 @@ def test_tile_follows_type_size_and_precision():
         assert chosen(4096, torch.float32) == (128, 32, "tf32", False)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_gated_linear_residual(dtype, arch, tmp_path):
+    options = tiles.TILES["half" if dtype == "bf16" else "ieee", True].options(512, "ieee", True)
+    constants = {"GROUP": tiles.GROUP, "PER_CHANNEL": False}
+    code = sass(gated_linear_residual._forward, dtype, options, constants, arch, tmp_path)
+    assert spills_in_loops(code) == 0
+    assert "STG.E.128" in code
+    rows = ROW_OPTIONS | {"BLOCK": 512, "PER_ROW": True}
+    assert spills_in_loops(sass(gated_linear_residual._scale_rows, dtype, rows, {}, arch, tmp_path)) == 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd, gated_linear_residual_fwd
 
 
@@ -103,3 +103,9 @@ _bwd = define(
     reference=gated_linear_residual_bwd,
     fake=_fake_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import gated_linear_residual as _cuda
+
+    kernel("gated_linear_residual", "CUDA", _cuda.gated_linear_residual, "Triton")
+    kernel("gated_linear_residual_bwd", "CUDA", _cuda.gated_linear_residual_bwd, "Triton")

@@ -61,9 +61,10 @@ def key_bounds(start, end, inside, tk, BLOCK_N: tl.constexpr):
 def grid_bias(TABLE, i, j, grid_rows, grid_cols):
     """The relative bias of queries i and keys j (of shapes that broadcast)."""
     wide = 2 * grid_cols - 1
-    row, col = i // grid_cols - j // grid_cols + grid_rows - 1, i % grid_cols - j % grid_cols + grid_cols - 1
+    at_i = i // grid_cols * wide + i % grid_cols + (grid_rows - 1) * wide + grid_cols - 1
+    at_j = j // grid_cols * wide + j % grid_cols
     on_grid = (i < grid_rows * grid_cols) & (j < grid_rows * grid_cols)
-    return tl.load(TABLE + row * wide + col, mask=on_grid, other=0.0).to(tl.float32)
+    return tl.load(TABLE + (at_i - at_j), mask=on_grid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -231,10 +232,11 @@ def launch_options(tiles: Tiles, query: Tensor, value: Tensor, rows: int, cols: 
     width, value_width = query.shape[3], value.shape[3]
     block_d, block_v = block(width), block(value_width)
     half = query.dtype != torch.float32
-    chosen = tiles[half, max(block_d, block_v, 64)]
-    block_m, block_n = chosen[:2]
-    if half and biased:  # addresses and elements of the table take the registers of half a tile
-        block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
+    widest = max(block_d, block_v, 64)
+    chosen = tiles[half, widest]
+    block_m = chosen.block_m
+    if half and biased and widest > 64 and block_m >= chosen.block_n:
+        block_m //= 2  # elements of the table are prefetched to shared memory too
     amd = torch.version.hip is not None
     if half or amd:
         precision = "ieee"
@@ -244,7 +246,7 @@ def launch_options(tiles: Tiles, query: Tensor, value: Tensor, rows: int, cols: 
         "EVEN_D": width == block_d,
         "EVEN_V": value_width == block_v,
         "BLOCK_M": min(block_m, block(rows)),
-        "BLOCK_N": min(block_n, block(cols)),
+        "BLOCK_N": min(chosen.block_n, block(cols)),
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
         "PRECISION": precision,

@@ -17,7 +17,6 @@ from vlmkernels.triton import _attention_bwd as attention_bwd
 from vlmkernels.triton._attention import Source, grid_bias, intervals, tile
 from vlmkernels.triton._contrastive import rows_contiguous
 
-BIAS_BLOCK = 32  # at most so many columns of the grid, queries by keys, in a tile of the bias's gradient
 BIAS_PROGRAMS = 1024  # the batch is split until about so many programs share it
 
 
@@ -81,16 +80,22 @@ def _bias_grads(
     tl.store(PARTS + at, total)
 
 
+def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
+    """Keyword arguments of a launch of _bias_grads."""
+    options = attention.launch_options(attention_bwd.KEY_GRADS, query, value, 1, 1, True)
+    narrow = max(options["BLOCK_D"], options["BLOCK_V"]) <= 128 and query.dtype != torch.float32
+    side = min(32 if narrow else 16, attention.block(grid_cols))
+    options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
+    return options | {"BLOCK": side, "num_warps": 4, "num_stages": 1}
+
+
 def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, grid_cols) -> Tensor:
     b, h, tq, width = query.shape
     tk, value_width = source.value.shape[2:]
     if lse.numel() == 0:
         return torch.zeros_like(table)
-    options = attention.launch_options(attention_bwd.KEY_GRADS, query, source.value, tq, tk, True)
-    widest = max(options["BLOCK_D"], options["BLOCK_V"]) * query.element_size()
-    options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
-    options |= {"num_warps": 4, "num_stages": 1}
-    side = min(BIAS_BLOCK if widest <= 256 and query.element_size() == 2 else 16, attention.block(grid_cols))
+    options = bias_options(query, source.value, grid_cols)
+    side = options["BLOCK"]
     blocks = triton.cdiv(grid_cols, side)
     offsets = h * (2 * grid_rows - 1) * (2 * blocks - 1)
     splits = min(b, triton.cdiv(BIAS_PROGRAMS, offsets))
@@ -100,7 +105,7 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
             query, source.key, source.value, source.start, source.end, table, dout, lse, delta, parts,
             *query.stride()[:3], *source.strides(), *dout.stride()[:3], *source.interval_strides(),
             b, splits, h, h // source.key.shape[1], tq, tk, width, value_width, grid_rows, grid_cols,
-            scale, BLOCK=side, **options,
+            scale, **options,
         )  # fmt: skip
     # Rows one element shorter than they are stored slant the diagonals of a tile into columns
     slanted = pad(parts.sum(0).flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]

@@ -1,0 +1,186 @@
+"""out = x + t (h W^T), t = tanh(gate): a GEMM that adds in its epilogue.
+
+Backward: products with dout in float32, each turned into a gradient and a share of the gate's by one pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd as reference_bwd
+from vlmkernels.reference.gated_linear_residual import gated_linear_residual_fwd as reference_fwd
+from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import gated_residual as gated
+from vlmkernels.triton._contrastive import grouped_tile, similarities
+
+
+@triton.jit
+def _forward(
+    H,  # [n, depth]
+    W,  # [m, depth]
+    X,  # [n, m]
+    T,  # [1] or [m] float32
+    MASK,  # [n] uint8 or None
+    OUT,  # [n, m]
+    stride_h,
+    stride_w,
+    n,
+    m,
+    depth,
+    PER_CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(m, BLOCK_N), GROUP)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    branch = similarities(
+        H, W, rows, cols, stride_h, stride_w, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    if PER_CHANNEL:
+        branch *= tl.load(T + cols, mask=cols < m, other=0.0)[None, :]
+    else:
+        branch *= tl.load(T)
+    if MASK is not None:
+        kept = tl.load(MASK + rows, mask=rows < n, other=0) != 0
+        branch = tl.where(kept[:, None], branch, 0.0)
+    inside = (rows < n)[:, None] & (cols < m)[None, :]
+    at = rows.to(tl.int64)[:, None] * m + cols[None, :]
+    x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + at, (x + branch).to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale_rows(
+    P,  # [n, depth] float32
+    Y,  # [n, depth] what the products are the gradient of
+    T,  # [1] or [n] float32
+    OUT,  # [n, depth] t P, or None
+    DOT,  # [n] float32: <P, y>
+    stride_y,
+    depth,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    t = tl.load(T + row if PER_ROW else T)
+    dots = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, depth, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        p = tl.load(P + row * depth + cols, mask=cols < depth, other=0.0)
+        dots += p * tl.load(Y + row * stride_y + cols, mask=cols < depth, other=0.0).to(tl.float32)
+        if OUT is not None:
+            tl.store(OUT + row * depth + cols, (t * p).to(OUT.dtype.element_ty), mask=cols < depth)
+    tl.store(DOT + row, tl.sum(dots, 0))
+
+
+def _tanh(gate: Tensor) -> Tensor:
+    return gate.float().reshape(-1).tanh()
+
+
+def _kept(x: Tensor, t: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:  # [n, D]
+    """t x in `dtype`, 0 in rows that the mask drops whatever x holds there; x itself if that is all it is."""
+    if t is None and mask is None and x.dtype == dtype:
+        return x
+    x = x.contiguous()
+    out = x.new_empty(x.shape, dtype=dtype)
+    n, depth = x.shape
+    if out.numel():
+        t = t if t is not None else x.new_ones(1, dtype=torch.float32)
+        tile = gated.blocks(depth)
+        grid = (triton.cdiv(n, tile["BLOCK_R"]) * triton.cdiv(depth, tile["BLOCK_D"]),)
+        with torch.cuda.device_of(x):
+            gated._backward[grid](x, None, t, mask, out, None, n, depth, t.numel() > 1, **tile)
+    return out
+
+
+def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor, Tensor]:
+    """t P in the dtype of y (size 0 when not needed), and <P, y> of each row."""
+    out, dot = y.new_empty(y.shape if need else 0), products.new_empty(len(y))
+    if products.numel() == 0:
+        return out, dot.zero_()
+    block = max(16, min(triton.next_power_of_2(y.shape[1]), 2048))
+    with torch.cuda.device_of(y):
+        _scale_rows[(len(y),)](
+            products,
+            y,
+            t,
+            out if need else None,
+            dot,
+            y.stride(0),
+            y.shape[1],
+            t.numel() > 1,
+            block,
+            num_warps=4,
+        )
+    return out, dot
+
+
+def gated_linear_residual(
+    h: Tensor,  # [..., K]
+    weight: Tensor,  # [D, K]
+    x: Tensor,  # [..., D]
+    gate: Tensor,  # 1 or D elements
+    row_mask: Tensor | None,  # [...] bool
+) -> Tensor:  # [..., D]
+    dtype = torch.promote_types(x.dtype, h.dtype)
+    if dtype == torch.float64:
+        return reference_fwd(h, weight, x, gate, row_mask)
+    out = x.new_empty(x.shape, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    x, t = x.contiguous(), _tanh(gate)
+    mask = row_mask.contiguous().view(torch.uint8) if row_mask is not None else None
+    n, m = x.numel() // x.shape[-1], x.shape[-1]
+    h, weight = tiles.rows_contiguous(h.reshape(n, h.shape[-1])), tiles.rows_contiguous(weight)
+    options = tiles.launch_options(h, weight, fuse=True)
+    with torch.cuda.device_of(x):
+        _forward[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)](
+            h, weight, x, t, mask, out, h.stride(0), weight.stride(0), n, m, h.shape[1], t.numel() > 1,
+            tiles.GROUP, **options,
+        )  # fmt: skip
+    return out
+
+
+def gated_linear_residual_bwd(
+    dout: Tensor,  # [..., D]
+    h: Tensor,  # [..., K]
+    weight: Tensor,  # [D, K]
+    gate: Tensor,
+    row_mask: Tensor | None,  # [...] bool
+    need_h: bool,
+    need_weight: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, dweight and dgate; size 0 where not needed."""
+    if torch.promote_types(dout.dtype, h.dtype) == torch.float64:
+        return reference_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate)
+    t = _tanh(gate)
+    one = t.numel() == 1
+    n = dout.shape[:-1].numel()
+    shape, (m, depth) = h.shape, weight.shape
+    mask = row_mask.contiguous().view(torch.uint8).reshape(n) if row_mask is not None else None
+    dout, weight = dout.reshape(n, m), tiles.rows_contiguous(weight)
+    h = tiles.rows_contiguous(_kept(h.reshape(n, depth), None, mask, h.dtype))
+    dh, dweight, dgate = h.new_empty(0), weight.new_empty(0), gate.new_empty(gate.shape if need_gate else 0)
+    from_h = need_h and one  # the products with dout that give dh give dgate too
+    kept = _kept(dout, None, mask, h.dtype) if from_h or need_weight or need_gate else dout
+    total = t.new_empty(0)
+    if need_weight or (need_gate and not from_h):
+        products = t.new_empty((m, depth))
+        tiles.product(kept.T, h, products)
+        dweight, total = _scaled(products, weight, t, need_weight)
+    if from_h:
+        products = t.new_empty((n, depth))
+        tiles.product(kept, weight, products)
+        dh, total = _scaled(products, h, t, True)
+    elif need_h:
+        dh = _kept(dout, t, mask, h.dtype) @ weight
+    if need_gate:
+        dgate.copy_(((1 - t * t) * (total.sum() if one else total)).reshape(gate.shape))
+    return dh.reshape(shape) if need_h else dh, dweight, dgate
