@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from benchmarks import demo
 from vlmkernels.data import Sample, Scenes, load_scenes
+from vlmkernels.train.checkpoint import write_file
 from vlmkernels.train.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,10 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
             **run,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomic(
-            folder / f"seed-{seed}.json", lambda path, text=text: path.write_text(text, encoding="utf-8")
-        )
+        write_file(folder / f"seed-{seed}.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"{table(stored(folder))}\nResults: {folder}")
     return held
 
