@@ -26,6 +26,9 @@ inline at::Tensor laid_out(const at::Tensor& like, at::IntArrayRef shape, at::Sc
   return at::empty({shape[0], shape[2], shape[1], shape[3]}, like.options().dtype(type)).transpose(1, 2);
 }
 
+// Without features a product has no terms: one feature of zeros is the same.
+inline at::Tensor with_width(const at::Tensor& x) { return x.size(-1) ? x : at::constant_pad_nd(x, {0, 1}); }
+
 // In the operands' type, features side by side.
 template <class P>
 at::Tensor operand(const at::Tensor& x) {
@@ -133,8 +136,8 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(AttentionInputs<P>& inputs)
     });
     return {out, lse};
   }
-  const int64_t bytes = VLMK_CALL(attention_forward_scratch, g);
   const int64_t parts = std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), heads), 1, ceil_div(g.tq, kQueryBlock));
+  const int64_t bytes = VLMK_CALL(attention_forward_scratch, g, ceil_div(ceil_div(g.tq, kQueryBlock), parts));
   for_tasks(heads * parts, bytes + 64, [&](int64_t task, Scratch& scratch) {
     const int64_t head = task / parts;
     VLMK_CALL(attention_forward, g, head / g.heads, head % g.heads, task % parts, parts, scratch.take<char>(bytes));
@@ -201,7 +204,7 @@ AttentionResult<P> attention_backward(AttentionInputs<P>& inputs, const at::Tens
     grads.dbias_parts = data<A>(dbias);
   }
   grads.attention = g;
-  if (g.tq > 0 || units > 0) {
+  if (g.heads > 0 && (g.tq > 0 || units > 0)) {
     const int64_t bytes = VLMK_CALL(attention_backward_scratch, grads);
     for_tasks(heads * grads.chunks, bytes + 64, [&](int64_t task, Scratch& scratch) {
       const int64_t head = task / grads.chunks;

@@ -10,9 +10,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// Without features a product has no terms: one feature of zeros is the same.
-Tensor with_width(const Tensor& x) { return x.size(-1) ? x : at::constant_pad_nd(x, {0, 1}); }
-
 std::vector<KeySource> source(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& end) {
   return {{key, value, clipped(start, key.size(2)), clipped(end, key.size(2))}};
 }

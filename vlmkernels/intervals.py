@@ -23,7 +23,7 @@ def prefix_lm(
     *,
     device: torch.device | str | None = None,
 ) -> Intervals:
-    """Bidirectional over the first ``prefix_len`` keys, then causal: ``[0, max(prefix_len, offset + i + 1))``.
+    """Bidirectional over ``prefix_len`` keys, then causal: ``[0, max(prefix_len, offset + i + 1))``.
 
     The prefix language model of SimVLM (Wang et al. 2022, section 3.1). Each result is [T] for one length,
     [B, T] for a length per sample.

@@ -120,12 +120,13 @@ struct ForwardScratch {
   A* rows;                                // [kQueryBlock][dv]
   A *top, *sum, *keep;                    // [kQueryBlock]
   typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
-  P* k[2];                                // [key blocks][key_block][depth] A operands
-  P* vt[2];                               // [key blocks][dv][key_block] A operands
-  uint8_t* packed[2];
+  int64_t slots;                          // packed key blocks that are held
+  P* k;                                   // [slots][key_block][depth] A operands
+  P* vt;                                  // [slots][dv][key_block] A operands
+  int64_t* held;                          // [slots] which block of which source
   int64_t bytes;
 
-  ForwardScratch(const Attention<P>& g, char* base) {
+  ForwardScratch(const Attention<P>& g, int64_t query_blocks, char* base) {
     Carve carve{base};
     qt = carve.take<P>(kQueryBlock * g.depth);
     s = carve.take<A>(kQueryBlock * g.key_block);
@@ -141,12 +142,12 @@ struct ForwardScratch {
     keep = carve.take<A>(kQueryBlock);
     from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
     to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
-    for (int64_t i = 0; i < g.sources; ++i) {
-      const int64_t blocks = ceil_div(g.source[i].count, g.key_block);
-      k[i] = carve.take<P>(blocks * g.depth * g.key_block);
-      vt[i] = carve.take<P>(blocks * g.dv * g.key_block);
-      packed[i] = carve.take<uint8_t>(blocks);
-    }
+    slots = 0;
+    for (int64_t n = 0; n < g.sources; ++n) slots += ceil_div(g.source[n].count, g.key_block);
+    slots = query_blocks > 1 ? min_(slots, kHeldKeys / g.key_block) : 1;
+    k = carve.take<P>(slots * g.key_block * g.depth);
+    vt = carve.take<P>(slots * g.key_block * g.dv);
+    held = carve.take<int64_t>(slots);
     bytes = carve.at - base;
   }
 };
@@ -163,8 +164,8 @@ void add_bias(const Attention<P>& g, const acc_t<P>* table, int64_t q0, int64_t 
   }
 }
 
-// One tile of logits [keys][width] joins the softmax: with z = factor s in powers of two, top takes in the tile's maxima, p =
-// 2^(z - top), sum takes in their sums after keep = 2^(old top - top). Returns whether any query's top has moved. What is not
+// One tile of logits [keys][width] joins the softmax: with z = factor s, top takes in the tile's maxima, p =
+// exp(z - top), sum takes in their sums after keep = exp(old top - top). Returns whether any query's top has moved. What is not
 // seen becomes 0; a query that sees nothing keeps its top at -inf.
 template <bool kMasked, class P>
 bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const ForwardScratch<P>& w) {
@@ -187,7 +188,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     }
     const Vec<A> old = load<Vec<A>>(w.top + i);
     const Vec<A> top = max_of(max_of(max_of(high[0], high[1]), max_of(high[2], high[3])), old);
-    const Vec<A> finite = top > nothing ? top : Vec<A>{}, keep = exp2_(old - finite);
+    const Vec<A> finite = top > nothing ? top : Vec<A>{}, keep = exp_of(old - finite);
     for (int64_t x = 0; x < lanes; ++x) moved |= top[x] > old[x];
     store(top, w.top + i);
     store(keep, w.keep + i);
@@ -195,7 +196,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     for (int64_t j = 0; j < keys; j += 2) {
       A* at = s + j * width + i;
       const A unit = kMasked ? A(1) : factor;
-      const Vec<A> first = exp2_(load<Vec<A>>(at) * unit - finite), second = exp2_(load<Vec<A>>(at + width) * unit - finite);
+      const Vec<A> first = exp_of(load<Vec<A>>(at) * unit - finite), second = exp_of(load<Vec<A>>(at + width) * unit - finite);
       sum[0] += first;
       sum[1] += second;
       if constexpr (kPaired<P>) {
@@ -210,9 +211,6 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
   return moved;
 }
 
-template <class A>
-constexpr A kLog2e = A(1.44269504088896340736);
-
 // Transposed results [dv][width] as rows, divided by the sums.
 template <class P>
 void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t width, bool any,
@@ -220,38 +218,36 @@ void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t
   using A = acc_t<P>;
   transpose(w.o, width, g.dv, rows, w.rows, g.dv);
   for (int64_t r = 0; r < rows; ++r) {
-    const bool seen = any && w.top[r] != kNothing<A>;
+    const bool seen = any && w.sum[r] != 0;
     const A inverse = 1 / w.sum[r], *row = w.rows + r * g.dv;
     P* out = row_of(g.out, b, h, q0 + r);
 #pragma omp simd
     for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? row[c] * inverse : A(0), out[c]);
-    g.lse[(b * g.heads + h) * g.tq + q0 + r] = seen ? (w.top[r] + std::log2(w.sum[r])) / kLog2e<A> : kNothing<A>;
+    g.lse[(b * g.heads + h) * g.tq + q0 + r] = seen ? w.top[r] + std::log(w.sum[r]) : kNothing<A>;
   }
 }
 
 }  // namespace
 
 template <class P>
-int64_t attention_forward_scratch(const Attention<P>& g) {
-  return ForwardScratch<P>(g, nullptr).bytes;
+int64_t attention_forward_scratch(const Attention<P>& g, int64_t query_blocks) {
+  return ForwardScratch<P>(g, query_blocks, nullptr).bytes;
 }
 
 template <class P>
 void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch) {
   using A = acc_t<P>;
-  const ForwardScratch<P> w(g, scratch);
+  const ForwardScratch<P> w(g, ceil_div(ceil_div(g.tq, kQueryBlock) - part, parts), scratch);
   const int64_t block = g.key_block, kv_head = h / (g.heads / g.kv_heads);
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
-  const A factor = (table ? A(1) : g.scale) * kLog2e<A>;
-  for (int64_t n = 0; n < g.sources; ++n) {
-    for (int64_t i = 0; i * block < g.source[n].count; ++i) w.packed[n][i] = false;
-  }
+  const A factor = table ? A(1) : g.scale;
+  for (int64_t slot = 0; slot < w.slots; ++slot) w.held[slot] = -1;
   for (int64_t q0 = part * kQueryBlock; q0 < g.tq; q0 += parts * kQueryBlock) {
     const int64_t rows = min_(kQueryBlock, g.tq - q0), width = tile_width<P>(rows);
     pack_transposed_b(row_of(g.q, b, h, q0), g.q.token, rows, g.dh, g.depth, width, w.qt);
     for (int64_t r = 0; r < width; ++r) w.top[r] = kNothing<A>, w.sum[r] = 0;
     bool any = false;
-    for (int64_t n = 0; n < g.sources; ++n) {
+    for (int64_t n = 0, before = 0; n < g.sources; ++n) {
       const Source<P>& source = g.source[n];
       const int32_t *begin = source.begin + b * source.interval_batch + q0, *end = source.end + b * source.interval_batch + q0;
       const Span span = span_of(begin, end, rows);
@@ -259,12 +255,13 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
       for (int64_t j0 = span.lo / block * block; j0 < span.hi; j0 += block) {
         const auto [c0, c1] = columns_of(span, j0, block);
         const int64_t keys = c1 - c0;
-        P *k = w.k[n] + j0 * g.depth, *vt = w.vt[n] + j0 * g.dv;
-        if (!w.packed[n][j0 / block]) {
+        const int64_t index = before + j0 / block, slot = index % w.slots;
+        P *k = w.k + slot * block * g.depth, *vt = w.vt + slot * block * g.dv;
+        if (w.held[slot] != index) {
           const int64_t count = min_(block, source.count - j0);
           copy_rows(row_of(source.k, b, kv_head, j0), source.k.token, count, g.dh, g.depth, block, k);
           pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
-          w.packed[n][j0 / block] = true;
+          w.held[slot] = index;
         }
         g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
         if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
@@ -278,6 +275,7 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
         g.product(g.dv, width, keys, block, width, width, any, vt + c0, w.p, w.o);
         any = true;
       }
+      before += ceil_div(source.count, block);
     }
     write_rows(g, b, h, q0, rows, width, any, w);
   }
@@ -327,7 +325,7 @@ void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) 
       top = high;
       for (int64_t j = begin; j < end; ++j) add_scaled(g.dv, s[j - begin], row_of(source.v, b, kv_head, j), o);
     }
-    const bool seen = top != kNothing<A>;
+    const bool seen = sum != 0;
     P* out = row_of(g.out, b, h, i);
     for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? o[c] / sum : A(0), out[c]);
     g.lse[(b * g.heads + h) * g.tq + i] = seen ? top + std::log(sum) : kNothing<A>;
@@ -341,7 +339,7 @@ struct BackwardScratch {
   using A = acc_t<P>;
   P *qt, *dot;                            // [depth | width][kQueryBlock] B operands of the logits and of dP
   P *q, *dout;                            // [kQueryBlock][depth | width] B operands of dk and dv
-  A *lse, *slope;                         // [kQueryBlock] the log-sum-exp in powers of two, and <dout, out> - dlse
+  A *lse, *slope;                         // [kQueryBlock] log-sum-exp, and <dout, out> - dlse
   typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
   A* rows;                                // [kQueryBlock][dh]
   A *s, *ds;                              // [kGradKeys][kQueryBlock] transposed tiles
@@ -392,7 +390,7 @@ struct BackwardScratch {
   }
 };
 
-// A tile [keys][width]: p = 2^(factor s - lse) where the queries see the keys, ds = p (dp - slope).
+// A tile [keys][width]: p = exp(factor s - lse) where the queries see the keys, ds = p (dp - slope).
 template <bool kMasked, class P>
 void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const BackwardScratch<P>& w) {
   using A = acc_t<P>;
@@ -402,7 +400,7 @@ void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const B
       Vec<A> p[2], ds[2];
       for (int64_t x = 0; x < 2; ++x) {
         const int64_t at = (j + x) * width + i;
-        p[x] = exp2_(load<Vec<A>>(w.s + at) * factor - lse);
+        p[x] = exp_of(load<Vec<A>>(w.s + at) * factor - lse);
         ds[x] = p[x] * (load<Vec<A>>(w.ds + at) - slope);
         if constexpr (kMasked) {
           const auto seen = sees<A>(w.from + i, w.to + i, j0 + j + x);
@@ -458,7 +456,7 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
   const Source<P>& source = g.source[n];
   const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), key_blocks = ceil_div(count, kGradKeys);
   const bool need_ds = grads.need_q || grads.need_k || grads.dbias_parts;
-  const A factor = (g.bias ? A(1) : g.scale) * kLog2e<A>;
+  const A factor = g.bias ? A(1) : g.scale;
   for (int64_t jb = 0; jb < key_blocks; ++jb) w.packed[jb] = false;
   for (int64_t member = 0; member < group; ++member) {
     const int64_t h = kv_head * group + member, stats = (b * g.heads + h) * g.tq;
@@ -478,7 +476,7 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
       bounds_of<A>(source.begin + at, source.end + at, rows, w.from, w.to);
       for (int64_t r = 0; r < width; ++r) {
         const bool inside = r < rows && g.lse[stats + q0 + r] != kNothing<A>;
-        w.lse[r] = inside ? g.lse[stats + q0 + r] * kLog2e<A> : A(0);
+        w.lse[r] = inside ? g.lse[stats + q0 + r] : A(0);
         w.slope[r] = inside ? w.delta[member * g.tq + q0 + r] : A(0);
       }
       uint8_t* seen = touched ? touched + member * blocks + qb : nullptr;
@@ -593,7 +591,7 @@ void attention_join_query(const AttentionGrads<P>& grads, int64_t b, int64_t h, 
 }
 
 #define VLMK_INSTANTIATE(P)                                                                        \
-  template int64_t attention_forward_scratch(const Attention<P>&);                                 \
+  template int64_t attention_forward_scratch(const Attention<P>&, int64_t);                        \
   template int64_t attention_rows_scratch(const Attention<P>&);                                    \
   template int64_t attention_backward_scratch(const AttentionGrads<P>&);                           \
   template void attention_forward(const Attention<P>&, int64_t, int64_t, int64_t, int64_t, char*); \

@@ -35,8 +35,9 @@ VLMK_INLINE V max_of(V a, V b) {
   return a > b ? a : b;
 }
 
-// 2^z within 2 ulp for z <= 127; 0 below -127. Cephes' polynomial.
-VLMK_INLINE Vec<float> exp2_(Vec<float> z) {
+// exp(x) within 2 ulp and the rounding of x, for x <= 88; 0 below -88. The polynomial of Cephes' exp2f.
+VLMK_INLINE Vec<float> exp_of(Vec<float> x) {
+  const Vec<float> z = x * 1.44269504088896f;
   const Vec<float> low = Vec<float>{} - 127.0f, y = z < low ? low : z;
   const Vec<float> n = y + 12582912.0f, f = y - (n - 12582912.0f);
   Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
@@ -48,9 +49,9 @@ VLMK_INLINE Vec<float> exp2_(Vec<float> z) {
   const IndexVec<float> power = (__builtin_bit_cast(IndexVec<float>, n) << 23) + 0x3f800000;
   return p * __builtin_bit_cast(Vec<float>, power);
 }
-VLMK_INLINE Vec<double> exp2_(Vec<double> z) {
+VLMK_INLINE Vec<double> exp_of(Vec<double> x) {
   Vec<double> out{};
-  for (int i = 0; i < 8; ++i) out[i] = std::exp2(z[i]);
+  for (int i = 0; i < 8; ++i) out[i] = std::exp(x[i]);
   return out;
 }
 

@@ -1,6 +1,6 @@
 """out_i = sum_j p_ij v_j, p_i = softmax over start_i <= j < end_i of scale <q_i, k_j> + bias_ij.
 
-With s_ij the logits, r_i = lse_i, p_ij = exp(s_ij - r_i), 0 outside the interval, g = dL/dout and h = dL/dlse:
+With logits s_ij, r_i = lse_i, p_ij = exp(s_ij - r_i), 0 outside the interval, g = dL/dout, h = dL/dlse:
 
     delta_i = <g_i, out_i> - h_i                     ds_ij = p_ij (<g_i, v_j> - delta_i)
     dq_i = scale sum_j ds_ij k_j                     dk_j = scale sum_i ds_ij q_i

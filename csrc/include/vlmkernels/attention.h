@@ -56,11 +56,12 @@ struct AttentionGrads {
 
 constexpr int64_t kQueryBlock = 64;  // queries of a tile
 constexpr int64_t kKeyUnit = 64;     // tiles have a multiple of this many keys
+constexpr int64_t kHeldKeys = 4096;  // packed keys that the forward holds at most
 constexpr int64_t kGradKeys = 128;   // keys of a tile of the backward
 
 VLMK_PER_ISA(
-    // Bytes of scratch that the functions below need.
-    template <class P> int64_t attention_forward_scratch(const Attention<P>&);
+    // Bytes of scratch that the functions below need; query_blocks: of one call, at most.
+    template <class P> int64_t attention_forward_scratch(const Attention<P>&, int64_t query_blocks);
     template <class P> int64_t attention_rows_scratch(const Attention<P>&);
     template <class P> int64_t attention_backward_scratch(const AttentionGrads<P>&);
     // Query blocks part, part + parts, ... of one head.
