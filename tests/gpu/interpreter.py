@@ -49,6 +49,19 @@ def truncate_to_tf32(values: np.ndarray) -> np.ndarray:
     return (np.array(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def multiply_tf32x3(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What Triton makes of "tf32x3": factors in two parts each, every product of parts but the least."""
+
+    def split(values):  # nearest, ties away from zero
+        high = ((values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+        high = np.where(np.isfinite(values), high, values)
+        return (torch.from_numpy(part) for part in (high, truncate_to_tf32(values - high)))
+
+    (a, a_low), (b, b_low) = split(np.ascontiguousarray(x)), split(np.ascontiguousarray(y))
+    low = a_low @ b + a @ b_low
+    return (low.where(~low.isnan(), 0) + a @ b).numpy()
+
+
 def _is_bf16(handle) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
@@ -105,8 +118,11 @@ def _numerics(tf32: bool) -> dict:
         x, y = _values(a), _values(b)
         if acc.dtype.scalar not in (tl.float32, tl.float64) or x.dtype.kind != "f":
             return dot(self, a, b, acc, precision, *rest)
-        if tf32 and x.dtype == np.float32 and not _is_bf16(a) and precision == stock._ir.INPUT_PRECISION.TF32:
-            x, y = truncate_to_tf32(x), truncate_to_tf32(y)
+        if tf32 and x.dtype == np.float32 and not _is_bf16(a):
+            if precision == stock._ir.INPUT_PRECISION.TF32x3:
+                return Handle(multiply_tf32x3(x, y) + acc.data, acc.dtype.scalar)
+            if precision == stock._ir.INPUT_PRECISION.TF32:
+                x, y = truncate_to_tf32(x), truncate_to_tf32(y)
         x, y = (torch.from_numpy(np.array(v, dtype=acc.data.dtype, order="C")) for v in (x, y))
         return Handle((x @ y).numpy() + acc.data, acc.dtype.scalar)
 

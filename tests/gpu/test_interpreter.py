@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from .interpreter import Violation, interpreting, truncate_to_tf32  # noqa: E402
+from .interpreter import Violation, interpreting, multiply_tf32x3, truncate_to_tf32  # noqa: E402
 
 
 @triton.jit
@@ -111,6 +111,18 @@ def test_tf32_drops_bits_of_float32_products_that_allow_it():
     assert (out - dropped[0] @ dropped[1]).abs().max() < 1e-5 < (out - x.double() @ y.double()).abs().max()
     x, y, out = _run_matmul(torch.float32, "tf32", tf32=False)
     assert (out - x.double() @ y.double()).abs().max() < 1e-5
+
+
+def test_three_tf32_products_are_nearly_those_of_float32():
+    x, y, out = _run_matmul(torch.float32, "tf32x3")
+    exact = x.double() @ y.double()
+    assert 1e-8 < (out - exact).norm() / exact.norm() < 5e-7
+    factor = torch.eye(16)
+    factor[0, 0] = float("inf")
+    with np.errstate(invalid="ignore"):
+        product = torch.from_numpy(multiply_tf32x3(factor.numpy(), torch.ones(16, 16).numpy()))
+    assert torch.equal(product[0], torch.full((16,), float("inf")))
+    assert torch.equal(product[1:], torch.ones(15, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
