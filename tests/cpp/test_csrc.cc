@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "vlmkernels/attention.h"
 #include "vlmkernels/gated_residual.h"
 #include "vlmkernels/info_nce.h"
 #include "vlmkernels/sigmoid_loss.h"
@@ -187,6 +188,110 @@ void test_sigmoid_loss() {
   }
 }
 
+// Two query heads over one key head, two sources, some queries without keys; tiles, chunks and the path for few queries.
+template <class P>
+void test_attention(int64_t tq, int64_t chunks) {
+  constexpr int64_t heads = 2, dh = 5, dv = 3, counts[2] = {200, 70};
+  const double tolerance = sizeof(P) == 8 ? 1e-9 : 1e-4;
+  const auto filled = [](int64_t count, double step) {
+    std::vector<P> x(count);
+    for (int64_t i = 0; i < count; ++i) x[i] = P(std::sin(step * i));
+    return x;
+  };
+  const auto q = filled(heads * tq * dh, 0.7), dout = filled(heads * tq * dv, 0.43);
+  std::vector<P> k[2], v[2], dk[2], dv_[2], out(heads * tq * dv), lse(heads * tq), dq(heads * tq * dh);
+  std::vector<int32_t> begin[2], end[2];
+  vlmk::AttentionGrads<P> grads{};
+  vlmk::Attention<P>& g = grads.attention;
+  g.batch = 1, g.heads = heads, g.kv_heads = 1, g.tq = tq, g.dh = g.depth = dh, g.dv = g.width = dv;
+  g.q = {q.data(), 0, tq * dh, dh};
+  g.sources = 2, g.key_block = 128, g.scale = P(0.8), g.product = plain_product<P>;
+  g.out = {out.data(), 0, tq * dv, dv}, g.lse = lse.data();
+  for (int64_t n = 0; n < 2; ++n) {
+    k[n] = filled(counts[n] * dh, 0.31 + n), v[n] = filled(counts[n] * dv, 0.57 + n);
+    dk[n].resize(counts[n] * dh), dv_[n].resize(counts[n] * dv);
+    for (int64_t i = 0; i < tq; ++i) {
+      const bool empty = i % 5 == 3;
+      begin[n].push_back(empty ? 1 : int32_t(i * 37 % counts[n] / 2));
+      end[n].push_back(empty ? 0 : int32_t(begin[n][i] + 1 + i * 53 % (counts[n] / 2)));
+    }
+    g.source[n] = {{k[n].data(), 0, 0, dh},  {v[n].data(), 0, 0, dv},  counts[n], begin[n].data(), end[n].data(), 0,
+                   {dk[n].data(), 0, 0, dh}, {dv_[n].data(), 0, 0, dv}};
+  }
+  std::vector<double> scratch(VLMK_CALL(attention_forward_scratch, g, int64_t(3)) / 8 +
+                              VLMK_CALL(attention_rows_scratch, g) / 8 + 16);
+  const auto aligned = [](std::vector<double>& memory) {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  };
+  for (int64_t h = 0; h < heads; ++h) {
+    if (tq <= 4) {
+      VLMK_CALL(attention_rows, g, int64_t(0), h, aligned(scratch));
+    } else {
+      for (int64_t part = 0; part < 2; ++part)
+        VLMK_CALL(attention_forward, g, int64_t(0), h, part, int64_t(2), aligned(scratch));
+    }
+  }
+  const int64_t blocks = (tq + vlmk::kQueryBlock - 1) / vlmk::kQueryBlock;
+  std::vector<P> parts(chunks * heads * blocks * dh * vlmk::kQueryBlock), joined(2 * dh * vlmk::kQueryBlock);
+  std::vector<uint8_t> touched(chunks * heads * blocks);
+  grads.dout = {dout.data(), 0, tq * dv, dv}, grads.dq = {dq.data(), 0, tq * dh, dh};
+  grads.need_q = grads.need_k = grads.need_v = true;
+  grads.chunks = chunks, grads.key_chunk = vlmk::kGradKeys;
+  grads.dq_parts = parts.data(), grads.dq_touched = touched.data();
+  scratch.resize(VLMK_CALL(attention_backward_scratch, grads) / 8 + 16);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    VLMK_CALL(attention_backward, grads, int64_t(0), int64_t(0), chunk, aligned(scratch));
+  }
+  for (int64_t task = 0; chunks > 1 && task < heads * blocks; ++task) {
+    VLMK_CALL(attention_join_query, grads, int64_t(0), task / blocks, task % blocks, joined.data());
+  }
+  std::vector<double> want_k[2] = {std::vector<double>(counts[0] * dh), std::vector<double>(counts[1] * dh)};
+  std::vector<double> want_v[2] = {std::vector<double>(counts[0] * dv), std::vector<double>(counts[1] * dv)};
+  for (int64_t row = 0; row < heads * tq; ++row) {
+    const int64_t i = row % tq;
+    struct Seen {
+      int64_t n, j;
+      double p;
+    };
+    std::vector<Seen> seen;
+    double total = 0, want[dv] = {}, want_q[dh] = {}, slope = 0;
+    for (int64_t n = 0; n < 2; ++n) {
+      for (int64_t j = begin[n][i]; j < end[n][i]; ++j) {
+        double dot = 0;
+        for (int64_t e = 0; e < dh; ++e) dot += double(q[row * dh + e]) * k[n][j * dh + e];
+        seen.push_back({n, j, std::exp(double(g.scale) * dot)});
+        total += seen.back().p;
+      }
+    }
+    for (Seen& s : seen) {
+      s.p /= total;
+      for (int64_t e = 0; e < dv; ++e) want[e] += s.p * v[s.n][s.j * dv + e];
+    }
+    for (int64_t e = 0; e < dv; ++e) {
+      check("attention", out[row * dv + e], want[e], tolerance);
+      slope += want[e] * dout[row * dv + e];
+    }
+    if (seen.empty()) {
+      check("attention lse of nothing", std::isinf(lse[row]) && lse[row] < 0, 1, 0);
+    } else {
+      check("attention lse", lse[row], std::log(total), tolerance);
+    }
+    for (const Seen& s : seen) {
+      double dp = 0;
+      for (int64_t e = 0; e < dv; ++e) dp += double(dout[row * dv + e]) * v[s.n][s.j * dv + e];
+      const double ds = double(g.scale) * s.p * (dp - slope);
+      for (int64_t e = 0; e < dh; ++e) want_q[e] += ds * k[s.n][s.j * dh + e];
+      for (int64_t e = 0; e < dh; ++e) want_k[s.n][s.j * dh + e] += ds * q[row * dh + e];
+      for (int64_t e = 0; e < dv; ++e) want_v[s.n][s.j * dv + e] += s.p * dout[row * dv + e];
+    }
+    for (int64_t e = 0; e < dh; ++e) check("attention dq", dq[row * dh + e], want_q[e], tolerance);
+  }
+  for (int64_t n = 0; n < 2; ++n) {
+    for (int64_t i = 0; i < counts[n] * dh; ++i) check("attention dk", dk[n][i], want_k[n][i], tolerance);
+    for (int64_t i = 0; i < counts[n] * dv; ++i) check("attention dv", dv_[n][i], want_v[n][i], tolerance);
+  }
+}
+
 void test_gated_residual() {
   const int64_t rows = 5, d = 37;
   std::vector<float> x(rows * d), y(rows * d), t(d), out(rows * d), dy(rows * d), part(d);
@@ -233,6 +338,9 @@ int main() {
   for (bool store : {true, false}) test_info_nce<float>(store), test_info_nce<double>(store);
   test_sigmoid_loss<float>();
   test_sigmoid_loss<double>();
+  for (int64_t tq : {3, 64, 150}) {
+    for (int64_t chunks : {1, 2}) test_attention<float>(tq, chunks), test_attention<double>(tq, chunks);
+  }
   test_gated_residual();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
 
@@ -110,3 +110,9 @@ _bwd = define(
     reference=interval_attention_bwd,
     fake=_fake_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import interval_attention as _cuda
+
+    kernel("interval_attention", "CUDA", _cuda.interval_attention, "Triton")
+    kernel("interval_attention_bwd", "CUDA", _cuda.interval_attention_bwd, "Triton")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
 from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
 
@@ -103,3 +103,9 @@ _bwd = define(
     reference=perceiver_attention_bwd,
     fake=_fake_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import perceiver_attention as _cuda
+
+    kernel("perceiver_attention", "CUDA", _cuda.perceiver_attention, "Triton")
+    kernel("perceiver_attention_bwd", "CUDA", _cuda.perceiver_attention_bwd, "Triton")

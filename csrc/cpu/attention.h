@@ -1,0 +1,126 @@
+#pragma once
+// What the forward and the backward of attention share: who sees what, and operands. Tiles are transposed, [keys][queries].
+#include "pairwise.h"
+#include "vector.h"
+#include "vlmkernels/attention.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+template <class A>
+constexpr A kNothing = -__builtin_inf();
+
+// Takes pieces of scratch; from a null pointer it measures.
+struct Carve {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return piece;
+  }
+};
+
+template <class T>
+T* row_of(const Tokens<T>& x, int64_t b, int64_t h, int64_t t) {
+  return x.data + b * x.batch + h * x.head + t * x.token;
+}
+
+// Rows as an A operand [block][depth], or a B operand of unpaired rows; zero padded.
+template <class P>
+void copy_rows(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < d; ++c) out[r * depth + c] = x[r * ldx + c];
+    for (int64_t c = d; c < depth; ++c) out[r * depth + c] = P{};
+  }
+  for (int64_t i = count * depth; i < block * depth; ++i) out[i] = P{};
+}
+
+// Rows as the B operand of a product that sums over them.
+template <class P>
+void rows_as_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out) {
+  if constexpr (kPaired<P>) {
+    pack_rows_b(x, ldx, count, d, depth, block, out);
+  } else {
+    copy_rows(x, ldx, count, d, depth, block, out);
+  }
+}
+
+// What the rows of a query block see of a source: all of [inner_lo, inner_hi), nothing outside [lo, hi).
+struct Span {
+  int64_t lo, hi, inner_lo, inner_hi;
+};
+inline Span span_of(const int32_t* begin, const int32_t* end, int64_t rows) {
+  Span span{INT32_MAX, 0, 0, INT32_MAX};
+  for (int64_t r = 0; r < rows; ++r) {
+    span.inner_lo = begin[r] < end[r] ? max_<int64_t>(span.inner_lo, begin[r]) : INT32_MAX;
+    span.inner_hi = min_<int64_t>(span.inner_hi, end[r]);
+    if (begin[r] >= end[r]) continue;
+    span.lo = min_<int64_t>(span.lo, begin[r]);
+    span.hi = max_<int64_t>(span.hi, end[r]);
+  }
+  if (span.hi == 0) span.lo = 0;
+  return span;
+}
+
+// The keys [c0, c1) of the block at j0 that a span touches, in units.
+struct Columns {
+  int64_t c0, c1;
+};
+inline Columns columns_of(const Span& span, int64_t j0, int64_t block) {
+  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(ceil_div(span.hi - j0, kKeyUnit) * kKeyUnit, block)};
+}
+
+// Queries of a tile's row: whole vectors, and few distinct shapes of products.
+template <class P>
+int64_t tile_width(int64_t queries) {
+  constexpr int64_t step = kPaired<P> ? 32 : 16;
+  return ceil_div(queries, step) * step;
+}
+
+template <class P>
+int64_t table_size(const Attention<P>& g) {
+  return (2 * g.grid_rows - 1) * (2 * g.grid_cols - 1);
+}
+
+// Calls f(x, entry, run) for runs of queries [i0 + x, i0 + x + run) of [i0, i1) whose biases for key j begin at `entry`.
+template <class P, class F>
+void for_query_runs(const Attention<P>& g, int64_t i0, int64_t i1, int64_t j, F f) {
+  const int64_t rows = g.grid_rows, cols = g.grid_cols, last = min_(i1, rows * cols);
+  if (j >= rows * cols) return;
+  for (int64_t i = i0; i < last;) {
+    const int64_t run = min_(cols - i % cols, last - i);
+    f(i - i0, (i / cols - j / cols + rows - 1) * (2 * cols - 1) + i % cols - j % cols + cols - 1, run);
+    i += run;
+  }
+}
+
+// Where the queries of a block see keys, for comparison with a key's index; queries past the last see none.
+template <class A>
+void bounds_of(const int32_t* begin, const int32_t* end, int64_t rows, typename Vectors<A>::Index* from,
+               typename Vectors<A>::Index* to) {
+  for (int64_t r = 0; r < kQueryBlock; ++r) {
+    from[r] = r < rows ? begin[r] : 0;
+    to[r] = r < rows ? end[r] : 0;
+  }
+}
+template <class A>
+VLMK_INLINE IndexVec<A> sees(const typename Vectors<A>::Index* from, const typename Vectors<A>::Index* to, int64_t j) {
+  const auto key = static_cast<typename Vectors<A>::Index>(j);
+  return (load<IndexVec<A>>(from) <= key) & (load<IndexVec<A>>(to) > key);
+}
+
+// s becomes scale s + bias, for keys [j0, j0 + keys) and the queries from q0 on.
+template <class P>
+void add_bias(const Attention<P>& g, const acc_t<P>* table, int64_t q0, int64_t rows, int64_t width, int64_t j0, int64_t keys,
+              acc_t<P>* s) {
+  for (int64_t j = j0; j < j0 + keys; ++j, s += width) {
+    for (int64_t i = 0; i < width; ++i) s[i] *= g.scale;
+    for_query_runs(g, q0, q0 + rows, j, [&](int64_t x, int64_t entry, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) s[x + i] += table[entry + i];
+    });
+  }
+}
+
+}  // namespace
+}  // namespace vlmk::VLMK_ISA
