@@ -7,7 +7,7 @@ BUILD := build/cmake
 NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
 SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.*) CMakeLists.txt setup.py
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
-OP_TESTS := $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
+OP_TESTS := tests/test_dense.py $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
 
 .PHONY: setup demo test test-all bench lint format clean
 
@@ -18,6 +18,7 @@ $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" setuptools wheel cmake ninja pybind11
 	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]' "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps open-flamingo==2.0.1  # it asks for torch 2.0.1
 	touch $@
 
 $(VENV)/native: $(VENV)/packages $(SOURCES)
