@@ -74,6 +74,8 @@ SHAPES = [
     ((300,), 33, 257),
     ((150, 3), 260, 64),
     ((129,), 300, 600),
+    ((140,), 1100, 530),
+    ((700,), 530, 600),
     ((20_000,), 1, 3),
     ((1500,), 3, 1),
 ]
@@ -340,16 +342,17 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows,
 
 @pytest.mark.skipif(not NATIVE, reason="the reference forms the branch")
 def test_the_branch_is_never_stored(peak_memory):
-    """x [16384, 1024] and h [16384, 64]: the branch would take 64 MiB forward, and its gradient backward."""
+    """The result takes 64 MiB, and so would the branch, and its gradient."""
     script = """
 x, h = torch.randn(16384, 1024), torch.randn(16384, 64, requires_grad=True)
 weight, gate = torch.randn(1024, 64, requires_grad=True), torch.zeros(1, requires_grad=True)
 incoming = torch.randn(16384, 1024)
-def run():
-    out = vlmkernels.gated_linear_residual(x, h, weight, gate)
-    torch.autograd.grad(out, (h, weight, gate), incoming)
+def run(rows=16384):
+    out = vlmkernels.gated_linear_residual(x[:rows], h[:rows], weight, gate)
+    torch.autograd.grad(out, (h, weight, gate), incoming[:rows])
+run(512)
 """
-    assert peak_memory(script) < (64 + 32) << 20
+    assert peak_memory(script) < (64 + 48) << 20
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference may use torch's own threads")

@@ -1,0 +1,82 @@
+#pragma once
+#include "vlmkernels/pairwise.h"
+
+namespace vlmk {
+
+// A product runs over blocks of kBlockRows rows and kBlockCols columns, in parts of kPart of its depth: one long chain of
+// additions would round more than mm does, and a part of a block of rows stays in the cache.
+constexpr int64_t kBlockRows = 256, kPart = 512;
+template <class P>
+constexpr int64_t kBlockCols = sizeof(P) == 2 ? 256 : 64;
+
+// Rows of A against several column blocks of B. A B operand is [blocks][depth][cols], bf16 [blocks][depth / 2][cols][2]; or,
+// when ldb is not cols, columns of one matrix [depth][ldb].
+template <class P>
+struct BlockProduct {
+  TileProduct<P> product;
+  const P* a;  // [rows, depth]; its parts are a_step apart and their rows lda
+  const P* b;
+  int64_t rows, depth, cols, lda, a_step, ldb;
+  int64_t first, last;  // column blocks
+  acc_t<P>* tiles;      // [last - first][rows][cols]
+  P* part;              // [rows][kPart + 32], bf16 only
+};
+
+// out = x + t (h weight^T), t = tanh(gate). Operands have type P, x and out type T.
+template <class P, class T>
+struct GatedLinear {
+  int64_t d;
+  const int64_t* index;  // which rows of x and out the rows of h are; null when they are all
+  const acc_t<P>* t;     // [d]
+  const T* x;            // [rows, d]
+  T* out;                // [rows, d]
+};
+
+// dh = t (dout weight) and <dout weight, h>. For a gate of d elements they are part of `weight`, and t is 1.
+template <class P, class T>
+struct GatedLinearInput {
+  int64_t k;
+  const int64_t* index;  // which rows of h and dh the rows of dout are; null when they are all
+  acc_t<P> t;
+  const T* h;    // [rows, k], or null when the second is not asked for
+  T* dh;         // [rows, k]
+  double* dots;  // [row blocks][column blocks], or null
+};
+
+// products = dout^T h and what they give: dweight = t products, part = sum_k products * weight.
+template <class P, class T>
+struct GatedLinearWeight {
+  int64_t d, k;
+  const acc_t<P>* t;   // [d]
+  const T* weight;     // [d, k], or null when part is not asked for
+  acc_t<P>* products;  // [d, k], where sums of earlier rows are, if there are more than one task takes
+  T* dweight;          // [d, k], or null
+  acc_t<P>* part;      // [column blocks][d]
+};
+
+VLMK_PER_ISA(
+    // out[i] = row index[i] (i when null) of x as P, with zeros up to depth and in rows beyond count.
+    template <class S, class P>
+    void load_rows(const S* x, const int64_t* index, int64_t count, int64_t d, int64_t rows, int64_t depth, P* out);
+    // Columns [0, count) of w [d, ldw], row i times t[i] (1 when null), as one block of a B operand, zero padded.
+    template <class P>
+    void pack_columns_b(const P* w, int64_t ldw, const acc_t<P>* t, int64_t count, int64_t d, int64_t depth, P* out);
+    // B is weight^T: columns are channels. The product's rows are kept rows [row, row + count).
+    template <class P, class T>
+    void gated_linear_residual(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t row, int64_t count);
+    // For few rows: A is [count] rows of the weight from channel d0 on, B is h^T of `rows` kept rows.
+    template <class P, class T> void gated_linear_residual_few(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t d0,
+                                                               int64_t count, int64_t rows,
+                                                               acc_t<P>* turned);  // [cols][count]
+    // For a single row h [depth], without tile products: w [count, depth] are rows of the weight from channel d0 on.
+    template <class P, class T> void gated_linear_residual_row(const GatedLinear<P, T>& g, const P* h, int64_t row, const P* w,
+                                                               int64_t depth, int64_t d0, int64_t count);
+    // B is the weight. The product's rows are kept rows [row, row + count).
+    template <class P, class T>
+    void gated_linear_residual_dh(const BlockProduct<P>& p, const GatedLinearInput<P, T>& g, int64_t row, int64_t count);
+    // A is dout^T of `count` channels from d0 on, B is h, both of some kept rows: their products are added to those of earlier
+    // rows when `add`, and give dweight and part when `finish`.
+    template <class P, class T> void gated_linear_residual_dw(const BlockProduct<P>& p, const GatedLinearWeight<P, T>& g,
+                                                              int64_t d0, int64_t count, bool add, bool finish);)
+
+}  // namespace vlmk
