@@ -116,7 +116,7 @@ struct Kept {
 // How a product is split into tasks: blocks of rows, and groups of column blocks. No number depends on it.
 template <class P>
 struct Split {
-  static constexpr int64_t block = kBlockRows;
+  static constexpr int64_t block = kBlockRows<P>;
   Split(int64_t rows, int64_t cols, int64_t width)
       : rows(rows),
         col_blocks(ceil_div(cols, width)),
@@ -132,7 +132,7 @@ struct Split {
   int64_t last(int64_t task) const { return (task % groups + 1) * col_blocks / groups; }
   // Scratch memory of take().
   static int64_t bytes(int64_t width) {
-    return kBlockRows * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + (kPart + 32) * sizeof(P)) + 128;
+    return kBlockRows<P> * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + (kPart + 32) * sizeof(P)) + 128;
   }
   // The product of a task, without its operands.
   BlockProduct<P> take(int64_t task, int64_t rows, int64_t depth, int64_t width, Scratch& scratch) const {
@@ -170,7 +170,7 @@ void forward(const Tensor& h_, const Tensor& weight_, const Tensor& x, const Ten
                 data<P>(ht) + row * depth);
     });
     const Split<P> split(d, rows, width);
-    for_tasks(split.tasks(), w.bytes(kBlockRows) + split.bytes(width) + kBlockRows * width * sizeof(A) + 64,
+    for_tasks(split.tasks(), w.bytes(kBlockRows<P>) + split.bytes(width) + kBlockRows<P> * width * sizeof(A) + 64,
               [&](int64_t task, Scratch& scratch) {
                 const int64_t d0 = split.row(task), count = split.count(task);
                 auto p = split.take(task, count, depth, width, scratch);
@@ -187,7 +187,7 @@ void forward(const Tensor& h_, const Tensor& weight_, const Tensor& x, const Ten
     VLMK_CALL(pack_transposed_b, data<P>(w.tensor) + d0 * k, k, std::min(width, d - d0), k, depth, width,
               data<P>(wt) + d0 * depth);
   });
-  for_tasks(split.tasks(), h.bytes(kBlockRows) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
+  for_tasks(split.tasks(), h.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
     const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
     auto p = split.take(task, padded, depth, width, scratch);
     p.a = h.rows(row, count, padded, scratch), p.b = data<P>(wt);
@@ -232,7 +232,7 @@ double input_gradient(const Tensor& dout_, const Tensor& h, const Tensor& weight
   const Tensor dots = at::empty({dot ? split.row_blocks * split.col_blocks : 0}, weight.options().dtype(at::kDouble));
   const GatedLinearInput<P, T> g{k,           kept.index,        vector ? A(1) : data<A>(t)[0], dot ? data<T>(h) : nullptr,
                                  data<T>(dh), data<double>(dots)};
-  for_tasks(split.tasks(), dout.bytes(kBlockRows) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
+  for_tasks(split.tasks(), dout.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
     const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
     auto p = split.take(task, padded, depth, width, scratch);
     p.a = dout.rows(row, count, padded, scratch), p.b = data<P>(packed ? w : weight);

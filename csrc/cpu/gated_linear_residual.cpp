@@ -154,7 +154,7 @@ void gated_linear_residual_dh(const BlockProduct<P>& p, const GatedLinearInput<P
 #pragma omp simd
       for (int64_t c = 0; c < cols; ++c) from_acc(g.t * tile[c], dh[c]);
     }
-    if (g.h) g.dots[row / kBlockRows * ceil_div(g.k, p.cols) + j] = sum;
+    if (g.h) g.dots[row / kBlockRows<P> * ceil_div(g.k, p.cols) + j] = sum;
   });
 }
 

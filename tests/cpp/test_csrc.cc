@@ -319,7 +319,7 @@ void test_gated_linear_residual() {
   constexpr int64_t n = 9, d = 70, k = 1040, width = vlmk::kBlockCols<P>, blocks = vlmk::ceil_div(d, width);
   const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-4;
   std::vector<P> h(n * k), w(d * k), t(d), x((n + 1) * d), out((n + 1) * d), wt(blocks * k * width);
-  std::vector<P> tiles(vlmk::kBlockRows * 1088), turned(d * 64), products(d * k), part(17 * d);
+  std::vector<P> tiles(vlmk::kBlockRows<P> * 1088), turned(d * 64), products(d * k), part(17 * d);
   std::vector<int64_t> index(n);
   for (int64_t i = 0; i < n * k; ++i) h[i] = std::sin(P(0.37) * i);
   for (int64_t i = 0; i < d * k; ++i) w[i] = std::cos(P(0.23) * i) / 8;
