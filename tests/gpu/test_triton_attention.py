@@ -58,6 +58,7 @@ def check(query, key, value, start, end, *, scale=None, bias=None, grid=(0, 0), 
         out, lse = triton_interval.interval_attention(*inputs, *rest)
         grads = triton_interval.interval_attention_bwd(dout, dlse, *inputs, out, lse, *rest, needs)
     assert out.transpose(1, 2).is_contiguous()
+    assert len({id(x) for x in (out, lse, *grads)}) == 6
     expected = []
     for work in (torch.float32, torch.float64):
         operands = [wide(x, work) for x in inputs]

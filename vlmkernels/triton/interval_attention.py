@@ -166,9 +166,8 @@ def interval_attention_bwd(
     grid = (table, grid_rows, grid_cols)
     source = _source(query, key, value, start, end)
     dout, query, out, lse = (*map(rows_contiguous, (dout, query, out)), lse.contiguous())
-    none = query.new_empty(0)
     delta = attention_bwd.row_sums(dout, out, dlse) if need_query or need_key or need_bias else None
-    dq, dbias = none, none if table is None else table.new_empty(0)
+    dq, dbias = query.new_empty(0), (query if table is None else table).new_empty(0)
     if need_query:
         dq = attention_bwd.query_gradient(dout, query, source, None, lse, delta, scale, *grid)
     if need_bias:
