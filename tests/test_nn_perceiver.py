@@ -11,6 +11,8 @@ from vlmkernels.nn.families import RESAMPLER_PRESETS
 from vlmkernels.testing import saved_activation_bytes
 
 SIZES = {"depth": 2, "dim_head": 8, "heads": 4, "num_latents": 5}
+# Keys and values of all layers come from one product when there are enough visual tokens.
+FEW_AND_MANY = pytest.mark.parametrize("batch", [3, 12], ids=["layer by layer", "all layers at once"])
 
 
 class MiniResampler(nn.Module):
@@ -78,8 +80,9 @@ def test_flamingo_mini():
     assert_same(ours, theirs, "flamingo_mini", [x], lambda m, x: m(x), lambda m, x: m(x[:, None]))
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_idefics(qk_norm):
+def test_idefics(qk_norm, batch):
     module = peer("transformers.models.idefics.perceiver")
     config = peer("transformers").IdeficsConfig(
         vision_config={"embed_dim": 24}, perceiver_config={"qk_layer_norms_perceiver": qk_norm}
@@ -90,13 +93,14 @@ def test_idefics(qk_norm):
         ours,
         theirs,
         "idefics",
-        [torch.randn(3, 7, 24, dtype=torch.double)],
+        [torch.randn(batch, 7, 24, dtype=torch.double)],
         lambda m, x: m(x),
         lambda m, x: m(x),
     )
 
 
-def test_idefics2_with_padded_media():
+@FEW_AND_MANY
+def test_idefics2_with_padded_media(batch):
     module = peer("transformers.models.idefics2.modeling_idefics2")
     config = peer("transformers.models.idefics2.configuration_idefics2").Idefics2PerceiverConfig(
         hidden_size=24, resampler_n_latents=5, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=8,
@@ -104,9 +108,9 @@ def test_idefics2_with_padded_media():
     )  # fmt: skip
     theirs = module.Idefics2PerceiverResampler(config)
     ours = PerceiverResampler(24, **SIZES, kv_heads=2, **RESAMPLER_PRESETS["idefics2"])
-    lengths = torch.tensor([7, 3, 1])
+    lengths = torch.tensor([7, 3, 1]).repeat(batch // 3)
     seen = (torch.arange(7) < lengths[:, None]).long()
-    x = torch.randn(3, 7, 24, dtype=torch.double)
+    x = torch.randn(batch, 7, 24, dtype=torch.double)
     with torch.no_grad():
         theirs.latents.copy_(torch.randn_like(theirs.latents))
     calls = (lambda m, x: m(x, attention_mask=seen)), (lambda m, x: m(x, lengths))
@@ -174,10 +178,11 @@ def test_adapted_projections_are_called():
     close(adapted(x), plain(x))
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+def test_low_precision(dtype, batch):
     resampler = PerceiverResampler(32, depth=2, dim_head=16, heads=2, num_latents=4)
-    x = torch.randn(2, 2, 1, 9, 32)
+    x = torch.randn(batch, 1, 1, 9, 32)
     wanted = resampler(x)
     low = PerceiverResampler(32, depth=2, dim_head=16, heads=2, num_latents=4).to(dtype)
     low.load_state_dict(resampler.state_dict())
@@ -189,9 +194,10 @@ def test_low_precision(dtype):
     assert all(p.grad.dtype == dtype for p in low.parameters())
 
 
-def test_autocast():
+@FEW_AND_MANY
+def test_autocast(batch):
     resampler = PerceiverResampler(32, depth=2, dim_head=16, heads=2, num_latents=4)
-    x = torch.randn(2, 2, 1, 9, 32, requires_grad=True)
+    x = torch.randn(batch, 1, 1, 9, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = resampler(x)
     wanted = resampler(x)

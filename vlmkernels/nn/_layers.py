@@ -165,19 +165,17 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         x, gain, shift, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dweights = [None] * len(weights)
-        if any(needs[4:]):
-            normed = _norm(x, gain, shift, ctx.eps).to(weights[0].dtype).flatten(0, -2)
-            dweights = [
-                dy.flatten(0, -2).t() @ normed if need else None
-                for dy, need in zip(dys, needs[4:], strict=True)
-            ]
+        normed, stats = _norm_again(x, gain, shift, ctx.eps)
+        normed = normed.to(weights[0].dtype).flatten(0, -2)
+        dweights = (
+            dy.flatten(0, -2).t() @ normed if need else None for dy, need in zip(dys, needs[4:], strict=True)
+        )
         dx = dgain = dshift = None
         if any(needs[:3]):
             dnormed = dys[0] @ weights[0]
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dnormed = dnormed + dy @ weight
-            dx, dgain, dshift = _norm_backward(dnormed, x, gain, shift, ctx.eps, needs[:3])
+            dx, dgain, dshift = _norm_backward(dnormed, x.dtype, stats, gain, shift, needs[:3])
         return dx, dgain, dshift, None, *dweights
 
 
@@ -203,7 +201,8 @@ class _AddFeedForward(torch.autograd.Function):
         need_x, *need_first, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:9]
         need_norm = (need_x or any(need_first), need_gain, need_shift)
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
-        normed = _norm(y, gain, shift, ctx.eps).to(w1.dtype) if pre is None or need_w1 else None
+        normed, stats = _norm_again(y, gain, shift, ctx.eps)
+        normed = normed.to(w1.dtype)
         pre = F.linear(normed, w1) if pre is None else pre
         needs = (need_w1 or any(need_norm), need_w2, need_gate)
         hidden = _activate(pre, ctx.activation)
@@ -212,7 +211,7 @@ class _AddFeedForward(torch.autograd.Function):
         if dhidden is not None:
             dpre = _activate_backward(dhidden, pre, ctx.activation)
             dw1 = dpre.flatten(0, -2).t() @ normed.flatten(0, -2) if need_w1 else None
-            dx, dgain, dshift = _norm_backward(dpre @ w1, y, gain, shift, ctx.eps, need_norm)
+            dx, dgain, dshift = _norm_backward(dpre @ w1, y.dtype, stats, gain, shift, need_norm)
         first = (None, None, None)
         if need_norm[0]:
             dx = dx + dout.to(dx.dtype)
@@ -241,23 +240,32 @@ def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], gain, shift, eps)
 
 
-def _norm_backward(dy, x, gain, shift, eps, needs):
-    """Gradients of x, gain and shift, in their dtypes."""
+def _norm_again(x, gain, shift, eps):
+    """The norm in at least float32, and what its gradient needs: x in that precision, mean, 1 / deviation."""
     work = torch.promote_types(x.dtype, torch.promote_types(gain.dtype, torch.float32))
-    g, wide = dy.to(work), x.to(work)
+    wide, gain = x.to(work), gain.to(work)
     if shift is not None:
-        _, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+        normed, mean, rstd = torch.native_layer_norm(wide, wide.shape[-1:], gain, shift.to(work), eps)
+        return normed, (wide, mean, rstd)
+    rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return wide * rstd * gain, (wide, None, rstd)
+
+
+def _norm_backward(dy, dtype, stats, gain, shift, needs):
+    """Gradients of x, in `dtype`, gain and shift."""
+    wide, mean, rstd = stats
+    g, wide_gain = dy.to(wide.dtype), gain.to(wide.dtype)
+    if shift is not None:
         dx, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
-            g, wide, wide.shape[-1:], mean, rstd, gain.to(work), shift.to(work), needs
+            g, wide, wide.shape[-1:], mean, rstd, wide_gain, shift.to(wide.dtype), needs
         )
     else:
-        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
         unit = wide * rstd
         dgain = (g * unit).flatten(0, -2).sum(0)
-        g = g * gain.to(work)
+        g = g * wide_gain
         dx, dshift = rstd * (g - unit * (g * unit).mean(-1, keepdim=True)), None
     return (
-        dx.to(x.dtype) if needs[0] else None,
+        dx.to(dtype) if needs[0] else None,
         dgain.to(gain.dtype) if needs[1] else None,
         dshift.to(shift.dtype) if needs[2] else None,
     )

@@ -164,8 +164,10 @@ class PerceiverResampler(nn.Module):
         attentions = [attention for attention, _ in self._pairs()]
         first = attentions[0]
         shape = (2, first.kv_heads, first.dim_head)
-        if not all(layers.is_plain(a.norm_media, a.to_kv) for a in attentions):
-            return [a.to_kv(a.norm_media(x)).unflatten(-1, shape).unbind(2) for a in attentions]
+        plain = all(layers.is_plain(a.norm_media, a.to_kv) for a in attentions)
+        if not plain or x.shape[:-1].numel() < first.to_kv.out_features:  # few rows: the fold costs more
+            products = (layers.norm_linear(x, a.norm_media, a.to_kv)[0] for a in attentions)
+            return [product.unflatten(-1, shape).unbind(2) for product in products]
         norms = [a.norm_media for a in attentions]
         weights = [a.to_kv.weight for a in attentions]
         bias = None
