@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from train_tiny import tiny_values, train_parts, write_pairs
+from train_tiny import tiny_values, train_parts, write_pairs, write_tar
 
 from vlmkernels.cli import main
 from vlmkernels.data import CsvPairs, load_scenes
@@ -142,6 +144,34 @@ def test_slots_are_scored_on_scenes_only(finals, table):
     result = evaluate(finals["simvlm"], load_scenes("test", size=5), device="cpu")
     assert set(result["slots"]) == {"slots", "objects", "relations", "scenes"}
     assert evaluate(finals["simvlm"], str(table), device="cpu")["slots"] is None
+
+
+def test_tars_are_scored_as_the_table(finals, table, tmp_path):
+    tar = write_tar(table, tmp_path / "pairs-0.tar")
+    results = [evaluate(finals["flamingo"], str(data), device="cpu", batch_size=9) for data in (table, tar)]
+    for name in ("samples", "tokens", "perplexity", "token_accuracy", "reference_scores"):
+        assert results[0][name] == results[1][name], name
+
+
+def test_photographs(finals, tmp_path):
+    """Real photographs with several captions each go the same way; nothing is claimed about the captions."""
+    folder = os.environ.get("VLMKERNELS_PHOTOS")
+    listed = [] if not folder else sorted(Path(folder).rglob("annotations.json"))
+    if not listed:
+        pytest.skip("VLMKERNELS_PHOTOS is not set to a folder with photographs and their annotations.json")
+    photographs = json.loads(listed[0].read_text(encoding="utf-8"))["images"][:6]
+    rows = ["filepath\ttitle"]
+    for photograph in photographs:
+        file = next(listed[0].parent.rglob(photograph["file_name"]))
+        rows += [f"{file}\t{text}" for text in photograph["captions"]]
+    table = tmp_path / "photographs.tsv"
+    table.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for kind in ("flamingo", "simvlm"):
+        result = evaluate(finals[kind], str(table), device="cpu")
+        assert result["samples"] == len(rows) - 1
+        assert not result["skipped"]
+        assert [len(each["references"]) for each in result["captions"]] == [5] * 6
+        assert math.isfinite(result["perplexity"])
 
 
 def test_several_references_of_one_image(finals, tmp_path, table):

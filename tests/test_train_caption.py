@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from train_tiny import TINY, assert_same_run, metrics, tiny_values, train_parts, weights, write_pairs
+from train_tiny import (
+    TINY,
+    assert_same_run,
+    metrics,
+    tiny_values,
+    train_parts,
+    weights,
+    write_pairs,
+    write_tar,
+)
 
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.models.clip import CLIP
@@ -187,6 +196,25 @@ def test_several_images_in_a_row(values, tmp_path):
     batch["images"][1, 0] = 5.0
     other, _ = task.loss(bundle.model, batch, 0, True)
     assert not other.equal(loss)
+
+
+def test_trains_on_tars(values, table, tmp_path):
+    tar = write_tar(table, tmp_path / "pairs-0.tar")
+    common = {"data": str(tar), "samples_per_epoch": 22}
+    train("flamingo", TrainConfig(**values("flamingo", "whole", **common)))
+    train("flamingo", TrainConfig(**values("flamingo", "cut", **common, save_every=5, max_steps=5)))
+    train("flamingo", TrainConfig(**values("flamingo", "cut", **common, save_every=5, resume="auto")))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_stays_near_fp32(values, tmp_path, kind):
+    for precision in ("fp32", "bf16"):
+        train(kind, TrainConfig(**values(kind, precision, precision=precision, epochs=2)))
+    exact, rounded = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
+    assert exact != rounded
+    assert [line["loss"] for line in rounded] == pytest.approx([line["loss"] for line in exact], rel=0.05)
+    assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path / "bf16").values())
 
 
 @pytest.mark.parametrize("kind", ["flamingo", "simvlm"])

@@ -4,12 +4,11 @@ import itertools
 import json
 import logging
 import random
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from train_tiny import assert_same_run, metrics, tiny_values, weights, write_pairs
+from train_tiny import assert_same_run, metrics, tiny_values, weights, write_pairs, write_tar
 
 from vlmkernels.train import TrainConfig, checkpoint, load_bundle, loop, train
 
@@ -215,16 +214,7 @@ def test_broken_images_are_counted_and_named(table, tmp_path, caplog):
 
 
 def test_trains_on_tars(table, tmp_path):
-    import io
-    import tarfile
-
-    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
-    with tarfile.open(tmp_path / "pairs-0.tar", "w") as tar:
-        for i, (file, text) in enumerate(rows):
-            for suffix, content in (("png", Path(file).read_bytes()), ("txt", text.encode())):
-                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    write_tar(table, tmp_path / "pairs-0.tar")
     values = tiny_values(tmp_path / "pairs-0.tar", tmp_path / "whole", samples_per_epoch=22)
     train("clip", TrainConfig(**values))
     assert [line["epoch"] for line in metrics(tmp_path / "whole")] == [i // 3 for i in range(12)]

@@ -1,6 +1,8 @@
 """A training run of a fraction of a second, for the tests of the loop and of the command."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,18 @@ def write_pairs(folder: Path, count: int = 22) -> Path:
     table = folder / "pairs.tsv"
     table.write_text("\n".join(rows) + "\n")
     return table
+
+
+def write_tar(table: Path, target: Path) -> Path:
+    """The pairs of a table as a webdataset shard."""
+    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
+    with tarfile.open(target, "w") as tar:
+        for i, (file, text) in enumerate(rows):
+            for suffix, content in (("png", Path(file).read_bytes()), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return target
 
 
 def tiny_values(table: Path, out: Path, kind: str = "clip", **values: Any) -> dict[str, Any]:
