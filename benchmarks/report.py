@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
-COLUMNS = ("case", "implementation", "time", "× ours: median (p20–p80)", "extra memory", "of the limit")
+COLUMNS = (
+    "case",
+    "implementation",
+    "time",
+    "× ours: median (p20–p80)",
+    "extra memory",
+    "kept for the backward",
+    "of the limit",
+)
+SAVED = COLUMNS.index("kept for the backward")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -61,21 +70,29 @@ def merge(
 
 
 def table(cases: Iterable[dict[str, Any]]) -> str:
-    """Markdown: one row for each implementation of each case, ours first."""
-    rows = [COLUMNS, ("---", "---", "---:", "---:", "---:", "---:")]
+    """Markdown: one row for each implementation of each case, ours first.
+
+    What is kept for the backward has a column where it was measured.
+    """
+    cases = list(cases)
+    rows = [COLUMNS, ("---", "---", "---:", "---:", "---:", "---:", "---:")]
     for case in cases:
         direction = "" if case["backward"] or "forward only" in case["name"] else ", forward only"
         ours = case["ours"]
         limit = f"{ours['of_limit']:.0%} ({ours['limit']})" if ours.get("of_limit") is not None else ""
-        rows.append((case["name"] + direction, "**vlmkernels**", _time(ours), "1", _memory(ours), limit))
+        bytes_ours = _bytes(ours.get("extra_bytes")), _bytes(ours.get("saved_bytes"))
+        rows.append((case["name"] + direction, "**vlmkernels**", _time(ours), "1", *bytes_ours, limit))
         for other in case["baselines"]:
             name = other["name"] + (" (best compiled)" if other["name"] == case.get("best_compiled") else "")
             if "why_not" in other:
-                rows.append(("", name, "–", f"not measured: {other['why_not']}", "", ""))
+                rows.append(("", name, "–", f"not measured: {other['why_not']}", "", "", ""))
             else:
                 ratio = other["ratio"]
                 shown = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
-                rows.append(("", name, _time(other), shown, _memory(other), ""))
+                bytes_theirs = _bytes(other.get("extra_bytes")), _bytes(other.get("saved_bytes"))
+                rows.append(("", name, _time(other), shown, *bytes_theirs, ""))
+    if not any("saved_bytes" in row for case in cases for row in (case["ours"], *case["baselines"])):
+        rows = [row[:SAVED] + row[SAVED + 1 :] for row in rows]
     return (
         "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
     )
@@ -90,13 +107,12 @@ def _time(entry: dict[str, Any]) -> str:
     raise AssertionError
 
 
-def _memory(entry: dict[str, Any]) -> str:
-    extra = entry.get("extra_bytes")
-    if extra is None:
+def _bytes(count: int | str | None) -> str:
+    if count is None:
         return "–"
-    if isinstance(extra, str):
-        return f"not measured: {extra}"
-    return f"{extra / 2**30:.2f} GiB" if extra >= 2**30 else f"{extra / 2**20:.0f} MiB"
+    if isinstance(count, str):
+        return f"not measured: {count}"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def provenance(header: dict[str, Any], op: str | None = None) -> str:
@@ -105,7 +121,7 @@ def provenance(header: dict[str, Any], op: str | None = None) -> str:
     for name, limit in header["limits"].items():
         unit = "GB/s" if name == "copy" else "GFLOP/s"
         rates.append(f"{name} {limit['rate'] / 1e9:.4g} {unit} ({limit['how']})")
-    kernels = header["kernels"] if op is None else {op: header["kernels"].get(op, "?")}
+    kernels = {op: header["kernels"][op]} if op in header["kernels"] else header["kernels"]
     changes = " with local changes" if header["dirty"] else ""
     device = f"{header['cpu']}, {header['gpu']}" if header.get("gpu") else header["cpu"]
     load = "load average {:.2f} at the start, {:.2f} at the end".format(header["load"][0], header["load"][-1])

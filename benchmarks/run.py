@@ -32,18 +32,21 @@ import vlmkernels
 from benchmarks import cases as registry
 from benchmarks import measure, report
 from benchmarks.cases import Case
+from vlmkernels.testing import saved_activation_bytes
 
 ROOT = measure.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
+PEERS = ("open_clip_torch", "transformers", "open-flamingo", "triton")
 ISAS = (("avx2", "avx2"), ("avx512f", "avx512"), ("avx512_bf16", "avx512-bf16"), ("amx_bf16", "amx"))
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
 
 def run_tests(op: str, folder: Path = ROOT / "tests") -> tuple[bool, str]:
-    """Whether tests/test_<op>.py passes, and pytest's last line."""
-    path = folder / f"test_{op}.py"
-    if not path.exists():
-        return False, f"{path.name} does not exist"
+    """Whether tests/test_<op>.py passes (of a module tests/test_nn_<op>.py), and pytest's last line."""
+    paths = [folder / f"test_{op}.py", folder / f"test_nn_{op}.py"]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return False, f"{paths[0].name} does not exist"
     command = [
         sys.executable,
         "-m",
@@ -83,6 +86,7 @@ def measure_case(
     tensors, dout = case.inputs(device)
     call: dict[str, Callable[[], Any]] = {}
     rows: list[dict[str, Any]] = []
+    saved: dict[str, int] = {}
     expected = None
     for name, compiled, make in case.implementations():
         row: dict[str, Any] = {"name": name, "compiled": compiled}
@@ -100,6 +104,8 @@ def measure_case(
                 if why:
                     raise ArithmeticError(why)
                 run()
+                if case.memory and case.backward:
+                    saved[name] = saved_activation_bytes(partial(fn, **tensors), parameters=tensors.values())
             call[name] = run
         except Exception as error:  # whatever stops a peer becomes the reason in its row
             if name == registry.OURS:
@@ -122,6 +128,8 @@ def measure_case(
             row["ratio"] = measure.spread([theirs / ours for ours, theirs in pairs[name]])
         if "why_not" not in row and peaks:
             row["extra_bytes"] = peaks.get(name, peaks.get(""))
+        if name in saved:
+            row["saved_bytes"] = saved[name]
     best = min(
         (r for r in rows[1:] if r["compiled"] and "seconds" in r),
         key=lambda r: r["ratio"]["median"],
@@ -207,7 +215,7 @@ def header_of(command: str, device: str, threads: int) -> dict[str, Any]:
             "vlmkernels": vlmkernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{package: version(package) for package in ("open_clip_torch", "transformers", "triton")},
+            **{package: version(package) for package in PEERS},
         },
         "kernels": {op: where[device.upper()] for op, where in info["ops"].items()},
         "load": [os.getloadavg()[0]],
@@ -260,15 +268,23 @@ def run_ops(
 
 
 def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: bool) -> list[Case]:
-    """The cases of `ops` (all when empty) whose name matches `pattern`; long ones only when asked for."""
+    """The cases of `ops` and those that run with them (all when empty) whose name matches `pattern`.
+
+    Long ones only when asked for.
+    """
     cases = list(cases)
     unknown = set(ops) - {case.op for case in cases}
     if unknown:
         raise ValueError(
             f"no benchmark for {sorted(unknown)}; there are {sorted({case.op for case in cases})}"
         )
+    wanted = set(ops)
     chosen = [
-        c for c in cases if (not ops or c.op in ops) and re.search(pattern, c.name) and (long or not c.long)
+        c
+        for c in cases
+        if (not wanted or wanted & {c.op, *c.runs_with})
+        and re.search(pattern, c.name)
+        and (long or not c.long)
     ]
     if not chosen:
         raise ValueError(f"no case matches {pattern!r}{'' if long else ' without --long'}")

@@ -1,16 +1,12 @@
-"""One function per op: which inputs are measured, what they cost at least, and against whom.
+"""Losses of pairs.
 
-Ours and every baseline are called with the same tensors by keyword. Baselines are imported through
-`benchmarks.peers`, or are one line around an imported function; torch.compile gets static shapes. "one
-product" is the loss of CLIP on one matrix of logits and its transpose, where open_clip multiplies twice.
+"one product" is the loss of CLIP on one matrix of logits and its transpose, where open_clip multiplies twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,99 +15,9 @@ from torch.nn.functional import normalize
 
 import vlmkernels
 from benchmarks import peers
+from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels import _library, reference
 from vlmkernels.ops import _contrastive
-
-OURS = "vlmkernels"
-QUICK_SIZE = 192
-F32, BF16 = torch.float32, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Baseline:
-    name: str
-    make: Callable[[], Callable[..., Tensor]]  # imports it; what it raises becomes the reason in the table
-    compiled: bool = False
-    matrices: int = 0  # N x M matrices in the features' precision that live at its peak
-
-    def function(self) -> Callable[..., Tensor]:
-        return torch.compile(self.make(), dynamic=False) if self.compiled else self.make()
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    name: str
-    dtype: torch.dtype
-    sizes: dict[str, int]
-    make_inputs: Callable[..., dict[str, Tensor]]  # (device, dtype, **sizes)
-    ours: Callable[..., Tensor]
-    baselines: tuple[Baseline, ...]
-    flops: float  # performed by our kernel, products only
-    min_flops: float  # of any algorithm that forms the logits once
-    bytes: float  # compulsory: every input read and every result written once
-    backward: bool = True
-    memory: bool = False
-    long: bool = False
-    headline: bool = False
-    out_shape: tuple[str, ...] = field(default=())  # names of the sizes of the result; () for a loss
-
-    @property
-    def id(self) -> str:
-        return f"{self.op}/{self.name}"
-
-    def inputs(self, device: str, *, small: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The tensors, and the gradient of the result (None for a loss); `small` cuts every size to 64."""
-        torch.manual_seed(0)
-        sizes = {name: min(size, 64) for name, size in self.sizes.items()} if small else self.sizes
-        tensors = self.make_inputs(device, self.dtype, **sizes)
-        if not (self.out_shape and self.backward):
-            return tensors, None
-        return tensors, torch.randn([sizes[name] for name in self.out_shape], device=device).to(self.dtype)
-
-    def implementations(self) -> Iterator[tuple[str, bool, Callable[[], Callable[..., Tensor]]]]:
-        """Name, whether it is compiled, and what makes the function: ours first."""
-        yield OURS, False, lambda: self.ours
-        for baseline in self.baselines:
-            yield baseline.name, baseline.compiled, partial(self._function, baseline)
-
-    def _function(self, baseline: Baseline) -> Callable[..., Tensor]:
-        needed = baseline.matrices * self.sizes.get("n", 0) * self.sizes.get("m", 0) * self.dtype.itemsize
-        if needed > available_bytes():
-            raise MemoryError(
-                f"needs about {needed / 2**30:.0f} GiB, {available_bytes() / 2**30:.0f} GiB are free"
-            )
-        return baseline.function()
-
-
-def available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
-
-
-def all_cases(*, quick: bool = False, device: str = "cpu") -> list[Case]:
-    """Every declared case; `quick` keeps the names, cuts the sizes and leaves torch.compile out."""
-    cases = [*gated_residual(quick), *info_nce(quick, device), *sigmoid_loss(quick, device)]
-    ids = [case.id for case in cases]
-    assert len(set(ids)) == len(ids), "two cases of one name"
-    return cases
-
-
-def _cut(quick: bool, **sizes: int) -> dict[str, int]:
-    return {name: min(size, QUICK_SIZE) for name, size in sizes.items()} if quick else sizes
-
-
-def _kept(quick: bool, *baselines: Baseline) -> tuple[Baseline, ...]:
-    return tuple(b for b in baselines if not (quick and b.compiled))
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return {F32: "fp32", BF16: "bf16"}[dtype]
-
-
-# Contrastive losses
 
 
 def _features(
@@ -158,19 +64,19 @@ def _contrastive_case(
     frozen: bool = False,
     **flags: Any,
 ) -> Case:
-    sizes = _cut(quick, n=n, m=m, d=d)
+    sizes = cut(quick, n=n, m=m, d=d)
     towers = 1 if frozen else 2
     again = recomputed(dtype=dtype, **sizes)
     flops, minimum = contrastive_flops(**sizes, backward=backward, towers=towers, recomputed=again)
     rows = sizes["n"] + sizes["m"] + (sizes["n"] + (towers - 1) * sizes["m"]) * backward
     return Case(
         op=op,
-        name=f"{name} {_type_name(dtype)}",
+        name=f"{name} {type_name(dtype)}",
         dtype=dtype,
         sizes=sizes,
         make_inputs=partial(_features, frozen=frozen, scale=scale, bias=bias),
         ours=ours,
-        baselines=_kept(quick, *baselines),
+        baselines=timed(quick, *baselines),
         flops=flops,
         min_flops=minimum,
         bytes=rows * sizes["d"] * dtype.itemsize,
@@ -314,60 +220,4 @@ def sigmoid_loss(quick: bool = False, device: str = "cpu") -> list[Case]:
     cases.append(case("N=4096 D=512 forward only", F32, 4096, 4096, 512, pair, backward=False))
     cases.append(case("N=1024 M=4096 D=512", F32, 1024, 4096, 512, (plain, plain_compiled), memory=True))
     cases.append(case("N=65536 D=512", F32, 65536, 65536, 512, (eager,), memory=True, long=True))
-    return cases
-
-
-# Elementwise
-
-
-def _residual(
-    device: str, dtype: torch.dtype, batch: int, tokens: int, width: int, *, vector: bool, masked: bool
-) -> dict[str, Tensor]:
-    shape = (batch, tokens, width)
-    tensors = {name: torch.randn(shape, device=device).to(dtype).requires_grad_() for name in ("x", "y")}
-    tensors["gate"] = torch.randn(width if vector else 1, device=device).to(dtype).requires_grad_()
-    if masked:
-        tensors["row_mask"] = torch.rand(shape[:-1], device=device) < 0.5
-    return tensors
-
-
-def residual_bytes(batch: int, tokens: int, width: int, *, itemsize: int, kept: float, masked: bool) -> float:
-    """x read, y read where the mask keeps it, the sum written; then dout and y read where kept, dy written.
-
-    dx is dout itself and moves nothing.
-    """
-    rows = batch * tokens
-    return rows * width * itemsize * ((2 + kept) + (2 * kept + 1)) + 2 * rows * masked
-
-
-def gated_residual(quick: bool = False) -> list[Case]:
-    """Bound by memory: no product, six tensors moved."""
-    eager = Baseline("x + gate.tanh() * y", lambda: lambda x, y, gate: x + gate.tanh() * y)
-    compiled = Baseline("torch.compile of x + gate.tanh() * y", eager.make, True)
-    plain = Baseline("reference", lambda: reference.gated_residual)
-    plain_compiled = Baseline("torch.compile of the reference", plain.make, True)
-    sizes = _cut(quick, batch=8, tokens=2048, width=1024)
-    cases = []
-    for dtype in (F32, BF16):
-        for form in ("scalar gate", "vector gate", "scalar gate, half the rows masked"):
-            masked = "masked" in form
-            kept = 0.5 if masked else 1.0
-            case = Case(
-                op="gated_residual",
-                name=f"[8, 2048, 1024] {form} {_type_name(dtype)}",
-                dtype=dtype,
-                sizes=sizes,
-                make_inputs=partial(_residual, vector=form == "vector gate", masked=masked),
-                ours=vlmkernels.gated_residual,
-                baselines=_kept(
-                    quick, *((plain, plain_compiled) if masked else (eager, compiled, plain_compiled))
-                ),
-                flops=0,
-                min_flops=0,
-                bytes=residual_bytes(**sizes, itemsize=dtype.itemsize, kept=kept, masked=masked),
-                memory=form == "scalar gate",
-                headline=form == "scalar gate",
-                out_shape=("batch", "tokens", "width"),
-            )
-            cases.append(case)
     return cases
