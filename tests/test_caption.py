@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,15 @@ def test_eval_command(finals, table, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["samples"] == 1000
     assert 0 <= result["slots"]["slots"] <= 1
+
+
+def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    assert evaluate(finals["simvlm"], str(table), device="cpu")["reference_scores"] is None
+    main(["eval", "--model", finals["simvlm"], "--data", str(table)])
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    assert "BLEU and CIDEr need pip install pycocoevalcap" in out
 
 
 @pytest.mark.parametrize(
