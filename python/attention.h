@@ -17,7 +17,7 @@ struct KeySource {
 };
 
 // With so few queries, keys and values are read as they are: packing them would cost more than the products.
-constexpr int64_t kFewQueries = 4;
+constexpr int64_t kFewQueries = 2;
 
 // Tasks that a backward is split into where there are few heads; a fixed number, so that sums do not depend on the threads.
 constexpr int64_t kGradTasks = 16;

@@ -3,34 +3,35 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-// Tiles are transposed, [keys][queries]: what belongs to one query stays in one lane.
+// Tiles are transposed, [keys][queries]: what belongs to one query stays in one lane. With several query blocks the values are
+// packed once as V^T and the result is transposed too; with one (`once`), packing would serve it alone: the probabilities are
+// turned into rows and multiply the values as they are.
 template <class P>
 struct ForwardScratch {
   using A = acc_t<P>;
+  bool once;
   P* qt;                                  // [depth][kQueryBlock] B operand
   A* s;                                   // [key_block][kQueryBlock]
-  P* p;                                   // the same as a B operand; of full precision in place of s
-  A* o;                                   // [dv][kQueryBlock]
-  A* rows;                                // [kQueryBlock][dv]
+  P* p;                                   // the same as an operand; of full precision in place of s
+  A* turned;                              // once: [kQueryBlock][key_block]
+  A* o;                                   // [dv][kQueryBlock]; once: [kQueryBlock][width]
+  A* rows;                                // [kQueryBlock][width]
   A *top, *sum, *keep;                    // [kQueryBlock]
   typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
-  int64_t slots;                          // packed key blocks that are held
-  P* k;                                   // [slots][key_block][depth] A operands
-  P* vt;                                  // [slots][dv][key_block] A operands
+  int64_t slots;                          // key blocks that are held packed
+  P* k;                                   // [slots][key_block][depth] A operands, where the keys do not serve as they are
+  P* v;                                   // [slots][dv][key_block] A operands; once: [key_block][width] B operand
   int64_t* held;                          // [slots] which block of which source
   int64_t bytes;
 
-  ForwardScratch(const Attention<P>& g, int64_t query_blocks, char* base) {
+  ForwardScratch(const Attention<P>& g, int64_t query_blocks, char* base) : once(query_blocks <= 1) {
     Carve carve{base};
     qt = carve.take<P>(kQueryBlock * g.depth);
     s = carve.take<A>(kQueryBlock * g.key_block);
-    if constexpr (kPaired<P>) {
-      p = carve.take<P>(kQueryBlock * g.key_block);
-    } else {
-      p = s;
-    }
-    o = carve.take<A>(kQueryBlock * g.dv);
-    rows = carve.take<A>(kQueryBlock * g.dv);
+    turned = carve.take<A>(once ? kQueryBlock * g.key_block : 0);
+    p = kPaired<P> ? carve.take<P>(kQueryBlock * g.key_block) : reinterpret_cast<P*>(once ? turned : s);
+    o = carve.take<A>(kQueryBlock * g.width);
+    rows = carve.take<A>(kQueryBlock * g.width);
     top = carve.take<A>(kQueryBlock);
     sum = carve.take<A>(kQueryBlock);
     keep = carve.take<A>(kQueryBlock);
@@ -38,9 +39,9 @@ struct ForwardScratch {
     to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
     slots = 0;
     for (int64_t n = 0; n < g.sources; ++n) slots += ceil_div(g.source[n].count, g.key_block);
-    slots = query_blocks > 1 ? min_(slots, kHeldKeys / g.key_block) : 1;
+    slots = once ? 1 : min_(slots, kHeldKeys / g.key_block);
     k = carve.take<P>(slots * g.key_block * g.depth);
-    vt = carve.take<P>(slots * g.key_block * g.dv);
+    v = carve.take<P>(slots * g.key_block * g.width);
     held = carve.take<int64_t>(slots);
     bytes = carve.at - base;
   }
@@ -49,7 +50,7 @@ struct ForwardScratch {
 // One tile of logits [keys][width] joins the softmax: with z = factor s, top takes in the tile's maxima, p =
 // exp(z - top), sum takes in their sums after keep = exp(old top - top). Returns whether any query's top has moved. What is not
 // seen becomes 0; a query that sees nothing keeps its top at -inf.
-template <bool kMasked, class P>
+template <bool kMasked, bool kPairs, class P>
 bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const ForwardScratch<P>& w) {
   using A = acc_t<P>;
   constexpr int64_t lanes = Vectors<A>::lanes;
@@ -81,7 +82,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
       const Vec<A> first = exp_of(load<Vec<A>>(at) * unit - finite), second = exp_of(load<Vec<A>>(at + width) * unit - finite);
       sum[0] += first;
       sum[1] += second;
-      if constexpr (kPaired<P>) {
+      if constexpr (kPairs) {
         store(paired(first, second), w.p + j * width + 2 * i);
       } else {
         store(first, at);
@@ -93,15 +94,65 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
   return moved;
 }
 
-// Transposed results [dv][width] as rows, divided by the sums.
+template <class P>
+bool join_tile(int64_t keys, int64_t width, int64_t j0, bool all_seen, acc_t<P> factor, const ForwardScratch<P>& w) {
+  if constexpr (kPaired<P>) {
+    if (!w.once) {
+      return all_seen ? join_softmax<false, true>(w.s, keys, width, j0, factor, w)
+                      : join_softmax<true, true>(w.s, keys, width, j0, factor, w);
+    }
+  }
+  return all_seen ? join_softmax<false, false>(w.s, keys, width, j0, factor, w)
+                  : join_softmax<true, false>(w.s, keys, width, j0, factor, w);
+}
+
+// o takes in p V of one tile, for several query blocks: o [dv][width] += V^T p.
+template <class P>
+void add_values(const Attention<P>& g, const P* vt, int64_t keys, int64_t width, bool any, bool moved,
+                const ForwardScratch<P>& w) {
+  for (int64_t c = 0; any && moved && c < g.dv; ++c) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) w.o[c * width + i] *= w.keep[i];
+  }
+  g.product(g.dv, width, keys, g.key_block, width, width, any, vt, w.p, w.o);
+}
+
+// The same for one query block: o [rows][width] += p V, the values of keys [j, j + keys) taken as they are where they can be.
+template <class P>
+void add_values_once(const Attention<P>& g, const Source<P>& source, int64_t b, int64_t kv_head, int64_t j, int64_t keys,
+                     int64_t rows, int64_t width, bool any, const ForwardScratch<P>& w) {
+  const P* v = row_of(source.v, b, kv_head, j);
+  int64_t ld = source.v.token;
+  if (kPaired<P> || j + keys > source.count) {
+    rows_as_b(v, source.v.token, min_(keys, source.count - j), g.dv, g.width, keys, w.v);
+    v = w.v, ld = g.width;
+  }
+  transpose(w.s, width, keys, width, w.turned, g.key_block);
+  int64_t padded = 1;
+  while (padded < rows) padded *= 2;
+  if constexpr (kPaired<P>) {
+    for (int64_t r = 0; r < padded; ++r) {
+      for (int64_t c = 0; c < keys; c += 16) {
+        store_rounded(load<Vec<float>>(w.turned + r * g.key_block + c), w.p + r * g.key_block + c);
+      }
+    }
+  }
+  for (int64_t r = 0; any && r < rows; ++r) {
+    if (w.keep[r] == 1) continue;
+    for (int64_t c = 0; c < g.width; ++c) w.o[r * g.width + c] *= w.keep[r];
+  }
+  g.product(padded, g.width, keys, g.key_block, ld, g.width, any, w.p, v, w.o);
+}
+
+// The results as rows, divided by the sums.
 template <class P>
 void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t width, bool any,
                 const ForwardScratch<P>& w) {
   using A = acc_t<P>;
-  transpose(w.o, width, g.dv, rows, w.rows, g.dv);
+  if (!w.once) transpose(w.o, width, g.dv, rows, w.rows, g.width);
   for (int64_t r = 0; r < rows; ++r) {
     const bool seen = any && w.sum[r] != 0;
-    const A inverse = 1 / w.sum[r], *row = w.rows + r * g.dv;
+    const A inverse = 1 / w.sum[r], *row = (w.once ? w.o : w.rows) + r * g.width;
     P* out = row_of(g.out, b, h, q0 + r);
 #pragma omp simd
     for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? row[c] * inverse : A(0), out[c]);
@@ -119,7 +170,7 @@ int64_t attention_forward_scratch(const Attention<P>& g, int64_t query_blocks) {
 template <class P>
 void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch) {
   using A = acc_t<P>;
-  const ForwardScratch<P> w(g, ceil_div(ceil_div(g.tq, kQueryBlock) - part, parts), scratch);
+  const ForwardScratch<P> w(g, ceil_div(ceil_div(g.tq, kQueryBlock), parts), scratch);
   const int64_t block = g.key_block, kv_head = h / (g.heads / g.kv_heads);
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
   const A factor = table ? A(1) : g.scale;
@@ -137,24 +188,26 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
       for (int64_t j0 = span.lo / block * block; j0 < span.hi; j0 += block) {
         const auto [c0, c1] = columns_of(span, j0, block);
         const int64_t keys = c1 - c0;
-        const int64_t index = before + j0 / block, slot = index % w.slots;
-        P *k = w.k + slot * block * g.depth, *vt = w.vt + slot * block * g.dv;
+        const int64_t index = before + j0 / block, slot = index % w.slots, count = min_(block, source.count - j0);
+        const bool as_it_is = count == block && g.depth == g.dh;
+        P *packed_k = w.k + slot * block * g.depth, *vt = w.v + slot * block * g.dv;
+        const P* key = row_of(source.k, b, kv_head, j0);
         if (w.held[slot] != index) {
-          const int64_t count = min_(block, source.count - j0);
-          copy_rows(row_of(source.k, b, kv_head, j0), source.k.token, count, g.dh, g.depth, block, k);
-          pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
+          if (!as_it_is) copy_rows(key, source.k.token, count, g.dh, g.depth, block, packed_k);
+          if (!w.once) pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
           w.held[slot] = index;
         }
-        g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
+        const P* k = as_it_is ? key : packed_k;
+        const int64_t ldk = as_it_is ? source.k.token : g.depth;
+        g.product(keys, width, g.depth, ldk, width, width, false, k + c0 * ldk, w.qt, w.s);
         if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
         const bool all_seen = span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1;
-        const bool moved = all_seen ? join_softmax<false>(w.s, keys, width, j0 + c0, factor, w)
-                                    : join_softmax<true>(w.s, keys, width, j0 + c0, factor, w);
-        for (int64_t c = 0; any && moved && c < g.dv; ++c) {
-#pragma omp simd
-          for (int64_t i = 0; i < width; ++i) w.o[c * width + i] *= w.keep[i];
+        const bool moved = join_tile(keys, width, j0 + c0, all_seen, factor, w);
+        if (w.once) {
+          add_values_once(g, source, b, kv_head, j0 + c0, keys, rows, width, any, w);
+        } else {
+          add_values(g, vt + c0, keys, width, any, moved, w);
         }
-        g.product(g.dv, width, keys, block, width, width, any, vt + c0, w.p, w.o);
         any = true;
       }
       before += ceil_div(source.count, block);
@@ -170,6 +223,81 @@ int64_t attention_rows_scratch(const Attention<P>& g) {
   return (keys + g.dh + g.dv) * static_cast<int64_t>(sizeof(acc_t<P>)) + 192;
 }
 
+namespace {
+
+// Rows are read in steps: one vector of features, or for bf16 the even and the odd ones of twice as many, each a vector.
+template <class P>
+constexpr int64_t kHalves = kPaired<P> ? 2 : 1;
+template <class P>
+constexpr int64_t kStep = kHalves<P> * Vectors<acc_t<P>>::lanes;
+
+// Where rows of d features hold feature c when their whole steps are in the order of the vectors.
+template <class P>
+int64_t place_in(int64_t c, int64_t d) {
+  if (!kPaired<P> || c >= d / kStep<P> * kStep<P>) return c;
+  return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
+}
+template <class P>
+VLMK_INLINE Vec<acc_t<P>> widened(const P* step, int64_t half) {
+  if constexpr (kPaired<P>) {
+    const auto words = load<Vec<uint32_t>>(step);
+    return __builtin_bit_cast(Vec<float>, half ? words & 0xffff0000u : words << 16);
+  } else {
+    return load<Vec<acc_t<P>>>(step);
+  }
+}
+
+// s[x] = <q, k_x> for the rows k_x of x < count, `ld` apart; the features of whole steps of q are in their places.
+template <class P>
+void dots(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_t d, acc_t<P>* s) {
+  using A = acc_t<P>;
+  const int64_t full = d / kStep<P> * kStep<P>;
+  for (int64_t x = 0; x < count; x += 4) {
+    const int64_t here = min_<int64_t>(4, count - x);
+    const P* row[4];
+    for (int64_t i = 0; i < 4; ++i) row[i] = k + (x + min_(i, here - 1)) * ld;
+    Vec<A> sum[4] = {};
+    for (int64_t c = 0; c < full; c += kStep<P>) {
+      for (int64_t half = 0; half < kHalves<P>; ++half) {
+        const Vec<A> part = load<Vec<A>>(q + c + half * Vectors<A>::lanes);
+        for (int64_t i = 0; i < 4; ++i) sum[i] += part * widened(row[i] + c, half);
+      }
+    }
+    A totals[4];
+    sums_of(sum, totals);
+    for (int64_t i = 0; i < here; ++i) {
+      for (int64_t c = full; c < d; ++c) totals[i] += q[c] * to_acc(row[i][c]);
+      s[x + i] = totals[i];
+    }
+  }
+}
+
+// o += sum_x p_x v_x, the features of whole steps of o in their places.
+template <class P>
+void add_rows(const acc_t<P>* p, const P* v, int64_t ld, int64_t count, int64_t d, acc_t<P>* o) {
+  using A = acc_t<P>;
+  const int64_t full = d / kStep<P> * kStep<P>;
+  for (int64_t x = 0; x < count; x += 4, v += 4 * ld) {
+    const int64_t here = min_<int64_t>(4, count - x);
+    const P* row[4];
+    A weight[4];
+    for (int64_t i = 0; i < 4; ++i) row[i] = v + min_(i, here - 1) * ld, weight[i] = i < here ? p[x + i] : A(0);
+    for (int64_t c = 0; c < full; c += kStep<P>) {
+      for (int64_t half = 0; half < kHalves<P>; ++half) {
+        A* to = o + c + half * Vectors<A>::lanes;
+        const Vec<A> left = widened(row[0] + c, half) * weight[0] + widened(row[1] + c, half) * weight[1];
+        const Vec<A> right = widened(row[2] + c, half) * weight[2] + widened(row[3] + c, half) * weight[3];
+        store(load<Vec<A>>(to) + (left + right), to);
+      }
+    }
+    for (int64_t c = full; c < d; ++c) {
+      for (int64_t i = 0; i < here; ++i) o[c] += weight[i] * to_acc(row[i][c]);
+    }
+  }
+}
+
+}  // namespace
+
 template <class P>
 void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) {
   using A = acc_t<P>;
@@ -179,19 +307,13 @@ void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) 
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
   for (int64_t i = 0; i < g.tq; ++i) {
     const P* query = row_of(g.q, b, h, i);
-    for (int64_t c = 0; c < g.dh; ++c) q[c] = to_acc(query[c]) * g.scale;
+    for (int64_t c = 0; c < g.dh; ++c) q[place_in<P>(c, g.dh)] = to_acc(query[c]) * g.scale;
     for (int64_t c = 0; c < g.dv; ++c) o[c] = 0;
     A top = kNothing<A>, sum = 0;
     for (int64_t n = 0; n < g.sources; ++n) {
       const Source<P>& source = g.source[n];
       const int64_t at = b * source.interval_batch + i, begin = source.begin[at], end = source.end[at];
-      for (int64_t j = begin; j < end; ++j) {
-        const P* k = row_of(source.k, b, kv_head, j);
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < g.dh; ++c) dot += q[c] * to_acc(k[c]);
-        s[j - begin] = dot;
-      }
+      dots(q, row_of(source.k, b, kv_head, begin), source.k.token, end - begin, g.dh, s);
       for (int64_t j = begin; table && j < end; ++j) {
         for_query_runs(g, i, i + 1, j, [&](int64_t, int64_t entry, int64_t) { s[j - begin] += table[entry]; });
       }
@@ -205,11 +327,11 @@ void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) 
       for (int64_t x = 0; x < end - begin; ++x) total += s[x] = exp_(s[x] - high);
       sum = sum * keep + total;
       top = high;
-      for (int64_t j = begin; j < end; ++j) add_scaled(g.dv, s[j - begin], row_of(source.v, b, kv_head, j), o);
+      add_rows(s, row_of(source.v, b, kv_head, begin), source.v.token, end - begin, g.dv, o);
     }
     const bool seen = sum != 0;
     P* out = row_of(g.out, b, h, i);
-    for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? o[c] / sum : A(0), out[c]);
+    for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? o[place_in<P>(c, g.dv)] / sum : A(0), out[c]);
     g.lse[(b * g.heads + h) * g.tq + i] = seen ? top + std::log(sum) : kNothing<A>;
   }
 }

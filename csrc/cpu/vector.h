@@ -55,6 +55,24 @@ VLMK_INLINE Vec<double> exp_of(Vec<double> x) {
   return out;
 }
 
+// The sums of the lanes of four vectors.
+VLMK_INLINE void sums_of(const Vec<float> (&x)[4], float* out) {
+  const auto halves = [](Vec<float> a, Vec<float> b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  const Vec<float> a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+  const Vec<float> fours = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  for (int i = 0; i < 4; ++i) out[i] = (fours[4 * i] + fours[4 * i + 1]) + (fours[4 * i + 2] + fours[4 * i + 3]);
+}
+VLMK_INLINE void sums_of(const Vec<double> (&x)[4], double* out) {
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0;
+    for (int lane = 0; lane < 8; ++lane) out[i] += x[i][lane];
+  }
+}
+
 // Rounded to bf16, ties away from zero: the upper halves of the words.
 VLMK_INLINE Vec<uint32_t> rounded(Vec<float> x) { return __builtin_bit_cast(Vec<uint32_t>, x) + 0x8000u; }
 

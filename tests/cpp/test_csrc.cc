@@ -219,7 +219,7 @@ void test_attention(int64_t tq, int64_t chunks) {
     g.source[n] = {{k[n].data(), 0, 0, dh},  {v[n].data(), 0, 0, dv},  counts[n], begin[n].data(), end[n].data(), 0,
                    {dk[n].data(), 0, 0, dh}, {dv_[n].data(), 0, 0, dv}};
   }
-  std::vector<double> scratch(VLMK_CALL(attention_forward_scratch, g, int64_t(3)) / 8 +
+  std::vector<double> scratch(VLMK_CALL(attention_forward_scratch, g, (tq + 127) / 128) / 8 +
                               VLMK_CALL(attention_rows_scratch, g) / 8 + 16);
   const auto aligned = [](std::vector<double>& memory) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);

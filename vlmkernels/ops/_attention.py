@@ -16,50 +16,55 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
     """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}
 
-    def shapes() -> str:  # only when asked for: compiled code cannot print symbolic sizes
-        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+    def got(what: str) -> str:
+        return ", ".join(
+            f"{name} {tuple(t.shape) if what == 'shape' else getattr(t, what)}" for name, t in tensors.items()
+        )
 
     faults = []
     if any(t.dim() != 4 for t in tensors.values()):
-        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {shapes()}")
+        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {got('shape')}")
     else:
-        b, h, _, dh = query.shape
-        heads = {t.shape[1] for t in (*keys.values(), *values.values())}
-        hkv = next(iter(heads))
-        if any(t.shape[0] != b for t in tensors.values()):
-            faults.append(f"all must have one batch size, got {shapes()}")
-        if any(k.shape[3] != dh for k in keys.values()):
-            faults.append(f"query and key must have one width, got {shapes()}")
-        if len(heads) > 1 or (h % hkv if hkv else h):
-            faults.append(f"the heads of query must be a multiple of those of key and value, got {shapes()}")
-        if len({v.shape[3] for v in values.values()}) > 1:
-            faults.append(f"values must have one width, got {shapes()}")
-        for (name, k), (of, v) in zip(keys.items(), values.items(), strict=True):
-            if k.shape[2] != v.shape[2]:
-                faults.append(f"{name} and {of} must have as many tokens, got {shapes()}")
-    if len({t.device for t in tensors.values()}) > 1:
-        devices = ", ".join(f"{name} {t.device}" for name, t in tensors.items())
-        faults.append(f"all must be on one device, got {devices}")
-    dtypes = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        (b, h, _, dh), *key_shapes = (t.shape for t in (query, *keys.values()))
+        value_shapes = [v.shape for v in values.values()]
+        hkv, dv = key_shapes[0][1], value_shapes[0][3]
+        others = (*key_shapes, *value_shapes)
+        if any(shape[0] != b for shape in others):
+            faults.append(f"all must have one batch size, got {got('shape')}")
+        if any(shape[3] != dh for shape in key_shapes):
+            faults.append(f"query and key must have one width, got {got('shape')}")
+        if any(shape[1] != hkv for shape in others) or (h % hkv if hkv else h):
+            faults.append(
+                f"the heads of query must be a multiple of those of key and value, got {got('shape')}"
+            )
+        if any(shape[3] != dv for shape in value_shapes):
+            faults.append(f"values must have one width, got {got('shape')}")
+        for name, of, k, v in zip(keys, values, key_shapes, value_shapes, strict=True):
+            if k[2] != v[2]:
+                faults.append(f"{name} and {of} must have as many tokens, got {got('shape')}")
+    if any(t.device != query.device for t in tensors.values()):
+        faults.append(f"all must be on one device, got {got('device')}")
     if not all(t.is_floating_point() for t in tensors.values()):
-        faults.append(f"all must be floating point, got {dtypes}")
-    elif len({t.dtype for t in tensors.values()}) > 1 and not torch.is_autocast_enabled(query.device.type):
-        faults.append(f"all must have one dtype, got {dtypes}")
+        faults.append(f"all must be floating point, got {got('dtype')}")
+    elif any(t.dtype != query.dtype for t in tensors.values()) and not torch.is_autocast_enabled(
+        query.device.type
+    ):
+        faults.append(f"all must have one dtype, got {got('dtype')}")
     return faults
 
 
 def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:
     faults = []
     if query.dim() == 4:
-        wanted = [(query.shape[2],), (query.shape[0], query.shape[2])]
-        if start.shape != end.shape or tuple(start.shape) not in wanted:
+        b, tq = query.shape[0], query.shape[2]
+        if start.shape != end.shape or (start.shape != (tq,) and start.shape != (b, tq)):
             faults.append(
-                f"start and end must both be [Tq] = {wanted[0]} or [B, Tq] = {wanted[1]}, "
+                f"start and end must both be [Tq] = {(tq,)} or [B, Tq] = {(b, tq)}, "
                 f"got start {tuple(start.shape)} and end {tuple(end.shape)}"
             )
     if start.dtype != end.dtype or start.dtype not in (torch.int32, torch.int64):
         faults.append(f"start and end must both be int32 or int64, got {start.dtype} and {end.dtype}")
-    if {start.device, end.device} != {query.device}:
+    if start.device != query.device or end.device != query.device:
         faults.append(f"start and end must be on {query.device}, got {start.device} and {end.device}")
     return faults
 
