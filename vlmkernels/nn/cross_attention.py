@@ -160,7 +160,6 @@ class MaskedCrossAttention(nn.Module):
             if self.empty_row == "all":
                 start, end = start.where(~empty, 0), end.where(~empty, tokens)
         out = vlmkernels.interval_attention(query, key, value, start, end)
-        assert isinstance(out, Tensor)
         if empty is not None and self.empty_row == "uniform":
             rows = empty & (start > 0) if self.only_attend_immediate_media else empty
             out = torch.where(rows[..., None, :, None], self._mean(value, out), out)

@@ -1,5 +1,7 @@
 """out_i = sum_j p_ij v_j, p_i = softmax of scale <q_i, k_j> + bias_ij over start_i <= j < end_i."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,32 @@ from vlmkernels.ops import _attention as attention
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
 
 
+@overload
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    relative_bias: Tensor | None = ...,
+    grid: tuple[int, int] | None = ...,
+) -> Tensor: ...
+@overload
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    relative_bias: Tensor | None = ...,
+    grid: tuple[int, int] | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def interval_attention(
     query: Tensor,  # [B, H, Tq, Dh]
     key: Tensor,  # [B, Hkv, Tk, Dh]
