@@ -116,7 +116,7 @@ def _concept_ids() -> dict[str, int]:
 
 
 @lru_cache(maxsize=8)
-def held_out_pairs(objects: int = 16) -> frozenset[frozenset[str]]:
+def held_out_pairs(objects: int = 24) -> frozenset[frozenset[str]]:
     """A fifth of the pairs of the first names: those with the smallest SHA-256 of "scenes/0/<a>/<b>"."""
     pairs = sorted(
         itertools.combinations(sorted(OBJECTS[:objects]), 2),
@@ -247,7 +247,7 @@ def load_scenes(
     size: int | None = None,
     image_size: int = 48,
     grid: int = 2,
-    objects: int = 16,
+    objects: int = 24,
     transform: Transform | None = None,
     seed: int = 0,
 ) -> Scenes:
