@@ -53,6 +53,9 @@ def bounds(mask: str, queries: int, keys: int, device: str = "cpu") -> tuple[Ten
         time = intervals.text_time(image_places(queries, device))
         start, end = intervals.media(time, keys // IMAGES, IMAGES)
         return start[0], end[0]
+    if mask == "last image":
+        end = torch.full((queries,), keys, dtype=torch.int32, device=device)
+        return end - keys // IMAGES, end
     prefix = {"causal": 0, "prefix-LM": keys // 4, "full": keys}[mask]
     return intervals.prefix_lm(prefix, queries, device=device)
 
@@ -80,7 +83,7 @@ def _inputs(device: str, dtype: torch.dtype, queries: int, keys: int, *, mask: s
         for name, tokens in (("query", queries), ("key", keys), ("value", keys))
     }
     tensors["start"], tensors["end"] = bounds(mask, queries, keys, device)
-    if mask in ("Flamingo", "prefix-LM"):
+    if mask not in ("causal", "full"):
         tensors["mask"] = visible(tensors["start"], tensors["end"], keys)
     if mask == "Flamingo":
         tensors["places"] = image_places(queries, device)
@@ -174,6 +177,8 @@ def interval_attention(quick: bool = False, device: str = "cpu") -> list[Case]:
         ("causal, T=2048", "causal", 2048, 2048, causal),
         ("full, T=2048", "full", 2048, 2048, full),
         ("full, T=577", "full", 577, 577, full),
+        ("decoding, the last of 8 images x 64", "last image", 1, 512, (masked,)),
+        ("decoding, 2048 keys", "full", 1, 2048, full),
     ]
     cases = []
     for dtype in (F32, BF16):
@@ -182,11 +187,12 @@ def interval_attention(quick: bool = False, device: str = "cpu") -> list[Case]:
             start, end = bounds(mask, **sizes)
             flex = Baseline("FlexAttention, compiled", partial(_flex, mask, **sizes, device=device), True)
             shown = form in ("Flamingo, 8 images x 64, T=2048", "prefix-LM, T=2048 P=512")
-            for backward in (False, True):
+            for backward in (False,) if queries == 1 else (False, True):
                 compared = [*peers_of_form, *(plain if shown else ())]
                 if shown or not backward:  # one row says why it has no backward
                     compared.append(flex)
-                moved = (sizes["queries"] + sizes["keys"]) * 2 * HEADS * WIDTH * dtype.itemsize
+                rows = len(start) + int(end.max() - start.min())  # keys that some query sees
+                moved = rows * 2 * HEADS * WIDTH * dtype.itemsize
                 cases.append(
                     Case(
                         op="interval_attention",
