@@ -150,6 +150,16 @@ class FeedForward(nn.Sequential):
         return _AddFeedForward.apply(x, *first, *weights, gate, row_mask, *options)
 
 
+def _product(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [D, K]
+) -> Tensor:  # [..., D]
+    """``F.linear``; one bfloat16 row on a CPU as a matrix-vector product, which reads the weight faster."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[:-1].numel() == 1:
+        return torch.mv(weight, x.flatten()).unflatten(0, (*x.shape[:-1], -1))
+    return F.linear(x, weight)
+
+
 class _NormLinear(torch.autograd.Function):
     """y_i = norm(x) W_i^T."""
 
@@ -158,7 +168,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.save_for_backward(x, gain, shift, *weights)
         ctx.eps = eps
         normed = _norm(x, gain, shift, eps).to(weights[0].dtype)
-        return tuple(F.linear(normed, weight) for weight in weights)
+        return tuple(_product(normed, weight) for weight in weights)
 
     @staticmethod
     @once_differentiable
@@ -185,7 +195,7 @@ class _AddFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, eps, activation, recompute):
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
-        pre = F.linear(_norm(y, gain, shift, eps).to(w1.dtype), w1)
+        pre = _product(_norm(y, gain, shift, eps).to(w1.dtype), w1)
         kept = None if recompute else pre
         ctx.save_for_backward(x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, kept)
         ctx.eps, ctx.activation = eps, activation
