@@ -65,7 +65,7 @@ class OtherImages(Dataset[Sample]):
 
 
 def chance(scenes: Scenes) -> dict[str, float]:
-    """Slots that are right when every scene gets the right caption of another one, as ``OtherImages`` deals."""
+    """Slots that are right when every scene gets the caption of another one, that of its ``OtherImages``."""
     names, image_of = scenes.names, OtherImages(scenes).image_of
     return slot_accuracy([names[image_of[i]] for i in range(len(names))], names)
 
