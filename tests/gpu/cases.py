@@ -1,0 +1,277 @@
+"""The cases of every Triton kernel and every entry of the tables of tiles, on small ragged inputs.
+
+A case runs under any executor: `case.run(executor)`. `case.launched()` gives its launches without running
+them. `CASES` maps names to cases; those of a default run have `slow` False.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from unittest import mock
+
+import torch
+
+from vlmkernels import intervals
+from vlmkernels.triton import _attention_bwd, gated_residual, info_nce, sigmoid_loss
+from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import interval_attention as attention
+
+from .launches import Launch, recording
+from .trials import DTYPES, Executor, Trial, check, sanitized
+from .trials_attention import Interval, Perceiver, any_intervals, problem
+from .trials_contrastive import Finish, Grads, Problem, Sigmoid, Stats
+from .trials_gated import Linear, Residual
+
+FP32, BF16, FP16 = DTYPES
+HALF = (BF16, FP16)
+
+
+@contextlib.contextmanager
+def tf32_allowed() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A trial and the settings of the modules under which it runs."""
+
+    op: str
+    variant: str
+    dtype: torch.dtype
+    make: Callable[[torch.dtype], Trial]
+    settings: Mapping[tuple[object, str], int]
+    tf32: bool
+    slow: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.variant}, {str(self.dtype).removeprefix('torch.')}"
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[Trial]:
+        torch.manual_seed(0)
+        with contextlib.ExitStack() as stack:
+            for (module, name), value in self.settings.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+            if self.tf32:
+                stack.enter_context(tf32_allowed())
+            yield self.make(self.dtype)
+
+    def run(self, executor: Executor = sanitized) -> None:
+        """Launch inside `executor()` and compare with float64."""
+        with self.prepared() as trial:
+            check(trial, executor)
+
+    def launched(self) -> list[Launch]:
+        with self.prepared() as trial, recording() as launches:
+            trial.launch()
+        return launches
+
+
+def each(op, variant, make, dtypes=DTYPES, *, quick=(), settings=None, tf32=False) -> Iterator[Case]:
+    for dtype in dtypes:
+        yield Case(op, variant, dtype, make, settings or {}, tf32, dtype not in quick)
+
+
+LARGE = {(tiles, "LARGE"): 0}
+CHUNKS = {
+    (tiles, "CHUNK_ROWS"): 70,
+    (info_nce, "PARTIAL_TILES"): 1,
+    (info_nce, "PROGRAMS"): 4,
+    (sigmoid_loss, "CHUNK_BYTES"): 0,
+}
+
+
+def contrastive() -> Iterator[Case]:
+    def ragged(t):
+        return Problem(70, 67, 37, t, normalize=True)
+
+    def chunks(t):
+        return Problem(135, 133, 24, t)
+
+    def wide(t, tf32=False):  # several steps of features, the last one ragged
+        return Problem(140, 67, 100, t, scale_dtype=torch.float64, tf32=tf32)
+
+    def even(t):
+        return Problem(66, 70, 128, t)
+
+    def one(t):
+        return Problem(1, 1, 1, t, scale=1.0)  # the rounding of one large logit is luck
+
+    stats, grads, sweep = "info_nce_stats", "info_nce_grads", "sigmoid_sweep"
+    yield from each(stats, "ragged", lambda t: Stats(ragged(t)), quick=(FP32, BF16))
+    yield from each(
+        stats, "chunks", lambda t: Stats(chunks(t), store_bytes=0), quick=(FP16,), settings=CHUNKS
+    )
+    yield from each(stats, "wide, no columns", lambda t: Stats(wide(t), columns=False))
+    yield from each(stats, "large tiles", lambda t: Stats(wide(t)), settings=LARGE, quick=(BF16,))
+    yield from each(stats, "even", lambda t: Stats(even(t)))
+    yield from each(stats, "one", lambda t: Stats(one(t)))
+    yield from each(stats, "tf32", lambda t: Stats(wide(t, True)), (FP32,), tf32=True)
+    yield from each(
+        stats, "tf32, large tiles", lambda t: Stats(wide(t, True)), (FP32,), tf32=True, settings=LARGE
+    )
+
+    yield from each(grads, "ragged", lambda t: Grads(ragged(t), extra=True), quick=(FP32, FP16))
+    yield from each(
+        grads, "chunks", lambda t: Grads(chunks(t), store_bytes=0), quick=(BF16,), settings=CHUNKS
+    )
+    yield from each(grads, "wide, no columns", lambda t: Grads(wide(t), columns=False))
+    yield from each(grads, "large tiles", lambda t: Grads(wide(t)), settings=LARGE, quick=(BF16,))
+    yield from each(grads, "even", lambda t: Grads(even(t)))
+    yield from each(grads, "one", lambda t: Grads(one(t)))
+    yield from each(grads, "tf32", lambda t: Grads(wide(t, True)), (FP32,), tf32=True)
+    yield from each(
+        grads, "tf32, large tiles", lambda t: Grads(wide(t, True)), (FP32,), tf32=True, settings=LARGE
+    )
+
+    yield from each(sweep, "ragged, by ids", lambda t: Sigmoid(ragged(t), ids=True), quick=(FP32, FP16))
+    yield from each(sweep, "chunks", lambda t: Sigmoid(chunks(t)), quick=(BF16,), settings=CHUNKS)
+    yield from each(sweep, "wide", lambda t: Sigmoid(wide(t)))
+    yield from each(sweep, "large tiles", lambda t: Sigmoid(wide(t)), settings=LARGE, quick=(BF16,))
+    yield from each(sweep, "even", lambda t: Sigmoid(even(t), bias=3.0))
+    yield from each(sweep, "one", lambda t: Sigmoid(one(t)))
+    yield from each(sweep, "loss alone", lambda t: Sigmoid(ragged(t), needs=(True, False, False, False)))
+    yield from each(sweep, "gradients alone", lambda t: Sigmoid(ragged(t), needs=(False, True, True, False)))
+    yield from each(sweep, "tf32", lambda t: Sigmoid(wide(t, True)), (FP32,), tf32=True)
+    yield from each(
+        sweep, "tf32, large tiles", lambda t: Sigmoid(wide(t, True)), (FP32,), tf32=True, settings=LARGE
+    )
+
+    finish, depth = "finish", 2100  # more than one program holds at once
+    for by_key in (False, True):
+        side = "key" if by_key else "query"
+        options = {"normalize": True, "by_key": by_key, "extra": by_key, "gain": not by_key}
+        yield from each(
+            finish, f"{side}, normalised", lambda t, o=options: Finish(3, 4, depth, t, **o), quick=(BF16,)
+        )
+        options = {"normalize": False, "by_key": by_key}
+        yield from each(
+            finish, f"{side}, plain", lambda t, o=options: Finish(4, 3, 37, t, **o), quick=(FP32,)
+        )
+    yield from each(
+        finish, "products alone", lambda t: Finish(3, 3, 48, t, normalize=True, by_key=False, positives=False)
+    )
+
+
+def gated() -> Iterator[Case]:
+    few = {(gated_residual, "PROGRAMS"): 2}
+    both, channels = {"per_channel": True, "masked": True}, {"per_channel": True}
+    op = "gated_residual"
+    yield from each(op, "ragged", lambda t: Residual(33, 130, t), quick=(FP32, FP16), settings=few)
+    yield from each(
+        op, "channels, masked", lambda t: Residual(39, 100, t, **both), quick=(BF16,), settings=few
+    )
+    yield from each(op, "masked", lambda t: Residual(70, 37, t, masked=True), settings=few)
+    yield from each(op, "wide", lambda t: Residual(2, 2100, t, **channels), quick=(BF16,), settings=few)
+    yield from each(op, "wide, one gate", lambda t: Residual(3, 2100, t, masked=True), settings=few)
+    yield from each(op, "gradient of y", lambda t: Residual(33, 130, t, needs=(True, False)))
+    yield from each(op, "gradient of the gate", lambda t: Residual(33, 130, t, needs=(False, True)))
+    yield from each(
+        op, "float32 stream", lambda t: Residual(33, 40, FP32, y_dtype=t, **both), HALF, settings=few
+    )
+    yield from each(op, "float64", lambda t: Residual(33, 130, t, **both), (torch.float64,), settings=few)
+    for power in range(12):  # every tile
+        n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power % 3)
+        yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))
+
+    op, rest = "gated_linear_residual", (tiles, "LARGE")
+    yield from each(op, "ragged", lambda t: Linear(70, 67, 37, t, masked=True), quick=(FP32, FP16))
+    yield from each(op, "channels", lambda t: Linear(37, 130, 100, t, **both), quick=(BF16,))
+    yield from each(op, "large tiles", lambda t: Linear(140, 70, 100, t), settings={rest: 0}, quick=(BF16,))
+    yield from each(op, "even", lambda t: Linear(66, 70, 128, t, **channels))
+    yield from each(op, "one", lambda t: Linear(1, 1, 1, t))
+    yield from each(op, "wide", lambda t: Linear(3, 5, 2100, t))
+    yield from each(op, "float32 stream", lambda t: Linear(20, 40, 30, t, x_dtype=FP32, **both), HALF)
+    yield from each(op, "gradient of the gate", lambda t: Linear(20, 40, 30, t, needs=(False, False, True)))
+    yield from each(op, "tf32", lambda t: Linear(70, 67, 100, t, tf32=True), (FP32,), tf32=True)
+    yield from each(
+        op,
+        "tf32, large tiles",
+        lambda t: Linear(140, 70, 100, t, tf32=True),
+        (FP32,),
+        tf32=True,
+        settings=LARGE,
+    )
+
+
+def attended(size, mask="causal", *, bias=None, **options) -> Callable[[torch.dtype], Interval]:
+    """size: batches, heads, heads of keys, queries, keys, width of keys, width of values."""
+
+    def make(dtype):
+        b, h, _, tq, tk = size[:5]
+        bounds = {
+            "causal": lambda: intervals.causal(tq, offset=max(tk - tq, 0)),
+            "any": lambda: any_intervals(b, tq, tk),
+            "none": lambda: (torch.full((tq,), 5), torch.full((tq,), 5)),
+        }[mask]()
+        table = torch.randn(h, 2 * bias[0] - 1, 2 * bias[1] - 1) if bias else None
+        return Interval(*problem(*size, dtype), *bounds, bias=table, grid=bias or (0, 0), **options)
+
+    return make
+
+
+def by_attention() -> Iterator[Case]:
+    op = "interval_attention"
+    yield from each(op, "causal", attended((1, 2, 1, 140, 150, 64, 64)), quick=(BF16,))
+    yield from each(op, "any interval", attended((2, 2, 1, 37, 45, 20, 24), "any"), quick=(FP32, FP16))
+    yield from each(op, "nothing", attended((1, 1, 1, 20, 30, 16, 16), "none"))
+    yield from each(op, "one", attended((1, 1, 1, 1, 1, 1, 1)))
+    ranges = {(_attention_bwd, "RANGE_ROWS"): 16}
+    yield from each(
+        op,
+        "ranges of rows",
+        attended((2, 1, 1, 70, 140, 16, 16), "any", dlse=False),
+        settings=ranges,
+        quick=(BF16,),
+    )
+    for width, dtypes in ((80, DTYPES), (128, DTYPES), (130, HALF), (256, HALF)):
+        size = (1, 1, 1, 140, 135, width, width)
+        yield from each(op, f"heads of {width}", attended(size, "any"), dtypes)
+    for width, dtypes in ((16, DTYPES), (80, DTYPES), (130, HALF)):
+        size = (2, 1, 1, 74, 70, width, width)
+        yield from each(
+            op,
+            f"bias, heads of {width}",
+            attended(size, bias=(2, 35)),
+            dtypes,
+            quick=(BF16,) if width == 16 else (),
+        )
+    together = {(attention, "BIAS_PROGRAMS"): 1}
+    yield from each(
+        op, "bias, batches together", attended((3, 2, 1, 10, 10, 16, 24), "any", bias=(2, 5)),
+        quick=(FP32,), settings=together,
+    )  # fmt: skip
+    for name, needed in (("query", 0), ("key", 1), ("value", 2), ("bias", 3)):
+        needs = [i == needed for i in range(4)]
+        size = (1, 2, 2, 20, 30, 16, 24)
+        yield from each(op, f"gradient of the {name}", attended(size, bias=(2, 5), needs=needs, dlse=False))
+    for width in (64, 100):
+        size = (1, 1, 1, 70, 75, width, width)
+        yield from each(op, f"tf32, heads of {width}", attended(size, tf32=True), (FP32,), tf32=True)
+        make = attended(size, bias=(2, 35), tf32=True)
+        yield from each(op, f"tf32, bias, heads of {width}", make, (FP32,), tf32=True)
+
+    op = "perceiver_attention"
+    lengths = (50, 17, 0)
+    yield from each(op, "lengths", lambda t: Perceiver(33, 50, 33, lengths, t), quick=(FP32, FP16))
+    yield from each(op, "all", lambda t: Perceiver(9, 70, 9, None, t), quick=(BF16,))
+    yield from each(op, "no latents", lambda t: Perceiver(20, 40, 0, (40, 0, 3, -2), t))
+    yield from each(op, "media alone", lambda t: Perceiver(5, 0, 5, None, t))
+    for width, dtypes in ((64, DTYPES), (128, DTYPES), (130, HALF)):
+        widths = (width, width)
+        yield from each(
+            op, f"heads of {width}", lambda t, w=widths: Perceiver(70, 75, 70, (75,), t, widths=w), dtypes
+        )
+    for width in (64, 100):
+        widths = (width, width)
+        make = lambda t, w=widths: Perceiver(35, 40, 35, (40,), t, widths=w, tf32=True)  # noqa: E731
+        yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
+
+
+CASES = {case.name: case for part in (contrastive, gated, by_attention) for case in part()}

@@ -1,0 +1,257 @@
+"""Trials of the contrastive launchers: their inputs, and what float64 says of the results."""
+
+import torch
+from torch.nn.functional import softplus
+
+from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.testing import unit_features
+from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import info_nce, sigmoid_loss
+
+from .trials import judge, strided
+
+
+class Problem:
+    """Inputs of the building blocks, and the blocks themselves in plain PyTorch."""
+
+    def __init__(
+        self,
+        n,
+        m,
+        d,
+        dtype,
+        *,
+        normalize=False,
+        scale=10.0,
+        scale_dtype=torch.float32,
+        offset=0.0,
+        tf32=False,
+    ):
+        query, key = unit_features(n, m, d, dtype=torch.float64)
+        if normalize:
+            query, key = query * torch.rand(n, 1).add(0.5) * 3, key * torch.rand(m, 1).add(0.5) * 3
+        self.query, self.key = strided((query + offset).to(dtype)), (key - offset).to(dtype)
+        self.scale = torch.tensor(scale, dtype=scale_dtype)
+        self.a = contrastive.inverse_norms(self.query, normalize)
+        self.b = contrastive.inverse_norms(self.key, normalize)
+        self.positives = torch.randint(0, m, (n,))
+        self.positives[::5] = -1
+        self.dtype = dtype
+        self.tf32 = tf32
+        self.work = torch.promote_types(dtype, torch.float32)
+
+    def features(self, work):
+        q, k = self.query.to(work), self.key.to(work)
+        return (q, k) if self.a is None else (q * self.a.to(work)[:, None], k * self.b.to(work)[:, None])
+
+    def rounded(self, x, work, gain=1.0):
+        """What enters a product: the dtype of the features, unless `work` is for the truth."""
+        return x if work == torch.float64 else (x * gain).to(self.dtype).to(work) / gain
+
+    def cosines(self, work):
+        """The products of the kernels, which under TF32 read ten bits of each mantissa."""
+        q, k = self.query.to(work), self.key.to(work)
+        if self.tf32 and work == torch.float32:
+            q, k = ((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (q, k))
+        s = q @ k.T
+        return s if self.a is None else s * self.a.to(work)[:, None] * self.b.to(work)
+
+    def logits(self, work):
+        return self.scale.to(work) * self.cosines(work)
+
+    def stats(self, work):
+        s = self.logits(work)
+        positive = s.gather(1, self.positives.clamp_min(0)[:, None])[:, 0]
+        out = [positive[self.positives >= 0]]
+        for dim in (1, 0):
+            out += [s.logsumexp(dim), s.amax(dim), -torch.special.entr(s.softmax(dim)).sum(dim)]
+        return out
+
+    def feature_grad(self, total, x, inv, work):
+        x, inv = x.to(work), None if inv is None else inv.to(work)[:, None]
+        dot = (x * total).sum(1)
+        scale = self.scale.to(work)
+        grad = scale * total if inv is None else scale * inv * (total - inv * inv * dot[:, None] * x)
+        return (grad if work == torch.float64 else grad.to(self.dtype)), dot
+
+    def grads(self, work, row_max, row_log, col_max, col_log, u, v, w, query_extra, key_extra):
+        q, k = self.features(work)
+        s = self.logits(work)
+        g = u.to(work)[:, None] * (s - row_max.to(work)[:, None] - row_log.to(work)[:, None]).exp()
+        if v.numel():
+            g = g + v.to(work) * (s - col_max.to(work) - col_log.to(work)).exp()
+        hit = self.positives[:, None] == torch.arange(len(k))
+        gain = (
+            2.0**14 / max(u.abs().max(), v.abs().max() if v.numel() else 0)
+            if self.dtype == torch.float16
+            else 1.0
+        )
+        g = self.rounded(g.masked_fill(hit, 0), work, gain)
+        weights = hit * w.to(work)[:, None]
+        out = []
+        for extra, x, inv, products, positives in (
+            (query_extra, self.query, self.a, g @ self.rounded(k, work), weights @ k),
+            (key_extra, self.key, self.b, g.T @ self.rounded(q, work), weights.T @ q),
+        ):
+            total = products + positives + (0 if extra is None else extra.to(work))
+            out.extend(self.feature_grad(total, x, inv, work))
+        return out[0], out[2], out[1], out[3]
+
+    def sigmoid(self, work, bias, same, u):
+        q, k = self.features(work)
+        cosine = self.cosines(work)
+        z = self.scale.to(work) * cosine + bias.to(work)
+        x = torch.where(same, -z, z)
+        g = torch.where(same, -u.to(work)[:, None], u.to(work)[:, None]) * x.sigmoid()
+        gain = 2.0**14 / u.abs().max() if self.dtype == torch.float16 else 1.0
+        low = self.rounded(g, work, gain)
+        dquery = self.feature_grad(low @ self.rounded(k, work), self.query, self.a, work)[0]
+        dkey = self.feature_grad(low.T @ self.rounded(q, work), self.key, self.b, work)[0]
+        return softplus(x, threshold=1e9).sum(1), dquery, dkey, (g * cosine).sum(1), g.sum(1)
+
+
+class Stats:
+    """info_nce_stats."""
+
+    def __init__(self, problem: Problem, *, columns=True, store_bytes=1 << 28):
+        self.problem, self.options = problem, (columns, store_bytes)
+
+    def launch(self):
+        p = self.problem
+        return info_nce.info_nce_stats(p.query, p.key, p.scale, p.a, p.b, p.positives, *self.options)
+
+    def finished(self, got):
+        """Positives, then log-sum-exp, maximum and entropy of rows and of columns."""
+        *rows, positive, col_max, col_sum, col_moment, store = got
+        p, columns = self.problem, self.options[0]
+        assert store.numel() == 0
+        assert (positive[p.positives < 0] == -float("inf")).all()
+        assert columns or col_max.numel() == col_sum.numel() == col_moment.numel() == 0
+        out = [positive[p.positives >= 0]]
+        for high, total, moment in (rows, (col_max, col_sum, col_moment))[: 1 + columns]:
+            out += [high + total.log(), high, moment / total - total.log()]
+        return out
+
+    def judge(self, got):
+        p, got = self.problem, self.finished(got)
+        names = ("positive", "row lse", "row max", "row entropy", "col lse", "col max", "col entropy")
+        low, exact = p.stats(p.work), p.stats(torch.float64)
+        count = len(got)
+        judge(names[:count], got, low[:count], exact[:count])
+
+
+class Grads:
+    """info_nce_grads."""
+
+    def __init__(
+        self, problem: Problem, *, columns=True, store_bytes=1 << 28, extra=False, needs=(True, True)
+    ):
+        self.problem = p = problem
+        n, m, work = len(p.query), len(p.key), p.work
+        _, row_lse, row_max, _, col_lse, col_max, _ = p.stats(torch.float64)
+        stats = [x.to(work) for x in (row_max, row_lse - row_max, col_max, col_lse - col_max)]
+        u, v, w = (
+            x / n for x in (torch.rand(n, dtype=work), torch.rand(m, dtype=work), torch.randn(n, dtype=work))
+        )
+        if not columns:
+            stats[2], stats[3], v = stats[2][:0], stats[3][:0], v[:0]
+        extras = [torch.randn(x.shape, dtype=work) / n if extra else None for x in (p.query, p.key)]
+        self.arguments = (*stats, u, v, w, *extras)
+        self.store_bytes, self.needs = store_bytes, needs
+
+    def launch(self):
+        p, store = self.problem, torch.empty(0, dtype=torch.uint8)
+        return info_nce.info_nce_grads(
+            p.query, p.key, p.scale, p.a, p.b, p.positives, *self.arguments, store, self.store_bytes,
+            *self.needs,
+        )  # fmt: skip
+
+    def judge(self, got):
+        low, exact = (
+            self.problem.grads(work, *self.arguments) for work in (self.problem.work, torch.float64)
+        )
+        judge(("dquery", "dkey", "query_dot", "key_dot"), got, low, exact, self.needs * 2)
+
+
+class Sigmoid:
+    """sigmoid_sweep, with the positives by index or by equal ids."""
+
+    def __init__(self, problem: Problem, *, bias=-1.0, ids=False, needs=(True, True, True, True)):
+        self.problem, self.needs = problem, needs
+        n, m = len(problem.query), len(problem.key)
+        self.bias = torch.tensor([bias], dtype=problem.work)
+        self.u = torch.rand(n, dtype=problem.work) / n
+        if ids:
+            query_ids, key_ids = torch.randint(0, 9, (n,)), torch.randint(0, 9, (m,))
+            self.pairs, self.same = (None, query_ids, key_ids), query_ids[:, None] == key_ids
+        else:
+            self.pairs = (problem.positives, None, None)
+            self.same = problem.positives[:, None] == torch.arange(m)
+
+    def launch(self):
+        p = self.problem
+        return sigmoid_loss.sigmoid_sweep(
+            p.query, p.key, p.scale, self.bias, p.a, p.b, *self.pairs, self.u, *self.needs
+        )
+
+    def judge(self, got):
+        p, rest = self.problem, (self.bias, self.same, self.u)
+        names = ("loss", "dquery", "dkey", "dscale", "dbias")
+        judge(
+            names,
+            got,
+            p.sigmoid(p.work, *rest),
+            p.sigmoid(torch.float64, *rest),
+            (*self.needs, self.needs[3]),
+        )
+
+
+class Finish:
+    """finish, the last step of a gradient, for features wider than one program holds at once."""
+
+    def __init__(
+        self, rows, others, depth, dtype, *, normalize, by_key, extra=False, gain=False, positives=True
+    ):
+        self.x, self.y = strided(torch.randn(rows, depth).to(dtype)), torch.randn(others, depth).to(dtype)
+        self.a, self.b = (torch.rand(len(x)) + 0.5 if normalize else None for x in (self.x, self.y))
+        self.acc, self.scale = torch.randn(rows, depth), torch.tensor(3.0)
+        self.extra = torch.randn(rows, depth) if extra else None
+        self.inv_gain = torch.tensor(0.25) if gain else None
+        pairs = torch.randint(-1, rows if by_key else others, (others if by_key else rows,))
+        self.hit = (
+            (pairs == torch.arange(rows)[:, None]) if by_key else pairs[:, None] == torch.arange(others)
+        )
+        self.coef, self.index, self.first = torch.randn(len(pairs)), pairs, None
+        self.by_key, self.positives = by_key, positives
+        if by_key:
+            ordered, self.index = pairs.sort(stable=True)
+            self.first = torch.searchsorted(ordered, torch.arange(rows + 1))
+        if not positives:
+            self.coef = self.index = self.first = None
+
+    def launch(self):
+        return tiles.finish(
+            self.acc.clone(), self.inv_gain, self.extra, self.x, self.y, self.scale, self.a, self.b,
+            self.coef, self.index, self.first,
+        )  # fmt: skip
+
+    def exact(self, work):
+        x, y, acc = (t.to(work) for t in (self.x, self.y, self.acc))
+        a, b = (
+            torch.ones(len(t), dtype=work) if w is None else w.to(work) for t, w in ((x, self.a), (y, self.b))
+        )
+        total = acc * (1 if self.inv_gain is None else self.inv_gain.to(work))
+        if self.extra is not None:
+            total = total + self.extra.to(work)
+        if self.positives:
+            coef = self.coef.to(work)
+            total = total + (self.hit * (coef if self.by_key else coef[:, None]) * b) @ y
+        dot = (x * total).sum(1)
+        if self.a is None:
+            return self.scale.to(work) * total, dot
+        a = a[:, None]
+        return self.scale.to(work) * a * (total - a * a * dot[:, None] * x), dot
+
+    def judge(self, got):
+        low, exact = self.exact(torch.float32), self.exact(torch.float64)
+        judge(("dx", "dot"), got, (low[0].to(self.x.dtype), low[1]), exact)
