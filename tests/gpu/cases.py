@@ -177,7 +177,7 @@ def gated() -> Iterator[Case]:
     )
     yield from each(op, "float64", lambda t: Residual(33, 130, t, **both), (torch.float64,), settings=few)
     for power in range(12):  # every tile
-        n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power % 3)
+        n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power // 3)
         yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))
 
     op, rest = "gated_linear_residual", (tiles, "LARGE")

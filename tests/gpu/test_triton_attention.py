@@ -6,89 +6,14 @@ import torch
 pytest.importorskip("triton")
 
 from vlmkernels import intervals
-from vlmkernels.reference.interval_attention import (
-    interval_attention_bwd,
-    interval_attention_fwd,
-    visible,
-)
-from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
-from vlmkernels.testing import assert_as_good
+from vlmkernels.reference.interval_attention import interval_attention_fwd
 from vlmkernels.triton import _attention, _attention_bwd
 from vlmkernels.triton import interval_attention as triton_interval
 from vlmkernels.triton import perceiver_attention as triton_perceiver
 
 from .interpreter import interpreting
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("dquery", "dkey", "dvalue", "dbias")
-
-
-def heads_last(b, h, t, d, dtype):
-    """[B, H, T, D] as a view of [B, T, H, D] with padded rows, as projections give it."""
-    return torch.full((b, t, h, d + 3), float("nan"), dtype=dtype).normal_()[..., :d].transpose(1, 2)
-
-
-def wide(x, dtype):
-    return x.to(dtype) if x is not None and x.is_floating_point() else x
-
-
-def assert_all_close(names, got, low, exact, dtype, needs=None):
-    """As good as the reference in float32; 16-bit probabilities enter products, so gradients have a cap."""
-    for i, (name, value, lower, true) in enumerate(zip(names, got, low, exact, strict=True)):
-        if needs is not None and not needs[i]:
-            assert value.numel() == 0
-            continue
-        finite = true > -float("inf")
-        assert torch.equal(value.isfinite(), finite), name
-        value, lower, true = (torch.where(finite, x, 0) for x in (value, lower, true))
-        if dtype == torch.float32 or name in ("lse", "dbias"):
-            assert_as_good(value, lower.to(value.dtype), true, name=name)
-        else:
-            assert value.dtype == dtype
-            assert (value.double() - true).norm() <= 6e-3 * true.norm(), name
-
-
-def check(query, key, value, start, end, *, scale=None, bias=None, grid=(0, 0), dlse=True, needs=None):
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    needs = [True, True, True, bias is not None] if needs is None else needs
-    dout = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
-    dlse = torch.randn(query.shape[:3]) if dlse else None
-    inputs, rest = (query, key, value, start, end), (scale, bias, *grid)
-    with interpreting(sanitize=True):
-        out, lse = triton_interval.interval_attention(*inputs, *rest)
-        grads = triton_interval.interval_attention_bwd(dout, dlse, *inputs, out, lse, *rest, needs)
-    assert out.transpose(1, 2).is_contiguous()
-    assert len({id(x) for x in (out, lse, *grads)}) == 6
-    expected = []
-    for work in (torch.float32, torch.float64):
-        operands = [wide(x, work) for x in inputs]
-        options = (scale, wide(bias, work), *grid)
-        o, r = interval_attention_fwd(*operands, *options)
-        o_saved = wide(wide(o, query.dtype), work) if work == torch.float32 else o
-        g = interval_attention_bwd(wide(dout, work), wide(dlse, work), *operands, o_saved, r, *options, needs)
-        expected.append((o, r, *g))
-    assert_all_close(("out", "lse", *NAMES), (out, lse, *grads), *expected, query.dtype, [True, True, *needs])
-    empty = ~visible(start, end, key.shape[2]).any(-1)
-    empty = (empty if empty.dim() == 3 else empty[None, None]).expand(lse.shape)
-    assert (out[empty] == 0).all()
-    assert (lse[empty] == -float("inf")).all()
-    if needs[0]:
-        assert (grads[0][empty] == 0).all()
-    return out, grads
-
-
-def problem(b, h, hkv, tq, tk, dh, dv, dtype):
-    return (
-        heads_last(b, h, tq, dh, dtype),
-        heads_last(b, hkv, tk, dh, dtype),
-        heads_last(b, hkv, tk, dv, dtype),
-    )
-
-
-def any_intervals(b, tq, tk, dtype=torch.int32):
-    start = torch.randint(-5, tk + 5, (b, tq), dtype=dtype)
-    return start, start + torch.randint(-5, tk, (b, tq), dtype=dtype)
-
+from .trials import DTYPES, check
+from .trials_attention import Interval, Perceiver, any_intervals, heads_last, problem
 
 SIZES = [
     (1, 1, 1, 1, 1, 1, 1),
@@ -102,13 +27,7 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_intervals_in_any_order(size, dtype):
     b, _, _, tq, tk = size[:5]
-    check(*problem(*size, dtype), *any_intervals(b, tq, tk))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_heads(dtype):
-    width = 130 if dtype != torch.float32 else 100
-    check(*problem(1, 1, 1, 35, 40, width, width, dtype), *intervals.causal(35))
+    check(Interval(*problem(*size, dtype), *any_intervals(b, tq, tk)))
 
 
 MASKS = {
@@ -129,7 +48,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masks_of_models(mask):
     start, end = mask()
-    check(*problem(2, 2, 1, start.shape[-1], 150, 16, 16, torch.bfloat16), start, end)
+    check(Interval(*problem(2, 2, 1, start.shape[-1], 150, 16, 16, torch.bfloat16), start, end))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -137,7 +56,7 @@ def test_bounds_outside_the_keys_are_clipped(dtype):
     far = torch.iinfo(dtype)
     start = torch.tensor([far.min, far.min, 10, far.max, 3, -7], dtype=dtype)
     end = torch.tensor([far.max, far.min, far.max, far.max, 1, 4], dtype=dtype)
-    check(*problem(1, 1, 1, 6, 20, 16, 16, torch.float32), start, end)
+    check(Interval(*problem(1, 1, 1, 6, 20, 16, 16, torch.float32), start, end))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +64,7 @@ def test_bounds_outside_the_keys_are_clipped(dtype):
 def test_relative_bias(grid, tq, tk, dtype):
     bias = torch.randn(2, 2 * grid[0] - 1, 2 * grid[1] - 1)
     inputs = (*problem(2, 2, 1, tq, tk, 16, 16, dtype), *any_intervals(2, tq, tk))
-    _, (*_, dbias) = check(*inputs, bias=bias, grid=grid)
+    *_, dbias = check(Interval(*inputs, bias=bias, grid=grid))
     assert dbias.dtype == torch.float32
 
 
@@ -153,7 +72,7 @@ def test_relative_bias(grid, tq, tk, dtype):
 def test_relative_bias_in_16_bits_with_few_and_many_programs(programs, monkeypatch):
     monkeypatch.setattr(triton_interval, "BIAS_PROGRAMS", programs)
     inputs = (*problem(3, 1, 1, 6, 6, 16, 16, torch.bfloat16), *intervals.causal(6))
-    _, (*_, dbias) = check(*inputs, bias=torch.randn(1, 3, 5).bfloat16(), grid=(2, 3))
+    *_, dbias = check(Interval(*inputs, bias=torch.randn(1, 3, 5).bfloat16(), grid=(2, 3)))
     assert dbias.dtype == torch.bfloat16
 
 
@@ -162,20 +81,20 @@ def test_frozen_inputs_cost_and_return_nothing(needed):
     needs = [i in needed for i in range(4)]
     bias = torch.randn(2, 3, 9)
     inputs = (*problem(2, 2, 2, 20, 30, 16, 24, torch.float32), *intervals.causal(20))
-    check(*inputs, bias=bias, grid=(2, 5), dlse=False, needs=needs)
+    check(Interval(*inputs, bias=bias, grid=(2, 5), dlse=False, needs=needs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [500.0, 10.0, -0.3, 0.0], ids=str)
 def test_extreme_and_negative_scales(dtype, scale):
     query, key, value = problem(1, 1, 1, 40, 66, 32, 32, dtype)
-    check(query, key, value, *intervals.causal(40, offset=26), scale=scale)
+    check(Interval(query, key, value, *intervals.causal(40, offset=26), scale=scale))
 
 
 def test_expanded_and_transposed_inputs():
     query = torch.randn(2, 2, 16, 20).mT
     key, value = torch.randn(1, 1, 33, 16).expand(2, 2, 33, 16), torch.randn(2, 2, 1, 16).expand(2, 2, 33, 16)
-    check(query, key, value, *intervals.causal(20))
+    check(Interval(query, key, value, *intervals.causal(20)))
     start, end = intervals.causal(20)
     inputs = (query, key, value, start, end)
     with interpreting(sanitize=True):
@@ -191,7 +110,7 @@ def test_sizes_of_zero(absent):
     size = {"b": 1, "h": 2, "hkv": 1, "tq": 5, "tk": 6, "dh": 16, "dv": 16} | {absent: 0}
     size["hkv"] = min(size["h"], 1)
     query, key, value = problem(*size.values(), torch.float32)
-    check(query, key, value, *any_intervals(size["b"], size["tq"], size["tk"] + 1), scale=1.0)
+    check(Interval(query, key, value, *any_intervals(size["b"], size["tq"], size["tk"] + 1), scale=1.0))
 
 
 def test_float64_and_very_wide_heads_run_the_reference():
@@ -234,24 +153,7 @@ def test_nan_is_not_hidden():
     ids=str,
 )
 def test_perceiver(n, s, latents, lengths, dtype):
-    b = len(lengths) if lengths else 2
-    query = heads_last(b, 2, n, 20, dtype)
-    inputs = [heads_last(b, 1, t, d, dtype) for t in (s, latents) for d in (20, 24)]
-    lengths = torch.tensor(lengths) if lengths else None
-    dout = torch.randn(b, 2, n, 24).to(dtype)
-    inputs = (query, *inputs, lengths)
-    with interpreting(sanitize=True):
-        out, lse = triton_perceiver.perceiver_attention(*inputs, 0.3)
-        grads = triton_perceiver.perceiver_attention_bwd(dout, *inputs, out, lse, 0.3, [True] * 5)
-    expected = []
-    for work in (torch.float32, torch.float64):
-        operands = [wide(x, work) for x in inputs]
-        o, r = perceiver_attention_fwd(*operands, 0.3)
-        o_saved = wide(wide(o, dtype), work) if work == torch.float32 else o
-        g = perceiver_attention_bwd(wide(dout, work), *operands, o_saved, r, 0.3, [True] * 5)
-        expected.append((o, r, *g))
-    names = ("out", "lse", "dquery", "dmedia_key", "dmedia_value", "dlatent_key", "dlatent_value")
-    assert_all_close(names, (out, lse, *grads), *expected, dtype)
+    check(Perceiver(n, s, latents, lengths, dtype))
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (2, 4), ()], ids=str)

@@ -1,0 +1,170 @@
+"""The cases under the sanitizer, and the proof that they reach every kernel, every tile and every branch."""
+
+import collections
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction
+
+import vlmkernels.triton
+from vlmkernels.triton import _attention, _attention_bwd, gated_residual
+from vlmkernels.triton import _contrastive as tiles
+
+from .cases import CASES
+from .trials import DTYPES
+
+HALF = {torch.bfloat16, torch.float16}
+MODULES = [
+    importlib.import_module(f"vlmkernels.triton.{found.name}")
+    for found in pkgutil.iter_modules(vlmkernels.triton.__path__)
+]
+TABLES = {
+    "_stats": tiles.TILES,
+    "_tile_grads": tiles.TILES,
+    "_sweep": tiles.TILES,
+    "gated_linear_residual._forward": tiles.TILES,
+    "_attention._forward": _attention.FORWARD,
+    "_query_grads": _attention_bwd.QUERY_GRADS,
+    "_key_grads": _attention_bwd.KEY_GRADS,
+}
+SUMS = {"info_nce._combine", "_attention_bwd._query_ranges"}  # read no features, so know one dtype
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],
+                         ids=list(CASES))  # fmt: skip
+def test_as_good_as_the_reference(case):
+    case.run()
+
+
+def kernels() -> dict[str, JITFunction]:
+    """Those that are launched, by `module.name`."""
+    sources = "".join(inspect.getsource(module) for module in MODULES)
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}": kernel
+        for module in MODULES
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, JITFunction) and kernel.__module__ == module.__name__
+        and re.search(rf"\b{name}\[.+\]\(", sources)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """The launches of all cases by kernel, and of the default ones."""
+    found = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    for case in CASES.values():
+        for launch in case.launched():
+            found[True][launch.name].append(launch)
+            if not case.slow:
+                found[False][launch.name].append(launch)
+    return found[True], found[False]
+
+
+def features(launch) -> torch.dtype:
+    tensors = ((name, x) for name, x in launch.tensors.items() if x.is_floating_point())
+    return next(x.dtype for name, x in tensors if name not in ("ACC", "P"))  # products are always float32
+
+
+def table_of(name):
+    return next((table for suffix, table in TABLES.items() if name.endswith(suffix)), None)
+
+
+def test_every_kernel_is_launched_by_a_default_case_and_in_every_dtype(launches):
+    every, default = launches
+    assert set(default) == set(every) == set(kernels())
+    for name in set(every) - SUMS:
+        assert {features(launch) for launch in every[name]} >= set(DTYPES), name
+
+
+def test_every_table_of_tiles_belongs_to_a_kernel():
+    tables = {
+        id(value)
+        for module in MODULES
+        for value in vars(module).values()
+        if isinstance(value, dict) and value and type(next(iter(value.values()))).__name__ == "Tile"
+    }
+    assert tables == {id(table) for table in TABLES.values()}
+
+
+def entry_of(launch, biased: bool):
+    """The key of its table under which a launch finds its tile, if it uses all of it."""
+    config, half, table = launch.config, features(launch) in HALF, table_of(launch.name)
+    if table is tiles.TILES:
+        kind = "half" if half else config["PRECISION"]
+        keys = [(kind, True), (kind, False)]
+        tile = [config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")]
+        return {key for key in keys if list(table[key]) == tile}
+    key = (half, max(config["BLOCK_D"], config["BLOCK_V"], 64))
+    block_m, block_n, warps, stages = table[key]
+    if (launch.arguments["TABLE"] is not None) != biased:
+        return set()
+    if biased:  # the table of biases costs shared memory
+        whole = config["BLOCK_N"] == block_n and config["BLOCK_M"] in (block_m, block_m // 2)
+        return {key} if whole and config["num_warps"] == warps else set()
+    tile = [config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
+    return {key} if tile == [block_m, block_n, warps, stages] else set()
+
+
+def test_every_tile_is_used_whole_by_each_of_its_kernels(launches):
+    for name in kernels():
+        table = table_of(name)
+        if table is None:
+            continue
+        for biased in (False, True) if table is not tiles.TILES else (False,):
+            used = {key for launch in launches[0][name] for key in entry_of(launch, biased)}
+            assert used == set(table), f"{name}, {'biased' if biased else 'plain'}"
+            both = {
+                (key, features(launch)) for launch in launches[0][name] for key in entry_of(launch, biased)
+            }
+            for key in table:
+                if key[0] in (True, "half"):
+                    assert {dtype for at, dtype in both if at == key} == HALF, (name, key)
+
+
+def test_every_tile_of_the_row_kernels_is_used(launches):
+    widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
+    for name in ("gated_residual._forward", "gated_residual._backward"):
+        assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    for name in ("interval_attention._bias_grads",):
+        assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
+    for name in ("_contrastive.feature_grads", "gated_linear_residual._scale_rows"):
+        looped = [
+            launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
+        ]
+        assert looped, f"{name}: no row is wider than a block"
+
+
+def test_float32_products_of_attention_run_in_both_precisions(launches):
+    for name in ("_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._key_grads",
+                 "interval_attention._bias_grads"):  # fmt: skip
+        found = {
+            (launch.config["PRECISION"], max(launch.config["BLOCK_D"], 64))
+            for launch in launches[0][name]
+            if features(launch) == torch.float32
+        }
+        assert found == {(p, width) for p in ("tf32", "tf32x3") for width in (64, 128)}
+
+
+def test_every_optional_argument_is_given_and_is_absent(launches):
+    for name, kernel in kernels().items():
+        optional = set(re.findall(r"^\s+(\w+),  # .*\bor None\b", kernel.src, re.MULTILINE))
+        switches = {p.name for p in kernel.params if re.match("EVEN_|PER_", p.name)}
+        for argument in optional:
+            given = {launch.arguments[argument] is not None for launch in launches[0][name]}
+            assert given == {True, False}, f"{name}: {argument}"
+        for switch in switches:
+            assert {launch.config[switch] for launch in launches[0][name]} == {True, False}, (
+                f"{name}: {switch}"
+            )
+
+
+def test_default_cases_have_ragged_edges_and_several_programs(launches):
+    for name in kernels():
+        assert max(launch.grid[0] for launch in launches[1][name]) > 1, name
