@@ -180,6 +180,19 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
+    """Rows as `similarities` reads them best: they begin and end at multiples of 16 elements, zeros are added.
+
+    Elements read one by one cost more than this copy, and their addresses more registers than there are.
+    """
+    x = rows_contiguous(x)
+    if x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    out = x.new_zeros((x.shape[0], triton.cdiv(x.shape[1], 16) * 16))
+    out[:, : x.shape[1]] = x
+    return out
+
+
 def chunk_rows(n: int, m: int, itemsize: int, store_bytes: int) -> int:
     """How many rows of gradients of the similarities are held at once."""
     return max(1, min(n, max(CHUNK_ROWS, store_bytes // (max(m, 1) * itemsize) // CHUNK_ROWS * CHUNK_ROWS)))

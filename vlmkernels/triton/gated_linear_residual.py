@@ -137,7 +137,7 @@ def gated_linear_residual(
     x, t = x.contiguous(), _tanh(gate)
     mask = row_mask.contiguous().view(torch.uint8) if row_mask is not None else None
     n, m = x.numel() // x.shape[-1], x.shape[-1]
-    h, weight = tiles.rows_contiguous(h.reshape(n, h.shape[-1])), tiles.rows_contiguous(weight)
+    h, weight = tiles.operand(h.reshape(n, h.shape[-1])), tiles.operand(weight)
     options = tiles.launch_options(h, weight, fuse=True)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)](

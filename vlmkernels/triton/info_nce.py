@@ -229,7 +229,7 @@ def info_nce_stats(
         rows, cols = (stats.new_zeros((3, length)) for length in (n, m if columns else 0))
         rows[0], cols[0] = -float("inf"), -float("inf")
         return *rows, stats.new_full((n,), -float("inf")), *cols, store
-    query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
+    query, key = tiles.operand(query), tiles.operand(key)
     options = tiles.launch_options(query, key, fuse=False)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
@@ -290,7 +290,8 @@ def info_nce_grads(
                 out[side], out[side + 2] = x.new_zeros(x.shape), row_coef.new_zeros(x.shape[0])
         return out[0], out[1], out[2], out[3]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    options = tiles.launch_options(query, key, fuse=False)
+    q, k = tiles.operand(query), tiles.operand(key)
+    options = tiles.launch_options(q, k, fuse=False)
     columns = col_coef.numel() > 0
     gain = tiles.gain_for(query.dtype, row_coef, col_coef)
     inv_gain = None
@@ -308,10 +309,10 @@ def info_nce_grads(
             grads = buffer[: stop - start]
             grid = (triton.cdiv(stop - start, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)
             _tile_grads[grid](
-                query, key, scale, query_inv_norm, key_inv_norm, positives,
+                q, k, scale, query_inv_norm, key_inv_norm, positives,
                 row_max, row_log, *((col_max, col_log) if columns else (None, None)),
                 row_coef, col_coef if columns else None, grads,
-                query.stride(0), key.stride(0), grads.stride(0), start, stop, m, query.shape[1],
+                q.stride(0), k.stride(0), grads.stride(0), start, stop, m, q.shape[1],
                 tiles.GROUP, **options,
             )  # fmt: skip
             if query_acc is not None:

@@ -126,7 +126,8 @@ def sigmoid_sweep(
             x.zero_()
         return rows[0], dquery, dkey, rows[1], rows[2]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    options = tiles.launch_options(query, key, fuse=True)
+    q, k = tiles.operand(query), tiles.operand(key)
+    options = tiles.launch_options(q, k, fuse=True)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     gain = tiles.gain_for(query.dtype, row_coef)
     inv_gain = gain.reciprocal() if gain is not None else None
@@ -142,9 +143,9 @@ def sigmoid_sweep(
             grads = buffer[: stop - start] if buffer is not None else None
             partial = [x.new_empty((col_tiles, stop - start)) if x.numel() else None for x in rows]
             _sweep[(triton.cdiv(stop - start, options["BLOCK_M"]) * col_tiles,)](
-                query, key, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids,
-                row_coef, gain, grads, *partial, query.stride(0), key.stride(0),
-                0 if grads is None else grads.stride(0), start, stop, m, query.shape[1], tiles.GROUP,
+                q, k, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids,
+                row_coef, gain, grads, *partial, q.stride(0), k.stride(0),
+                0 if grads is None else grads.stride(0), start, stop, m, q.shape[1], tiles.GROUP,
                 **options,
             )  # fmt: skip
             for x, parts in zip(rows, partial, strict=True):

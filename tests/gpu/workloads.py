@@ -1,0 +1,190 @@
+"""The launches of real models: every Triton launcher at the sizes, types and variants it meets there.
+
+Inputs are meta tensors: nothing is computed, and the launchers choose, allocate and specialise as on a GPU.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmkernels.triton import gated_linear_residual as linear
+from vlmkernels.triton import gated_residual as gated
+from vlmkernels.triton import info_nce as nce
+from vlmkernels.triton import interval_attention as interval
+from vlmkernels.triton import perceiver_attention as perceiver
+from vlmkernels.triton import sigmoid_loss
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+WORKLOADS: dict[str, Callable[[], None]] = {}
+
+
+def meta(*shape, dtype=FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def features(n, d, dtype, stride=None) -> Tensor:
+    return meta(n, stride or d, dtype=dtype)[:, :d]
+
+
+@contextlib.contextmanager
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def info_nce(n, m, d, dtype, *, normalize=False, columns=True, query=True, key=True, extra=False, **kwargs):
+    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
+    a, b = (meta(n), meta(m)) if normalize else (None, None)
+    positives, scale = meta(n, dtype=torch.int64), meta()
+    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 1 << 28)
+    row, col = [meta(n) for _ in range(4)], [meta(m if columns else 0) for _ in range(3)]
+    extras = (meta(n, d), meta(m, d)) if extra else (None, None)
+    nce.info_nce_grads(
+        q, k, scale, a, b, positives, row[0], row[1], col[0], col[1], row[2], col[2], row[3], *extras,
+        meta(0, dtype=torch.uint8), 1 << 28, query, key,
+    )  # fmt: skip
+
+
+def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True, scalars=True, **kwargs):
+    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
+    a, b = (meta(n), meta(m)) if normalize else (None, None)
+    int64 = [meta(size, dtype=torch.int64) for size in (n, n, m)]
+    labels = (None, *int64[1:]) if ids else (int64[0], None, None)
+    sigmoid_loss.sigmoid_sweep(
+        q, k, meta(), meta(), a, b, *labels, meta(n), loss, grads, grads, grads and scalars
+    )
+
+
+def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
+    x, y, gate = meta(n, d, dtype=dtype), meta(n, d, dtype=low or dtype), meta(d if channels else 1)
+    row_mask = meta(n, dtype=torch.bool) if mask else None
+    out = gated.gated_residual(x, y, gate, row_mask)
+    gated.gated_residual_bwd(meta(n, d, dtype=out.dtype), y, gate, row_mask, need_y, need_gate)
+
+
+def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=True, residual=None):
+    h, w, gate = features(n, k, dtype), features(d, k, dtype), meta(d if channels else 1)
+    row_mask = meta(n, dtype=torch.bool) if mask else None
+    x = features(n, d, residual or dtype)
+    out = linear.gated_linear_residual(h, w, x, gate, row_mask)
+    linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, True, weight, True)
+
+
+def heads(b, t, h, d, dtype) -> Tensor:
+    """[B, H, T, D] as projections give it."""
+    return meta(b, t, h, d, dtype=dtype).transpose(1, 2)
+
+
+def attention(
+    b, h, hkv, tq, tk, d, dtype, *, dv=None, grid=(0, 0), needs=(True, True, True), train=True, batched=False
+):
+    q, k, v = heads(b, tq, h, d, dtype), heads(b, tk, hkv, d, dtype), heads(b, tk, hkv, dv or d, dtype)
+    start, end = (meta(*((b, tq) if batched else (tq,)), dtype=torch.int32) for _ in range(2))
+    bias = meta(h, 2 * grid[0] - 1, 2 * grid[1] - 1) if grid[0] else None
+    out, lse = interval.interval_attention(q, k, v, start, end, 0.125, bias, *grid)
+    if train:
+        interval.interval_attention_bwd(
+            heads(b, tq, h, dv or d, dtype), None, q, k, v, start, end, out, lse, 0.125, bias, *grid,
+            [*needs, bias is not None],
+        )  # fmt: skip
+
+
+def resampler(b, h, latents, media, d, dtype, *, lengths=True, needs=(True,) * 5):
+    q, mk, mv, lk, lv = (heads(b, t, h, d, dtype) for t in (latents, media, media, latents, latents))
+    media_lengths = meta(b, dtype=torch.int32) if lengths else None
+    out, lse = perceiver.perceiver_attention(q, mk, mv, lk, lv, media_lengths, 0.125)
+    perceiver.perceiver_attention_bwd(
+        heads(b, latents, h, d, dtype), q, mk, mv, lk, lv, media_lengths, out, lse, 0.125, list(needs)
+    )
+
+
+def _add(name: str, call: Callable[..., None], *args, allow_tf32=False, **kwargs) -> None:
+    def run():
+        with tf32() if allow_tf32 else contextlib.nullcontext():
+            call(*args, **kwargs)
+
+    WORKLOADS[name] = run
+
+
+for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+    _add(f"info_nce {name}", info_nce, 4096, 4096, 512, dtype)
+    _add(f"info_nce {name} normalized", info_nce, 4096, 4096, 768, dtype, normalize=True)
+    _add(f"info_nce {name} small", info_nce, 512, 512, 512, dtype)
+    _add(f"info_nce {name} ragged", info_nce, 4097, 4099, 500, dtype)
+    _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
+    _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
+    _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
+    _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
+    _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
+    _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
+    _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
+    _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
+    for width in (64, 128, 256) if dtype == BF16 else (64, 128):
+        _add(f"attention {name} {width}", attention, 8, 16, 16, 1024, 1024, width, dtype)
+        _add(f"attention {name} {width} biased", attention, 8, 12, 12, 640, 640, width, dtype, grid=(24, 24))
+        _add(f"attention {name} {width} decode", attention, 8, 16, 4, 1, 1000, width, dtype, train=False)
+    _add(f"attention {name} 80 grouped", attention, 8, 16, 4, 1021, 1021, 80, dtype, batched=True)
+    _add(f"perceiver {name}", resampler, 8, 8, 64, 2048, 64, dtype)
+_add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True)
+_add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
+_add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
+_add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
+_add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
+for name in ("", " small", " ragged"):
+    size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
+    _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+_add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
+_add(
+    "info_nce bf16 with gradients of the features",
+    info_nce,
+    4096,
+    4096,
+    512,
+    BF16,
+    normalize=True,
+    extra=True,
+)
+_add("info_nce bf16 one feature", info_nce, 2, 2, 1, BF16)
+_add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
+_add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
+_add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
+_add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
+_add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
+_add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)
+_add("gated_residual fp32 and bf16", gated_residual, 8192, 1024, FP32, low=BF16)
+_add("gated_residual fp64", gated_residual, 8192, 1024, FP64, channels=True)
+_add("gated_linear_residual bf16 ragged", gated_linear_residual, 4097, 1001, 1003, BF16)
+_add("gated_linear_residual bf16 on fp32", gated_linear_residual, 8192, 1024, 1024, BF16, residual=FP32)
+_add("gated_linear_residual tf32", gated_linear_residual, 8192, 4096, 1024, FP32, allow_tf32=True)
+for width in (64, 128):
+    _add(f"attention tf32 {width}", attention, 8, 16, 16, 1024, 1024, width, FP32, allow_tf32=True)
+    _add(
+        f"attention tf32 {width} biased",
+        attention,
+        8,
+        12,
+        12,
+        640,
+        640,
+        width,
+        FP32,
+        grid=(24, 24),
+        allow_tf32=True,
+    )
+_add("perceiver bf16 128 without lengths", resampler, 8, 16, 64, 2048, 128, BF16, lengths=False)
+_add("perceiver bf16 256", resampler, 8, 4, 64, 2048, 256, BF16, needs=(True, False, False, False, False))
+_add("attention bf16 64 frozen values", attention, 8, 16, 16, 1024, 1024, 64, BF16, needs=(True, True, False))
+_add("attention bf16 64 values alone", attention, 8, 16, 16, 1024, 1024, 64, BF16, needs=(False, False, True))
+_add(
+    "attention bf16 64 queries alone", attention, 8, 16, 16, 1024, 1024, 64, BF16, needs=(True, False, False)
+)
+_add("attention bf16 128 values of 64", attention, 8, 16, 16, 1024, 1024, 128, BF16, dv=64)
+_add("attention bf16 ragged", attention, 3, 5, 5, 1021, 1023, 37, BF16)
+_add("attention bf16 one key", attention, 1, 1, 1, 1, 1, 1, BF16)
