@@ -17,7 +17,7 @@ from vlmkernels.triton import _contrastive as tiles
 from vlmkernels.triton import interval_attention as attention
 
 from .launches import Launch, recording
-from .trials import DTYPES, Executor, Trial, check, sanitized
+from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_contrastive import Finish, Grads, Problem, Sigmoid, Stats
 from .trials_gated import Linear, Residual
@@ -87,6 +87,15 @@ CHUNKS = {
 }
 
 
+def with_far(trial: Trial, *names: str) -> Trial:
+    """The trial with these inputs in rows that offsets of 32 bits do not reach."""
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        holder = getattr(trial, owner) if owner else trial
+        setattr(holder, attribute, far(getattr(holder, attribute)))
+    return trial
+
+
 def contrastive() -> Iterator[Case]:
     def ragged(t):
         return Problem(70, 67, 37, t, normalize=True)
@@ -143,6 +152,11 @@ def contrastive() -> Iterator[Case]:
         sweep, "tf32, large tiles", lambda t: Sigmoid(wide(t, True)), (FP32,), tf32=True, settings=LARGE
     )
 
+    features = ("problem.query", "problem.key")
+    for op, trial in ((stats, Stats), (grads, Grads), (sweep, Sigmoid)):
+        make = lambda t, f=trial: with_far(f(Problem(3, 3, 20, t)), *features)  # noqa: E731
+        yield from each(op, "far rows", make, (BF16,), quick=(BF16,))
+
     finish, depth = "finish", 2100  # more than one program holds at once
     for by_key in (False, True):
         side = "key" if by_key else "query"
@@ -154,6 +168,9 @@ def contrastive() -> Iterator[Case]:
         yield from each(
             finish, f"{side}, plain", lambda t, o=options: Finish(4, 3, 37, t, **o), quick=(FP32,)
         )
+    for by_key in (False, True):
+        make = lambda t, k=by_key: with_far(Finish(3, 3, 20, t, normalize=True, by_key=k), "x", "y")  # noqa: E731
+        yield from each(finish, f"far rows, by {'key' if by_key else 'query'}", make, (BF16,), quick=(BF16,))
     yield from each(
         finish, "products alone", lambda t: Finish(3, 3, 48, t, normalize=True, by_key=False, positives=False)
     )
@@ -188,6 +205,9 @@ def gated() -> Iterator[Case]:
     yield from each(op, "one", lambda t: Linear(1, 1, 1, t))
     yield from each(op, "wide", lambda t: Linear(3, 5, 2100, t))
     yield from each(op, "float32 stream", lambda t: Linear(20, 40, 30, t, x_dtype=FP32, **both), HALF)
+    yield from each(
+        op, "far rows", lambda t: with_far(Linear(3, 3, 20, t), "h", "weight"), (BF16,), quick=(BF16,)
+    )
     yield from each(op, "gradient of the gate", lambda t: Linear(20, 40, 30, t, needs=(False, False, True)))
     yield from each(op, "tf32", lambda t: Linear(70, 67, 100, t, tf32=True), (FP32,), tf32=True)
     yield from each(
@@ -256,6 +276,20 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", attended(size, tf32=True), (FP32,), tf32=True)
         make = attended(size, bias=(2, 35), tf32=True)
         yield from each(op, f"tf32, bias, heads of {width}", make, (FP32,), tf32=True)
+
+    def distant(axis):  # axis 1: heads; axis 2: queries, keys and values
+        def make(dtype):
+            shape = [1, 1, 1, 20]
+            shape[axis] = 3
+            tensors = (far(torch.randn(3, 20).to(dtype)).view(shape) for _ in range(3))
+            return Interval(
+                *tensors, *intervals.causal(shape[2]), bias=torch.randn(shape[1], 1, 5), grid=(1, 3)
+            )
+
+        return make
+
+    yield from each(op, "far rows", distant(2), (BF16,), quick=(BF16,))
+    yield from each(op, "far heads", distant(1), (BF16,), quick=(BF16,))
 
     op = "perceiver_attention"
     lengths = (50, 17, 0)

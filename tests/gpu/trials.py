@@ -4,6 +4,7 @@
 interpreter under its sanitizer, the simulator of the compiled code.
 """
 
+import mmap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -41,6 +42,18 @@ def check(trial: Trial, executor: Executor = sanitized) -> Sequence[Tensor]:
 def strided(x: Tensor) -> Tensor:
     """The values of x [rows, width] in rows further apart than they are wide."""
     return x.new_full((x.shape[0], x.shape[1] + 7), float("nan"))[:, 3:-4].copy_(x)
+
+
+def far(x: Tensor) -> Tensor:
+    """The values of x [rows, width] in rows 2^30 elements apart, so that a third one lies beyond 32 bits.
+
+    Of the memory between them nothing is ever touched, so it takes up none.
+    """
+    stride, noreserve = 1 << 30, getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = ((len(x) - 1) * stride + x.shape[1]) * x.element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve)
+    rows = torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, (stride, 1))
+    return rows.copy_(x)
 
 
 def widened(tensors: Sequence, work: torch.dtype) -> list:
