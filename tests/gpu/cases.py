@@ -282,9 +282,8 @@ def by_attention() -> Iterator[Case]:
             shape = [1, 1, 1, 20]
             shape[axis] = 3
             tensors = (far(torch.randn(3, 20).to(dtype)).view(shape) for _ in range(3))
-            return Interval(
-                *tensors, *intervals.causal(shape[2]), bias=torch.randn(shape[1], 1, 5), grid=(1, 3)
-            )
+            bias = {"bias": torch.randn(3, 1, 5), "grid": (1, 3)} if axis == 1 else {}
+            return Interval(*tensors, *intervals.causal(shape[2]), **bias)
 
         return make
 
