@@ -3,8 +3,9 @@
 A pointer belongs to the argument it was computed from, and may touch the elements of that tensor's view
 alone: neither the padding of a strided tensor nor what another tensor keeps in the same storage. Found as
 well: misaligned accesses, reads of memory that nothing wrote since torch.empty, two programs of one launch
-on the same byte without atomics, two lanes of one store on the same byte, signed overflow of integers, and
-`tl.device_assert`.
+on the same byte without atomics, two lanes of one store on the same byte, a program that reads what it
+stored without a barrier between (which thread holds which element is the compiler's choice), signed overflow
+of integers, and `tl.device_assert`.
 """
 
 import contextlib
@@ -51,6 +52,7 @@ class _Memory:
         self.written = np.ones(size, bool) if written is None else written
         self.writer = np.full(size, NOBODY, np.int32)
         self.reader = np.full(size, NOBODY, np.int32)
+        self.epoch = np.zeros(size, np.int32)  # how many barriers there were before the store
 
     def places(self, at: np.ndarray) -> np.ndarray:
         """Where the bytes `at` of the storage are remembered; `size` is nowhere."""
@@ -69,8 +71,8 @@ class _Argument:
         for tensor in tensors:
             self.in_view[memory.places(view_bytes(tensor))] = True
 
-    def touch(self, kind: str, addresses: np.ndarray, width: int, program: int) -> None:
-        """Check and note an access of `width` bytes at each address."""
+    def touch(self, kind: str, addresses: np.ndarray, width: int, program: int, epoch: int) -> None:
+        """Check and note an access of `width` bytes at each address, after `epoch` barriers."""
         memory = self.memory
         at = memory.places((addresses[:, None] - memory.low + np.arange(width)).ravel())
 
@@ -91,6 +93,8 @@ class _Argument:
         other = (writer != NOBODY) & (writer != program)
         if kind == "load":
             refuse(other, "race: load of what another program stores to")
+            unordered = (writer == program) & (memory.epoch[at] == epoch)
+            refuse(unordered, "race: load without a barrier of what this program stored to")
             memory.reader[at] = np.where((reader == NOBODY) | (reader == program), program, SEVERAL)
         else:
             refuse(other, "race: two programs store to")
@@ -98,7 +102,7 @@ class _Argument:
             repeated = np.ones(at.size, bool)
             repeated[np.unique(at, return_index=True)[1]] = False
             refuse(repeated, "race: two lanes of one store hit the same byte of")
-            memory.writer[at], memory.written[at] = program, True
+            memory.writer[at], memory.written[at], memory.epoch[at] = program, True, epoch
 
 
 def _is_pointer(value) -> bool:
@@ -113,6 +117,7 @@ class Sanitizer(TorchDispatchMode):
         # address of a storage -> a tensor that keeps it alive, and which of its bytes were written
         self.fresh: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
         self.arguments: dict[int, _Argument] | None = None  # by first address, during a launch
+        self.barriers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -177,7 +182,7 @@ class Sanitizer(TorchDispatchMode):
         if addresses.size and argument is None:
             raise Violation(f"{kind} through a pointer of no one argument (program {program})")
         if addresses.size:
-            argument.touch(kind, addresses, width, program)
+            argument.touch(kind, addresses, width, program, self.barriers)
 
     def methods(self) -> dict:
         """Methods of the interpreter's builder that check before they act."""
@@ -211,6 +216,9 @@ class Sanitizer(TorchDispatchMode):
             if not np.all(condition):
                 raise Violation(str(message))
 
+        def create_barrier(builder):
+            self.barriers += 1
+
         mask_at = {"load": 0, "store": 1}
         everywhere = Handle(np.array([True]), tl.int1)
         original_rmw, original_cas = Builder.create_atomic_rmw, Builder.create_atomic_cas
@@ -221,4 +229,5 @@ class Sanitizer(TorchDispatchMode):
             "create_atomic_rmw": rmw,
             "create_atomic_cas": cas,
             "create_assert": create_assert,
+            "create_barrier": create_barrier,
         }

@@ -142,8 +142,7 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
 
 
 def test_float32_products_of_attention_run_in_both_precisions(launches):
-    for name in ("_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._key_grads",
-                 "interval_attention._bias_grads"):  # fmt: skip
+    for name in ("_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._key_grads"):
         found = {
             (launch.config["PRECISION"], max(launch.config["BLOCK_D"], 64))
             for launch in launches[0][name]

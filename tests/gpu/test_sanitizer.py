@@ -55,6 +55,15 @@ def _overlapping(X, OUT, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _reverse_twice(X, OUT, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(OUT + at, tl.load(X + BLOCK - 1 - at))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(OUT + at, tl.load(OUT + BLOCK - 1 - at))
+
+
+@triton.jit
 def _wide_load(X, OUT, offset):
     tl.store(OUT, tl.load((X + offset).to(tl.pointer_type(tl.int32))))
 
@@ -165,6 +174,14 @@ def test_races():
     faulty(lambda: _shift[(4,)](x.clone(), 100, 32), "store to what another program loads from X")
     same = torch.zeros(32, dtype=torch.int64)
     faulty(lambda: _scatter[(1,)](x, same, torch.zeros(32), 32), "two lanes of one store .* of OUT: 31 lanes")
+
+
+def test_a_program_reads_what_its_threads_stored_after_a_barrier():
+    x, out = torch.randn(64), torch.empty(64)
+    with interpreting(sanitize=True):
+        _reverse_twice[(1,)](x, out, True, 64)
+    assert torch.equal(out, x)
+    faulty(lambda: _reverse_twice[(1,)](x, out, False, 64), "load without a barrier .* to OUT: 64 lanes")
 
 
 def test_misaligned_accesses():

@@ -218,6 +218,7 @@ class Finish:
         self.extra = torch.randn(rows, depth) if extra else None
         self.inv_gain = torch.tensor(0.25) if gain else None
         pairs = torch.randint(-1, rows if by_key else others, (others if by_key else rows,))
+        pairs[0] = -1
         self.hit = (
             (pairs == torch.arange(rows)[:, None]) if by_key else pairs[:, None] == torch.arange(others)
         )

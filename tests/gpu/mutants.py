@@ -1,0 +1,379 @@
+"""Seeded faults of the Triton kernels: patches of the shipped sources, each with a case that must see it."""
+
+import dataclasses
+
+ATTENTION = "_attention._forward"
+ROW_SUMS, QUERY, KEY = "_attention_bwd._row_sums", "_attention_bwd._query_grads", "_attention_bwd._key_grads"
+RANGES, BIAS = "_attention_bwd._query_ranges", "interval_attention._bias_grads"
+FEATURES = "_contrastive.feature_grads"
+STATS, COMBINE, TILE_GRADS = "info_nce._stats", "info_nce._combine", "info_nce._tile_grads"
+SWEEP = "sigmoid_loss._sweep"
+LINEAR, SCALE_ROWS = "gated_linear_residual._forward", "gated_linear_residual._scale_rows"
+GATED, GATED_BWD = "gated_residual._forward", "gated_residual._backward"
+
+CAUSAL = "interval_attention, causal, bfloat16"
+ANY = "interval_attention, any interval, float32"
+SEVERAL = "interval_attention, ranges of rows, bfloat16"
+BIASED = "interval_attention, bias, batches together, float32"
+FAR = "interval_attention, far rows, bfloat16"
+ALL = "perceiver_attention, all, bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """`old`, which occurs `count` times in vlmkernels/triton/<module>.py, becomes `new`."""
+
+    kernel: str  # the launched kernel that has the fault, `module.name`
+    module: str
+    fault: str
+    case: str  # of CASES: the one that must fail
+    old: str
+    new: str
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}: {self.fault}"
+
+
+MUTANTS = [
+    Mutation(
+        ATTENTION, "_attention", "bound of the keys off by one", ANY,
+        "(cols[None, :] < end[:, None])", "(cols[None, :] <= end[:, None])",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "start of the interval ignored", ANY,
+        "seen = (cols[None, :] >= start[:, None]) & (cols", "seen = (cols",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "accumulator not rescaled to the new maximum", CAUSAL,
+        "acc * shrink[:, None], input", "acc, input",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "sum not rescaled to the new maximum", CAUSAL,
+        "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "empty row divided by its sum", ANY,
+        "out = tl.where(none[:, None], 0.0, acc / tl.where(none, 1.0, total)[:, None])",
+        "out = acc / total[:, None]",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "log-sum-exp of an empty row is the least number", ANY,
+        'lse = tl.where(none, -float("inf"), high', "lse = tl.where(none, high, high",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "offset of a row left in int32", FAR,
+        "rows.to(tl.int64)[:, None] * stride + cols", "rows[:, None] * stride + cols",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "strides of batch and head swapped", ANY,
+        "K += batch * stride_kb + head // group * stride_kh",
+        "K += batch * stride_kh + head // group * stride_kb",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "store of log-sum-exp not masked", ANY,
+        "* tq + rows, lse, mask=inside)", "* tq + rows, lse)",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "half-seen block taken for a whole one", CAUSAL,
+        "a + tl.maximum(first_end - a, 0) // BLOCK_N * BLOCK_N",
+        "a + tl.cdiv(tl.maximum(first_end - a, 0), BLOCK_N) * BLOCK_N",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "second source without its tail", ALL,
+        "start, end, 0, tk2, K2", "start, end, 0, tk2 // BLOCK_N * BLOCK_N, K2",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "all queries read the first head of keys", CAUSAL,
+        "V += batch * stride_vb + head // group * stride_vh", "V += batch * stride_vb + head * stride_vh",
+    ),
+    Mutation(
+        ROW_SUMS, "_attention_bwd", "load of the gradient of log-sum-exp not masked", ANY,
+        "tl.load(DLSE + at, mask=rows < tq, other=0.0)", "tl.load(DLSE + at)",
+    ),
+    Mutation(
+        ROW_SUMS, "_attention_bwd", "bound of the store off by one", ANY,
+        "tl.store(DELTA + at, delta, mask=rows < tq)", "tl.store(DELTA + at, delta, mask=rows <= tq)",
+    ),
+    Mutation(
+        ROW_SUMS, "_attention_bwd", "strides of batch and head swapped", ANY,
+        "    OUT += batch * stride_ob + head * stride_oh", "    OUT += batch * stride_oh + head * stride_ob",
+    ),
+    Mutation(
+        ROW_SUMS, "_attention_bwd", "sum over the rows in place of the columns", CAUSAL,
+        "delta = tl.sum(dout * out, 1)", "delta = tl.sum(dout * out, 0)",
+    ),
+    Mutation(
+        QUERY, "_attention_bwd", "mask of the gradient of logits dropped", ANY,
+        "ds = tl.where(seen, ds, 0.0)", "ds = tl.where(seen, ds, ds)",
+    ),
+    Mutation(
+        QUERY, "_attention_bwd", "scale forgotten", CAUSAL,
+        "(dq * scale).to(", "dq.to(",
+    ),
+    Mutation(
+        QUERY, "_attention_bwd", "strides of batch and head of the result swapped", ANY,
+        "at = batch * stride_gb + head * stride_gh + rows",
+        "at = batch * stride_gh + head * stride_gb + rows",
+    ),
+    Mutation(
+        QUERY, "_attention_bwd", "accumulator starts uninitialised", ANY,
+        "dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
+        "dq = tile(DQ + batch * stride_gb + head * stride_gh, rows, stride_gt, tq, width, True, EVEN_D, "
+        "BLOCK_D).to(tl.float32)",
+    ),
+    Mutation(
+        QUERY, "_attention_bwd", "load of the row sums not masked", ANY,
+        "delta = tl.load(DELTA + at, mask=inside, other=0.0)", "delta = tl.load(DELTA + at)",
+    ),
+    Mutation(
+        RANGES, "_attention_bwd", "block whose keys begin within it overlooked", ANY,
+        "(start < lo + BLOCK_N)", "(start < lo)",
+    ),
+    Mutation(
+        RANGES, "_attention_bwd", "last query left out", CAUSAL,
+        "tl.where(seen, rows + 1, 0)", "tl.where(seen, rows, 0)",
+    ),
+    Mutation(
+        RANGES, "_attention_bwd", "rows read without their tail", SEVERAL,
+        "for before in range(0, tq, ROWS):", "for before in range(0, tq - ROWS + 1, ROWS):",
+    ),
+    Mutation(
+        RANGES, "_attention_bwd", "results of neighbours overlap", SEVERAL,
+        "tl.store(RANGES + 2 * tl.program_id(0), tl.min", "tl.store(RANGES + tl.program_id(0), tl.min",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "mask of the probabilities dropped", ANY,
+        "p = tl.where(seen, tl.exp(s - lse[None, :]), 0.0)", "p = tl.exp(s - lse[None, :])",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "last head of a group left out", CAUSAL,
+        "for member in range(0, group):", "for member in range(0, tl.maximum(group - 1, 1)):",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "row sums not subtracted", CAUSAL,
+        " - delta[None, :])\n                dk", ")\n                dk",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "bound of the store off by one", ANY,
+        "(at_v < value_width)", "(at_v <= value_width)",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "heads of queries of another head of keys", SEVERAL,
+        "head = key_head * group + member", "head = member",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "barrier before reading what other threads stored dropped",
+        "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n", "",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "positives of the next key counted too", "info_nce_grads, ragged, float32",
+        "tl.load(FIRST + row + 1)):", "tl.load(FIRST + row + 1) + 1):",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "row without a positive reads one", "finish, query, normalised, bfloat16",
+        "mask=inside & (other >= 0)", "mask=inside",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "store not masked", "finish, query, normalised, bfloat16",
+        "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty), mask=inside)",
+        "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty))",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "offset of a row left in int32", "finish, far rows, by query, bfloat16",
+        "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "one block of the row summed", "finish, query, normalised, bfloat16",
+        "dots += x * total", "dots = x * total",
+    ),
+    Mutation(
+        STATS, "info_nce", "columns past the end counted", "info_nce_stats, ragged, bfloat16",
+        "s = tl.where((cols < m)[None, :], s, NOTHING)", "s = tl.where((cols < m)[None, :], s, s)",
+    ),
+    Mutation(
+        STATS, "info_nce", "rows past the end counted in the columns", "info_nce_stats, ragged, bfloat16",
+        "s = tl.where(row_inside[:, None], s, NOTHING)", "s = tl.where(row_inside[:, None], s, s)",
+    ),
+    Mutation(
+        STATS, "info_nce", "sums not rescaled to the new maximum", "info_nce_stats, chunks, float16",
+        "_rebase(row_max - new_max, row_sum, row_moment)", "_rebase(new_max - new_max, row_sum, row_moment)",
+    ),
+    Mutation(
+        STATS, "info_nce", "moment shifted without its share of the sum", "info_nce_stats, ragged, bfloat16",
+        "(moment + shift * total) * factor", "moment * factor",
+    ),
+    Mutation(
+        STATS, "info_nce", "splits of the columns store one result", "info_nce_stats, chunks, float16",
+        "at = split.to(tl.int64) * n + rows", "at = rows",
+    ),
+    Mutation(
+        STATS, "info_nce", "columns without their tail", "info_nce_stats, ragged, bfloat16",
+        "tl.cdiv(m, BLOCK_N))\n    for", "m // BLOCK_N)\n    for",
+    ),
+    Mutation(
+        STATS, "_contrastive", "offset of a row left in int32", "info_nce_stats, far rows, bfloat16",
+        "tl.minimum(rows, n - 1).to(tl.int64)[:, None]", "tl.minimum(rows, n - 1)[:, None]",
+    ),
+    Mutation(
+        COMBINE, "info_nce", "all parts read the first", "info_nce_stats, chunks, float16",
+        "        offset += length\n", "",
+    ),
+    Mutation(
+        COMBINE, "info_nce", "part not rescaled", "info_nce_stats, chunks, float16",
+        "_rebase(other - new, part_total, part_moment)", "_rebase(new - new, part_total, part_moment)",
+    ),
+    Mutation(
+        COMBINE, "info_nce", "last part left out", "info_nce_stats, chunks, float16",
+        "for _ in range(0, parts):", "for _ in range(0, parts - 1):",
+    ),
+    Mutation(
+        COMBINE, "info_nce", "store not masked", "info_nce_stats, chunks, float16",
+        "tl.store(SUM + at, total, mask=inside)", "tl.store(SUM + at, total)",
+    ),
+    Mutation(
+        TILE_GRADS, "info_nce", "positives kept", "info_nce_grads, ragged, float16",
+        "tl.where(cols[None, :] == target[:, None], 0.0, grads)",
+        "tl.where(cols[None, :] == target[:, None], grads, grads)",
+    ),
+    Mutation(
+        TILE_GRADS, "info_nce", "store masked by rows alone", "info_nce_grads, ragged, float16",
+        "mask=row_inside[:, None] & col_inside[None, :]", "mask=row_inside[:, None]",
+    ),
+    Mutation(
+        TILE_GRADS, "info_nce", "stride of the keys in place of the buffer's",
+        "info_nce_grads, ragged, float16",
+        "* stride_out + cols", "* m + cols",
+    ),
+    Mutation(
+        TILE_GRADS, "info_nce", "chunk stored at the rows of the whole", "info_nce_grads, chunks, bfloat16",
+        "at = (rows - start).to(tl.int64)", "at = rows.to(tl.int64)",
+    ),
+    Mutation(
+        TILE_GRADS, "info_nce", "maximum of the row taken for the column's",
+        "info_nce_grads, ragged, float16",
+        "(s - col_max) - col_log", "(s - row_max) - col_log",
+    ),
+    Mutation(
+        TILE_GRADS, "_contrastive", "features read without their mask", "info_nce_grads, ragged, float16",
+        "a = tl.load(q, mask=(start + at < depth)[None, :], other=0.0)", "a = tl.load(q)",
+    ),
+    Mutation(
+        SWEEP, "sigmoid_loss", "loss of columns past the end counted",
+        "sigmoid_sweep, ragged, by ids, float32",
+        "loss = tl.where(col_inside[None, :], tl.maximum(x, 0.0) + _log1p(e), 0.0)",
+        "loss = tl.maximum(x, 0.0) + _log1p(e)",
+    ),
+    Mutation(
+        SWEEP, "sigmoid_loss", "tiles of columns store one sum", "sigmoid_sweep, ragged, by ids, float32",
+        "partial = col_tile.to(tl.int64) * (stop - start) + rows - start", "partial = rows - start",
+    ),
+    Mutation(
+        SWEEP, "sigmoid_loss", "sigmoid of negative logits for all", "sigmoid_sweep, ragged, by ids, float32",
+        "tl.where(x >= 0, 1.0, e) / (1.0 + e)", "e / (1.0 + e)",
+    ),
+    Mutation(
+        SWEEP, "sigmoid_loss", "store masked by rows alone", "sigmoid_sweep, ragged, by ids, float32",
+        "mask=row_inside[:, None] & col_inside[None, :]", "mask=row_inside[:, None]",
+    ),
+    Mutation(
+        SWEEP, "_contrastive", "two programs make one tile", "sigmoid_sweep, ragged, by ids, float32",
+        "program % in_group // height", "program // in_group",
+    ),
+    Mutation(
+        LINEAR, "gated_linear_residual", "row mask ignored", "gated_linear_residual, ragged, float32",
+        "branch = tl.where(kept[:, None], branch, 0.0)", "branch = tl.where(kept[:, None], branch, branch)",
+    ),
+    Mutation(
+        LINEAR, "gated_linear_residual", "stride of the depth in place of the width",
+        "gated_linear_residual, ragged, float32",
+        "at = rows.to(tl.int64)[:, None] * m + cols", "at = rows.to(tl.int64)[:, None] * depth + cols",
+    ),
+    Mutation(
+        LINEAR, "gated_linear_residual", "load of the residual not masked",
+        "gated_linear_residual, ragged, float32",
+        "x = tl.load(X + at, mask=inside, other=0.0)", "x = tl.load(X + at)",
+    ),
+    Mutation(
+        LINEAR, "gated_linear_residual", "gates of the first block for all",
+        "gated_linear_residual, channels, bfloat16",
+        "tl.load(T + cols, mask=cols < m, other=0.0)",
+        "tl.load(T + tl.arange(0, BLOCK_N), mask=cols < m, other=0.0)",
+    ),
+    Mutation(
+        SCALE_ROWS, "gated_linear_residual", "row without its tail", "gated_linear_residual, wide, bfloat16",
+        "for start in range(0, depth, BLOCK):", "for start in range(0, depth - BLOCK + 1, BLOCK):",
+    ),
+    Mutation(
+        SCALE_ROWS, "gated_linear_residual", "one gate for all rows",
+        "gated_linear_residual, channels, bfloat16",
+        "t = tl.load(T + row if PER_ROW else T)", "t = tl.load(T)",
+    ),
+    Mutation(
+        SCALE_ROWS, "gated_linear_residual", "bound of the store off by one",
+        "gated_linear_residual, ragged, float32",
+        "(t * p).to(OUT.dtype.element_ty), mask=cols < depth)",
+        "(t * p).to(OUT.dtype.element_ty), mask=cols <= depth)",
+    ),
+    Mutation(
+        SCALE_ROWS, "gated_linear_residual", "one block of the row summed",
+        "gated_linear_residual, wide, bfloat16",
+        "dots += p * tl", "dots = p * tl",
+    ),
+    Mutation(
+        GATED, "gated_residual", "bound of the rows off by one", "gated_residual, ragged, float32",
+        "inside = (rows < n)[:, None]", "inside = (rows <= n)[:, None]",
+    ),
+    Mutation(
+        GATED, "gated_residual", "row mask ignored", "gated_residual, channels, masked, bfloat16",
+        "y = tl.load(Y + at, mask=kept, other=0.0)", "y = tl.load(Y + at, mask=inside, other=0.0)",
+    ),
+    Mutation(
+        GATED, "gated_residual", "gates of the first block for all", "gated_residual, wide, bfloat16",
+        "cols = col_block * BLOCK_D + tl.arange(0, BLOCK_D)\n        t =",
+        "cols = tl.arange(0, BLOCK_D)\n        t =",
+    ),
+    Mutation(
+        GATED, "gated_residual", "rows of neighbouring programs overlap", "gated_residual, ragged, float32",
+        "tl.program_id(0) // col_blocks * BLOCK_R", "tl.program_id(0) // col_blocks * (BLOCK_R - 1)",
+    ),
+    Mutation(
+        GATED_BWD, "gated_residual", "programs share their rows", "gated_residual, ragged, float32",
+        "range(program * BLOCK_R, n, programs * BLOCK_R)", "range(program * BLOCK_R, n, BLOCK_R)",
+    ),
+    Mutation(
+        GATED_BWD, "gated_residual", "sum of the last rows alone", "gated_residual, ragged, float32",
+        "total += dout * tl.load", "total = dout * tl.load",
+    ),
+    Mutation(
+        GATED_BWD, "gated_residual", "all programs store one partial sum", "gated_residual, ragged, float32",
+        "tl.store(PARTIAL + tl.program_id(0),", "tl.store(PARTIAL,",
+    ),
+    Mutation(
+        GATED_BWD, "gated_residual", "bound of the partial sums off by one", "gated_residual, wide, bfloat16",
+        "tl.sum(total.to(tl.float64), 0), mask=cols < depth)",
+        "tl.sum(total.to(tl.float64), 0), mask=cols <= depth)",
+    ),
+    Mutation(
+        BIAS, "interval_attention", "mask of the gradient of logits dropped", BIASED,
+        "total += tl.where(seen, ds, 0.0)", "total += ds",
+    ),
+    Mutation(
+        BIAS, "interval_attention", "rows past the grid counted", BIASED,
+        "rows = tl.where(i < grid_cols, row * grid_cols + i, tq)", "rows = row * grid_cols + i",
+    ),
+    Mutation(
+        BIAS, "interval_attention", "last batch left out", BIASED,
+        "range(0, tl.cdiv(batches - split, splits))",
+        "range(0, tl.maximum((batches - split) // splits - 1, 1))",
+    ),
+    Mutation(
+        BIAS, "interval_attention", "results of neighbouring programs overlap", BIASED,
+        "tl.program_id(0).to(tl.int64) * BLOCK * BLOCK +", "tl.program_id(0).to(tl.int64) * BLOCK +",
+    ),
+    Mutation(
+        BIAS, "_attention", "row of the table without its last column", BIASED,
+        "wide = 2 * grid_cols - 1", "wide = 2 * grid_cols - 2",
+    ),
+]  # fmt: skip
