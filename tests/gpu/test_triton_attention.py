@@ -124,7 +124,7 @@ def test_blocks_no_query_sees_are_not_read():
     query, key, value = problem(1, 1, 1, 40, 640, 16, 16, torch.float32)
     start, end = torch.full((40,), 300), torch.full((40,), 310)
     key[:, :, :200], value[:, :, :200], key[:, :, 500:], value[:, :, 500:] = [float("nan")] * 4
-    with interpreting():
+    with interpreting(sanitize=True):
         out, lse = triton_interval.interval_attention(query, key, value, start, end, 0.25, None, 0, 0)
         grads = triton_interval.interval_attention_bwd(
             out, None, query, key, value, start, end, out, lse, 0.25, None, 0, 0, [True, True, True, False]
@@ -137,7 +137,7 @@ def test_blocks_no_query_sees_are_not_read():
 def test_nan_is_not_hidden():
     query, key, value = problem(1, 1, 1, 20, 20, 16, 16, torch.float32)
     query[:, :, 3] = float("nan")
-    with interpreting():
+    with interpreting(sanitize=True):
         out, lse = triton_interval.interval_attention(
             query, key, value, *intervals.causal(20), 0.25, None, 0, 0
         )
@@ -181,9 +181,10 @@ def test_tiles_follow_type_width_and_size():
             options["EVEN_D"],
         )
 
-    assert chosen(torch.bfloat16, 64, 4096) == (128, 64, 64, "ieee", True)
-    assert chosen(torch.float16, 64, 1) == (16, 64, 64, "ieee", True)
-    assert chosen(torch.bfloat16, 80, 4096) == (128, 64, 128, "ieee", False)
-    assert chosen(torch.float32, 128, 4096) == (32, 16, 128, "tf32x3", True)
+    half, wide, single = (_attention.FORWARD[key][:2] for key in ((True, 64), (True, 128), (False, 128)))
+    assert chosen(torch.bfloat16, 64, 4096) == (*half, 64, "ieee", True)
+    assert chosen(torch.float16, 64, 1) == (16, half[1], 64, "ieee", True)
+    assert chosen(torch.bfloat16, 80, 4096) == (*wide, 128, "ieee", False)
+    assert chosen(torch.float32, 128, 4096) == (*single, 128, "tf32x3", True)
     for tables in (_attention.FORWARD, _attention_bwd.QUERY_GRADS, _attention_bwd.KEY_GRADS):
         assert chosen(torch.float16, 256, 64, tables)[2] == 256

@@ -157,7 +157,7 @@ def test_sigmoid_block_at_extreme_logits(dtype, scale, bias):
 def test_softplus_of_a_small_exponential_keeps_its_digits():
     p = Problem(1, 1, 16, torch.float32, scale=0.0)
     p.positives[:] = -1
-    with interpreting():
+    with interpreting(sanitize=True):
         for bias in (-1e-3, -3.0, -12.0, -30.0, -80.0):
             rows = sigmoid_loss.sigmoid_sweep(
                 p.query, p.key, p.scale, torch.tensor(bias), None, None, p.positives, None, None,
