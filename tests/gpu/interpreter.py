@@ -92,9 +92,9 @@ def _numerics(tf32: bool) -> dict:
         return _handle(op(_values(lhs), _values(rhs)), lhs.dtype)
 
     def unary_op(self, arg, op):
-        return (
-            _handle(op(_values(arg)), arg.dtype) if _is_narrow(arg) else original["unary_op"](self, arg, op)
-        )
+        if not _is_narrow(arg):
+            return original["unary_op"](self, arg, op)
+        return _handle(op(_values(arg)), arg.dtype)
 
     def ternary_op(self, first, second, third, op):
         if not _is_narrow(third) or op is np.where:  # a selection moves bits
@@ -164,9 +164,8 @@ def _scalars_as_indices():
 
 
 _compiled_run = JITFunction.run
-_borrowed: dict[
-    int, tuple[dict, dict]
-] = {}  # globals of a kernel's module -> the names the interpreter needs there
+# Globals of the module of a kernel, by identity, and the names that the interpreter needs there
+_borrowed: dict[int, tuple[dict, dict]] = {}
 
 
 def _rewritten(fn):
