@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.ops._attention import laid_out
-from vlmkernels.triton._contrastive import rows_contiguous, tf32_allowed
+from vlmkernels.triton._contrastive import architecture, rows_contiguous, tf32_allowed
 
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # the maximum of no logits, finite: its distance to itself is 0
 
@@ -205,14 +205,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-Tiles = dict[tuple[bool, int], Tile]
-# (inputs of 16 bits, padded width of a head); none spills inside a loop on sm_80, sm_90 or gfx942
+Tiles = dict[tuple[bool, int], Tile]  # by (inputs of 16 bits, padded width of a head)
+Exceptions = dict[str, dict[tuple[bool, int, bool], Tile]]  # by architecture and (.., .., with a bias)
+# With its exceptions none spills inside a loop on sm_80, sm_90, sm_100, sm_120 or gfx942
 FORWARD: Tiles = {
     (True, 64): Tile(128, 64, 8, 3),
     (True, 128): Tile(128, 64, 8, 2),
     (True, 256): Tile(64, 32, 8, 2),
     (False, 64): Tile(32, 32, 4, 2),
-    (False, 128): Tile(32, 16, 4, 2),
+    (False, 128): Tile(16, 32, 4, 2),
 }
 
 
@@ -227,13 +228,22 @@ def block(size: int) -> int:
     return max(16, triton.next_power_of_2(max(size, 1)))
 
 
-def launch_options(tiles: Tiles, query: Tensor, value: Tensor, rows: int, cols: int, biased: bool) -> dict:
+def launch_options(
+    tiles: Tiles,
+    query: Tensor,
+    value: Tensor,
+    rows: int,
+    cols: int,
+    biased: bool,
+    exceptions: Exceptions | None = None,
+) -> dict:
     """The tile for a problem from its table, no larger than the problem."""
     width, value_width = query.shape[3], value.shape[3]
     block_d, block_v = block(width), block(value_width)
     half = query.dtype != torch.float32
     widest = max(block_d, block_v, 64)
-    chosen = tiles[half, widest]
+    here = (exceptions or {}).get(architecture(query), {})
+    chosen = here.get((half, widest, biased), tiles[half, widest])
     block_m = chosen.block_m
     if half and biased and widest > 64 and block_m >= chosen.block_n:
         block_m //= 2  # elements of the table are prefetched to shared memory too

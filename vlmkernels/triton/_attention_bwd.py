@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vlmkernels.ops._attention import laid_out
 from vlmkernels.triton._attention import (
+    Exceptions,
     Source,
     Tile,
     Tiles,
@@ -226,11 +227,14 @@ def _key_grads(
 
 
 QUERY_GRADS: Tiles = {
-    (True, 64): Tile(128, 64, 8, 2),
-    (True, 128): Tile(64, 64, 8, 2),
+    (True, 64): Tile(64, 32, 4, 2),
+    (True, 128): Tile(64, 32, 4, 2),
     (True, 256): Tile(32, 32, 8, 2),
     (False, 64): Tile(32, 32, 4, 2),
     (False, 128): Tile(16, 32, 4, 1),
+}
+QUERY_GRADS_ON: Exceptions = {
+    "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
 }
 KEY_GRADS: Tiles = {
     (True, 64): Tile(32, 128, 8, 2),
@@ -239,6 +243,7 @@ KEY_GRADS: Tiles = {
     (False, 64): Tile(32, 32, 8, 2),
     (False, 128): Tile(32, 16, 8, 1),
 }
+KEY_GRADS_ON: Exceptions = {"sm_120": {(True, 64, True): Tile(32, 64, 8, 2)}}
 
 
 def row_sums(
@@ -278,7 +283,9 @@ def query_gradient(
     b, h, tq, width = query.shape
     tk, value_width = source.value.shape[2:]
     tk2 = second.key.shape[2] if second else 0
-    options = launch_options(QUERY_GRADS, query, source.value, tq, max(tk, tk2), table is not None)
+    options = launch_options(
+        QUERY_GRADS, query, source.value, tq, max(tk, tk2), table is not None, QUERY_GRADS_ON
+    )
     with torch.cuda.device_of(query):
         _query_grads[(triton.cdiv(tq, options["BLOCK_M"]) * h * b,)](
             query, source.key, source.value, *((second.key, second.value) if second else (None, None)),
@@ -311,7 +318,7 @@ def key_gradients(
         return dk, dv
     b, h, tq, width = query.shape
     hkv, tk, value_width = value.shape[1:]
-    options = launch_options(KEY_GRADS, query, value, tq, tk, table is not None)
+    options = launch_options(KEY_GRADS, query, value, tq, tk, table is not None, KEY_GRADS_ON)
     blocks, ranges, stride_rb = triton.cdiv(tk, options["BLOCK_N"]), None, 0
     with torch.cuda.device_of(query):
         if start is not None or end is not None:

@@ -144,17 +144,27 @@ class Tile(NamedTuple):
         }
 
 
-# (kind of product, whether the problem fills the device with large tiles). None spills inside a loop on sm_80
-# or sm_90, and two programs share a multiprocessor: one makes products while the other makes exponentials.
-TILES = {
-    ("half", True): Tile(128, 64, 64, 4, 3),
+Tiles = dict[tuple[str, bool], Tile]
+# (kind of product, whether large tiles fill the device); with their exceptions, by architecture, none spills
+# inside a loop on sm_80, sm_90, sm_100, sm_120 or gfx942. Smaller tiles of 16-bit numbers read more from L2
+# than an H100 delivers; TF32 and float32 have no registers for larger ones.
+TILES: Tiles = {
+    ("half", True): Tile(128, 256, 64, 8, 3),
     ("half", False): Tile(64, 64, 64, 4, 3),
     ("tf32", True): Tile(128, 64, 32, 4, 3),
     ("tf32", False): Tile(64, 64, 32, 4, 3),
     ("ieee", True): Tile(64, 64, 16, 8, 2),
     ("ieee", False): Tile(64, 64, 16, 8, 2),
 }
-LARGE = 1 << 21  # similarities: 256 large tiles
+TILES_ON: dict[str, Tiles] = {
+    "gfx942": {  # 64 KiB of shared memory, where every stage counts in full
+        ("half", True): Tile(128, 64, 64, 4, 2),
+        ("half", False): Tile(64, 64, 64, 4, 2),
+        ("tf32", True): Tile(128, 64, 32, 4, 2),
+        ("tf32", False): Tile(64, 64, 32, 4, 2),
+    },
+}
+LARGE = 256  # tiles
 
 
 def tf32_allowed() -> bool:
@@ -164,6 +174,15 @@ def tf32_allowed() -> bool:
     return setting == "tf32"
 
 
+def architecture(x: Tensor) -> str:
+    """What the tables have exceptions for, as "sm_90" or "gfx942"; "sm_80" where there is no GPU."""
+    if not x.is_cuda:
+        return "sm_80"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
+
+
 def launch_options(query: Tensor, key: Tensor, *, fuse: bool) -> dict:
     """The tile for a problem, from the table.
 
@@ -171,7 +190,10 @@ def launch_options(query: Tensor, key: Tensor, *, fuse: bool) -> dict:
     logit has to be the same number where its maximum is found and where the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tile = TILES[kind, query.shape[0] * key.shape[0] >= LARGE]
+    tiles = TILES | TILES_ON.get(architecture(query), {})
+    tile = tiles[kind, True]
+    if query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
+        tile = tiles[kind, False]
     return tile.options(query.shape[1], "tf32" if kind == "tf32" else "ieee", fuse)
 
 
@@ -181,7 +203,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
-    """Rows as `similarities` reads them best: they begin and end at multiples of 16 elements, zeros are added.
+    """Rows as `similarities` reads them best: they begin and end at multiples of 16 elements, with zeros.
 
     Elements read one by one cost more than this copy, and their addresses more registers than there are.
     """

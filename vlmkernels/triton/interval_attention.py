@@ -86,6 +86,8 @@ def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
     narrow = max(options["BLOCK_D"], options["BLOCK_V"]) <= 128 and query.dtype != torch.float32
     side = min(32 if narrow else 16, attention.block(grid_cols))
     options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
+    if options["PRECISION"] == "tf32x3" and max(options["BLOCK_D"], options["BLOCK_V"]) > 64:
+        options["PRECISION"] = "ieee"  # three products of the small tile need more registers than there are
     return options | {"BLOCK": side, "num_warps": 4, "num_stages": 1}
 
 
