@@ -1,0 +1,247 @@
+"""Every kernel compiled for every target, and what it may take there.
+
+`python -m tests.gpu.matrix --check` compiles the launches of workloads.py, holds each to the rules below and
+compares it with budgets-<triton>.json; `--write` writes that file; `--rank` ranks tiles by the static model.
+The compiler is part of a Triton release, so its output is the same everywhere and equality is asked for.
+`--triton 3.6.0` runs in a process of its own with that release, installed into build/ on first use.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+
+from vlmkernels.triton import _attention, _contrastive
+
+from .launches import Launch, recording
+from .machine_code import LIMITS, TARGETS, Code, machine_code
+from .workloads import WORKLOADS
+
+ROOT = Path(__file__).parents[2]
+TENSOR = r"HMMA|HGMMA|UTC\w*MMA|QMMA|v_mfma"
+WARPGROUP = {"sm_90": "HGMMA", "sm_100": r"UTC\w*MMA"}
+ASYNC = "LDGSTS|UTMALDG|UBLKCP"
+WIDE = r"(LDG|STG|LDGSTS)\.E\S*\.128|(global|buffer)_(load|store)_dwordx4"
+SPILL = r"LDL|STL|scratch_(load|store)"
+SIZES = ("depth", "width", "value_width")  # of a row, where a kernel has one
+
+
+class Row(NamedTuple):
+    """One line of the budgets."""
+
+    tile: str
+    registers: int
+    spills: int  # accesses to spilled registers; on AMD the registers
+    spills_in_loops: int
+    shared: int  # bytes
+    programs: int  # that a multiprocessor holds
+    tensor: int  # instructions that multiply on tensor cores
+    copies: int  # asynchronous, from global to shared memory
+    wide: int  # accesses of 16 bytes to global memory
+
+    def __str__(self) -> str:
+        return f"{self.tile:24}" + ", ".join(
+            f"{x} {n.replace('_', ' ')}" for n, x in list(self._asdict().items())[1:]
+        )
+
+
+@contextlib.contextmanager
+def on(target: str) -> Iterator[None]:
+    """Launchers inside choose for `target`."""
+    hip = "6.0" if target.startswith("gfx") else None
+    with (
+        mock.patch.object(torch.version, "hip", hip),
+        mock.patch.object(_attention, "architecture", return_value=target),
+        mock.patch.object(_contrastive, "architecture", return_value=target),
+    ):
+        yield
+
+
+def launches(workload: str, target: str) -> list[Launch]:
+    with on(target), recording() as found:
+        WORKLOADS[workload]()
+    return found
+
+
+class Entry(NamedTuple):
+    """A launch by its place, so that another process finds it."""
+
+    workload: str
+    index: int
+    target: str
+
+
+def entries(target: str) -> dict[str, Entry]:
+    """What is compiled for a target, by `workload: kernel`; launches of equal code count once."""
+    out: dict[str, Entry] = {}
+    seen = set()
+    for workload in WORKLOADS:
+        for i, launch in enumerate(launches(workload, target)):
+            source, options = launch.source(TARGETS[target])
+            code = (launch.name, source.signature, source.constants, source.attrs, options)
+            if (key := repr(code)) not in seen:
+                seen.add(key)
+                name = f"{workload}: {launch.name}"
+                same = sum(other == name or other.startswith(f"{name} ") for other in out)
+                out[f"{name} {same + 1}" if same else name] = Entry(workload, i, target)
+    return out
+
+
+def row(launch: Launch, code: Code) -> Row:
+    blocks = [str(x) for name, x in launch.config.items() if name.startswith(("BLOCK", "ROWS"))]
+    options = [
+        f"{launch.config[name]}{name[4]}" for name in ("num_warps", "num_stages") if name in launch.config
+    ]
+    return Row(
+        " ".join(["x".join(blocks), *options]), code.registers, code.spilled or code.count(SPILL),
+        code.count(SPILL, code.inside), code.shared, code.programs, code.count(TENSOR), code.count(ASYNC),
+        code.count(WIDE),
+    )  # fmt: skip
+
+
+def faults(launch: Launch, code: Code) -> Iterator[str]:
+    """What no kernel may do, whatever its budget says."""
+    config, target = launch.config, code.target
+    amd = target.startswith("gfx")
+    if spills := code.count(SPILL, code.inside):
+        yield f"{spills} accesses to spilled registers in loops"
+    if code.shared > LIMITS[target].shared_of_program:
+        yield f"{code.shared} bytes of shared memory, {LIMITS[target].shared_of_program} are there"
+    elif code.programs == 0:
+        yield "no multiprocessor holds a program"
+    product = "PRECISION" in config
+    sizes = [launch.arguments[name] for name in SIZES if name in launch.arguments]
+    half = any(
+        x.dtype in (torch.bfloat16, torch.float16) for n, x in launch.tensors.items() if n in ("Q", "H")
+    )
+    if product and (amd or half or config["PRECISION"] != "ieee") and not code.count(TENSOR):
+        yield "a product without tensor cores"
+    rows = (
+        min(config.get("BLOCK_M", 0), config["BLOCK_N"])
+        if "_key_grads" in launch.name
+        else config.get("BLOCK_M", 0)
+    )
+    if product and half and target in WARPGROUP and rows >= 64 and not code.count(WARPGROUP[target]):
+        yield f"no {WARPGROUP[target]}"
+    even = bool(sizes) and all(size % 16 == 0 for size in sizes)
+    turns = launch.arguments.get("depth", 1 << 30) > config.get("BLOCK_K", 0)
+    if (
+        product
+        and even
+        and turns
+        and not amd
+        and config["num_stages"] > 1
+        and not code.count(ASYNC, code.inside)
+    ):
+        yield "no asynchronous copies in a pipelined loop"
+    if even and not code.count(WIDE):
+        yield "no access of 16 bytes"
+
+
+@functools.cache
+def measure(entry: Entry) -> tuple[Row, list[str]]:
+    launch = launches(entry.workload, entry.target)[entry.index]
+    with on(entry.target):
+        code = machine_code(launch.compiled(TARGETS[entry.target]), entry.target)
+    return row(launch, code), list(faults(launch, code))
+
+
+def budgets_file(version: str = triton.__version__) -> Path:
+    return Path(__file__).with_name(f"budgets-{version}.json")
+
+
+def read() -> dict[str, dict[str, Row]]:
+    stored = json.loads(budgets_file().read_text()) if budgets_file().exists() else {}
+    return {target: {name: Row(*x) for name, x in rows.items()} for target, rows in stored.items()}
+
+
+def write(budgets: dict[str, dict[str, Row]]) -> None:
+    parts = []
+    for target, rows in sorted(budgets.items(), key=lambda item: list(TARGETS).index(item[0])):
+        lines = [f"  {json.dumps(name)}: {json.dumps(list(x))}" for name, x in rows.items()]
+        parts.append(f" {json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n }")
+    budgets_file().write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def changes(target: str, stored: dict[str, Row], found: dict[str, Row]) -> list[str]:
+    """Budgets that differ, as a diff that a person reads."""
+    out = []
+    for name in dict.fromkeys((*stored, *found)):
+        if stored.get(name) != found.get(name):
+            out.append(f"{target} {name}")
+            out += [f"  {sign} {rows[name]}" for sign, rows in (("-", stored), ("+", found)) if name in rows]
+    return out
+
+
+def measured(wanted: Iterable[Entry]) -> list[tuple[Row, list[str]]]:
+    """In two processes."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return pool.map(measure, wanted, chunksize=4)
+
+
+def check(targets: list[str], store: bool) -> int:
+    """Compile for the targets; 1 if a rule is broken or a budget differs that is not to be stored."""
+    budgets, wrong, differing = read(), [], []
+    wanted = {target: entries(target) for target in targets}
+    results = iter(measured([x for found in wanted.values() for x in found.values()]))
+    for target, names in wanted.items():
+        found = {}
+        for name in names:
+            found[name], broken = next(results)
+            wrong += [f"{target} {name}: {fault}\n  {found[name]}" for fault in broken]
+        differing += changes(target, budgets.get(target, {}), found)
+        budgets[target] = found
+    if store:
+        write(budgets)
+    elif differing:
+        differing.append(
+            f"If that is meant: python -m tests.gpu.matrix --write --triton {triton.__version__}"
+        )
+    sys.stdout.write("".join(f"{line}\n" for line in (*differing, *wrong)))
+    sys.stdout.write(
+        f"Triton {triton.__version__}: {sum(map(len, wanted.values()))} kernels, {len(wrong)} faults\n"
+    )
+    return int(bool(wrong or (differing and not store)))
+
+
+def other_release(version: str) -> dict[str, str]:
+    """Environment of a process that imports that release of Triton."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), f"triton=={version}"], check=True)
+    return os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.gpu.matrix", description=__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true")
+    action.add_argument("--write", action="store_true")
+    action.add_argument("--rank", nargs="?", const="", metavar="KERNEL, WORKLOAD")
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--triton", default=triton.__version__)
+    options = parser.parse_args()
+    if options.triton != triton.__version__:
+        arguments = [sys.executable, "-m", "tests.gpu.matrix", *sys.argv[1:]]
+        return subprocess.run(arguments, env=other_release(options.triton), cwd=ROOT).returncode
+    if options.rank is not None:
+        from .ranking import rank
+
+        return rank(options.target or ["sm_80", "sm_90"], options.rank)
+    return check(options.target or list(TARGETS), options.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Tiles ranked by the static model: what `python -m tests.gpu.matrix --rank` prints.
+
+The entries of the tables in vlmkernels/triton come from here. A tile that spills in a loop, or asks for more
+shared memory than there is, is out; the others are ordered by the share of the peak of products that the
+bounds of model.py leave them. Nothing is timed.
+"""
+
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+from vlmkernels.triton import _attention, _attention_bwd, _contrastive
+
+from .machine_code import TARGETS, machine_code
+from .matrix import faults, launches
+from .model import RATES, bound
+
+
+class Sweep(NamedTuple):
+    """A kernel at a workload, the entry of a table that it reads, and what else the entry might be."""
+
+    workload: str
+    kernel: str
+    table: Callable[[], dict]
+    key: tuple
+    candidates: tuple
+
+
+def _tiles(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
+    return tuple(
+        _contrastive.Tile(m, n, block_k, warps, stages)
+        for (m, n), warps, stages in itertools.product(sides, (4, 8), (2, 3))
+    )
+
+
+def _attention_tiles(rows, cols, stages=(2,)) -> tuple:
+    return tuple(
+        _attention.Tile(m, n, warps, s) for m, n, warps, s in itertools.product(rows, cols, (4, 8), stages)
+    )
+
+
+def _sweeps() -> Iterator[Sweep]:
+    contrastive = lambda: _contrastive.TILES  # noqa: E731
+    for workload, kernel in (
+        ("info_nce", "info_nce._stats"),
+        ("info_nce", "info_nce._tile_grads"),
+        ("sigmoid", "sigmoid_loss._sweep"),
+        ("gated_linear_residual", "gated_linear_residual._forward"),
+    ):
+        yield Sweep(f"{workload} bf16", kernel, contrastive, ("half", True), _tiles(64))
+        yield Sweep(f"{workload} tf32", kernel, contrastive, ("tf32", True), _tiles(32))
+    for half, width in _attention.FORWARD:
+        workload = f"attention {'bf16' if half else 'fp32'} {width}"
+        sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)
+        for kernel, table in (
+            ("_attention._forward", lambda: _attention.FORWARD),
+            ("_attention_bwd._query_grads", lambda: _attention_bwd.QUERY_GRADS),
+            ("_attention_bwd._key_grads", lambda: _attention_bwd.KEY_GRADS),
+        ):
+            yield Sweep(workload, kernel, table, (half, width), _attention_tiles(sides, sides))
+
+
+SWEEPS = list(_sweeps())
+
+
+def measure(place: int, candidate: tuple, target: str) -> tuple[str, float, str]:
+    """The tile, its rank (0 for one that is out), and why."""
+    sweep = SWEEPS[place]
+    name = f"{'x'.join(map(str, candidate[:-2]))} {candidate[-2]}w {candidate[-1]}s"
+    with mock.patch.dict(sweep.table(), {sweep.key: candidate}):
+        launch = next(x for x in launches(sweep.workload, target) if x.name == sweep.kernel)
+    try:
+        code = machine_code(launch.compiled(TARGETS[target]), target)
+    except Exception as error:  # the compilers raise what they like; a tile they refuse is out
+        return name, 0, str(error).splitlines()[0][:60]
+    wrong = "; ".join(faults(launch, code))
+    if target not in RATES:
+        return name, float(not wrong), wrong or f"{code.registers} registers, {code.programs} programs"
+    b = bound(launch, code)
+    pipes = ", ".join(f"{pipe} {clocks:.0f}" for pipe, clocks in b.pipes.items())
+    facts = f"at most {b.share:.2f} ({b.pipe}), {code.registers} registers, {b.programs} programs; {pipes}"
+    return name, 0 if wrong else b.rank, f"{wrong}; {facts}" if wrong else facts
+
+
+def rank(targets: list[str], only: str = "", top: int = 6) -> int:
+    """Print the sweeps whose name contains `only`; 1 if an entry of a table is out."""
+    out = 0
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for (place, sweep), target in itertools.product(enumerate(SWEEPS), targets):
+            if only not in f"{sweep.kernel}, {sweep.workload}":
+                continue
+            chosen = sweep.table()[sweep.key]
+            candidates = dict.fromkeys((chosen, *sweep.candidates))
+            results = pool.starmap(measure, [(place, x, target) for x in candidates], chunksize=2)
+            current = results[0]
+            out |= current[1] == 0
+            ordered = sorted(results, key=lambda x: -x[1])
+            kept = [x for x in ordered if x[1]]
+            sys.stdout.write(f"{sweep.kernel}, {sweep.workload}, {target}: {len(kept)} of {len(results)}\n")
+            for x in ordered[:top] + ([] if current in ordered[:top] else [current]):
+                sys.stdout.write(f"{'*' if x == current else ' '} {x[1]:.3f} {x[0]:16} {x[2]}\n")
+            sys.stdout.flush()
+    return out
