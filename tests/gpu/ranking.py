@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
-from vlmkernels.triton import _attention, _attention_bwd, _contrastive
+from vlmkernels.triton import _attention, _attention_bwd, _contrastive, info_nce
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -43,15 +43,14 @@ def _attention_tiles(rows, cols, stages=(2,)) -> tuple:
 
 
 def _sweeps() -> Iterator[Sweep]:
-    contrastive = lambda: _contrastive.TILES  # noqa: E731
-    for workload, kernel in (
-        ("info_nce", "info_nce._stats"),
-        ("info_nce", "info_nce._tile_grads"),
-        ("sigmoid", "sigmoid_loss._sweep"),
-        ("gated_linear_residual", "gated_linear_residual._forward"),
+    for workload, kernel, table in (
+        ("info_nce {} of many devices", "info_nce._stats", lambda: info_nce.TILES),
+        ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.TILES),
+        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.TILES),
+        ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.TILES),
     ):
-        yield Sweep(f"{workload} bf16", kernel, contrastive, ("half", True), _tiles(64))
-        yield Sweep(f"{workload} tf32", kernel, contrastive, ("tf32", True), _tiles(32))
+        yield Sweep(workload.format("bf16"), kernel, table, ("half", True), _tiles(64))
+        yield Sweep(workload.format("tf32"), kernel, table, ("tf32", True), _tiles(32))
     for half, width in _attention.FORWARD:
         workload = f"attention {'bf16' if half else 'fp32'} {width}"
         sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)

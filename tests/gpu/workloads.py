@@ -140,6 +140,8 @@ for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
     _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+_add("info_nce bf16 of many devices", info_nce, 4096, 65536, 768, BF16, normalize=True)
+_add("info_nce tf32 of many devices", info_nce, 4096, 65536, 768, FP32, allow_tf32=True)
 _add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
 _add(
     "info_nce bf16 with gradients of the features",
@@ -187,4 +189,7 @@ _add(
 )
 _add("attention bf16 128 values of 64", attention, 8, 16, 16, 1024, 1024, 128, BF16, dv=64)
 _add("attention bf16 ragged", attention, 3, 5, 5, 1021, 1023, 37, BF16)
+_add("attention bf16 72", attention, 8, 16, 16, 729, 729, 72, BF16)
+_add("gated_residual bf16 one element", gated_residual, 1, 1, BF16)
+_add("gated_linear_residual bf16 one element", gated_linear_residual, 1, 1, 1, BF16)
 _add("attention bf16 one key", attention, 1, 1, 1, 1, 1, 1, BF16)

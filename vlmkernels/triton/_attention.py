@@ -211,7 +211,7 @@ Exceptions = dict[str, dict[tuple[bool, int, bool], Tile]]  # by architecture an
 FORWARD: Tiles = {
     (True, 64): Tile(128, 64, 8, 3),
     (True, 128): Tile(128, 64, 8, 2),
-    (True, 256): Tile(64, 32, 8, 2),
+    (True, 256): Tile(32, 32, 4, 2),
     (False, 64): Tile(32, 32, 4, 2),
     (False, 128): Tile(16, 32, 4, 2),
 }

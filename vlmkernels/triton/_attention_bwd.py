@@ -229,21 +229,25 @@ def _key_grads(
 QUERY_GRADS: Tiles = {
     (True, 64): Tile(64, 32, 4, 2),
     (True, 128): Tile(64, 32, 4, 2),
-    (True, 256): Tile(32, 32, 8, 2),
+    (True, 256): Tile(32, 32, 4, 2),
     (False, 64): Tile(32, 32, 4, 2),
     (False, 128): Tile(16, 32, 4, 1),
 }
 QUERY_GRADS_ON: Exceptions = {
     "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
+    "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
 KEY_GRADS: Tiles = {
     (True, 64): Tile(32, 128, 8, 2),
     (True, 128): Tile(32, 64, 8, 2),
-    (True, 256): Tile(32, 32, 8, 1),
+    (True, 256): Tile(32, 32, 4, 1),
     (False, 64): Tile(32, 32, 8, 2),
     (False, 128): Tile(32, 16, 8, 1),
 }
-KEY_GRADS_ON: Exceptions = {"sm_120": {(True, 64, True): Tile(32, 64, 8, 2)}}
+KEY_GRADS_ON: Exceptions = {
+    "sm_120": {(True, 64, True): Tile(32, 64, 8, 2)},
+    "gfx942": {(True, 256, False): Tile(32, 32, 8, 1)},
+}
 
 
 def row_sums(

@@ -183,14 +183,14 @@ def architecture(x: Tensor) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
 
 
-def launch_options(query: Tensor, key: Tensor, *, fuse: bool) -> dict:
+def launch_options(query: Tensor, key: Tensor, *, fuse: bool, table: Tiles = TILES) -> dict:
     """The tile for a problem, from the table.
 
     `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not have it: a
     logit has to be the same number where its maximum is found and where the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tiles = TILES | TILES_ON.get(architecture(query), {})
+    tiles = table | TILES_ON.get(architecture(query), {})
     tile = tiles[kind, True]
     if query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
         tile = tiles[kind, False]
