@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
-from vlmkernels.triton import _attention, _attention_bwd, _contrastive, info_nce
+from vlmkernels.triton import _attention, _attention_bwd, _contrastive
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -44,9 +44,9 @@ def _attention_tiles(rows, cols, stages=(2,)) -> tuple:
 
 def _sweeps() -> Iterator[Sweep]:
     for workload, kernel, table in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: info_nce.TILES),
+        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.SUM_TILES),
         ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.TILES),
-        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.TILES),
+        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.SUM_TILES),
         ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.TILES),
     ):
         yield Sweep(workload.format("bf16"), kernel, table, ("half", True), _tiles(64))

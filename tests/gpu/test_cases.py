@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import vlmkernels.triton
-from vlmkernels.triton import _attention, _attention_bwd, gated_residual, info_nce
+from vlmkernels.triton import _attention, _attention_bwd, gated_residual
 from vlmkernels.triton import _contrastive as tiles
 
 from .cases import CASES
@@ -26,9 +26,9 @@ MODULES = [
     for found in pkgutil.iter_modules(vlmkernels.triton.__path__)
 ]
 TABLES = {
-    "_stats": info_nce.TILES,
+    "_stats": tiles.SUM_TILES,
     "_tile_grads": tiles.TILES,
-    "_sweep": tiles.TILES,
+    "_sweep": tiles.SUM_TILES,
     "gated_linear_residual._forward": tiles.TILES,
     "_attention._forward": _attention.FORWARD,
     "_query_grads": _attention_bwd.QUERY_GRADS,
@@ -95,7 +95,7 @@ def test_every_table_of_tiles_belongs_to_a_kernel():
 
 def key_is_a_kind(table) -> bool:
     """The tables of contrastive tiles; those of attention have (16 bits, width) for keys."""
-    return table is tiles.TILES or table is info_nce.TILES
+    return table is tiles.TILES or table is tiles.SUM_TILES
 
 
 def entry_of(launch, biased: bool):

@@ -156,12 +156,16 @@ TILES: Tiles = {
     ("ieee", True): Tile(64, 64, 16, 8, 2),
     ("ieee", False): Tile(64, 64, 16, 8, 2),
 }
+# Exponentials and sums of a tile beside it leave no registers for a larger one
+SUM_TILES: Tiles = TILES | {("half", True): Tile(128, 64, 64, 4, 3)}
 TILES_ON: dict[str, Tiles] = {
-    "gfx942": {  # 64 KiB of shared memory, where every stage counts in full
+    "gfx942": {  # 64 KiB of shared memory, where every stage counts in full; 64 lanes in a warp
         ("half", True): Tile(128, 64, 64, 4, 2),
         ("half", False): Tile(64, 64, 64, 4, 2),
         ("tf32", True): Tile(128, 64, 32, 4, 2),
         ("tf32", False): Tile(64, 64, 32, 4, 2),
+        ("ieee", True): Tile(64, 64, 16, 4, 2),
+        ("ieee", False): Tile(64, 64, 16, 4, 2),
     },
 }
 LARGE = 256  # tiles

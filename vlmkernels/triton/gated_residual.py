@@ -7,7 +7,7 @@ from torch import Tensor
 
 TILE = 2048  # elements of one tile, 8 a thread: 16 bytes of bfloat16
 PROGRAMS = 1024  # at most about as many partial sums of the gate's gradient
-WARPS = 8
+WARPS = 8  # of 32 lanes
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def _backward(
 def blocks(depth: int) -> dict[str, int]:
     """Tile of the kernels for rows of `depth` elements."""
     block_d = min(triton.next_power_of_2(depth), TILE)
-    return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": WARPS, "enable_fp_fusion": True}
+    warps = WARPS // 2 if torch.version.hip is not None else WARPS  # those of AMD have 64 lanes
+    return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def _operands(gate: Tensor, row_mask: Tensor | None, work: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -15,8 +15,6 @@ from vlmkernels.triton._contrastive import grouped_tile, similarities
 
 PROGRAMS = 1024  # the columns are split until about so many programs share the first sweep
 PARTIAL_TILES = 256  # row tiles whose column statistics are held at once when `store_bytes` allows no more
-# The exponentials of a tile and the sums of its rows leave no registers for a larger one
-TILES = tiles.TILES | {("half", True): tiles.Tile(128, 64, 64, 4, 3)}
 NOTHING: tl.constexpr = tl.constexpr(
     -3e38
 )  # a logit that counts for nothing, finite so that products with 0 are 0
@@ -232,7 +230,7 @@ def info_nce_stats(
         rows[0], cols[0] = -float("inf"), -float("inf")
         return *rows, stats.new_full((n,), -float("inf")), *cols, store
     query, key = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(query, key, fuse=False, table=TILES)
+    options = tiles.launch_options(query, key, fuse=False, table=tiles.SUM_TILES)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
     splits = triton.cdiv(col_tiles, tiles_per_split)
