@@ -15,6 +15,7 @@ import triton
 
 from .launches import Launch
 from .machine_code import TARGETS, Code, machine_code
+from .matrix import launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +196,7 @@ def bound(launch: Launch, code: Code) -> Bound:
 
 
 @functools.cache
-def bound_of(launch: Launch, target: str) -> Bound:
+def bound_of(workload: str, kernel: str, target: str) -> Bound:
+    """That of the first launch of `kernel`, as in "info_nce._stats", in one of WORKLOADS."""
+    launch = next(x for x in launches(workload, target) if x.name == kernel)
     return bound(launch, machine_code(launch.compiled(TARGETS[target]), target))

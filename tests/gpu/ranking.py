@@ -25,8 +25,12 @@ class Sweep(NamedTuple):
     workload: str
     kernel: str
     table: Callable[[], dict]
+    exceptions: Callable[[], dict]  # of the table, by architecture
     key: tuple
     candidates: tuple
+
+    def chosen(self, target: str) -> tuple:
+        return self.exceptions().get(target, {}).get(self.key, self.table()[self.key])
 
 
 def _tiles(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
@@ -43,23 +47,35 @@ def _attention_tiles(rows, cols, stages=(2,)) -> tuple:
 
 
 def _sweeps() -> Iterator[Sweep]:
-    for workload, kernel, table in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.SUM_TILES),
-        ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.TILES),
-        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.SUM_TILES),
-        ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.TILES),
+    def contrastive():
+        return _contrastive.TILES
+
+    for workload, kernel, exceptions in (
+        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.TILES_ON),
+        ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.PRODUCTS_ON),
+        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.TILES_ON),
+        ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.PRODUCTS_ON),
     ):
-        yield Sweep(workload.format("bf16"), kernel, table, ("half", True), _tiles(64))
-        yield Sweep(workload.format("tf32"), kernel, table, ("tf32", True), _tiles(32))
+        for kind, key, block_k in (("bf16", "half", 64), ("tf32", "tf32", 32)):
+            yield Sweep(workload.format(kind), kernel, contrastive, exceptions, (key, True), _tiles(block_k))
     for half, width in _attention.FORWARD:
         workload = f"attention {'bf16' if half else 'fp32'} {width}"
         sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)
-        for kernel, table in (
-            ("_attention._forward", lambda: _attention.FORWARD),
-            ("_attention_bwd._query_grads", lambda: _attention_bwd.QUERY_GRADS),
-            ("_attention_bwd._key_grads", lambda: _attention_bwd.KEY_GRADS),
+        for kernel, table, exceptions in (
+            ("_attention._forward", lambda: _attention.FORWARD, dict),
+            (
+                "_attention_bwd._query_grads",
+                lambda: _attention_bwd.QUERY_GRADS,
+                lambda: _attention_bwd.QUERY_GRADS_ON,
+            ),
+            (
+                "_attention_bwd._key_grads",
+                lambda: _attention_bwd.KEY_GRADS,
+                lambda: _attention_bwd.KEY_GRADS_ON,
+            ),
         ):
-            yield Sweep(workload, kernel, table, (half, width), _attention_tiles(sides, sides))
+            candidates = _attention_tiles(sides, sides)
+            yield Sweep(workload, kernel, table, exceptions, (half, width), candidates)
 
 
 SWEEPS = list(_sweeps())
@@ -69,7 +85,8 @@ def measure(place: int, candidate: tuple, target: str) -> tuple[str, float, str]
     """The tile, its rank (0 for one that is out), and why."""
     sweep = SWEEPS[place]
     name = f"{'x'.join(map(str, candidate[:-2]))} {candidate[-2]}w {candidate[-1]}s"
-    with mock.patch.dict(sweep.table(), {sweep.key: candidate}):
+    entry, no_exception = {sweep.key: candidate}, {target: {}}
+    with mock.patch.dict(sweep.table(), entry), mock.patch.dict(sweep.exceptions(), no_exception):
         launch = next(x for x in launches(sweep.workload, target) if x.name == sweep.kernel)
     try:
         code = machine_code(launch.compiled(TARGETS[target]), target)
@@ -91,8 +108,7 @@ def rank(targets: list[str], only: str = "", top: int = 6) -> int:
         for (place, sweep), target in itertools.product(enumerate(SWEEPS), targets):
             if only not in f"{sweep.kernel}, {sweep.workload}":
                 continue
-            chosen = sweep.table()[sweep.key]
-            candidates = dict.fromkeys((chosen, *sweep.candidates))
+            candidates = dict.fromkeys((sweep.chosen(target), *sweep.candidates))
             results = pool.starmap(measure, [(place, x, target) for x in candidates], chunksize=2)
             current = results[0]
             out |= current[1] == 0

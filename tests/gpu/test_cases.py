@@ -26,9 +26,9 @@ MODULES = [
     for found in pkgutil.iter_modules(vlmkernels.triton.__path__)
 ]
 TABLES = {
-    "_stats": tiles.SUM_TILES,
+    "_stats": tiles.TILES,
     "_tile_grads": tiles.TILES,
-    "_sweep": tiles.SUM_TILES,
+    "_sweep": tiles.TILES,
     "gated_linear_residual._forward": tiles.TILES,
     "_attention._forward": _attention.FORWARD,
     "_query_grads": _attention_bwd.QUERY_GRADS,
@@ -93,15 +93,10 @@ def test_every_table_of_tiles_belongs_to_a_kernel():
     assert tables == {id(table) for table in TABLES.values()}
 
 
-def key_is_a_kind(table) -> bool:
-    """The tables of contrastive tiles; those of attention have (16 bits, width) for keys."""
-    return table is tiles.TILES or table is tiles.SUM_TILES
-
-
 def entry_of(launch, biased: bool):
     """The key of its table under which a launch finds its tile, if it uses all of it."""
     config, half, table = launch.config, features(launch) in HALF, table_of(launch.name)
-    if key_is_a_kind(table):
+    if table is tiles.TILES:
         kind = "half" if half else config["PRECISION"]
         keys = [(kind, True), (kind, False)]
         tile = [config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")]
@@ -122,7 +117,7 @@ def test_every_tile_is_used_whole_by_each_of_its_kernels(launches):
         table = table_of(name)
         if table is None:
             continue
-        for biased in (False,) if key_is_a_kind(table) else (False, True):
+        for biased in (False, True) if table is not tiles.TILES else (False,):
             used = {key for launch in launches[0][name] for key in entry_of(launch, biased)}
             assert used == set(table), f"{name}, {'biased' if biased else 'plain'}"
             both = {

@@ -146,18 +146,15 @@ class Tile(NamedTuple):
 
 Tiles = dict[tuple[str, bool], Tile]
 # (kind of product, whether large tiles fill the device); with their exceptions, by architecture, none spills
-# inside a loop on sm_80, sm_90, sm_100, sm_120 or gfx942. Smaller tiles of 16-bit numbers read more from L2
-# than an H100 delivers; TF32 and float32 have no registers for larger ones.
+# inside a loop on sm_80, sm_90, sm_100, sm_120 or gfx942.
 TILES: Tiles = {
-    ("half", True): Tile(128, 256, 64, 8, 3),
+    ("half", True): Tile(128, 64, 64, 4, 3),
     ("half", False): Tile(64, 64, 64, 4, 3),
     ("tf32", True): Tile(128, 64, 32, 4, 3),
     ("tf32", False): Tile(64, 64, 32, 4, 3),
     ("ieee", True): Tile(64, 64, 16, 8, 2),
     ("ieee", False): Tile(64, 64, 16, 8, 2),
 }
-# Exponentials and sums of a tile beside it leave no registers for a larger one
-SUM_TILES: Tiles = TILES | {("half", True): Tile(128, 64, 64, 4, 3)}
 TILES_ON: dict[str, Tiles] = {
     "gfx942": {  # 64 KiB of shared memory, where every stage counts in full; 64 lanes in a warp
         ("half", True): Tile(128, 64, 64, 4, 2),
@@ -168,6 +165,8 @@ TILES_ON: dict[str, Tiles] = {
         ("ieee", False): Tile(64, 64, 16, 4, 2),
     },
 }
+# What L2 delivers bounds smaller tiles there. Kernels that sum over a tile have no registers for it.
+PRODUCTS_ON = TILES_ON | {on: {("half", True): Tile(128, 256, 64, 8, 3)} for on in ("sm_90", "sm_100")}
 LARGE = 256  # tiles
 
 
@@ -187,14 +186,16 @@ def architecture(x: Tensor) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
 
 
-def launch_options(query: Tensor, key: Tensor, *, fuse: bool, table: Tiles = TILES) -> dict:
+def launch_options(
+    query: Tensor, key: Tensor, *, fuse: bool, exceptions: dict[str, Tiles] = TILES_ON
+) -> dict:
     """The tile for a problem, from the table.
 
     `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not have it: a
     logit has to be the same number where its maximum is found and where the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tiles = table | TILES_ON.get(architecture(query), {})
+    tiles = TILES | exceptions.get(architecture(query), {})
     tile = tiles[kind, True]
     if query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
         tile = tiles[kind, False]

@@ -138,7 +138,7 @@ def gated_linear_residual(
     mask = row_mask.contiguous().view(torch.uint8) if row_mask is not None else None
     n, m = x.numel() // x.shape[-1], x.shape[-1]
     h, weight = tiles.operand(h.reshape(n, h.shape[-1])), tiles.operand(weight)
-    options = tiles.launch_options(h, weight, fuse=True)
+    options = tiles.launch_options(h, weight, fuse=True, exceptions=tiles.PRODUCTS_ON)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)](
             h, weight, x, t, mask, out, h.stride(0), weight.stride(0), n, m, h.shape[1], t.numel() > 1,

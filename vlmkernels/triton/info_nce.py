@@ -230,7 +230,7 @@ def info_nce_stats(
         rows[0], cols[0] = -float("inf"), -float("inf")
         return *rows, stats.new_full((n,), -float("inf")), *cols, store
     query, key = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(query, key, fuse=False, table=tiles.SUM_TILES)
+    options = tiles.launch_options(query, key, fuse=False)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
     splits = triton.cdiv(col_tiles, tiles_per_split)
@@ -291,7 +291,7 @@ def info_nce_grads(
         return out[0], out[1], out[2], out[3]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
     q, k = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(q, k, fuse=False)
+    options = tiles.launch_options(q, k, fuse=False, exceptions=tiles.PRODUCTS_ON)
     columns = col_coef.numel() > 0
     gain = tiles.gain_for(query.dtype, row_coef, col_coef)
     inv_gain = None

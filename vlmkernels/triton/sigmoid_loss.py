@@ -127,7 +127,7 @@ def sigmoid_sweep(
         return rows[0], dquery, dkey, rows[1], rows[2]
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
     q, k = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(q, k, fuse=True, table=tiles.SUM_TILES)
+    options = tiles.launch_options(q, k, fuse=True)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     gain = tiles.gain_for(query.dtype, row_coef)
     inv_gain = gain.reciprocal() if gain is not None else None
