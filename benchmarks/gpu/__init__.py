@@ -1,0 +1,1 @@
+"""What the kernels may reach on a GPU by a static model, and the one command that measures it there."""

@@ -1,0 +1,140 @@
+"""The tables of docs/roofline.md, from the stored predictions; and those of a measured run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import published
+from benchmarks.gpu.cards import CARDS
+from benchmarks.measure import ROOT
+from benchmarks.report import write_atomically
+
+PAGE = ROOT / "docs" / "roofline.md"
+BLOCK = re.compile(r"(<!-- roofline: (\S+) -->\n).*?(<!-- /roofline -->)", re.DOTALL)
+LABEL = "**Model, not measured.**"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows)) + "\n"
+
+
+def time(microseconds: float) -> str:
+    if microseconds < 1e3:
+        return f"{microseconds:.3g} µs"
+    return f"{microseconds / 1e3:.3g} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.3g} s"
+
+
+def _size(count: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1e3
+    return f"{count:.3g} {units[-1]}"
+
+
+def _sizes(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in entry["sizes"].items())
+
+
+def _estimates(entries: list[dict[str, Any]]) -> str:
+    parts = []
+    cards = list(CARDS)
+    for op in dict.fromkeys(entry["op"] for entry in entries):
+        rows = []
+        for entry in (x for x in entries if x["op"] == op):
+            first = entry["cards"][cards[0]]
+            flops = _size(first["flops"] / 1e6, ("MFLOP", "GFLOP", "TFLOP")) if first["flops"] else "–"
+            theirs = "; ".join(f"{x.peer}: {time(x.microseconds)} ({x.on})" for x in published.beside(entry))
+            rows.append(
+                (
+                    f"{entry['form']}: {_sizes(entry)}", entry["type"], entry["direction"],
+                    _size(first["bytes"] / 1e3, ("kB", "MB", "GB")), flops,
+                    *(f"{time(entry['cards'][c]['us'])} {entry['cards'][c]['bound']}" for c in cards),
+                    theirs or "–",
+                )
+            )  # fmt: skip
+        head = (
+            "workload",
+            "type",
+            "pass",
+            "bytes",
+            "products",
+            *cards,
+            "published by peers, on their machines",
+        )
+        parts.append(f"### {op}\n\n{LABEL} No faster than:\n\n{_markdown(head, rows, 3)}")
+    return "\n".join(parts)
+
+
+def _code(entries: list[dict[str, Any]]) -> str:
+    found: dict[tuple[str, str, str, str], dict[str, list]] = {}
+    for entry in entries:
+        for card, prediction in entry["cards"].items():
+            for kernel, (pipe, share) in prediction["code"].items():
+                key = (kernel, entry["form"], entry["type"], entry["op"])
+                found.setdefault(key, {})[card] = [pipe, share]
+    cards = [card for card in CARDS if any(card in of_kernel for of_kernel in found.values())]
+    rows = [
+        (f"`{kernel}`", f"{op}, {form}", type, *(f"{x[c][1]:.0%} {x[c][0]}" for c in cards))
+        for (kernel, form, type, op), x in found.items()
+    ]
+    return f"{LABEL} At most:\n\n{_markdown(('kernel', 'workload', 'type', *cards), rows, 3)}"
+
+
+def _cards(_: list[dict[str, Any]]) -> str:
+    head = (
+        "card",
+        "target",
+        "bf16, fp16",
+        "TF32",
+        "FP32",
+        "memory",
+        "multiprocessors",
+        "clock",
+        "cache",
+        "source",
+    )
+    rows = [
+        (
+            c.name, c.target, *(f"{x:g} TFLOP/s" for x in (c.half, c.tf32, c.fp32)), f"{c.bandwidth:g} GB/s",
+            str(c.multiprocessors), f"{c.clock} MHz", f"{c.cache} MiB", c.source,
+        )
+        for c in CARDS.values()
+    ]  # fmt: skip
+    return _markdown(head, rows, 2)
+
+
+def _published(_: list[dict[str, Any]]) -> str:
+    head = ("peer", "what", "on", "time", "source")
+    rows = [
+        (x.peer, f"{x.op}, {x.form}, {x.direction}", x.on, time(x.microseconds), x.source)
+        for x in published.FIGURES
+    ]
+    return _markdown(head, rows, 5)
+
+
+TABLES = {"estimates": _estimates, "code": _code, "cards": _cards, "published": _published}
+
+
+def render(text: str, predictions: dict[str, Any]) -> str:
+    """The page with its tables filled in."""
+    header = predictions["header"]
+    made = (
+        f"`{header['command']}`, {header['date']}, commit {header['commit'][:12]}, "
+        f"Triton {header['triton']}, torch {header['torch']}\n"
+    )
+
+    def fill(found: re.Match) -> str:
+        if found[2] == "made":
+            return f"{found[1]}\n{made}\n{found[3]}"
+        return f"{found[1]}\n{TABLES[found[2]](predictions['entries'])}\n{found[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def write(predictions: dict[str, Any], page: Path = PAGE) -> None:
+    write_atomically(page, render(page.read_text(encoding="utf-8"), predictions))

@@ -1,0 +1,242 @@
+"""The kernels that one call of an op runs on a GPU, and what each moves and multiplies; no GPU is needed.
+
+The public op runs on meta tensors. Its registered CUDA kernels take the place of the shape functions, every
+Triton launch is recorded instead of made, and every operator of torch is a step of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.gpu.launches import Launch, intercepting
+from tests.gpu.matrix import on
+from vlmkernels.triton import _contrastive
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh")
+Bounds = tuple[list[int], list[int]]  # start, end of each query
+
+
+@dataclasses.dataclass
+class Step:
+    """One kernel, Triton's or torch's."""
+
+    name: str
+    operands: list[tuple[int, int]]  # storage and bytes of what it reads and of what it writes
+    flops: float = 0  # of its products, with those of padded tiles and masked pairs
+    kind: str = ""  # of the products: "half", "tf32", "tf32x3", "fp32"
+    launch: Launch | None = None
+    even: bool = False  # every program multiplies as much as any other
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.operands)
+
+
+@dataclasses.dataclass
+class Pass:
+    """The forward or the backward."""
+
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    read: dict[int, int] = dataclasses.field(default_factory=dict)  # storage -> bytes
+    made: dict[int, int] = dataclasses.field(default_factory=dict)
+    stays: set[int] = dataclasses.field(default_factory=set)  # what is made and read after the pass
+    held: list[Tensor] = dataclasses.field(default_factory=list)  # a freed storage may become another's
+
+    @property
+    def flops(self) -> float:
+        return sum(step.flops for step in self.steps)
+
+    def add(self, name: str, reads: Iterable[Tensor], writes: Iterable[Tensor], **facts: Any) -> None:
+        reads, writes = list(reads), list(writes)
+        self.steps.append(Step(name, [(storage(x), touched(x)) for x in reads + writes], **facts))
+        for x in reads:
+            self.read[storage(x)] = max(self.read.get(storage(x), 0), touched(x))
+
+    @property
+    def compulsory(self) -> int:
+        """Bytes of what was there before and is read, and of what is made and stays, each once."""
+        read = sum(size for at, size in self.read.items() if at not in self.made)
+        return read + sum(size for at, size in self.made.items() if at in self.stays)
+
+    def from_memory(self, cache: int) -> list[int]:
+        """Bytes of each step that memory moves where `cache` bytes stay on the chip.
+
+        What fits is read from memory once; what fits and does not outlive the pass is never there.
+        """
+        seen: set[int] = set()
+        moved = []
+        for step in self.steps:
+            total = 0
+            for at, size in step.operands:
+                passing = at in self.made and at not in self.stays
+                if max(size, self.made.get(at, 0)) > cache or not (passing or at in seen):
+                    total += size
+                seen.add(at)
+            moved.append(total)
+        return moved
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def touched(x: Tensor) -> int:
+    """Bytes of the distinct elements: an expanded dimension is one element."""
+    sides = zip(x.shape, x.stride(), strict=True)
+    return math.prod(size if stride else min(size, 1) for size, stride in sides) * x.element_size()
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if _contrastive.tf32_allowed() else "fp32"
+
+
+class _Recorder(TorchDispatchMode):
+    """Every operator becomes a step of `into`; those of the library run their CUDA kernels."""
+
+    def __init__(self, into: Pass):
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vlmkernels":
+            with self:
+                return func.redispatch(CUDA, *args, **kwargs)
+        out = func(*args, **kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.into.held += inputs + results
+        name = func._schema.name
+        is_view = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
+        if is_view or not results:
+            return out
+        for x in results:
+            if all(x is not y for y in inputs):
+                self.into.made[storage(x)] = touched(x)
+        if not name.startswith(ALLOCATIONS):
+            written = list(tree_leaves(kwargs.get("out", ())))
+            read = [x for x in inputs if all(x is not y for y in written)]
+            flops, kind = _products(name, args)
+            self.into.add(name, read, results, flops=flops, kind=kind)
+        return out
+
+
+def _products(name: str, args: Sequence[Any]) -> tuple[float, str]:
+    first = {
+        "aten::mm": 0,
+        "aten::bmm": 0,
+        "aten::mv": 0,
+        "aten::dot": 0,
+        "aten::addmm": 1,
+        "aten::baddbmm": 1,
+    }
+    if name not in first:
+        return 0, ""
+    a, b = args[first[name] : first[name] + 2]
+    return 2.0 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1), product_kind(a.dtype)
+
+
+def _recorded_product(into: Pass, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """In place of `_contrastive.product`, which on a GPU is one call of cuBLAS."""
+    flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+    into.add("cuBLAS", (a, b, out) if add else (a, b), (out,), flops=flops, kind=product_kind(a.dtype))
+
+
+def _blocks(first: int, last: int, size: int) -> int:
+    return -(-max(last - first, 0) // size)
+
+
+def _query_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
+    """Pairs that one head of one batch multiplies, and whether all programs do as many."""
+    config, arguments = launch.config, launch.arguments
+    tq, tk, tk2 = (arguments[name] for name in ("tq", "tk", "tk2"))
+    rows, cols = config["BLOCK_M"], config["BLOCK_N"]
+    start, end = bounds or ([0] * tq, [tk] * tq)
+    turns = []
+    for at in range(0, tq, rows):
+        low, high = start[at : at + rows], end[at : at + rows]
+        seen = [(a, b) for a, b in zip(low, high, strict=True) if b > a]
+        lo, hi = min((a for a, _ in seen), default=tk), max((b for _, b in seen), default=0)
+        whole = len(seen) == len(low)  # an empty row sees no block whole
+        a = lo + _blocks(lo, max(low) if whole else tk, cols) * cols
+        b = a + max((min(high) if whole else 0) - a, 0) // cols * cols
+        parts = _blocks(lo, min(a, hi), cols) + (b - a) // cols + _blocks(b, hi, cols)
+        turns.append(parts + _blocks(0, tk2, cols))
+    return float(sum(turns) * rows * cols), len(set(turns)) == 1
+
+
+def _key_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
+    config, arguments = launch.config, launch.arguments
+    tq, tk = arguments["tq"], arguments["tk"]
+    rows, cols = config["BLOCK_M"], config["BLOCK_N"]
+    start, end = bounds or ([0] * tq, [tk] * tq)
+    turns = []
+    for lo in range(0, tk, cols):
+        seen = [i for i in range(tq) if start[i] < min(lo + cols, end[i]) and end[i] > lo]
+        turns.append(_blocks(seen[0], seen[-1] + 1, rows) if seen else 0)
+    return float(sum(turns) * rows * cols), len(set(turns)) == 1
+
+
+def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
+    """FLOPs of a launch's products, and whether all its programs do as many."""
+    config, arguments, name = launch.config, launch.arguments, launch.name
+    if "PRECISION" not in config:
+        return 0, False
+    if "depth" in arguments:
+        depth = _blocks(0, arguments["depth"], config["BLOCK_K"]) * config["BLOCK_K"]
+        tile = 2.0 * config["BLOCK_M"] * config["BLOCK_N"] * depth
+        if name == "info_nce._stats":
+            rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
+            return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
+        return tile * math.prod(launch.grid), True
+    d, v = config["BLOCK_D"], config["BLOCK_V"]
+    pairs, across = {
+        "_attention._forward": (_query_pairs, d + v),
+        "_attention_bwd._query_grads": (_query_pairs, 2 * d + v),
+        "_attention_bwd._key_grads": (_key_pairs, 2 * d + 2 * v),
+    }[name]
+    if arguments["START"] is None:
+        bounds = None
+    found, even = pairs(launch, bounds)
+    return 2.0 * arguments["Q"].shape[0] * arguments["Q"].shape[1] * found * across, even
+
+
+def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
+    """Its tensors are read or written, each once; which of the two, the step need not know."""
+    flops, even = _products_of(launch, bounds)
+    kind = ""
+    if flops:
+        half = any(x.element_size() == 2 for name, x in launch.tensors.items() if name in ("Q", "H"))
+        kind = (
+            "half" if half else {"ieee": "fp32"}.get(launch.config["PRECISION"], launch.config["PRECISION"])
+        )
+    into.add(launch.name, launch.tensors.values(), (), flops=flops, kind=kind, launch=launch, even=even)
+
+
+@contextlib.contextmanager
+def recording(into: Pass, target: str, bounds: Bounds | None = None) -> Iterator[None]:
+    """What runs inside on meta tensors, as it would on `target`; `bounds` are the values of the intervals."""
+
+    def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+        _recorded_product(into, a, b, out, add=add)
+
+    with (
+        on(target),
+        mock.patch.object(_contrastive, "product", product),
+        intercepting(lambda launch: _recorded_launch(into, launch, bounds)),
+        _Recorder(into),
+    ):
+        yield

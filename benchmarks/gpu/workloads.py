@@ -1,0 +1,280 @@
+"""What is predicted and measured on a GPU: the ops at sizes of real models, and their peers.
+
+A workload is a case of `benchmarks.cases`; peers are imported when they are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import vlmkernels
+from benchmarks import peers
+from benchmarks.cases import attention as attention_cases
+from benchmarks.cases import contrastive as contrastive_cases
+from benchmarks.cases import residual as residual_cases
+from benchmarks.cases.attention import IMAGES, bounds
+from benchmarks.cases.case import BF16, F32, Baseline
+from vlmkernels import reference
+from vlmkernels.reference.interval_attention import visible
+
+TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
+SCALE = 1 / 0.07  # where CLIP begins
+QUICK = 64  # what --quick cuts every size to
+
+
+@dataclass(frozen=True)
+class Workload:
+    op: str
+    form: str
+    type: str  # "bf16", "fp32", or "tf32": float32 whose products may be rounded
+    sizes: Mapping[str, int]
+    make: Callable[..., dict[str, Tensor]]  # (device, dtype, **sizes)
+    ours: Callable[..., Tensor]
+    peers: tuple[Baseline, ...]
+    mask: str = ""  # of interval_attention
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.form}, {self.type}"
+
+    def tensors(self, device: str) -> dict[str, Tensor]:
+        """The arguments."""
+        torch.manual_seed(0)
+        return self.make(device, TYPES[self.type], **self.sizes)
+
+    def intervals(self) -> tuple[list[int], list[int]] | None:
+        """Start and end of each query, which meta tensors do not hold."""
+        if not self.mask:
+            return None
+        start, end = bounds(self.mask, self.sizes["queries"], self.sizes["keys"])
+        return start.tolist(), end.tolist()
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """The setting under which it runs, ours and theirs."""
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.type == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _peer(name: str, make: Callable[[], Callable[..., Tensor]]) -> tuple[Baseline, Baseline]:
+    """Eager and compiled."""
+    return Baseline(name, make), Baseline(f"torch.compile of {name}", make, True)
+
+
+# Losses
+
+
+def _memeff() -> Callable[..., Tensor]:
+    """Its temperature has no gradient; `stable` would scale those of the features."""
+    loss_of = peers.load("memeff").MemoryEfficientCLIPLoss(
+        temperature=1 / SCALE, normalized_inputs=True, stable=False
+    )
+    return lambda query, key, scale: loss_of(query, key) + 0 * scale
+
+
+def _liger() -> Callable[..., Tensor]:
+    linear_cross_entropy = peers.load("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+    def loss(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+        target = torch.arange(len(query), device=query.device)
+        rows = linear_cross_entropy(key, (scale * query).to(query.dtype), target)
+        return (rows + linear_cross_entropy(query, (scale * key).to(key.dtype), target)) / 2
+
+    return loss
+
+
+def _siglip_kernel() -> Callable[..., Tensor]:
+    loss_of = peers.load("siglip_kernel").fused_siglip_loss
+    return lambda query, key, scale, bias: loss_of(query, key, scale.log(), bias)
+
+
+def _contrastive(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    chunked = partial(contrastive_cases._linear_cross_entropy, chunked=True)
+    if op == "info_nce":
+        bias, ours = None, vlmkernels.info_nce
+        others = (
+            *_peer("open_clip ClipLoss", partial(contrastive_cases._open_clip_loss, "ClipLoss")),
+            Baseline("2 x F.linear_cross_entropy, chunked", chunked),
+            Baseline("memeff", _memeff),
+            Baseline("2 x Liger fused linear cross-entropy", _liger),
+        )
+    else:
+        bias, ours = -10.0, vlmkernels.sigmoid_loss
+        others = (
+            *_peer("open_clip SigLipLoss", partial(contrastive_cases._open_clip_loss, "SigLipLoss")),
+            Baseline("siglip-kernel", _siglip_kernel),
+        )
+    make = partial(contrastive_cases._features, frozen=False, scale=SCALE, bias=bias)
+    return Workload(op, form, type, sizes, make, ours, others)
+
+
+# Attention
+
+
+def _heads(
+    device: str, dtype: torch.dtype, batch: int, heads: int, queries: int, keys: int, width: int, *, mask: str
+) -> dict[str, Tensor]:
+    tensors = {
+        name: torch.randn(batch, tokens, heads, width, device=device).to(dtype).transpose(1, 2)
+        for name, tokens in (("query", queries), ("key", keys), ("value", keys))
+    }
+    tensors = {name: x.requires_grad_() for name, x in tensors.items()}
+    tensors["start"], tensors["end"] = bounds(mask, queries, keys, device)
+    if mask not in ("causal", "full"):
+        tensors["mask"] = visible(tensors["start"], tensors["end"], keys)
+    return tensors
+
+
+def _merged(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a function of [B, T, H, D] tensors."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in (query, key, value))).flatten(2)
+
+    return call
+
+
+def _flash(mask: str) -> Callable[..., Tensor]:
+    """What FlashAttention needs of each mask: segments and prefixes known on the host."""
+    flash = peers.load("flash_attn")
+
+    def by_image(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, sides = query.shape[0], (query.shape[1] // IMAGES, key.shape[1] // IMAGES)
+        ends = [
+            torch.arange(batch * IMAGES + 1, device=query.device, dtype=torch.int32) * side for side in sides
+        ]
+        out = flash.flash_attn_varlen_func(
+            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *ends, *sides
+        )
+        return out.unflatten(0, (batch, -1))
+
+    def by_prefix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        p = key.shape[1] // 4
+        prefix = flash.flash_attn_func(query[:, :p], key[:, :p], value[:, :p])
+        return torch.cat([prefix, flash.flash_attn_func(query[:, p:], key, value, causal=True)], 1)
+
+    forms = {
+        "full": flash.flash_attn_func,
+        "causal": partial(flash.flash_attn_func, causal=True),
+        "Flamingo": by_image,
+        "prefix-LM": by_prefix,
+    }
+    return _merged(forms[mask])
+
+
+def _flex(mask: str, queries: int, keys: int, device: str) -> Callable[..., Tensor]:
+    return attention_cases._flex(mask, queries, keys, device)
+
+
+def _interval_attention(mask: str, form: str, sizes: Mapping[str, int], type: str, device: str) -> Workload:
+    sdpa = {
+        "full": Baseline("SDPA", attention_cases._sdpa),
+        "causal": Baseline("SDPA is_causal", partial(attention_cases._sdpa, is_causal=True)),
+    }.get(mask, Baseline("SDPA with the mask", attention_cases._sdpa))
+    others = (
+        sdpa,
+        Baseline("FlexAttention", partial(_flex, mask, sizes["queries"], sizes["keys"], device), True),
+        Baseline("flash-attn", partial(_flash, mask)),
+    )
+    return Workload(
+        "interval_attention", form, type, sizes, partial(_heads, mask=mask), attention_cases._ours, others,
+        mask,
+    )  # fmt: skip
+
+
+def _perceiver_attention(form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    def flash() -> Callable[..., Tensor]:
+        attend = peers.load("flash_attn").flash_attn_func
+
+        def joined(query: Tensor, media: Tensor, latents: Tensor) -> Tensor:
+            key, value = torch.cat([media, latents], 1).unbind(2)
+            return attend(query.transpose(1, 2), key, value).flatten(2)
+
+        return joined
+
+    others = (
+        Baseline("SDPA on the concatenation", attention_cases._concatenated),
+        Baseline("flash-attn on the concatenation", flash),
+    )
+    return Workload(
+        "perceiver_attention", form, type, sizes, partial(attention_cases._latent_inputs, ragged=False),
+        partial(attention_cases._latents_attend, vlmkernels.perceiver_attention), others,
+    )  # fmt: skip
+
+
+# Residual stream
+
+
+def _gated_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    def plain() -> Callable[..., Tensor]:
+        return lambda x, y, gate: x + gate.tanh() * y
+
+    others = (*_peer("x + gate.tanh() * y", plain), Baseline("reference", lambda: reference.gated_residual))
+    return Workload(
+        "gated_residual", form, type, sizes,
+        partial(residual_cases._residual, vector=False, masked=False), vlmkernels.gated_residual, others,
+    )  # fmt: skip
+
+
+def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    def plain() -> Callable[..., Tensor]:
+        return lambda x, h, weight, gate: x + gate.tanh() * linear(h, weight)
+
+    def two() -> Callable[..., Tensor]:
+        return lambda x, h, weight, gate: vlmkernels.gated_residual(x, linear(h, weight), gate)
+
+    others = (
+        *_peer("x + gate.tanh() * F.linear(h, weight)", plain),
+        Baseline("F.linear, then gated_residual", two),
+    )
+    return Workload(
+        "gated_linear_residual", form, type, sizes,
+        partial(residual_cases._linear_residual, vector=False, masked=False),
+        vlmkernels.gated_linear_residual, others,
+    )  # fmt: skip
+
+
+def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
+    """All of them; `quick` keeps the forms and cuts the sizes, for a CPU."""
+
+    def cut(**sizes: int) -> dict[str, int]:
+        limits = {"batch": 1, "heads": 2}
+        return {k: min(size, limits.get(k, QUICK)) for k, size in sizes.items()} if quick else sizes
+
+    every = ("bf16", "fp32", "tf32")
+    found = []
+    for op, d, type in [("info_nce", 512, t) for t in every] + [("sigmoid_loss", 768, t) for t in every]:
+        found.append(_contrastive(op, "N=4096", cut(n=4096, m=4096, d=d), type))
+        if type == "bf16":
+            found.append(_contrastive(op, "N=65536", cut(n=65536, m=65536, d=d), type))
+    forms = [
+        ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
+        ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),
+        ("causal", "causal", 8, 16, 2048, 2048, every),
+        ("prefix-LM, a quarter", "prefix-LM", 8, 16, 2048, 2048, ("bf16",)),
+        ("Flamingo, 8 images of 64", "Flamingo", 8, 16, 2048, 512, ("bf16",)),
+    ]
+    for form, mask, batch, heads, queries, keys, types in forms:
+        sizes = cut(batch=batch, heads=heads, queries=queries, keys=keys, width=64)
+        found += [_interval_attention(mask, form, sizes, type, device) for type in types]
+    for type in every:
+        sizes = cut(batch=64, media=256, latents=64)
+        found.append(_perceiver_attention("64 latents, 256 media tokens", sizes, type))
+    for type in ("bf16", "fp32"):
+        found.append(_gated_residual("residual stream", cut(batch=8, tokens=2048, width=4096), type))
+    for type in every:
+        sizes = cut(rows=16384, width=4096, inner=512)
+        found.append(_gated_linear_residual("attention output", sizes, type))
+    found.append(_gated_linear_residual("feed-forward", cut(rows=16384, width=4096, inner=16384), "bf16"))
+    return found
