@@ -14,6 +14,7 @@ from benchmarks.report import write_atomically
 
 PAGE = ROOT / "docs" / "roofline.md"
 BLOCK = re.compile(r"(<!-- roofline: (\S+) -->\n).*?(<!-- /roofline -->)", re.DOTALL)
+OURS = "**vlmkernels**"
 LABEL = "**Model, not measured.**"
 
 
@@ -138,3 +139,31 @@ def render(text: str, predictions: dict[str, Any]) -> str:
 
 def write(predictions: dict[str, Any], page: Path = PAGE) -> None:
     write_atomically(page, render(page.read_text(encoding="utf-8"), predictions))
+
+
+def measured(entries: Iterable[dict[str, Any]]) -> str:
+    """What a run measured: ours, its prediction, and the peers over ours."""
+    rows: list[tuple[str, ...]] = []
+    for entry in entries:
+        name, median = f"{entry['op']}, {entry['name']}", time(entry["seconds"]["median"] * 1e6)
+        if "no_prediction" in entry:
+            rows.append((name, OURS, median, "1", "–", entry["no_prediction"]))
+        else:
+            rows.append(
+                (name, OURS, median, "1", time(entry["predicted_us"]), f"{entry['of_predicted']:.2f}")
+            )
+        for peer in entry["peers"]:
+            if "why_not" in peer:
+                rows.append(("", peer["name"], "–", f"not measured: {peer['why_not']}", "", ""))
+            else:
+                median, ratio = time(peer["seconds"]["median"] * 1e6), f"{peer['ratio']['median']:.2f}"
+                rows.append(("", peer["name"], median, ratio, "", ""))
+    head = (
+        "workload",
+        "implementation",
+        "time",
+        "× ours",
+        "predicted, no faster than",
+        "measured / predicted",
+    )
+    return _markdown(head, rows, 2)

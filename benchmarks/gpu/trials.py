@@ -1,0 +1,104 @@
+"""The cases of tests/gpu on a device: each kernel's launches on real memory, judged against float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import reason, synchronize
+from tests.gpu.cases import CASES, Case
+from tests.gpu.interpreter import interpreting
+from tests.gpu.trials import Trial, check
+
+# The ops that a launcher serves
+OPS = {
+    "info_nce_stats": ("info_nce",),
+    "info_nce_grads": ("info_nce",),
+    "sigmoid_sweep": ("sigmoid_loss",),
+    "finish": ("info_nce", "sigmoid_loss"),
+}
+POISONED = 1 << 28  # bytes of a storage up to which what no view covers holds NaN
+
+
+def ops_of(case: Case) -> tuple[str, ...]:
+    return OPS.get(case.op, (case.op,))
+
+
+def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case]:
+    """Those of `ops`; with `one_each` the first of each launcher."""
+    wanted = set(ops)
+    found = [c for c in CASES.values() if wanted & set(ops_of(c)) and (slow or not c.slow)]
+    return list({c.op: c for c in reversed(found)}.values())[::-1] if one_each else found
+
+
+class OnDevice:
+    """A trial whose inputs lie on `device` in the same layout; float64 judges on the CPU."""
+
+    def __init__(self, trial: Trial, device: str):
+        self.trial, self.device = trial, device
+
+    def launch(self) -> Sequence[Tensor]:
+        moved = _moved(self.trial, self.device, {})
+        with torch.device(self.device):
+            got = moved.launch()
+        synchronize(self.device)
+        return [x.cpu() for x in got]
+
+    def judge(self, got: Sequence[Tensor]) -> None:
+        self.trial.judge(got)
+
+
+def _moved(x: Any, device: str, storages: dict[int, Tensor]) -> Any:
+    """x with every tensor in it on `device`; tensors that shared memory share it again."""
+    if isinstance(x, Tensor):
+        return _placed(x, device, storages)
+    if isinstance(x, (list, tuple)):
+        return type(x)(_moved(item, device, storages) for item in x)
+    if type(x).__module__.startswith("tests.gpu."):
+        x = copy.copy(x)
+        for name, value in vars(x).items():
+            setattr(x, name, _moved(value, device, storages))
+    return x
+
+
+def _placed(x: Tensor, device: str, storages: dict[int, Tensor]) -> Tensor:
+    owner = x.untyped_storage()
+    if owner._cdata not in storages:
+        storages[owner._cdata] = torch.empty(owner.nbytes(), dtype=torch.uint8, device=device)
+        if owner.nbytes() <= POISONED:
+            storages[owner._cdata].fill_(0xFF)
+    where = storages[owner._cdata][: owner.nbytes() // x.element_size() * x.element_size()].view(x.dtype)
+    once = [size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
+    here = x.as_strided(once, x.stride(), x.storage_offset())
+    where.as_strided(once, x.stride(), x.storage_offset()).copy_(here)
+    return where.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@contextlib.contextmanager
+def _as_they_are() -> Iterator[None]:
+    yield
+
+
+def executor(device: str) -> Callable[[], AbstractContextManager]:
+    """Who runs the launches: the interpreter where there is no GPU."""
+    return interpreting if device == "cpu" else _as_they_are
+
+
+def run(cases: Iterable[Case], device: str, say: Callable[[str], None]) -> dict[str, str]:
+    """Every case; of those that fail, why."""
+    failed = {}
+    for case in cases:
+        say(f"case: {case.name}")
+        try:
+            with case.prepared() as trial:
+                check(OnDevice(trial, device), executor(device))
+        except Exception as error:  # a kernel that does not compile or run is as wrong as a wrong result
+            failed[case.name] = reason(error)
+            say(f"failed: {failed[case.name]}")
+    return failed
