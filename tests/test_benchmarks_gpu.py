@@ -1,199 +1,27 @@
-"""What is predicted of the kernels on a GPU, and the command that would measure it there, run on a CPU."""
+"""`python -m benchmarks.gpu`, every step of it on a CPU."""
 
-import contextlib
-import dataclasses
 import json
 import os
+import types
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional
 
 pytest.importorskip("triton")
 
-from triton.runtime import interpreter as stock
-
-from benchmarks.cases.residual import residual_bytes
+from benchmarks import peers
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import pages, predict, published, sanitizer, timing, trace, trials
-from benchmarks.gpu.cards import CARDS, card_of
-from benchmarks.gpu.predict import FORWARD, TRAINING
-from benchmarks.gpu.workloads import workloads
+from benchmarks.gpu import predict, sanitizer, timing, trials
+from benchmarks.gpu.cards import CARDS
+from benchmarks.gpu.workloads import Workload, workloads
+from benchmarks.run import disagreement
 from tests.gpu.cases import CASES
 from tests.gpu.interpreter import interpreting
 from tests.gpu.trials import strided
+from vlmkernels import reference
 from vlmkernels.triton import gated_residual as residual_launchers
-
-WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
-
-
-def workload(op: str, form: str = "", type: str = "bf16", **sizes):
-    found = next(w for w in workloads() if (w.op, w.type) == (op, type) and w.form.startswith(form))
-    return dataclasses.replace(found, sizes={**found.sizes, **sizes})
-
-
-# The model
-
-
-class OnTriton(TorchDispatchMode):
-    """Ops run the kernels registered for CUDA, in the interpreter."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vlmkernels":
-            with self:
-                return func.redispatch(trace.CUDA, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def multiplied(of) -> int:
-    """FLOPs of the products that the Triton kernels of a training call really do."""
-    count = 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(interpreting())
-        create_dot = stock.InterpreterBuilder.create_dot
-
-        def counting(self, a, b, *rest):
-            nonlocal count
-            count += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
-            return create_dot(self, a, b, *rest)
-
-        stack.enter_context(mock.patch.object(stock.InterpreterBuilder, "create_dot", counting))
-        stack.enter_context(OnTriton())
-        tensors = of.tensors("cpu")
-        out = of.ours(**tensors)
-        torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
-    return count
-
-
-@pytest.mark.parametrize(
-    "of",
-    [
-        workload("info_nce", "N=4096", n=70, m=70, d=40),
-        workload("sigmoid_loss", "N=4096", n=70, m=90, d=40),
-        workload("interval_attention", "full, 577", batch=1, heads=2, queries=70, keys=140, width=16),
-        workload("interval_attention", "causal", batch=1, heads=1, queries=300, keys=300, width=16),
-        workload("interval_attention", "prefix", batch=1, heads=1, queries=200, keys=220, width=16),
-        workload("interval_attention", "Flamingo", batch=1, heads=1, queries=300, keys=160, width=16),
-        workload("perceiver_attention", batch=1, media=70, latents=20),
-        workload("gated_linear_residual", "attention", rows=70, width=90, inner=40),
-    ],
-    ids=lambda of: f"{of.op}, {of.form}",
-)
-def test_the_model_counts_the_products_that_the_kernels_do(of):
-    passes = predict.traced(of, "sm_80", TRAINING)
-    counted = sum(step.flops for this in passes for step in this.steps if step.launch is not None)
-    assert counted == multiplied(of) > 0
-
-
-@pytest.mark.parametrize(("op", "products"), [("info_nce", 4), ("sigmoid_loss", 3)])
-def test_products_of_a_loss_are_those_of_its_algorithm(op, products):
-    of = workload(op, "N=4096")
-    n, m, d = of.sizes.values()
-    passes = predict.traced(of, "sm_80", TRAINING)
-    assert sum(this.flops for this in passes) == products * 2 * n * m * d
-
-
-@pytest.mark.parametrize("type", ["bf16", "fp32"])
-def test_compulsory_bytes_of_a_residual_are_its_tensors(type):
-    of = workload("gated_residual", type=type)
-    itemsize = 2 if type == "bf16" else 4
-    expected = residual_bytes(**of.sizes, itemsize=itemsize, kept=1.0, masked=False)
-    passes = predict.traced(of, "sm_80", TRAINING)
-    assert expected <= sum(this.compulsory for this in passes) < expected + 100  # the gate and its gradient
-
-
-def test_what_fits_the_cache_and_does_not_stay_is_not_moved():
-    given, between, result = 1, 2, 3
-    this = trace.Pass(made={between: 80, result: 40}, stays={result}, read={given: 100, between: 80})
-    this.steps = [
-        trace.Step("first", [(given, 100), (between, 80)]),
-        trace.Step("second", [(given, 100), (between, 80), (result, 40)]),
-    ]
-    assert this.compulsory == 140
-    assert this.from_memory(cache=1000) == [100, 40]
-    assert this.from_memory(cache=90) == [100, 140]
-    assert this.from_memory(cache=0) == [180, 220]
-
-
-def test_the_fullest_multiprocessor_decides_where_programs_are_even():
-    step = trace.Step("a", [], 1e12, "half", mock.Mock(grid=(133, 1, 1)), even=True)
-    card = CARDS["B200"]  # 148 multiprocessors, all but 15 have one program
-    needs, _ = predict.seconds_of(step, 0, card)
-    assert needs["products"] == pytest.approx(1e12 / 2250e12 * 148 / 133)
-    needs, _ = predict.seconds_of(dataclasses.replace(step, even=False), 0, card)
-    assert needs["products"] == pytest.approx(1e12 / 2250e12)
-
-
-def test_an_estimate_is_no_less_than_memory_and_products_need():
-    for entry in predict.entries(workloads(), [CARDS[name] for name in WITHOUT_CODE]):
-        for name, found in entry["cards"].items():
-            at = (entry["op"], entry["form"], entry["type"], entry["direction"], name)
-            assert found["us"] >= 0.999 * max(found["products_us"], 0), at
-            assert found["us"] * CARDS[name].bandwidth * 1e3 >= 0.99 * found["bytes"], at
-            assert found["kernels"] > 0, at
-            assert found["code"] == {}, at
-
-
-def test_cards_are_known_by_the_name_of_the_device():
-    names = {
-        "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200",
-        "NVIDIA B200": "B200", "NVIDIA GeForce RTX 5090": "RTX 5090", "AMD Instinct MI300X OAM": "MI300X",
-    }  # fmt: skip
-    assert {device: card_of(device).name for device in names} == names
-    assert card_of("NVIDIA H100 PCIe") is None
-    assert card_of("NVIDIA A100-PCIE-40GB") is None
-    for card in CARDS.values():
-        assert card.peak("half") > card.peak("tf32") > card.peak("tf32x3")
-
-
-# The stored predictions and the page
-
-
-@pytest.fixture(scope="module")
-def stored():
-    return json.loads(predict.PREDICTIONS.read_text(encoding="utf-8"))
-
-
-def test_the_page_shows_the_stored_predictions(stored):
-    page = pages.PAGE.read_text(encoding="utf-8")
-    assert pages.render(page, stored) == page, "python -m benchmarks.gpu --predict"
-    assert page.count(pages.LABEL) == 1 + len({entry["op"] for entry in stored["entries"]})
-
-
-def test_every_workload_is_predicted_for_every_card(stored):
-    found = [(x["op"], x["form"], x["type"], x["direction"]) for x in stored["entries"]]
-    assert found == [(w.op, w.form, w.type, d) for w in workloads() for d in (FORWARD, TRAINING)]
-    assert all(list(entry["cards"]) == list(CARDS) for entry in stored["entries"])
-    assert all(
-        entry["cards"]["A100"]["code"] for entry in stored["entries"] if entry["op"] != "gated_residual"
-    )
-
-
-@pytest.mark.parametrize(
-    ("of", "cards"),
-    [
-        (workload("gated_residual"), list(CARDS)),
-        (workload("gated_linear_residual", "attention"), ["A100", "B200", "MI300X"]),
-    ],
-    ids=["gated_residual", "gated_linear_residual"],
-)
-def test_predictions_can_be_made_again(stored, of, cards):
-    for made in predict.entries([of], [CARDS[name] for name in cards]):
-        key = ("op", "form", "type", "direction", "sizes")
-        kept = next(x for x in stored["entries"] if all(x[k] == made[k] for k in key))
-        assert {name: kept["cards"][name] for name in cards} == made["cards"], (
-            "python -m benchmarks.gpu --predict"
-        )
-
-
-def test_published_figures_stand_beside_a_workload(stored):
-    shown = [figure for entry in stored["entries"] for figure in published.beside(entry)]
-    assert len(shown) == len(published.FIGURES)
-    assert all(figure.card in CARDS and figure.source for figure in published.FIGURES)
-
-
-# The command
 
 
 def test_a_trial_moves_with_its_layout_and_what_no_view_covers_is_poison():
@@ -315,6 +143,63 @@ def test_the_caches_are_flushed_before_the_first_event(monkeypatch):
     assert order == ["flush", "event", "call", "event", "synchronize"]
 
 
+def flash_attn_func(q, k, v, causal=False):  # [B, T, H, D]
+    tq, tk = q.shape[1], k.shape[1]
+    mask = torch.ones(tq, tk, dtype=torch.bool).tril(tk - tq if causal else tk)  # aligned at the bottom right
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k):  # [tokens, H, D]
+    assert (ends_q.diff().max(), ends_k.diff().max()) == (longest_q, longest_k)
+    segments = zip(
+        *(x.tensor_split(ends[1:-1].long()) for x, ends in ((q, ends_q), (k, ends_k), (v, ends_k))),
+        strict=True,
+    )
+    return torch.cat([flash_attn_func(*(x[None] for x in segment))[0] for segment in segments])
+
+
+class Memeff:
+    def __init__(self, temperature, normalized_inputs, stable):
+        assert normalized_inputs
+        assert not stable
+        self.temperature = temperature
+
+    def __call__(self, image, text):
+        return reference.info_nce(image, text, 1 / self.temperature)
+
+
+class Liger:
+    def __call__(self, weight, hidden, target):
+        return functional.cross_entropy((hidden @ weight.T).float(), target)
+
+
+def fused_siglip_loss(image, text, log_temperature, bias):
+    return reference.sigmoid_loss(image, text, log_temperature.exp(), bias).to(image.dtype)
+
+
+STAND_INS = {
+    "flash_attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
+    "memeff": {"MemoryEfficientCLIPLoss": Memeff},
+    "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": Liger},
+    "siglip_kernel": {"fused_siglip_loss": fused_siglip_loss},
+}
+
+
+@pytest.mark.parametrize("of", [w for w in workloads(quick=True) if w.type == "bf16"], ids=lambda of: of.name)
+def test_every_peer_is_called_as_it_wants_to_be_and_agrees(of, monkeypatch):
+    """Peers that need a GPU have stand-ins with their signatures."""
+    for name, members in STAND_INS.items():
+        monkeypatch.setitem(peers._loaded, name, types.SimpleNamespace(**members))
+    tensors = of.tensors("cpu")
+    expected = of.ours(**tensors)
+    for peer in of.peers:
+        if not peer.compiled:
+            out = peer.make()(**tensors)
+            assert disagreement(expected, out, torch.bfloat16) is None, peer.name
+            torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
+
+
 @pytest.fixture(scope="module")
 def small_predictions(tmp_path_factory):
     """Of the workloads of --quick, for a card whose prediction compiles nothing."""
@@ -356,6 +241,26 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
     assert "gated_residual: correct; 1 cases" in shown
 
 
+def test_on_a_gpu_the_card_is_found_by_its_name(tmp_path, small_predictions, monkeypatch):
+    """The path of a GPU, with a CPU in its place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    monkeypatch.setattr(timing, "EventTimer", lambda device: timing.host_timer)
+    monkeypatch.setattr(trials, "executor", lambda device: interpreting)
+    place, tensors = trials.OnDevice.__init__, Workload.tensors
+    monkeypatch.setattr(trials.OnDevice, "__init__", lambda self, trial, device: place(self, trial, "cpu"))
+    monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
+    files = ["--results", str(tmp_path), "--predictions", str(small_predictions)]
+    assert command.main(["gated_residual", "--quick", *files]) == 0
+    stored = json.loads((tmp_path / "nvidia-b200.json").read_text())
+    [run] = stored["runs"].values()
+    assert run["gpu"] == "NVIDIA B200"
+    assert run["kernels"]["gated_residual"] == "Triton"
+    assert run["sanitizer"]["memcheck"] == {"why_not": "compute-sanitizer is not installed"}
+    assert all(entry["of_predicted"] > 0 for entry in stored["ops"]["gated_residual"])
+
+
 def test_a_red_op_is_not_timed(tmp_path, small_predictions, monkeypatch, capsys):
     monkeypatch.setattr(residual_launchers, "gated_residual", lambda x, y, gate, row_mask: x.clone())
     rc = quick("gated_residual", "perceiver_attention", results=tmp_path, predictions=small_predictions)
@@ -374,7 +279,8 @@ def test_red_tests_make_an_op_red():
     assert found == {"info_nce": {"tests": "1 failed", "cases": 0, "failed": {}, "red": True}}
 
 
-def test_a_prediction_of_other_sizes_is_none(stored):
+def test_a_prediction_of_other_sizes_is_none():
+    stored = json.loads(predict.PREDICTIONS.read_text(encoding="utf-8"))
     [entry] = [e for e in stored["entries"] if e["op"] == "gated_residual"][:1]
     measured = {k: entry[k] for k in ("op", "form", "type", "direction")} | {"seconds": {"median": 1.0}}
     smaller = measured | {"sizes": {**entry["sizes"], "batch": 1}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -10,7 +11,7 @@ class Card(NamedTuple):
 
     name: str
     target: str  # what its kernels are compiled for
-    device: str  # part of the name that the driver gives it
+    device: str  # in the name that the driver gives it
     half: float  # TFLOP/s of bfloat16 and float16 on tensor cores
     tf32: float  # TFLOP/s
     fp32: float  # TFLOP/s outside the tensor cores
@@ -59,4 +60,4 @@ CARDS = {
 
 def card_of(device_name: str) -> Card | None:
     """The card behind the name of a device, None for one that is not listed."""
-    return next((card for card in CARDS.values() if card.device.lower() in device_name.lower()), None)
+    return next((c for c in CARDS.values() if re.search(rf"\b{c.device}\b", device_name)), None)

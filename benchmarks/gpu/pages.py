@@ -15,6 +15,14 @@ from benchmarks.report import write_atomically
 PAGE = ROOT / "docs" / "roofline.md"
 BLOCK = re.compile(r"(<!-- roofline: (\S+) -->\n).*?(<!-- /roofline -->)", re.DOTALL)
 OURS = "**vlmkernels**"
+SHAPES = {
+    "info_nce": "D={d}",
+    "sigmoid_loss": "D={d}",
+    "interval_attention": "{batch} x {heads} heads of {width}, {queries} x {keys}",
+    "perceiver_attention": "{batch} x 8 heads of 64",
+    "gated_residual": "[{batch}, {tokens}, {width}]",
+    "gated_linear_residual": "[{rows}, {inner}] -> {width}",
+}
 LABEL = "**Model, not measured.**"
 
 
@@ -37,13 +45,15 @@ def _size(count: float, units: Sequence[str]) -> str:
     return f"{count:.3g} {units[-1]}"
 
 
-def _sizes(entry: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in entry["sizes"].items())
+def _what(entry: dict[str, Any]) -> str:
+    return f"{entry['form']}, {SHAPES[entry['op']].format(**entry['sizes'])}"
 
 
 def _estimates(entries: list[dict[str, Any]]) -> str:
     parts = []
     cards = list(CARDS)
+    without = [c for c in cards if not any(entry["cards"][c]["code"] for entry in entries)]
+    label = f"{LABEL} No faster than the columns of cards; for {', '.join(without)} without the code."
     for op in dict.fromkeys(entry["op"] for entry in entries):
         rows = []
         for entry in (x for x in entries if x["op"] == op):
@@ -52,7 +62,7 @@ def _estimates(entries: list[dict[str, Any]]) -> str:
             theirs = "; ".join(f"{x.peer}: {time(x.microseconds)} ({x.on})" for x in published.beside(entry))
             rows.append(
                 (
-                    f"{entry['form']}: {_sizes(entry)}", entry["type"], entry["direction"],
+                    _what(entry), entry["type"], entry["direction"],
                     _size(first["bytes"] / 1e3, ("kB", "MB", "GB")), flops,
                     *(f"{time(entry['cards'][c]['us'])} {entry['cards'][c]['bound']}" for c in cards),
                     theirs or "–",
@@ -67,23 +77,26 @@ def _estimates(entries: list[dict[str, Any]]) -> str:
             *cards,
             "published by peers, on their machines",
         )
-        parts.append(f"### {op}\n\n{LABEL} No faster than:\n\n{_markdown(head, rows, 3)}")
+        parts.append(f"### {op}\n\n{label}\n\n{_markdown(head, rows, 3)}")
     return "\n".join(parts)
 
 
 def _code(entries: list[dict[str, Any]]) -> str:
-    found: dict[tuple[str, str, str, str], dict[str, list]] = {}
+    """A row for each kernel and type; further ones where its loop does other work."""
+    rows: dict[tuple[str, ...], str] = {}
+    targets = {card.target: name for name, card in reversed(CARDS.items())}
+    shown = [t for t in reversed(targets) if any(x["cards"][targets[t]]["code"] for x in entries)]
     for entry in entries:
-        for card, prediction in entry["cards"].items():
-            for kernel, (pipe, share) in prediction["code"].items():
-                key = (kernel, entry["form"], entry["type"], entry["op"])
-                found.setdefault(key, {})[card] = [pipe, share]
-    cards = [card for card in CARDS if any(card in of_kernel for of_kernel in found.values())]
-    rows = [
-        (f"`{kernel}`", f"{op}, {form}", type, *(f"{x[c][1]:.0%} {x[c][0]}" for c in cards))
-        for (kernel, form, type, op), x in found.items()
-    ]
-    return f"{LABEL} At most:\n\n{_markdown(('kernel', 'workload', 'type', *cards), rows, 3)}"
+        of_target = [entry["cards"][targets[target]]["code"] for target in shown]
+        for kernel in of_target[0]:
+            shares = tuple(f"{code[kernel][1]:.0%} {code[kernel][0]}" for code in of_target)
+            rows.setdefault(
+                (f"`{kernel}`", entry["type"], *shares),
+                f"{entry['op']}, {entry['form']}, {entry['direction']}",
+            )
+    cards = [f"{t} ({', '.join(c.name for c in CARDS.values() if c.target == t)})" for t in shown]
+    ordered = sorted((kernel, first, type, *x) for (kernel, type, *x), first in rows.items())
+    return f"{LABEL} At most:\n\n{_markdown(('kernel', 'first in', 'type', *cards), ordered, 3)}"
 
 
 def _cards(_: list[dict[str, Any]]) -> str:
