@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 BUILD := build/cmake
 NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
-SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.*) CMakeLists.txt setup.py
+SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.* python/cuda/*.* cmake/*.*) CMakeLists.txt setup.py
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
 OP_TESTS := tests/test_dense.py $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
 
@@ -52,12 +52,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cc')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cc' '*.cu' '*.cuh')
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cc')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cc' '*.cu' '*.cuh')
 
 clean:
 	rm -rf build $(VENV) vlmkernels/_C*.so vlmkernels/_build.json

@@ -47,6 +47,7 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "cmake"
         configure = [
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
+            f"-DTORCH_CUDA={torch.version.cuda or ''}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVLMK_VERSION={VERSION}",

@@ -15,10 +15,9 @@ namespace py = pybind11;
 namespace {
 
 std::map<std::string, std::string> build() {
-  return {{"isa", vlmk::isa_name(vlmk::isa())},
-          {"tile_gemm", vlmk::tile_product_name()},
-          {"compiler", VLMK_COMPILER},
-          {"version", VLMK_VERSION}};
+  return {{"isa", vlmk::isa_name(vlmk::isa())}, {"tile_gemm", vlmk::tile_product_name()},
+          {"compiler", VLMK_COMPILER},          {"cuda", VLMK_CUDA},
+          {"why_no_cuda", VLMK_WHY_NO_CUDA},    {"version", VLMK_VERSION}};
 }
 
 // GFLOP/s of tile products on all threads, operands streaming through the caches as in the kernels: each thread multiplies its
@@ -57,7 +56,7 @@ double tile_product_rate(const std::string& dtype, int64_t rows, int64_t cols, i
 
 PYBIND11_MODULE(_C, m) {
   vlmk::isa();  // an unusable VLMKERNELS_CPU_ISA fails here, where the loader can say so
-  m.def("build", &build, "Instruction set, tile-product provider, compiler, version.");
+  m.def("build", &build, "Instruction set, tile-product provider, compiler, GPUs or why there are none, version.");
   m.def("tile_product_rate", &tile_product_rate, py::arg("dtype"), py::arg("rows") = 128, py::arg("cols") = 256,
         py::arg("depth") = 512, py::arg("repeats") = 8, py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of the tile products of this machine on all of torch's threads; 0 where there is none for the dtype.");

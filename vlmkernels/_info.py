@@ -32,6 +32,7 @@ def info() -> Info:
     build = _native.extension.build() if _native.extension is not None else {}
     devices = ("CPU", "CUDA")
     notes = {"C++ kernels": _native.why_not or "loaded"}
+    notes["CUDA C++"] = build.get("why_no_cuda", "") and f"not built: {build['why_no_cuda']}"
     if not torch.cuda.is_available():
         notes["CUDA"] = "no device here" + ("" if torch.version.cuda else "; this torch has no CUDA")
     if not TRITON:

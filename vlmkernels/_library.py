@@ -46,8 +46,11 @@ def define(
     torch.library.register_autograd(
         f"vlmkernels::{name}", backward or refuse, setup_context=setup_context, lib=LIB
     )
-    if _native.extension is not None and has_kernel(name, "CPU"):
-        KERNELS[name, "CPU"] = f"C++ ({_native.extension.build()['isa']})"
+    if _native.extension is not None:
+        build = _native.extension.build()
+        for device, label in (("CPU", f"C++ ({build['isa']})"), ("CUDA", f"CUDA C++ ({build['cuda']})")):
+            if has_kernel(name, device):
+                KERNELS[name, device] = label
     op = getattr(torch.ops.vlmkernels, name).default
     for device in ("CPU", "CUDA") if autocast else ():
         LIB.impl(name, _under_autocast(op, device, autocast), f"Autocast{device}")
