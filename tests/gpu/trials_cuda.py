@@ -66,7 +66,7 @@ class Gated(Residual):
             assert torch.equal(forward.out[~self.mask], self.x[~self.mask])
 
 
-# Sizes around the accesses of 16 bytes, the 32 lanes of a row, the 256 threads and the rows that a thread takes;
+# Sizes around accesses of 16 bytes, the 32 lanes of a row, the 256 threads and the rows that a thread takes;
 # rows of more than 32 accesses take several blocks.
 CASES = {
     "float32, one gate": lambda: Gated(37, 40, F32, masked=True, padding=8),
