@@ -48,9 +48,9 @@ def define(
     )
     if _native.extension is not None:
         build = _native.extension.build()
-        for device, label in (("CPU", f"C++ ({build['isa']})"), ("CUDA", f"CUDA C++ ({build['cuda']})")):
+        for device, language, what in (("CPU", "C++", "isa"), ("CUDA", "CUDA C++", "cuda")):
             if has_kernel(name, device):
-                KERNELS[name, device] = label
+                KERNELS[name, device] = f"{language} ({build[what]})"
     op = getattr(torch.ops.vlmkernels, name).default
     for device in ("CPU", "CUDA") if autocast else ():
         LIB.impl(name, _under_autocast(op, device, autocast), f"Autocast{device}")
