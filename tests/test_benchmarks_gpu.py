@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from benchmarks import peers
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import predict, sanitizer, timing, trials
+from benchmarks.gpu import pages, predict, sanitizer, timing, trials
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.workloads import Workload, workloads
 from benchmarks.run import disagreement
@@ -22,6 +22,7 @@ from tests.gpu.interpreter import interpreting
 from tests.gpu.trials import strided
 from vlmkernels import reference
 from vlmkernels.triton import gated_residual as residual_launchers
+from vlmkernels.triton._contrastive import tf32_allowed
 
 
 def test_a_trial_moves_with_its_layout_and_what_no_view_covers_is_poison():
@@ -101,6 +102,31 @@ def test_compute_sanitizer_is_read_tool_by_tool(tmp_path, monkeypatch):
     assert command.verdict(ops, found, lambda line: None) == 1
     assert command.verdict({"info_nce": ops["info_nce"]}, {"synccheck": found["synccheck"]}, print) == 1
     assert command.verdict({"info_nce": ops["info_nce"]}, {"memcheck": {"why_not": "absent"}}, print) == 0
+
+
+def test_compute_sanitizer_of_a_wheel_is_found(tmp_path, monkeypatch):
+    folder = tmp_path / "nvidia" / "cu13" / "bin"
+    folder.mkdir(parents=True)
+    tool = folder / "compute-sanitizer"
+    tool.touch(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sanitizer, "FOLDERS", ())
+    assert sanitizer.find() == str(tool)
+    tool.unlink()
+    assert sanitizer.find() is None
+
+
+@pytest.mark.parametrize("type", ["bf16", "fp32", "tf32"])
+def test_the_precision_of_a_workload_is_one_that_torch_compile_can_read(type):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, torch.get_float32_matmul_precision()
+    of = next(w for w in workloads() if w.type == type)
+    with of.precision():
+        assert matmul.allow_tf32 is (type == "tf32")
+        assert tf32_allowed() is (type == "tf32")
+    assert (matmul.fp32_precision, torch.get_float32_matmul_precision()) == before
 
 
 def test_without_compute_sanitizer_there_is_a_reason(monkeypatch):
@@ -238,6 +264,11 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
     assert "No module named 'flash_attn'" in peers["flash-attn on the concatenation"]["why_not"]
     shown = capsys.readouterr().out
     assert "| gated_residual, residual stream, bf16, training | **vlmkernels** |" in shown
+    text = "<!-- roofline: measured -->\n<!-- /roofline -->"
+    page = pages.render(text, json.loads(predict.PREDICTIONS.read_text()), [stored])
+    assert pages.measured(entries) in page
+    assert f"`{run['command']}`" in page
+    assert "No run on a GPU is stored." in pages.render(text, json.loads(predict.PREDICTIONS.read_text()), [])
     assert "gated_residual: correct; 1 cases" in shown
 
 

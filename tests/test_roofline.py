@@ -18,6 +18,7 @@ from benchmarks.gpu import pages, predict, published, trace
 from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.gpu.predict import FORWARD, TRAINING
 from benchmarks.gpu.workloads import workloads
+from benchmarks.report import load_results
 from tests.gpu.interpreter import interpreting
 
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
@@ -152,7 +153,8 @@ def stored():
 
 def test_the_page_shows_the_stored_predictions(stored):
     page = pages.PAGE.read_text(encoding="utf-8")
-    assert pages.render(page, stored) == page, "python -m benchmarks.gpu --predict"
+    results = load_results(pages.RESULTS)
+    assert pages.render(page, stored, results) == page, "python -m benchmarks.gpu --write-docs"
     assert page.count(pages.LABEL) == 1 + len({entry["op"] for entry in stored["entries"]})
 
 

@@ -28,7 +28,6 @@ from benchmarks.gpu import pages, predict, sanitizer, timing, trials
 from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.gpu.workloads import workloads
 
-RESULTS = run.RESULTS / "gpu"
 PEERS = ("flash-attn", "memeff", "siglip-kernel", "liger-kernel")
 OPS = list(dict.fromkeys(workload.op for workload in workloads()))
 
@@ -37,7 +36,7 @@ def write_predictions(path: Path, *, quick: bool, command: str, say: Callable[[s
     predictions = predict.predict(quick=quick, command=command, say=say)
     report.write_atomically(path, json.dumps(predictions, indent=1, ensure_ascii=False) + "\n")
     if path == predict.PREDICTIONS:
-        pages.write(predictions)
+        pages.write()
 
 
 def correctness(
@@ -134,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(OPS))
     parser.add_argument("--predict", action="store_true", help="no measurement: write predictions and page")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="only write docs/roofline.md from what is stored"
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs, few cases, no torch.compile")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--card", choices=list(CARDS), help="whose predictions to compare with")
@@ -156,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         write_predictions(options.predictions, quick=options.quick, command=command, say=say)
         return 0
+    if options.write_docs:
+        pages.write()
+        return 0
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu goes with --quick: its kernels are interpreted")
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -165,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = trials.cases_for(options.ops or OPS, slow=False, one_each=options.quick)
         return int(bool(trials.run(chosen, options.device, say)))
     if options.results is None and not options.quick:
-        options.results = RESULTS
+        options.results = pages.RESULTS
     return measure(options, command, say)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import published
 from benchmarks.gpu.cards import CARDS
+from benchmarks.gpu.predict import PREDICTIONS
 from benchmarks.measure import ROOT
-from benchmarks.report import write_atomically
+from benchmarks.report import load_results, write_atomically
 
 PAGE = ROOT / "docs" / "roofline.md"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 BLOCK = re.compile(r"(<!-- roofline: (\S+) -->\n).*?(<!-- /roofline -->)", re.DOTALL)
 OURS = "**vlmkernels**"
 SHAPES = {
@@ -63,7 +65,7 @@ def _estimates(entries: list[dict[str, Any]]) -> str:
             rows.append(
                 (
                     _what(entry), entry["type"], entry["direction"],
-                    _size(first["bytes"] / 1e3, ("kB", "MB", "GB")), flops,
+                    _size(first["bytes"] / 1e3, ("kB", "MB", "GB")), flops, str(first["kernels"]),
                     *(f"{time(entry['cards'][c]['us'])} {entry['cards'][c]['bound']}" for c in cards),
                     theirs or "–",
                 )
@@ -74,6 +76,7 @@ def _estimates(entries: list[dict[str, Any]]) -> str:
             "pass",
             "bytes",
             "products",
+            "kernels",
             *cards,
             "published by peers, on their machines",
         )
@@ -134,7 +137,20 @@ def _published(_: list[dict[str, Any]]) -> str:
 TABLES = {"estimates": _estimates, "code": _code, "cards": _cards, "published": _published}
 
 
-def render(text: str, predictions: dict[str, Any]) -> str:
+def _runs(results: Iterable[dict[str, Any]]) -> str:
+    parts = []
+    for result in results:
+        for run, header in result["runs"].items():
+            entries = [x for of_op in result["ops"].values() for x in of_op if x["run"] == run]
+            facts = (
+                f"`{header['command']}`, {header['date']}, commit {header['commit'][:12]}, {header['gpu']}"
+            )
+            versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+            parts.append(f"### {result['machine']}\n\n{facts}; {versions}\n\n{measured(entries)}")
+    return "\n".join(parts) or "No run on a GPU is stored.\n"
+
+
+def render(text: str, predictions: dict[str, Any], results: Iterable[dict[str, Any]]) -> str:
     """The page with its tables filled in."""
     header = predictions["header"]
     made = (
@@ -145,13 +161,17 @@ def render(text: str, predictions: dict[str, Any]) -> str:
     def fill(found: re.Match) -> str:
         if found[2] == "made":
             return f"{found[1]}\n{made}\n{found[3]}"
+        if found[2] == "measured":
+            return f"{found[1]}\n{_runs(results)}\n{found[3]}"
         return f"{found[1]}\n{TABLES[found[2]](predictions['entries'])}\n{found[3]}"
 
     return BLOCK.sub(fill, text)
 
 
-def write(predictions: dict[str, Any], page: Path = PAGE) -> None:
-    write_atomically(page, render(page.read_text(encoding="utf-8"), predictions))
+def write() -> None:
+    """The page, from what is stored."""
+    predictions = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
+    write_atomically(PAGE, render(PAGE.read_text(encoding="utf-8"), predictions, load_results(RESULTS)))
 
 
 def measured(entries: Iterable[dict[str, Any]]) -> str:

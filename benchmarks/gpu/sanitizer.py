@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 from benchmarks.measure import ROOT
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # beside PATH, CUDA_HOME and NVIDIA's wheels
 SECONDS = 1800.0  # for one tool
 SUMMARY = re.compile(r"========= (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 FOUND = re.compile(r"========= (?!COMPUTE-SANITIZER|\w+ SUMMARY|Target|LEAK)(\S.*)")
@@ -22,7 +23,10 @@ FOUND = re.compile(r"========= (?!COMPUTE-SANITIZER|\w+ SUMMARY|Target|LEAK)(\S.
 
 def find() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    folders = [*([str(Path(home) / "bin")] if home else []), *FOLDERS]
+    wheels = importlib.util.find_spec("nvidia")
+    packages = [Path(place) for place in (wheels.submodule_search_locations or ())] if wheels else []
+    in_wheels = [str(folder) for package in packages for folder in sorted(package.glob("*/bin"))]
+    folders = [*([str(Path(home) / "bin")] if home else []), *FOLDERS, *in_wheels]
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
     return shutil.which("compute-sanitizer", path=path)
 
@@ -49,7 +53,8 @@ def run(ops: Sequence[str], device: str, say: Callable[[str], None]) -> dict[str
     report = {}
     for tool in TOOLS:
         say(f"compute-sanitizer: {tool}")
-        command = [path, "--tool", tool, *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
+        command = [path, "--tool", tool, "--target-processes", "application-only"]
+        command += [*(["--report-api-errors", "no"] if tool == "memcheck" else [])]
         command += [sys.executable, "-m", "benchmarks.gpu", *ops, "--cases-alone", "--device", device]
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or neighbours would share an allocation
         try:

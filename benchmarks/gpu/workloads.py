@@ -59,12 +59,15 @@ class Workload:
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """The setting under which it runs, ours and theirs."""
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if self.type == "tf32" else "ieee"
+        matmul = torch.backends.cuda.matmul
+        before = torch.get_float32_matmul_precision(), matmul.fp32_precision
+        # Not fp32_precision = "tf32": under it torch.compile refuses to read the older setting
+        torch.set_float32_matmul_precision("high" if self.type == "tf32" else "highest")
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.fp32_precision = before
+            torch.set_float32_matmul_precision(before[0])
+            matmul.fp32_precision = before[1]
 
 
 def _peer(name: str, make: Callable[[], Callable[..., Tensor]]) -> tuple[Baseline, Baseline]:
