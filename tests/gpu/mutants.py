@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     Mutation(
         FEATURES, "_contrastive", "barrier before reading what other threads stored dropped",
-        "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n", "",
+        "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n        a =", "        a =",
     ),
     Mutation(
         FEATURES, "_contrastive", "positives of the next key counted too", "info_nce_grads, ragged, float32",

@@ -103,6 +103,7 @@ def feature_grads(
         x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
         dots += x * total
         if A is not None:
+            tl.debug_barrier()  # warps that hold the same columns have read them
             tl.store(ACC + row * depth + cols, total, mask=inside)
         else:
             tl.store(DX + row * depth + cols, (scale * total).to(DX.dtype.element_ty), mask=inside)
