@@ -265,7 +265,7 @@ def row_sums(
             _row_sums[(triton.cdiv(tq, block_m) * h * b,)](
                 dout, out, dlse.contiguous() if dlse is not None else None, delta, *dout.stride()[:3],
                 *out.stride()[:3], h, tq, width, block_m, block_v, width == block_v, num_warps=4,
-                enable_fp_fusion=False,  # a product fused into the sum over lanes leaves each its own rounding
+                enable_fp_fusion=False,  # fused with the sum over lanes, a product differs from lane to lane
             )  # fmt: skip
     return delta
 

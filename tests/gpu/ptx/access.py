@@ -1,12 +1,11 @@
 """Instructions that touch memory: ld, st, cp.async and ldmatrix."""
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import WORDS, Lanes
+from .memory import WORDS
 from .parse import SIZES, Address, Constant, Instruction, Program, Register, Symbol, Unsupported
 from .tensor import LDMATRIX, matrix_registers, matrix_rows
 
@@ -108,7 +107,7 @@ def _store(machine: "Machine", instruction: Instruction) -> "Step":
     return step
 
 
-def _count(machine: "Machine", space: str, name: str, at: np.ndarray, width: int, threads: np.ndarray) -> None:
+def _count(machine: "Machine", space: str, name: str, at: np.ndarray, width: int, threads: np.ndarray):
     counters = machine.counters
     if counters is None:
         return

@@ -11,8 +11,10 @@ import numpy as np
 
 # PTX types and the numpy types of their values; 16-bit floats are bits.
 NUMPY: dict[str, type] = {
-    "pred": np.bool_, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32, "u32": np.uint32,
-    "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
+    "pred": np.bool_,
+    "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
+    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
 LEAST_NORMAL = np.finfo(np.float32).tiny
 
@@ -29,37 +31,45 @@ def flushed(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < LEAST_NORMAL, np.copysign(np.float32(0), x), x)
 
 
+def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a + b, rounded, and what that lost."""
+    total = np.asarray(a + b)
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+def to_odd(total: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """The neighbour of total + lost with an odd last bit, which a second rounding does not take for a tie."""
+    bits = total.view(np.int64)
+    inexact = (lost != 0) & (bits & 1 == 0) & np.isfinite(total)
+    return (bits + np.where(inexact, np.where((lost > 0) == (total > 0), 1, -1), 0)).view(np.float64)
+
+
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a b + c, rounded once."""
-    product, addend = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
+    product, addend = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)  # the product is exact
     total = np.asarray(product + addend)
-    # The product is exact. Where float64 rounds the sum onto a tie of float32, the tail decides.
-    low = total.view(np.int64) & 0x1FFFFFFF
-    risky = (low == 0x10000000) | ((np.abs(total) < LEAST_NORMAL) & (total != 0))
-    if risky.any():
-        virtual = total - product
-        tail = (product - (total - virtual)) + (addend - virtual)
-        bits = total.view(np.int64)
-        to_odd = risky & (tail != 0) & (bits & 1 == 0) & np.isfinite(total)
-        total = (bits + np.where(to_odd, np.where((tail > 0) == (total > 0), 1, -1), 0)).view(np.float64)
+    tie = total.view(np.int64) & 0x1FFFFFFF == 0x10000000
+    if (tie | ((np.abs(total) < LEAST_NORMAL) & (total != 0))).any():
+        total = to_odd(*two_sum(product, addend))
     return total.astype(np.float32)
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c from an exact product and an exact sum of two parts each."""
+    """a b + c, rounded once (Boldo and Melquiond, 2008)."""
 
     def halves(x):
         big = x * 134217729.0  # 2^27 + 1
         high = big - (big - x)
         return high, x - high
 
-    product = a * b
+    product = np.asarray(a * b)
     (a1, a0), (b1, b0) = halves(a), halves(b)
     lost = a0 * b0 - (((product - a1 * b1) - a0 * b1) - a1 * b0)
-    total = product + c
-    virtual = total - product
-    exact = total + (((product - (total - virtual)) + (c - virtual)) + lost)
-    return np.where(np.isfinite(exact), exact, total)
+    high, low = two_sum(c, lost)
+    total, rest = two_sum(product, high)
+    exact = total + to_odd(*two_sum(low, rest))
+    return np.where(np.isfinite(exact) & (exact != 0), exact, product + c)
 
 
 def extreme(choose: np.ufunc, of_zeros: np.ufunc) -> Callable:
@@ -242,8 +252,8 @@ def _choice():
         "ge": np.greater_equal,
     }  # fmt: skip
     for name, function in compare.items():
-        kinds = "s16 u16 s32 u32 s64 u64".split() + ["b16", "b32", "b64"] * (name in ("eq", "ne"))
-        for kind in (*kinds, "f32", "f64"):
+        signs = "sub" if name in ("eq", "ne") else "su"
+        for kind in (*(f"{sign}{bits}" for sign in signs for bits in (16, 32, 64)), "f32", "f64"):
             yield f"setp.{name}.{kind}", Op("pred", (kind, kind), _ordered(function, name, kind))
         for kind in ("f32", "f64"):
             either = lambda a, b, f=function: f(a, b) | unordered(a, b)  # noqa: E731

@@ -14,7 +14,7 @@ from . import access, tensor
 from .alu import NUMPY, TABLE
 from .counters import Counters, class_of
 from .memory import Fault, Global, Lanes, Moment, Shared
-from .parse import SIZES, Address, Constant, Instruction, Operand, Program, Register, Special, Symbol, Unsupported
+from .parse import Address, Constant, Instruction, Operand, Program, Register, Special, Symbol, Unsupported
 
 Step = Callable[[np.ndarray | None], None]
 CONTROL = {"bra", "bra.uni", "ret", "bar.sync"}
@@ -73,7 +73,7 @@ class Machine:
         to = np.dtype(NUMPY[kind])
         if isinstance(operand, Register):
             row = self.register(operand.name)
-            if row.dtype.itemsize != to.itemsize or (row.dtype == bool) != (to == bool):
+            if row.dtype.itemsize != to.itemsize or (row.dtype.kind == "b") != (kind == "pred"):
                 raise Unsupported(f"{operand.name} has not the size of {kind}")
             return row.view(to)
         if isinstance(operand, Constant):
@@ -120,7 +120,7 @@ class Machine:
         return self.source(operand, kind)
 
     def holder(self, operand: Operand, size: int) -> np.ndarray:
-        """The bits of a register that holds `size` bytes, which may be wider: so it is with loads and stores."""
+        """The bits of a register that takes part in a load or store of `size` bytes; it may be wider."""
         if not isinstance(operand, Register):
             raise Unsupported(f"{operand} in a load or store")
         row = self.register(operand.name)
@@ -227,7 +227,7 @@ class Machine:
         raise Unsupported(f"operands {instruction.operands}")
 
     def whole_warps(self, lanes: np.ndarray | None, members: np.ndarray | None = None) -> None:
-        """Refuse a collective that part of a warp executes; `members`: who takes part, everybody by default."""
+        """Refuse a collective that part of a warp executes; `members`: who should, everybody by default."""
         if lanes is None and members is None:
             return
         here = np.ones(self.threads, bool) if lanes is None else lanes

@@ -169,10 +169,9 @@ class Global:
     def parts(self, kind: str, addresses: np.ndarray, width: int) -> Iterable[tuple[Storage, np.ndarray]]:
         """Storages and which of the accesses go there."""
         for storage in self.storages:
-            if storage.low <= addresses[0] < storage.high:
-                if addresses.min() >= storage.low and addresses.max() + width <= storage.high:
-                    yield storage, np.ones(addresses.size, bool)
-                    return
+            if addresses.min() >= storage.low and addresses.max() + width <= storage.high:
+                yield storage, np.ones(addresses.size, bool)
+                return
         left = np.ones(addresses.size, bool)
         for storage in self.storages:
             here = (addresses >= storage.low) & (addresses + width <= storage.high)
@@ -305,4 +304,5 @@ def check_aligned(kind: str, addresses: np.ndarray, width: int) -> None:
 def refuse_conflicts(differs: np.ndarray, here: np.ndarray) -> None:
     """Lanes of one store that do not find what they stored: another lane stored there too."""
     if differs.any():
-        raise Lanes(mark(here.size, np.flatnonzero(here)[differs.any(0)]), "race: two lanes of one store differ")
+        lanes = np.flatnonzero(here)[differs.any(0)]
+        raise Lanes(mark(here.size, lanes), "race: two lanes of one store differ")

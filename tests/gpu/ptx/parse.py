@@ -23,7 +23,7 @@ class Register:
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """%tid.x and its like."""
+    """%tid, %ntid, %ctaid or %nctaid of one axis."""
 
     name: str
 
@@ -85,7 +85,7 @@ class Program:
     entry: str
     parameters: list[Parameter]
     threads: int  # of a block, as compiled; 0 where the text does not say
-    registers: dict[str, tuple[str, int]]  # name -> (type, how many with numbers behind it; 0: it is one itself)
+    registers: dict[str, tuple[str, int]]  # name -> type and count of numbered ones, 0 if it is one itself
     shared: dict[str, int]  # variable -> offset in shared memory
     shared_bytes: int  # of the variables with a size
     instructions: list[Instruction]
@@ -122,7 +122,7 @@ def _operand(text: str) -> Operand:
     if text.startswith("[") and text.endswith("]"):
         base, _, offset = (part.strip() for part in text[1:-1].partition("+"))
         return Address(_operand(base), int(offset, 0) if offset else 0)
-    if re.fullmatch(r"%(n?tid|n?ctaid)\.[xyz]|%laneid|%warpid", text):
+    if re.fullmatch(r"%(n?tid|n?ctaid)\.[xyz]", text):
         return Special(text)
     if match := re.fullmatch(r"(%\w+)\|(%\w+)", text):
         return Pair(Register(match[1]), Register(match[2]))

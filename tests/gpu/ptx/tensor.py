@@ -33,9 +33,10 @@ def mma_16816(decode: Callable) -> Callable:
 
     def product(a, b, c):
         warps = a[0].size // 32
-        left = _halves(np.stack(a), decode).reshape(2, 2, warps, 8, 4, 2)  # column half, row half, w, g, t, pair
+        # column half, row half, warp, g, t, pair
+        left = _halves(np.stack(a), decode).reshape(2, 2, warps, 8, 4, 2)
         left = left.transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, 16).astype(np.float64)
-        right = _halves(np.stack(b), decode).reshape(2, warps, 8, 4, 2)  # row half, w, g, t, pair
+        right = _halves(np.stack(b), decode).reshape(2, warps, 8, 4, 2)  # row half, warp, g, t, pair
         right = right.transpose(1, 0, 3, 4, 2).reshape(warps, 16, 8).astype(np.float64)
         return _accumulate(left, right, c, warps)
 
@@ -45,9 +46,9 @@ def mma_16816(decode: Callable) -> Callable:
 def mma_1688(a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence[np.ndarray]) -> list[np.ndarray]:
     """m16n8k8 of TF32."""
     warps = a[0].size // 32
-    left = tf32_of(np.stack(a)).reshape(2, 2, warps, 8, 4)  # column half, row half, w, g, t
+    left = tf32_of(np.stack(a)).reshape(2, 2, warps, 8, 4)  # column half, row half, warp, g, t
     left = left.transpose(2, 1, 3, 0, 4).reshape(warps, 16, 8).astype(np.float64)
-    right = tf32_of(np.stack(b)).reshape(2, warps, 8, 4)  # row half, w, g, t
+    right = tf32_of(np.stack(b)).reshape(2, warps, 8, 4)  # row half, warp, g, t
     right = right.transpose(1, 0, 3, 2).reshape(warps, 8, 8).astype(np.float64)
     return _accumulate(left, right, c, warps)
 
@@ -81,7 +82,7 @@ def matrix_registers(rows: np.ndarray, warps: int, count: int, transposed: bool)
     return [words[:, i].ravel() for i in range(count)]
 
 
-def shuffle_source(mode: str, lane: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shuffle_source(mode: str, lane: np.ndarray, b: np.ndarray, c: np.ndarray):
     """The lane that each lane of shfl reads, and whether it is within its segment."""
     step, clamp, segment = b.astype(np.int64) & 31, c.astype(np.int64) & 31, c.astype(np.int64) >> 8 & 31
     low = lane & segment
