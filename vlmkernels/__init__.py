@@ -8,6 +8,7 @@ from vlmkernels.ops import (
     gated_residual,
     info_nce,
     interval_attention,
+    linear,
     perceiver_attention,
     sigmoid_loss,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "info_nce",
     "interval_attention",
     "intervals",
+    "linear",
     "perceiver_attention",
     "sigmoid_loss",
 ]

@@ -62,7 +62,7 @@ def _under_autocast(op: Any, device: str, operands: int) -> Callable:
 
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device.lower())
-        cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:operands]]
+        cast = [x.to(dtype) if x is not None and x.dtype != torch.float64 else x for x in args[:operands]]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast, *args[operands:])
 

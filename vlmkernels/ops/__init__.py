@@ -4,6 +4,7 @@ from vlmkernels.ops.gated_linear_residual import gated_linear_residual
 from vlmkernels.ops.gated_residual import gated_residual
 from vlmkernels.ops.info_nce import info_nce
 from vlmkernels.ops.interval_attention import interval_attention
+from vlmkernels.ops.linear import linear
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 
@@ -12,6 +13,7 @@ __all__ = [
     "gated_residual",
     "info_nce",
     "interval_attention",
+    "linear",
     "perceiver_attention",
     "sigmoid_loss",
 ]

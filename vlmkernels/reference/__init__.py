@@ -4,6 +4,7 @@ from vlmkernels.reference.gated_linear_residual import gated_linear_residual
 from vlmkernels.reference.gated_residual import gated_residual
 from vlmkernels.reference.info_nce import info_nce
 from vlmkernels.reference.interval_attention import interval_attention
+from vlmkernels.reference.linear import linear
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 
@@ -12,6 +13,7 @@ __all__ = [
     "gated_residual",
     "info_nce",
     "interval_attention",
+    "linear",
     "perceiver_attention",
     "sigmoid_loss",
 ]

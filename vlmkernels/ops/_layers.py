@@ -1,0 +1,66 @@
+"""What the dense layers check."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlmkernels.reference._activations import ACTIVATIONS
+
+
+def check(
+    op: str,
+    x: Tensor,
+    weights: Sequence[
+        tuple[str, Tensor, int | None, int | None]
+    ],  # name, weight, its rows and columns or None
+    biases: Sequence[tuple[str, Tensor | None, int]],  # name, bias, its size
+    activation: str,
+    residual: Tensor | None,
+    width: int,
+) -> None:
+    """One ValueError that names all that does not fit; `width` is the last size of the result."""
+    faults = []
+    if x.dim() == 0:
+        faults.append("x must be [..., K], got a scalar")
+    for name, weight, rows, cols in weights:
+        wanted = f"[{'*' if rows is None else rows}, {'*' if cols is None else cols}]"
+        fits = weight.dim() == 2 and rows in (None, weight.shape[0]) and cols in (None, weight.shape[1])
+        if not fits:
+            faults.append(f"{name} must be {wanted}, got {tuple(weight.shape)}")
+    faults += [
+        f"{name} must be [{size}], got {tuple(bias.shape)}"
+        for name, bias, size in biases
+        if bias is not None and bias.shape != (size,)
+    ]
+    if activation not in ACTIVATIONS:
+        faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    shape = (*x.shape[:-1], width)
+    if residual is not None and residual.shape != shape:
+        faults.append(f"residual must be {shape}, got {tuple(residual.shape)}")
+    operands = {"x": x, **{name: weight for name, weight, _, _ in weights}}
+    operands |= {name: bias for name, bias, _ in biases if bias is not None}
+    everything = operands if residual is None else {**operands, "residual": residual}
+    if not all(t.is_floating_point() for t in everything.values()):
+        faults.append(f"all tensors must be floating point, got {dtypes(everything)}")
+    elif len({t.dtype for t in operands.values()}) > 1 and not torch.is_autocast_enabled(x.device.type):
+        faults.append(f"{', '.join(operands)} must have one dtype, got {dtypes(operands)}")
+    devices = {t.device for t in everything.values()}
+    if len(devices) > 1:
+        faults.append(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    if faults:
+        raise ValueError(f"{op}: " + "; ".join(faults))
+
+
+def dtypes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+
+
+def size(t: Tensor, dim: int) -> int:
+    """A size that messages can name whatever `t` is: 0 where there is no such dimension."""
+    return t.shape[dim] if t.dim() > (dim if dim >= 0 else -dim - 1) else 0
+
+
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow that asks for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,101 @@
+"""out = act(x weight^T + bias) + residual."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference.linear import linear_bwd, linear_fwd
+
+
+def linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [O, K]
+    bias: Tensor | None = None,  # [O]
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,  # [..., O]
+) -> Tensor:  # [..., O]
+    """A linear layer with what follows it: ``act(x @ weight.T + bias) + residual``.
+
+    Args:
+        x: ``[..., K]``, any strides.
+        weight: ``[O, K]``, as in ``torch.nn.Linear``; dtype and device of ``x``.
+        bias: ``[O]``, dtype of ``x``.
+        activation: "none", "gelu" (exact), "gelu_tanh", "quick_gelu" (``y * sigmoid(1.702 y)``, as in
+            OpenAI's CLIP), "silu", "relu" or "squared_relu".
+        residual: added to the result, whose shape it has.
+
+    Returns:
+        A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
+        float64 inputs). The backward keeps ``x`` and, if there is an activation, ``x @ weight.T + bias`` in
+        the dtype of ``x``. Autocast casts ``x``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+    outputs = size(weight, 0)
+    check(
+        "linear",
+        x,
+        [("weight", weight, None, size(x, -1))],
+        [("bias", bias, outputs)],
+        activation,
+        residual,
+        outputs,
+    )
+    return _op(x, weight, bias, residual, activation, trained(x, weight, bias))[0]
+
+
+def _fake(x, weight, bias, residual, activation, keep):
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x {x.shape} and weight {weight.shape} do not fit")
+    shape = (*x.shape[:-1], weight.shape[0])
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape if keep and activation != "none" else 0)
+
+
+def _fake_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bias):
+    return (
+        weight.new_empty((*dout.shape[:-1], weight.shape[1]) if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, residual, activation, keep = inputs
+    _, y = output
+    ctx.mark_non_differentiable(y)
+    formed = keep and activation != "none"
+    again = activation != "none" and not keep
+    # A layer that is not trained holds no input for the backward.
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[1] or again else None, weight, bias, y if formed else None
+    )
+    ctx.activation = activation
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, dout, _):
+    need_x, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    needs = (need_x, need_weight, need_bias)
+    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, *needs) if any(needs) else (None,) * 3
+    dx, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, dweight, dbias, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+
+
+_op = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep)"
+    " -> (Tensor out, Tensor preactivation)",
+    reference=linear_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=3,
+)
+_bwd = define(
+    "linear_bwd(Tensor dout, Tensor? x, Tensor weight, Tensor? bias, Tensor? preactivation, str activation,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    reference=linear_bwd,
+    fake=_fake_bwd,
+)

@@ -1,0 +1,70 @@
+"""out = act(y) + residual, y = x weight^T + bias.
+
+With g = dout * act'(y), which is dout itself without an activation:
+
+    dx = g weight        dweight = g^T x        dbias = sum over the rows of g        dresidual = dout
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkernels.reference._activations import activate, activate_bwd
+
+
+def linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [O, K]
+    bias: Tensor | None = None,  # [O]
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,  # [..., O]
+) -> Tensor:  # [..., O]
+    """The definition, differentiable by autograd."""
+    out = activate(F.linear(x, weight, bias), activation)
+    return out if residual is None else out + residual
+
+
+def linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The result and, when there is an activation and `keep`, y for the backward."""
+    y = F.linear(x, weight, bias)
+    out = activate(y, activation)
+    kept = y if keep and activation != "none" else y.new_empty(0)
+    return (out if residual is None else out + residual).contiguous(), kept.contiguous()
+
+
+def linear_bwd(
+    dout: Tensor,  # [..., O]
+    x: Tensor | None,  # [..., K], only for dweight and for y
+    weight: Tensor,  # [O, K]
+    bias: Tensor | None,  # [O]
+    y: Tensor | None,  # [..., O], formed again when absent
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias; an output nobody needs has size 0."""
+    if activation != "none" and y is None:
+        assert x is not None
+        y = F.linear(x, weight, bias)
+    g = dout.to(weight.dtype) if y is None else activate_bwd(dout, y, activation)
+    return product_bwd(g, x, weight, need_x, need_weight, need_bias)
+
+
+def product_bwd(
+    g: Tensor, x: Tensor | None, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x weight^T + bias under g [..., O]."""
+    dx, dweight, dbias = (weight.new_empty(0) for _ in range(3))
+    rows = g.reshape(g.shape[:-1].numel(), weight.shape[0])
+    if need_x:
+        dx = (g @ weight).contiguous()
+    if need_weight:
+        assert x is not None
+        dweight = rows.T @ x.reshape(rows.shape[0], weight.shape[1])
+    if need_bias:
+        dbias = rows.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(g.dtype)
+    return dx, dweight.contiguous(), dbias
