@@ -184,6 +184,12 @@ def test_predictions_can_be_made_again(stored, of, cards):
         )
 
 
+@pytest.mark.slow
+def test_all_stored_predictions_are_those_of_the_kernels(stored):
+    made = list(predict.entries(workloads(), CARDS.values()))
+    assert stored["entries"] == made, "python -m benchmarks.gpu --predict"
+
+
 def test_published_figures_stand_beside_a_workload(stored):
     shown = [figure for entry in stored["entries"] for figure in published.beside(entry)]
     assert len(shown) == len(published.FIGURES)

@@ -216,6 +216,9 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
 
 def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
     """Its tensors are read or written, each once; which of the two, the step need not know."""
+    tensors = dict(launch.tensors)
+    if launch.name == "_contrastive.feature_grads" and launch.arguments["INDEX"] is None:
+        del tensors["Y"]  # read for the positives alone
     flops, even = _products_of(launch, bounds)
     kind = ""
     if flops:
@@ -223,7 +226,7 @@ def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
         kind = (
             "half" if half else {"ieee": "fp32"}.get(launch.config["PRECISION"], launch.config["PRECISION"])
         )
-    into.add(launch.name, launch.tensors.values(), (), flops=flops, kind=kind, launch=launch, even=even)
+    into.add(launch.name, tensors.values(), (), flops=flops, kind=kind, launch=launch, even=even)
 
 
 @contextlib.contextmanager
