@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+import vlmkernels
+
 pytest.importorskip("triton")
 
 from benchmarks import peers
@@ -17,10 +19,12 @@ from benchmarks.gpu import pages, predict, sanitizer, timing, trials
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.workloads import Workload, workloads
 from benchmarks.run import disagreement
+from tests.gpu import trials_cuda
 from tests.gpu.cases import CASES
 from tests.gpu.interpreter import interpreting
 from tests.gpu.trials import strided
 from vlmkernels import reference
+from vlmkernels._library import KERNELS
 from vlmkernels.triton import gated_residual as residual_launchers
 from vlmkernels.triton._contrastive import tf32_allowed
 
@@ -58,11 +62,26 @@ def test_a_case_that_gives_a_wrong_result_is_named(monkeypatch):
 
 
 def test_every_case_belongs_to_an_op_and_every_op_has_one():
-    reached = {op for case in CASES.values() if not case.slow for op in trials.ops_of(case)}
+    reached = {op for case in CASES.values() if not case.slow for op in trials.ops_of(case.name)}
     assert reached == set(command.OPS)
     assert len(trials.cases_for(command.OPS, slow=False, one_each=True)) == len(
         {c.op for c in CASES.values()}
     )
+
+
+def test_kernels_of_the_extension_are_judged_where_it_has_them(monkeypatch):
+    before = trials.cases_for(["gated_residual"], slow=False)
+    assert not any(isinstance(case, trials.Extension) for case in before)
+    monkeypatch.setitem(KERNELS, ("gated_residual", "CUDA"), "CUDA C++ (80)")
+    more = trials.cases_for(["gated_residual"], slow=False)[len(before) :]
+    assert {case.variant for case in more} == set(trials_cuda.CASES)
+    assert trials.cases_for(["info_nce"], slow=False, one_each=True)[0].op == "info_nce_stats"
+    assert trials.run(more, "cpu", lambda line: None) == {}
+    wrong = mock.Mock(wraps=torch.ops.vlmkernels)
+    wrong.gated_residual = lambda x, y, gate, mask: x.clone()
+    monkeypatch.setattr(torch.ops, "vlmkernels", wrong)
+    failed = trials.run(more[:1], "cpu", lambda line: None)
+    assert list(failed) == [f"gated_residual, CUDA C++, {more[0].variant}"]
 
 
 REPORTS = {
@@ -226,11 +245,23 @@ def test_every_peer_is_called_as_it_wants_to_be_and_agrees(of, monkeypatch):
             torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
 
 
+def test_an_absent_peer_has_a_reason():
+    of = next(w for w in workloads(quick=True) if w.op == "perceiver_attention")
+    for entry in timing.measure_workload(of, "cpu", timing.host_timer, seconds=1, quick=True):
+        eager, flash = entry["peers"]
+        assert (eager["name"], flash["name"]) == (
+            "SDPA on the concatenation",
+            "flash-attn on the concatenation",
+        )
+        assert eager["ratio"]["median"] > 0
+        assert "No module named 'flash_attn'" in flash["why_not"]
+
+
 @pytest.fixture(scope="module")
 def small_predictions(tmp_path_factory):
     """Of the workloads of --quick, for a card whose prediction compiles nothing."""
     path = tmp_path_factory.mktemp("predictions") / "quick.json"
-    chosen = [w for w in workloads(quick=True) if w.op in ("gated_residual", "perceiver_attention")]
+    chosen = [w for w in workloads(quick=True) if w.op in ("gated_residual", "gated_linear_residual")]
     made = {"header": {"commit": "here"}, "entries": list(predict.entries(chosen, [CARDS["B200"]]))}
     path.write_text(json.dumps(made))
     return path
@@ -242,7 +273,7 @@ def quick(*words, **files):
 
 
 def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsys):
-    ops = ["gated_residual", "perceiver_attention"]
+    ops = ["gated_residual", "gated_linear_residual"]
     assert quick(*ops, "--card", "B200", results=tmp_path, predictions=small_predictions) == 0
     [path] = tmp_path.iterdir()
     stored = json.loads(path.read_text())
@@ -254,14 +285,12 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
     assert all(found["why_not"] for found in run["sanitizer"].values())
     assert run["predictions"] == {"commit": "here"}
     entries = [entry for of_op in stored["ops"].values() for entry in of_op]
-    assert len(entries) == 2 * (2 + 3)
+    assert len(entries) == 2 * (2 + 4)
     for entry in entries:
         assert entry["of_predicted"] == entry["seconds"]["median"] * 1e6 / entry["predicted_us"]
-        peers = {peer["name"]: peer for peer in entry["peers"]}
-        eager = "SDPA on the concatenation" if entry["op"] == ops[1] else "x + gate.tanh() * y"
-        assert peers[eager]["ratio"]["median"] > 0
+        assert entry["peers"][0]["ratio"]["median"] > 0
+        assert entry["peers"][-1]["why_not"] == "not compiled with --quick"
         assert entry["rounds"] == 3
-    assert "No module named 'flash_attn'" in peers["flash-attn on the concatenation"]["why_not"]
     shown = capsys.readouterr().out
     assert "| gated_residual, residual stream, bf16, training | **vlmkernels** |" in shown
     text = "<!-- roofline: measured -->\n<!-- /roofline -->"
@@ -287,19 +316,19 @@ def test_on_a_gpu_the_card_is_found_by_its_name(tmp_path, small_predictions, mon
     stored = json.loads((tmp_path / "nvidia-b200.json").read_text())
     [run] = stored["runs"].values()
     assert run["gpu"] == "NVIDIA B200"
-    assert run["kernels"]["gated_residual"] == "Triton"
+    assert run["kernels"]["gated_residual"] == vlmkernels.info()["ops"]["gated_residual"]["CUDA"]
     assert run["sanitizer"]["memcheck"] == {"why_not": "compute-sanitizer is not installed"}
     assert all(entry["of_predicted"] > 0 for entry in stored["ops"]["gated_residual"])
 
 
 def test_a_red_op_is_not_timed(tmp_path, small_predictions, monkeypatch, capsys):
     monkeypatch.setattr(residual_launchers, "gated_residual", lambda x, y, gate, row_mask: x.clone())
-    rc = quick("gated_residual", "perceiver_attention", results=tmp_path, predictions=small_predictions)
+    rc = quick("gated_residual", "gated_linear_residual", results=tmp_path, predictions=small_predictions)
     assert rc == 1
     [path] = tmp_path.iterdir()
     stored = json.loads(path.read_text())
-    assert list(stored["ops"]) == ["perceiver_attention"]
-    assert stored["ops"]["perceiver_attention"][0]["no_prediction"] == "the device is none of the cards"
+    assert list(stored["ops"]) == ["gated_linear_residual"]
+    assert stored["ops"]["gated_linear_residual"][0]["no_prediction"] == "the device is none of the cards"
     assert "gated_residual: RED, not timed" in capsys.readouterr().out
 
 

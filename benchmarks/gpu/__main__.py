@@ -52,7 +52,7 @@ def correctness(
     failed = trials.run(chosen, device, say)
     found: dict[str, dict[str, Any]] = {}
     for op in ops:
-        own = [case.name for case in chosen if op in trials.ops_of(case)]
+        own = [case.name for case in chosen if op in trials.ops_of(case.name)]
         wrong = {name: failed[name] for name in own if name in failed}
         say(f"tests of {op}")
         green, summary = (True, "not run (--quick)") if quick else tests(op)
@@ -62,11 +62,10 @@ def correctness(
 
 def mark_unsafe(found: dict[str, dict[str, Any]], reports: dict[str, dict[str, Any]]) -> None:
     """Ops in whose cases the sanitizer found something are red; all of them where it cannot be told."""
-    cases = {case.name: trials.ops_of(case) for case in trials.CASES.values()}
     for tool, of_tool in reports.items():
         if of_tool.get("errors"):
-            guilty = {op for name in of_tool["found"] for op in cases.get(name, found)} or set(found)
-            for op in guilty & set(found):
+            guilty = {op for name in of_tool["found"] for op in trials.ops_of(name)} & set(found)
+            for op in guilty or found:
                 found[op]["red"] = True
                 found[op].setdefault("unsafe", []).append(tool)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.gpu.launches import Launch, intercepting
 from tests.gpu.matrix import on
+from vlmkernels._library import KERNELS
 from vlmkernels.triton import _contrastive
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -87,6 +89,16 @@ class Pass:
         return moved
 
 
+def run_triton(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """What the op runs for CUDA tensors, in Triton also where the extension has it in CUDA C++."""
+    name = op._schema.name.removeprefix("vlmkernels::")
+    if not KERNELS.get((name, "CUDA"), "").startswith("CUDA C++"):
+        return op.redispatch(CUDA, *args, **kwargs)
+    module = importlib.import_module(f"vlmkernels.triton.{name.removesuffix('_bwd')}")
+    with torch.no_grad():
+        return getattr(module, name)(*args, **kwargs)
+
+
 def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
@@ -114,7 +126,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "vlmkernels":
             with self:
-                return func.redispatch(CUDA, *args, **kwargs)
+                return run_triton(func, *args, **kwargs)
         out = func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -159,12 +171,18 @@ def _blocks(first: int, last: int, size: int) -> int:
     return -(-max(last - first, 0) // size)
 
 
+def _clipped(bounds: Bounds | None, tq: int, tk: int) -> Bounds:
+    """As the kernels read them."""
+    start, end = bounds or ([0] * tq, [tk] * tq)
+    return [min(max(x, 0), tk) for x in start], [min(max(x, 0), tk) for x in end]
+
+
 def _query_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     """Pairs that one head of one batch multiplies, and whether all programs do as many."""
     config, arguments = launch.config, launch.arguments
     tq, tk, tk2 = (arguments[name] for name in ("tq", "tk", "tk2"))
     rows, cols = config["BLOCK_M"], config["BLOCK_N"]
-    start, end = bounds or ([0] * tq, [tk] * tq)
+    start, end = _clipped(bounds, tq, tk)
     turns = []
     for at in range(0, tq, rows):
         low, high = start[at : at + rows], end[at : at + rows]
@@ -182,7 +200,7 @@ def _key_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     config, arguments = launch.config, launch.arguments
     tq, tk = arguments["tq"], arguments["tk"]
     rows, cols = config["BLOCK_M"], config["BLOCK_N"]
-    start, end = bounds or ([0] * tq, [tk] * tq)
+    start, end = _clipped(bounds, tq, tk)
     turns = []
     for lo in range(0, tk, cols):
         seen = [i for i in range(tq) if start[i] < min(lo + cols, end[i]) and end[i] > lo]

@@ -6,15 +6,17 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import reason, synchronize
+from tests.gpu import trials_cuda
 from tests.gpu.cases import CASES, Case
 from tests.gpu.interpreter import interpreting
 from tests.gpu.trials import Trial, check
+from vlmkernels._library import KERNELS
 
 # The ops that a launcher serves
 OPS = {
@@ -26,15 +28,32 @@ OPS = {
 POISONED = 1 << 28  # bytes of a storage up to which what no view covers holds NaN
 
 
-def ops_of(case: Case) -> tuple[str, ...]:
-    return OPS.get(case.op, (case.op,))
+class Extension(NamedTuple):
+    """A case of the kernels in CUDA C++, which the op itself runs."""
+
+    variant: str
+    op: str = "gated_residual"
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, CUDA C++, {self.variant}"
 
 
-def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case]:
+def ops_of(case: str) -> tuple[str, ...]:
+    """The ops that a case of this name is of."""
+    launcher = case.partition(",")[0]
+    return OPS.get(launcher, (launcher,))
+
+
+def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case | Extension]:
     """Those of `ops`; with `one_each` the first of each launcher."""
     wanted = set(ops)
-    found = [c for c in CASES.values() if wanted & set(ops_of(c)) and (slow or not c.slow)]
-    return list({c.op: c for c in reversed(found)}.values())[::-1] if one_each else found
+    every: list[Case | Extension] = list(CASES.values())
+    if KERNELS.get(("gated_residual", "CUDA"), "").startswith("CUDA C++"):
+        every += [Extension(variant) for variant in trials_cuda.CASES]
+    found = [c for c in every if wanted & set(ops_of(c.name)) and (slow or not c.slow)]
+    return list({(type(c), c.op): c for c in reversed(found)}.values())[::-1] if one_each else found
 
 
 class OnDevice:
@@ -52,6 +71,18 @@ class OnDevice:
 
     def judge(self, got: Sequence[Tensor]) -> None:
         self.trial.judge(got)
+
+
+class Dispatched(OnDevice):
+    """gated_residual and its backward as the dispatcher runs them."""
+
+    def launch(self) -> Sequence[Tensor]:
+        t = _moved(self.trial, self.device, {})
+        ops = torch.ops.vlmkernels
+        out = ops.gated_residual(t.x, t.y, t.given, t.mask)
+        dy, dgate = ops.gated_residual_bwd(t.dout, t.y, t.given, t.mask, *t.needs)
+        synchronize(self.device)
+        return [x.cpu() for x in (out, dy, dgate.to(t.gate.dtype))]
 
 
 def _moved(x: Any, device: str, storages: dict[int, Tensor]) -> Any:
@@ -90,14 +121,22 @@ def executor(device: str) -> Callable[[], AbstractContextManager]:
     return interpreting if device == "cpu" else _as_they_are
 
 
-def run(cases: Iterable[Case], device: str, say: Callable[[str], None]) -> dict[str, str]:
+def run_one(case: Case | Extension, device: str) -> None:
+    if isinstance(case, Extension):
+        torch.manual_seed(0)
+        check(Dispatched(trials_cuda.CASES[case.variant](), device), _as_they_are)
+    else:
+        with case.prepared() as trial:
+            check(OnDevice(trial, device), executor(device))
+
+
+def run(cases: Iterable[Case | Extension], device: str, say: Callable[[str], None]) -> dict[str, str]:
     """Every case; of those that fail, why."""
     failed = {}
     for case in cases:
         say(f"case: {case.name}")
         try:
-            with case.prepared() as trial:
-                check(OnDevice(trial, device), executor(device))
+            run_one(case, device)
         except Exception as error:  # a kernel that does not compile or run is as wrong as a wrong result
             failed[case.name] = reason(error)
             say(f"failed: {failed[case.name]}")
