@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import types
 from unittest import mock
 
@@ -234,6 +235,7 @@ STAND_INS = {
 @pytest.mark.parametrize("of", [w for w in workloads(quick=True) if w.type == "bf16"], ids=lambda of: of.name)
 def test_every_peer_is_called_as_it_wants_to_be_and_agrees(of, monkeypatch):
     """Peers that need a GPU have stand-ins with their signatures."""
+    monkeypatch.setattr(peers, "_reasons", {})
     for name, members in STAND_INS.items():
         monkeypatch.setitem(peers._loaded, name, types.SimpleNamespace(**members))
     tensors = of.tensors("cpu")
@@ -245,7 +247,10 @@ def test_every_peer_is_called_as_it_wants_to_be_and_agrees(of, monkeypatch):
             torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
 
 
-def test_an_absent_peer_has_a_reason():
+def test_an_absent_peer_has_a_reason(monkeypatch):
+    monkeypatch.setattr(peers, "_loaded", {})
+    monkeypatch.setattr(peers, "_reasons", {})
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     of = next(w for w in workloads(quick=True) if w.op == "perceiver_attention")
     for entry in timing.measure_workload(of, "cpu", timing.host_timer, seconds=1, quick=True):
         eager, flash = entry["peers"]
@@ -254,7 +259,7 @@ def test_an_absent_peer_has_a_reason():
             "flash-attn on the concatenation",
         )
         assert eager["ratio"]["median"] > 0
-        assert "No module named 'flash_attn'" in flash["why_not"]
+        assert "peer 'flash_attn' cannot be imported here" in flash["why_not"]
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +285,7 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
     assert list(stored["ops"]) == ops
     [run] = stored["runs"].values()
     assert run["correctness"]["gated_residual"] == {
-        "tests": "not run (--quick)", "cases": 1, "failed": {}, "red": False
+        "tests": "not run", "cases": 1, "failed": {}, "red": False
     }  # fmt: skip
     assert all(found["why_not"] for found in run["sanitizer"].values())
     assert run["predictions"] == {"commit": "here"}
@@ -333,10 +338,19 @@ def test_a_red_op_is_not_timed(tmp_path, small_predictions, monkeypatch, capsys)
 
 
 def test_red_tests_make_an_op_red():
-    cases = {"quick": False, "say": lambda line: None}
+    cases = {"quick": False, "slow": False, "say": lambda line: None}
     with mock.patch.object(trials, "cases_for", return_value=[]):
         found = command.correctness(["info_nce"], "cpu", tests=lambda op: (False, "1 failed"), **cases)
     assert found == {"info_nce": {"tests": "1 failed", "cases": 0, "failed": {}, "red": True}}
+
+
+def test_what_is_left_out_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer, "run", mock.Mock(side_effect=AssertionError))
+    assert quick("gated_residual", "--without", "sanitizer", results=tmp_path) == 0
+    [path] = tmp_path.iterdir()
+    [run] = json.loads(path.read_text())["runs"].values()
+    assert run["sanitizer"]["racecheck"] == {"why_not": "--without sanitizer"}
+    assert "--without sanitizer" in run["command"]
 
 
 def test_a_prediction_of_other_sizes_is_none():

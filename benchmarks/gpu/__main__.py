@@ -44,18 +44,19 @@ def correctness(
     device: str,
     *,
     quick: bool,
+    slow: bool,
     say: Callable[[str], None],
     tests: Callable[[str], tuple[bool, str]],
 ) -> dict[str, dict[str, Any]]:
     """Of each op: what its tests say, which cases fail on the device, and whether it is red."""
-    chosen = trials.cases_for(ops, slow=not quick, one_each=quick)
+    chosen = trials.cases_for(ops, slow=slow, one_each=quick)
     failed = trials.run(chosen, device, say)
     found: dict[str, dict[str, Any]] = {}
     for op in ops:
         own = [case.name for case in chosen if op in trials.ops_of(case.name)]
         wrong = {name: failed[name] for name in own if name in failed}
         say(f"tests of {op}")
-        green, summary = (True, "not run (--quick)") if quick else tests(op)
+        green, summary = tests(op)
         found[op] = {"tests": summary, "cases": len(own), "failed": wrong, "red": bool(wrong) or not green}
     return found
 
@@ -83,8 +84,16 @@ def measure(options: argparse.Namespace, command: str, say: Callable[[str], None
             header["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             header["versions"][package] = "absent"
-    header["correctness"] = found = correctness(ops, device, quick=quick, say=say, tests=run.run_tests)
-    header["sanitizer"] = reports = sanitizer.run(ops, device, say)
+    left_out = {*options.without, *(("tests", "slow-cases") if quick else ())}
+    header["correctness"] = found = correctness(
+        ops, device, quick=quick, slow="slow-cases" not in left_out, say=say,
+        tests=(lambda op: (True, "not run")) if "tests" in left_out else run.run_tests,
+    )  # fmt: skip
+    if "sanitizer" in left_out:
+        reports = {tool: {"why_not": "--without sanitizer"} for tool in sanitizer.TOOLS}
+    else:
+        reports = sanitizer.run(ops, device, say)
+    header["sanitizer"] = reports
     mark_unsafe(found, reports)
     predictions = json.loads(options.predictions.read_text(encoding="utf-8"))
     header["predictions"] = predictions["header"]
@@ -136,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--write-docs", action="store_true", help="only write docs/roofline.md from what is stored"
     )
     parser.add_argument("--quick", action="store_true", help="small inputs, few cases, no torch.compile")
+    parser.add_argument(
+        "--without", action="append", default=[], choices=["tests", "slow-cases", "sanitizer"],
+        help="to save time; the stored run says so",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--card", choices=list(CARDS), help="whose predictions to compare with")
     parser.add_argument("--seconds", type=float, default=5.0, help="of rounds for one workload")
