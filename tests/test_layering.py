@@ -56,7 +56,8 @@ def imports(path: Path) -> set[str]:
 
 
 def test_the_library_does_not_import_its_peers():
-    peers = ("torchvision", "open_clip", "transformers", "timm", "benchmarks", "tests")
+    peers = ("torchvision", "open_clip", "transformers", "timm", "open_flamingo", "sentence_transformers")
+    peers += ("benchmarks", "tests")
     for path in ROOT.glob("vlmkernels/**/*.py"):
         found = [name for name in imports(path) if name.split(".")[0] in peers]
         assert found == [], f"{path.relative_to(ROOT)} imports {found}"

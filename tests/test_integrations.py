@@ -1,0 +1,449 @@
+"""patch, unpatch and drop_in on single modules: when our op runs, when their code does, what is refused."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import vlmkernels
+from benchmarks import peers
+from vlmkernels.integrations import drop_in, patch, unpatch
+from vlmkernels.integrations._masks import intervals_of
+from vlmkernels.reference.interval_attention import visible
+from vlmkernels.testing import assert_as_good
+
+
+def needs(library):
+    return pytest.mark.skipif(
+        peers.why_not(library) is not None, reason=f"{library}: {peers.why_not(library)}"
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often interval_attention ran."""
+    count = []
+    ours = vlmkernels.interval_attention
+
+    def counting(*args, **kwargs):
+        count.append(1)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(vlmkernels, "interval_attention", counting)
+    return count
+
+
+def causal(tokens, dtype=torch.bool):
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return (
+        hidden
+        if dtype == torch.bool
+        else torch.zeros(tokens, tokens, dtype=dtype).masked_fill(hidden, -torch.inf)
+    )
+
+
+class TestMasks:
+    def check(self, mask, seen, **options):
+        start, end = intervals_of(mask, *seen.shape[-2:], **options)
+        assert start.dtype == end.dtype == torch.int32
+        assert torch.equal(visible(start, end, seen.shape[-1]), seen)
+
+    @pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)])
+    def test_random_intervals_in_every_form(self, shape):
+        torch.manual_seed(0)
+        start = torch.randint(0, 6, shape[:-1])
+        end = torch.maximum(torch.randint(0, 7, shape[:-1]), start)
+        rows = visible(start, end, 6)
+        mask = rows if rows.dim() == 2 else rows[:, 0]
+        self.check(mask, rows)
+        self.check(~mask, rows, true_is_seen=False)
+        self.check(torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), rows)
+        if mask.dim() == 3:
+            self.check(mask[:, None], rows)
+            self.check(mask[:, None].expand(3, 4, 6, 6), rows)
+            self.check(mask[:, None].repeat(1, 4, 1, 1), rows)
+
+    def test_padding_and_finite_masks(self):
+        seen = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+        mask = torch.zeros(2, 1, 1, 4).masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+        self.check(mask, seen[:, None, None].expand(2, 1, 3, 4))
+
+    def test_what_is_no_interval(self):
+        hole = torch.tensor([[True, False, True]])
+        assert intervals_of(hole, 1, 3) is None
+        assert intervals_of(torch.tensor([[0.0, -1.0, 0.0]]), 1, 3) is None
+        assert intervals_of(torch.tensor([[0.0, float("nan"), 0.0]]), 1, 3) is None
+        assert intervals_of(torch.tensor([[1, 0, 0]]), 1, 3) is None
+        assert intervals_of(torch.ones(1, 4, dtype=torch.bool), 1, 3) is None
+        assert intervals_of(torch.zeros(1, 3, requires_grad=True), 1, 3) is None
+        uniform = torch.full((1, 3), torch.finfo(torch.float32).min)
+        assert intervals_of(uniform, 1, 3) is None
+        heads = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+        heads[:, 1] = causal(3)
+        assert intervals_of(heads, 3, 3) is None
+
+    def test_a_mask_is_read_again_when_it_changes(self):
+        mask = torch.ones(1, 4, dtype=torch.bool)
+        assert intervals_of(mask, 1, 4)[1].tolist() == [4]
+        mask[0, 2:] = False
+        assert intervals_of(mask, 1, 4)[1].tolist() == [2]
+        assert intervals_of(mask, 1, 4, true_is_seen=False)[0].tolist() == [2]
+        with torch.inference_mode():
+            mask = torch.ones(1, 4, dtype=torch.bool)
+            assert intervals_of(mask, 1, 4)[1].tolist() == [4]
+            mask[0, 1] = False
+            assert intervals_of(mask, 1, 4) is None
+
+
+def both(module, *args, **kwargs):
+    """Results and gradients: of the patched module, of the plain one, of the plain one in float64."""
+    results = []
+    plain = copy.deepcopy(module)
+    patch(module)
+    for each in (module, plain, copy.deepcopy(plain).double()):
+        dtype = next(each.parameters()).dtype
+        leaves = {id(x): x.detach().to(dtype, copy=True).requires_grad_() for x in args}
+        inputs = [leaves[id(x)] for x in args]
+        options = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in kwargs.items()
+        }
+        out = each(*inputs, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+        weights = torch.cat([p.grad.flatten() for p in each.parameters()])
+        results.append([out, *(x.grad for x in leaves.values()), weights])
+    return results
+
+
+def assert_both(module, *args, **kwargs):
+    for ours, theirs, exact in zip(*both(module, *args, **kwargs), strict=True):
+        assert_as_good(ours, theirs, exact)
+
+
+class TestMultiheadAttention:
+    def inputs(self, batch_first=True, key_width=16):
+        torch.manual_seed(1)
+        query, key, value = (torch.randn(3, t, d) for t, d in ((5, 16), (7, key_width), (7, key_width)))
+        return (query, key, value) if batch_first else tuple(x.transpose(0, 1) for x in (query, key, value))
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("widths", [{}, {"kdim": 12, "vdim": 12}], ids=["one width", "kdim"])
+    def test_cross_attention(self, batch_first, bias, widths, calls):
+        module = nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first, **widths)
+        assert_both(module, *self.inputs(batch_first, widths.get("kdim", 16)), need_weights=False)
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+    def test_masks(self, dtype, calls):
+        module = nn.MultiheadAttention(16, 4, batch_first=True)
+        x = torch.randn(3, 6, 16)
+        padding = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None]
+        masks = [
+            {"attn_mask": causal(6, dtype)},
+            {"attn_mask": causal(6, dtype), "is_causal": True},
+            {"key_padding_mask": padding},
+            {"attn_mask": causal(6, dtype), "key_padding_mask": padding},
+            {"attn_mask": causal(6, dtype).repeat(12, 1, 1)},
+        ]
+        for count, mask in enumerate(masks, 1):
+            unpatch(module)
+            module.zero_grad()
+            assert_both(module, x, x, x, need_weights=False, **mask)
+            assert len(calls) == count, mask.keys()
+
+    def test_calls_that_run_its_own_code(self, calls):
+        module = nn.MultiheadAttention(16, 4, batch_first=True)
+        query, key, value = self.inputs()
+        hole = torch.zeros(5, 7, dtype=torch.bool)
+        hole[:, 3] = True
+        assert_both(module, query, key, value)  # asks for the weights
+        unpatch(module)
+        module.zero_grad()
+        assert_both(module, query, key, value, need_weights=False, attn_mask=hole)
+        _, weights = module(query, key, value)
+        assert weights.shape == (3, 5, 7)
+        assert module(query[0], key[0], value[0], need_weights=False)[0].shape == (5, 16)
+        module.dropout = 0.5
+        torch.manual_seed(0)
+        dropped = module(query, key, value, need_weights=False)[0]
+        assert calls == []
+        unpatch(module)
+        torch.manual_seed(0)
+        assert torch.equal(dropped, module(query, key, value, need_weights=False)[0])
+
+    def test_errors_are_its_own(self):
+        module = nn.MultiheadAttention(16, 4, batch_first=True)
+        patch(module)
+        with pytest.raises(Exception, match="causal"):
+            module(*self.inputs(), need_weights=False, is_causal=True)
+
+    def test_refused(self):
+        class Own(nn.MultiheadAttention):
+            pass
+
+        assert (
+            patch(Own(16, 4)).refused[0].why
+            == "a subclass of torch.nn.MultiheadAttention with code of its own"
+        )
+        (entry,) = patch(nn.MultiheadAttention(16, 4, add_bias_kv=True), linear=False)
+        assert entry.status == "refused"
+        assert "append keys" in entry.why
+
+
+class SelfAttention(nn.Module):
+    """As timm and many others write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x, mask=None, is_causal=False):
+        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_modules_that_call_scaled_dot_product_attention(calls):
+    x = torch.randn(3, 6, 16)
+    for count, options in enumerate([{}, {"is_causal": True}, {"mask": ~causal(6)}], 1):
+        assert_both(SelfAttention(), x, **options)
+        assert len(calls) == count
+    hole = torch.ones(6, 6, dtype=torch.bool)
+    hole[:, 2] = False
+    assert_both(SelfAttention(), x, mask=hole)
+    assert len(calls) == 3
+
+
+def test_attention_by_name_alone_is_reported():
+    class HomemadeAttention(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1)
+
+    (entry,) = patch(HomemadeAttention(4, 4), linear=False)
+    assert (entry.status, entry.cls.endswith("HomemadeAttention")) == ("refused", True)
+
+
+def test_a_forward_set_on_the_object_is_refused():
+    module = nn.MultiheadAttention(16, 4)
+    module.forward = module.forward
+    assert "on the object" in patch(module).refused[0].why
+
+
+def test_a_class_changed_after_patching_is_not_restored():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    module = nn.Sequential(nn.MultiheadAttention(16, 4))
+    patch(module)
+    parametrize.register_parametrization(module[0], "in_proj_weight", Double())
+    with pytest.raises(ValueError, match=r"unpatch: 0: its class was changed again .* parametrization"):
+        unpatch(module)
+    parametrize.remove_parametrizations(module[0], "in_proj_weight")
+    unpatch(module)
+    assert type(module[0]) is nn.MultiheadAttention
+
+
+def test_the_report_reads_as_a_table():
+    module = nn.Sequential(nn.MultiheadAttention(16, 4), nn.MultiheadAttention(16, 4, add_zero_attn=True))
+    report = patch(module, linear=False)
+    assert [entry.name for entry in report.patched] == ["0"]
+    assert [entry.name for entry in report.refused] == ["1"]
+    assert str(report).splitlines()[0].split() == ["module", "class", "what", "runs,", "or", "why", "not"]
+    assert "append keys" in str(report)
+    assert patch(nn.MultiheadAttention(16, 4), attention=False, linear=False) == []
+
+
+def test_a_second_call_adds_an_option():
+    module = nn.Sequential(nn.MultiheadAttention(16, 4))
+    assert patch(module, attention=False, linear=False) == []
+    first = patch(module, linear=False)
+    assert [entry.status for entry in first] == ["patched"]
+    assert patch(module, loss=False, linear=False) == first
+    assert patch(module, attention=False, linear=False) == []
+    assert type(module[0]) is not nn.MultiheadAttention
+
+
+def test_nothing_else_is_imported():
+    code = """
+import sys, torch, vlmkernels.integrations as integrations
+integrations.patch(torch.nn.MultiheadAttention(8, 2))
+found = {name.partition(".")[0] for name in sys.modules}
+print(found & {"transformers", "open_clip", "open_flamingo", "timm", "sentence_transformers", "einops"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_pickle_is_read_in_another_process(tmp_path):
+    module = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
+    patch(module)
+    torch.save(module, tmp_path / "module.pt")
+    code = f"""
+import torch
+module = torch.load({str(tmp_path / "module.pt")!r}, weights_only=False)
+from vlmkernels.integrations import patch, unpatch
+print(patch(module, linear=False)[0].status, type(module[0]) is torch.nn.MultiheadAttention)
+unpatch(module)
+print(type(module[0]) is torch.nn.MultiheadAttention)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["patched", "False", "True"]
+
+
+class TestOpenClipLosses:
+    pytestmark = needs("open_clip")
+
+    def features(self, dtype=torch.float32):
+        torch.manual_seed(0)
+        image, text = (nn.functional.normalize(torch.randn(6, 8), dim=-1).to(dtype) for _ in range(2))
+        return image, text, torch.tensor(20.0)
+
+    def test_drop_in_is_a_subclass_with_the_same_constructor(self):
+        loss = peers.load("open_clip.loss")
+        for cls, arguments in (
+            (loss.ClipLoss, {"cache_labels": True}),
+            (loss.CoCaLoss, {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0}),
+            (loss.SigLipLoss, {"dist_impl": "gather"}),
+        ):
+            ours = drop_in(cls)
+            assert issubclass(ours, cls)
+            assert ours is drop_in(cls)
+            made, plain = ours(**arguments), cls(**arguments)
+            assert vars(plain).keys() <= vars(made).keys()
+            assert patch(made).patched
+            assert (ours.__name__, ours.__module__) == (cls.__name__, cls.__module__)
+            assert type(pickle.loads(pickle.dumps(made))) is ours
+            assert type(copy.deepcopy(made)) is ours
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_results_have_the_dtype_of_theirs(self, dtype):
+        loss = peers.load("open_clip.loss")
+        image, text, scale = self.features(dtype)
+        for cls in (loss.ClipLoss, loss.SigLipLoss):
+            options = {} if cls is loss.ClipLoss else {"logit_bias": torch.tensor(-3.0)}
+            got = drop_in(cls)()(image, text, scale, output_dict=True, **options)
+            plain = cls()(image, text, scale, output_dict=True, **options)
+            exact = cls()(image.double(), text.double(), scale.double(), **options)
+            assert got.keys() == plain.keys()
+            assert_as_good(got["contrastive_loss"], plain["contrastive_loss"], exact)
+
+    def test_what_is_refused(self):
+        loss = peers.load("open_clip.loss")
+        assert "gather_with_grad" in patch(loss.ClipLoss(world_size=2)).refused[0].why
+        assert patch(loss.ClipLoss(world_size=2, gather_with_grad=True)).patched
+        assert "use_horovod" in patch(loss.ClipLoss(use_horovod=True)).refused[0].why
+        assert "builds the logits itself" in patch(loss.DistillClipLoss()).refused[0].why
+        with pytest.raises(ValueError, match=r"drop_in: wants a contrastive loss class .* got torch\.nn"):
+            drop_in(nn.Linear)
+        with pytest.raises(ValueError, match=r"got open_clip\.loss\.DistillClipLoss"):
+            drop_in(loss.DistillClipLoss)
+
+
+class MyLoss(
+    drop_in(peers.load("open_clip.loss").ClipLoss) if peers.why_not("open_clip") is None else nn.Module
+):
+    def forward(self, *args, **kwargs):
+        return 2 * super().forward(*args, **kwargs)
+
+
+@needs("open_clip")
+def test_a_subclass_of_a_drop_in_is_pickled_as_itself():
+    assert type(pickle.loads(pickle.dumps(MyLoss()))) is MyLoss
+    image, text, scale = TestOpenClipLosses().features()
+    torch.testing.assert_close(
+        MyLoss()(image, text, scale), 2 * peers.load("open_clip").ClipLoss()(image, text, scale)
+    )
+
+
+def tiny_clip(**options):
+    transformers = peers.load("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={
+            **sizes, "vocab_size": 30, "max_position_embeddings": 8, "eos_token_id": 29, "bos_token_id": 1,
+        },
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )  # fmt: skip
+    model = transformers.CLIPModel._from_config(config, **options).eval()
+    inputs = {"input_ids": torch.arange(10).view(2, 5) + 20, "pixel_values": torch.randn(2, 3, 16, 16)}
+    return model, inputs
+
+
+@needs("transformers")
+class TestTransformers:
+    def test_trainers_see_the_arguments_of_the_model(self):
+        model, _ = tiny_clip()
+        before = inspect.signature(model.forward), model.config_class, str(type(model))
+        patch(model)
+        assert (inspect.signature(model.forward), model.config_class, str(type(model))) == before
+
+    def test_another_attention_can_be_chosen_after_patching(self, calls):
+        model, inputs = tiny_clip()
+        patch(model)
+        model(**inputs)
+        assert len(calls) == 2
+        model.set_attn_implementation("eager")
+        out = model(**inputs, output_attentions=True)
+        assert out.text_model_output.attentions[0].shape == (2, 2, 5, 5)
+        assert len(calls) == 2
+        model.set_attn_implementation("sdpa")
+        model(**inputs)
+        assert len(calls) == 4
+
+    def test_the_configuration_is_that_of_the_model(self):
+        model, _ = tiny_clip()
+        module = (
+            model.text_model.encoder.layers[0].self_attn if hasattr(model.text_model, "encoder") else None
+        )
+        module = module or next(m for m in model.modules() if type(m).__name__ == "CLIPAttention")
+        config = module.config
+        patch(model)
+        assert module.config.hidden_size == 16
+        assert module.config._attn_implementation == "vlmkernels"
+        assert config._attn_implementation == "sdpa"
+        module.config.some_note = 3
+        assert config.some_note == 3
+        module.config = module.config
+        unpatch(model)
+        assert module.config is config
+
+    def test_eager_is_refused_with_a_reason(self):
+        model, _ = tiny_clip(attn_implementation="eager")
+        refused = patch(model, linear=False).refused
+        assert {entry.why for entry in refused} == {
+            "attn_implementation='eager' returns the attention weights; 'sdpa' can be patched"
+        }
+
+    def test_tuples_are_returned_where_they_are_asked_for(self):
+        model, inputs = tiny_clip()
+        wanted = model(**inputs, return_loss=True, return_dict=False)
+        patch(model)
+        got = model(**inputs, return_loss=True, return_dict=False)
+        assert isinstance(got, tuple)
+        assert len(got) == len(wanted)
+        torch.testing.assert_close(got[0], wanted[0])
+
+    def test_align_gives_attention_weights_to_those_who_ask(self):
+        transformers = peers.load("transformers")
+        config = transformers.AlignTextConfig(
+            vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
+        model = transformers.AlignTextModel(config).eval()
+        ids = torch.arange(10).view(2, 5)
+        wanted = model(ids, output_attentions=True).attentions
+        model = copy.deepcopy(model)
+        patch(model)
+        got = model(ids, output_attentions=True).attentions
+        assert len(got) == 2
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)

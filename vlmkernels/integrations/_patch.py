@@ -1,0 +1,125 @@
+"""`patch(model)` and its undo."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from vlmkernels.integrations import _swap
+from vlmkernels.integrations._swap import Rule
+from vlmkernels.integrations.attention import ATTENTION
+from vlmkernels.integrations.eager_attention import EAGER_ATTENTION, UnknownAttention
+from vlmkernels.integrations.losses import LOSSES
+from vlmkernels.integrations.sentence_losses import SENTENCE_LOSSES
+
+_LOSSES = (*LOSSES, *SENTENCE_LOSSES)
+_RULES: tuple[type[Rule], ...] = (*_LOSSES, *EAGER_ATTENTION, *ATTENTION, UnknownAttention)
+
+
+class Entry(NamedTuple):
+    """One module of a report."""
+
+    name: str  # as in named_modules(); "" is the module that was given
+    cls: str
+    status: str  # "patched" or "refused"
+    why: str  # what runs, or the reason
+
+
+class Report(list[Entry]):
+    """The modules that `patch` looked at; str() is a table for people."""
+
+    @property
+    def patched(self) -> list[Entry]:
+        return [entry for entry in self if entry.status == "patched"]
+
+    @property
+    def refused(self) -> list[Entry]:
+        return [entry for entry in self if entry.status == "refused"]
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "", "what runs, or why not"), *self]
+        rows = [(name or "(itself)", cls.rpartition(".")[2], *rest) for name, cls, *rest in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, linear: bool = True) -> Report:
+    """Lets the modules of a live model run on the ops of this library, in place.
+
+    The modules stay the objects they are, with their parameters, buffers, hooks, names and flags; only their
+    class becomes a subclass of itself. Patched models can be copied, pickled, saved, checkpointed, wrapped
+    and compiled; compile after patching. What a module cannot compute exactly it is refused, or, where that
+    shows only in a call (dropout in training, an unknown mask), the call runs the module's own code.
+
+    Args:
+        model: any module, a loss included; wrappers (DistributedDataParallel) are looked through.
+        loss: contrastive losses of open_clip, of sentence-transformers, and of transformers' CLIP, SigLIP
+            and ALIGN.
+        attention: attention modules.
+        linear: linear layers and multilayer perceptrons.
+
+    Returns:
+        The report, one entry per module that a rule speaks about, with what runs or the reason. What is
+        patched already stays patched; a second call can add an option.
+    """
+    asked = {
+        name for name, wanted in (("loss", loss), ("attention", attention), ("linear", linear)) if wanted
+    }
+    report = Report()
+    for name, module in list(model.named_modules()):
+        options, before = asked, _swap.rule_of(module)
+        if before is not None:
+            if _swap.cannot_restore(module):
+                continue
+            options = asked | before.patch_needs
+            _swap.restore(module)
+        rule = next((r for r in _RULES if r.patch_needs <= options and r.patch_matches(module)), None)
+        if rule is None:
+            continue
+        why = _swap.cannot_swap(module) or rule.patch_refuses(module)
+        if why is None:
+            _swap.swap(module, rule)
+        if rule.patch_needs & asked:
+            cls = _swap.qualified_name(type(module))
+            report.append(
+                Entry(name, cls, *(("patched", rule.patch_runs) if why is None else ("refused", why)))
+            )
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every patched module of `model` its own class back.
+
+    Raises:
+        ValueError: naming the modules whose class was changed again after they were patched; no module of
+            the model is then restored.
+    """
+    patched = {name: module for name, module in model.named_modules() if _swap.rule_of(module) is not None}
+    faults = [
+        f"{name or '(itself)'}: {why}" for name, m in patched.items() if (why := _swap.cannot_restore(m))
+    ]
+    if faults:
+        raise ValueError("unpatch: " + "; ".join(faults))
+    for module in patched.values():
+        _swap.restore(module)
+
+
+def drop_in(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class to construct instead of a loss class: a subclass of it with its constructor's arguments.
+
+    Args:
+        cls: ClipLoss, CoCaLoss or SigLipLoss of open_clip, MultipleNegativesRankingLoss or
+            CachedMultipleNegativesRankingLoss of sentence-transformers.
+
+    Raises:
+        ValueError: for another class.
+    """
+    rule = next((rule for rule in _LOSSES if rule.takes_class(cls)), None)
+    if rule is None:
+        wanted = "a contrastive loss class of open_clip or sentence-transformers"
+        raise ValueError(f"drop_in: wants {wanted}, got {_swap.qualified_name(cls)}")
+    return _swap.swapped(cls, rule)

@@ -1,0 +1,307 @@
+"""Attention modules of other code bases on `vlmkernels.interval_attention`.
+
+Exact are calls without dropout in training and without a mask, with `is_causal`, or with a mask tensor that
+shows each query one run of keys (`_masks`); all others run the module's own code. On an accelerator torch's
+own kernels stay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import vlmkernels
+from vlmkernels import intervals
+from vlmkernels.integrations import _masks
+from vlmkernels.integrations._masks import Intervals
+from vlmkernels.integrations._swap import Rule
+
+
+def attend(
+    query: Tensor,  # [B, H, Tq, Dh]
+    key: Tensor,  # [B, Hkv, Tk, Dh]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    seen: Intervals | None = None,  # what each query sees, everything when None
+    *,
+    causal: bool = False,  # aligned at the first query and the first key
+    scale: float | None = None,
+) -> Tensor:  # [B, H, Tq, Dv]
+    if seen is None:
+        start, end = intervals.causal(query.shape[2], device=query.device)
+        seen = start, end if causal else torch.full_like(end, key.shape[2])
+    return vlmkernels.interval_attention(query, key, value, *seen, scale=scale)
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, scale: Any = None) -> bool:
+    """Whether these are operands of one batch on the CPU, none of them empty."""
+    return (
+        query.device.type == "cpu"
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[1] % max(key.shape[1], 1) == 0
+        and key.shape[1] == value.shape[1]
+        and min(query.shape[2], key.shape[2]) > 0
+        and not isinstance(scale, Tensor)
+    )
+
+
+class AttentionRule(Rule):
+    patch_needs = frozenset({"attention"})
+    patch_runs = "vlmkernels.interval_attention"
+
+
+class TorchMultiheadAttention(AttentionRule):
+    """torch.nn.MultiheadAttention; the calls that ask for the attention weights run torch's code."""
+
+    patch_runs = "vlmkernels.interval_attention where need_weights=False"
+
+    batch_first: bool
+    dropout: float
+    num_heads: int
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    out_proj: nn.Linear
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @classmethod
+    def patch_refuses(cls, module: Any) -> str | None:
+        if type(module) is not nn.MultiheadAttention:
+            return "a subclass of torch.nn.MultiheadAttention with code of its own"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "add_bias_kv and add_zero_attn append keys"
+        return None
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,  # [B, Tq, D] or [Tq, B, D]
+        key: Tensor,  # [B, Tk, D] or [Tk, B, D]
+        value: Tensor,  # as key
+        key_padding_mask: Tensor | None = None,  # [B, Tk]
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,  # [Tq, Tk] or [B H, Tq, Tk]
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        exact = (
+            not need_weights
+            and not (self.training and self.dropout > 0)
+            and query.device.type == "cpu"
+            and query.dim() == key.dim() == value.dim() == 3
+            and not any(x.is_nested for x in (query, key, value))
+            and min(query.numel(), key.numel()) > 0
+            and query.shape[1 - self.batch_first] == key.shape[1 - self.batch_first]
+        )
+        seen, causal = None, False
+        if exact:
+            tokens = query.shape[self.batch_first], key.shape[self.batch_first]
+            if attn_mask is not None and is_causal and key_padding_mask is None:
+                causal = True  # torch trusts the hint and does not look at the mask
+            elif attn_mask is not None:
+                per_head = attn_mask.dim() == 3  # [B H, Tq, Tk]
+                mask = attn_mask.unflatten(0, (-1, self.num_heads)) if per_head else attn_mask
+                seen = _masks.intervals_of(mask, *tokens, true_is_seen=False, owner=attn_mask)
+                exact = seen is not None
+            else:
+                exact = not is_causal
+        if exact and key_padding_mask is not None:
+            padding = _masks.intervals_of(
+                key_padding_mask[:, None], *tokens, true_is_seen=False, owner=key_padding_mask
+            )
+            seen, exact = _masks.both(seen, padding), padding is not None
+        if not exact:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        q, k, v = self._projections(query, key, value)
+        if not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = attend(q, k, v, seen, causal=causal).transpose(1, 2).flatten(2)
+        if not self.batch_first:
+            out = out.transpose(0, 1)
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
+            return q, k, v
+        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = weights if weight is None else weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        q, k, v = map(F.linear, (query, key, value), weights, biases)
+        return q, k, v
+
+
+_sdpa: Callable[..., Any] | None = None  # transformers' function of that name
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, Tq, Dh]
+    key: Tensor,  # [B, Hkv, Tk, Dh]
+    value: Tensor,  # [B, Hkv, Tk, Dv]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
+    options = ("position_bias", "cache", "softcap", "output_attentions")
+    exact = (
+        dropout == 0
+        and all(kwargs.get(name) is None or kwargs[name] is False for name in options)
+        and fits(query, key, value, scaling)
+    )
+    seen, causal = None, False
+    if exact and attention_mask is not None:
+        seen = _masks.intervals_of(attention_mask, query.shape[2], key.shape[2])
+        exact = seen is not None
+    elif exact:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = causal and query.shape[2] > 1
+    if not exact:
+        assert _sdpa is not None
+        return _sdpa(
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    out = attend(query, key, value, seen, causal=causal, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _Config:
+    """A configuration that names our function where it says "sdpa"; in all else the one that is behind it."""
+
+    def __init__(self, behind: Any) -> None:
+        object.__setattr__(self, "behind", behind)
+
+    @property
+    def _attn_implementation(self) -> str:
+        name = self.behind._attn_implementation
+        return "vlmkernels" if name == "sdpa" else name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.behind, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.behind, name, value)
+
+
+class TransformersAttention(AttentionRule):
+    """Attention modules of transformers that ask its registry for the function that computes it.
+
+    The model's configuration, and with it the masks that are made, stay those of "sdpa"; after
+    ``model.set_attn_implementation("eager")`` the module does what transformers does.
+    """
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        return "ALL_ATTENTION_FUNCTIONS" in _names_in_forward(module)
+
+    @classmethod
+    def patch_refuses(cls, module: Any) -> str | None:
+        if inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"] is not _registry():
+            return "its file has attention functions of its own"
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation == "sdpa":
+            return None
+        if implementation == "eager":
+            return "attn_implementation='eager' returns the attention weights; 'sdpa' can be patched"
+        return f"attn_implementation={implementation!r} is not 'sdpa'"
+
+    @classmethod
+    def patch_ready(cls) -> None:
+        global _sdpa
+        _sdpa = _registry()["sdpa"]
+        _registry().register("vlmkernels", _transformers_attention)
+
+    @property
+    def config(self) -> Any:
+        return _Config(self.__dict__["config"])
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.__dict__["config"] = config.behind if isinstance(config, _Config) else config
+
+
+def _registry() -> Any:
+    return sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+
+
+class _Redirect(TorchFunctionMode):
+    """Takes the calls of torch's scaled_dot_product_attention that can be kept exact."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _scaled_dot_product_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    exact = dropout_p == 0 and fits(query, key, value, scale) and not (is_causal and attn_mask is not None)
+    exact = exact and (enable_gqa or query.shape[1] == key.shape[1])
+    seen = None
+    if exact and attn_mask is not None:
+        seen = _masks.intervals_of(attn_mask, query.shape[2], key.shape[2])
+        exact = seen is not None
+    if exact:
+        return attend(query, key, value, seen, causal=is_causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class ScaledDotProductAttention(AttentionRule):
+    """Any module whose forward calls torch's scaled_dot_product_attention: timm's Attention for example."""
+
+    patch_runs = "vlmkernels.interval_attention; under torch.compile its own code"
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        return "scaled_dot_product_attention" in _names_in_forward(module)
+
+    @classmethod
+    def patch_refuses(cls, module: Any) -> str | None:
+        if getattr(module, "fused_attn", True) is False or getattr(module, "scaled_cosine", False):
+            return "it is set to compute attention without scaled_dot_product_attention"
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler does not trace every method under a mode
+            return super().forward(*args, **kwargs)
+        with _Redirect():
+            return super().forward(*args, **kwargs)
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+ATTENTION: tuple[type[AttentionRule], ...] = (
+    TorchMultiheadAttention,
+    TransformersAttention,
+    ScaledDotProductAttention,
+)
