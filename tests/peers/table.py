@@ -51,9 +51,12 @@ def _between(page: str, name: str) -> str:
 
 
 def write() -> None:
+    tables = {"classes": classes_table(), "behaviours": behaviours_table()}
     page = PAGE.read_text()
-    for name, table in (("classes", classes_table()), ("behaviours", behaviours_table())):
-        page = page.replace(_between(page, name), table)
+    for name, table in tables.items():
+        page = re.sub(
+            f"(?s)(?<=<!-- {name} -->\n).*(?=\n<!-- /{name} -->)", lambda _, table=table: table, page
+        )
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(page)
     os.replace(temporary, PAGE)

@@ -21,6 +21,7 @@ class Rule(nn.Module):
     patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention" and "linear", the options that it takes
     patch_runs: ClassVar[str]  # what the report says of a patched module
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
+    patch_class: ClassVar[type[nn.Module]]  # the swapped class itself, also in its subclasses
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:
@@ -40,9 +41,14 @@ class Rule(nn.Module):
     def patch_ready(cls) -> None:
         """What must be there before a module runs; called again where a pickled one is loaded."""
 
+    @classmethod
+    def patch_facts(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """What is found out once for a class, as attributes of the swapped one."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A swapped class cannot be found by name: it is made again from the two classes that can."""
-        if type(self) is not swapped(*self.patch_origin):  # a subclass that somebody wrote
+        if type(self) is not self.patch_class:  # a subclass that somebody wrote
             return super().__reduce_ex__(protocol)
         return _new, self.patch_origin, *super().__reduce_ex__(protocol)[2:]
 
@@ -61,11 +67,12 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     if (original, rule) in _SWAPPED:
         return _SWAPPED[original, rule]
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace = {**names, "patch_origin": (original, rule)}
+    namespace = {**names, **rule.patch_facts(original), "patch_origin": (original, rule)}
     if rule.forward is not nn.Module.forward:
         namespace["forward"] = _with_signature(rule.forward, original.forward)
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
+    cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
@@ -90,6 +97,24 @@ def own(module: nn.Module) -> type[nn.Module]:
     return module.patch_origin[0] if isinstance(module, Rule) else type(module)
 
 
+def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the module is of this class and no subclass, patched or not."""
+    if isinstance(module, Rule):
+        return module.patch_origin[0] is cls and type(module) is module.patch_class
+    return type(module) is cls
+
+
+def unheard(module: nn.Module) -> bool:
+    """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
 def cannot_swap(module: nn.Module) -> str | None:
     """Why the class of no such module can be changed."""
     cls = type(module)
@@ -109,7 +134,7 @@ def swap(module: nn.Module, rule: type[Rule]) -> None:
 
 def cannot_restore(module: nn.Module) -> str | None:
     """Why a patched module cannot get its class back."""
-    if type(module) is swapped(*type(module).patch_origin):  # type: ignore[attr-defined]
+    if type(module) is module.patch_class:
         return None
     return "its class was changed again after it was patched, by a parametrization for example"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.integrations import _masks
-from vlmkernels.integrations._swap import own, qualified_name
+from vlmkernels.integrations._swap import is_exactly, qualified_name, unheard
 from vlmkernels.integrations.attention import AttentionRule, attend
 
 
@@ -41,12 +41,7 @@ def _perceiver(*projected: Tensor, heads: int, scale: float) -> Tensor:  # [B, H
 
 def _may_be_called_in_parts(*projections: nn.Module) -> bool:
     """Whether rows may be projected by two calls instead of one: nobody listens, and rows do not interact."""
-    return all(own(p) is nn.Linear and not _heard(p) for p in projections)
-
-
-def _heard(module: nn.Module) -> bool:
-    """Whether a hook waits for the module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return all(is_exactly(p, nn.Linear) and unheard(p) for p in projections)
 
 
 class FlamingoCrossAttention(_Named):
@@ -163,7 +158,7 @@ class _BertAttention(_Named):
         attention_mask: Tensor | None,  # [B, 1, 1 or T, T], added to the logits
     ) -> Tensor | None:  # [B, T, D], None where it would not be exact
         seen, tokens = None, hidden_states.shape[1]
-        if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or _heard(self.dropout):
+        if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or not unheard(self.dropout):
             return None
         if attention_mask is not None:
             seen = _masks.intervals_of(attention_mask, tokens, tokens)
