@@ -19,7 +19,7 @@ def _cells():
             yield pytest.param(family, behaviour, id=f"{family.name}-{behaviour}", marks=marks)
 
 
-@pytest.mark.parametrize(("family", "behaviour"), _cells())
+@pytest.mark.parametrize(("family", "behaviour"), list(_cells()))
 @pytest.mark.filterwarnings("ignore")
 def test_a_cell_of_the_table(family, behaviour):
     rows = {row[0]: dict(zip(BEHAVIOURS, row[1:], strict=True)) for row in committed("behaviours")}
