@@ -15,6 +15,7 @@ from triton.runtime import interpreter as stock
 
 from benchmarks.cases.residual import residual_bytes
 from benchmarks.gpu import pages, predict, published, trace
+from benchmarks.gpu import workloads as declared
 from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.gpu.predict import FORWARD, TRAINING
 from benchmarks.gpu.workloads import workloads
@@ -86,6 +87,33 @@ def test_the_model_counts_the_products_that_the_kernels_do(of):
     passes = predict.traced(of, "sm_80", TRAINING)
     counted = sum(step.flops for this in passes for step in this.steps if step.launch is not None)
     assert counted == multiplied(of) > 0
+
+
+def test_the_model_counts_the_products_of_any_intervals(monkeypatch):
+    """Empty ones, and some that begin before the first key or end behind the last."""
+    queries, keys = 200, 150
+    start = torch.randint(-5, keys + 5, (queries,), dtype=torch.int32)
+    end = start + torch.randint(-5, 60, (queries,), dtype=torch.int32)
+    start[128:140], end[128:140] = 100, 130
+    start[140:], end[140:] = 3, 3
+    monkeypatch.setattr(
+        declared, "bounds", lambda mask, queries, keys, device="cpu": (start.to(device), end.to(device))
+    )
+    of = workload("interval_attention", "causal", batch=1, heads=1, queries=queries, keys=keys, width=16)
+    passes = predict.traced(of, "sm_80", TRAINING)
+    counted = sum(step.flops for this in passes for step in this.steps)
+    assert counted == multiplied(of) > 0
+
+
+def test_a_product_of_cublas_reads_its_factors_and_writes_its_result():
+    a, b, out = torch.empty(4, 6), torch.empty(6, 8), torch.empty(4, 8)
+    this = trace.Pass()
+    trace._recorded_product(this, a, b, out)
+    trace._recorded_product(this, a, b, out, add=True)
+    first, second = this.steps
+    assert first.bytes == 4 * (24 + 48 + 32)
+    assert second.bytes == first.bytes + 4 * 32
+    assert first.flops == second.flops == 2 * 4 * 6 * 8
 
 
 ONE_TILE = [  # or few: then hardly an operand is read by two programs

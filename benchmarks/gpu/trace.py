@@ -185,14 +185,9 @@ def _query_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     start, end = _clipped(bounds, tq, tk)
     turns = []
     for at in range(0, tq, rows):
-        low, high = start[at : at + rows], end[at : at + rows]
-        seen = [(a, b) for a, b in zip(low, high, strict=True) if b > a]
-        lo, hi = min((a for a, _ in seen), default=tk), max((b for _, b in seen), default=0)
-        whole = len(seen) == len(low)  # an empty row sees no block whole
-        a = lo + _blocks(lo, max(low) if whole else tk, cols) * cols
-        b = a + max((min(high) if whole else 0) - a, 0) // cols * cols
-        parts = _blocks(lo, min(a, hi), cols) + (b - a) // cols + _blocks(b, hi, cols)
-        turns.append(parts + _blocks(0, tk2, cols))
+        seen = [(a, b) for a, b in zip(start[at : at + rows], end[at : at + rows], strict=True) if b > a]
+        lo, hi = min((a for a, _ in seen), default=0), max((b for _, b in seen), default=0)
+        turns.append(_blocks(lo, hi, cols) + _blocks(0, tk2, cols))
     return float(sum(turns) * rows * cols), len(set(turns)) == 1
 
 
