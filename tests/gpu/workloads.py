@@ -153,7 +153,8 @@ _add(
     normalize=True,
     extra=True,
 )
-_add("info_nce bf16 one feature", info_nce, 2, 2, 1, BF16)
+_add("info_nce bf16 one pair", info_nce, 1, 1, 1, BF16)
+_add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
 _add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
@@ -192,4 +193,4 @@ _add("attention bf16 ragged", attention, 3, 5, 5, 1021, 1023, 37, BF16)
 _add("attention bf16 72", attention, 8, 16, 16, 729, 729, 72, BF16)
 _add("gated_residual bf16 one element", gated_residual, 1, 1, BF16)
 _add("gated_linear_residual bf16 one element", gated_linear_residual, 1, 1, 1, BF16)
-_add("attention bf16 one key", attention, 1, 1, 1, 1, 1, 1, BF16)
+_add("attention bf16 one key", attention, 1, 1, 1, 1, 1, 1, BF16, grid=(1, 1))

@@ -247,6 +247,9 @@ def launch_options(
     block_m = chosen.block_m
     if half and biased and widest > 64 and block_m >= chosen.block_n:
         block_m //= 2  # elements of the table are prefetched to shared memory too
+    warps = chosen.num_warps
+    if 32 < block_m > block(rows):  # rows are shared out, and a warp multiplies 16
+        warps = max(4, min(warps, block(rows) // 16))
     amd = torch.version.hip is not None
     if half or amd:
         precision = "ieee"
@@ -260,7 +263,7 @@ def launch_options(
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
         "PRECISION": precision,
-        "num_warps": chosen.num_warps // (2 if amd else 1),  # those of AMD have 64 lanes
+        "num_warps": warps // (2 if amd else 1),  # those of AMD have 64 lanes
         "num_stages": 1 if amd else min(chosen.num_stages, 2 if biased else 3),  # prefetching spills there
     }
 

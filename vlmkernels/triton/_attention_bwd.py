@@ -234,6 +234,7 @@ QUERY_GRADS: Tiles = {
     (False, 128): Tile(16, 32, 4, 1),
 }
 QUERY_GRADS_ON: Exceptions = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89"), {(True, 128, False): Tile(128, 32, 8, 2)}),
     "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
     "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
@@ -245,8 +246,9 @@ KEY_GRADS: Tiles = {
     (False, 128): Tile(32, 16, 8, 1),
 }
 KEY_GRADS_ON: Exceptions = {
+    "sm_100": {(True, 128, False): Tile(32, 64, 8, 1)},
     "sm_120": {(True, 64, True): Tile(32, 64, 8, 2)},
-    "gfx942": {(True, 256, False): Tile(32, 32, 8, 1)},
+    "gfx942": {(True, 256, False): Tile(16, 32, 8, 1)},
 }
 
 

@@ -168,6 +168,11 @@ TILES_ON: dict[str, Tiles] = {
 }
 # What L2 delivers bounds smaller tiles there. Kernels that sum over a tile have no registers for it.
 PRODUCTS_ON = TILES_ON | {on: {("half", True): Tile(128, 256, 64, 8, 3)} for on in ("sm_90", "sm_100")}
+# Four sums for each row and column: four warps spill them in code of Triton 3.6
+STATISTICS_ON = TILES_ON | {
+    on: {("half", True): Tile(128, 64, 64, 8, 3), ("tf32", True): Tile(128, 64, 32, 8, 3)}
+    for on in ("sm_100", "sm_120")
+}
 LARGE = 256  # tiles
 
 

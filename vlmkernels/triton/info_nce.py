@@ -230,7 +230,7 @@ def info_nce_stats(
         rows[0], cols[0] = -float("inf"), -float("inf")
         return *rows, stats.new_full((n,), -float("inf")), *cols, store
     query, key = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(query, key, fuse=False)
+    options = tiles.launch_options(query, key, fuse=False, exceptions=tiles.STATISTICS_ON)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
     splits = triton.cdiv(col_tiles, tiles_per_split)

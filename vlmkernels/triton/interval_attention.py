@@ -83,10 +83,11 @@ def _bias_grads(
 def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
     """Keyword arguments of a launch of _bias_grads."""
     options = attention.launch_options(attention_bwd.KEY_GRADS, query, value, 1, 1, True)
-    narrow = max(options["BLOCK_D"], options["BLOCK_V"]) <= 128 and query.dtype != torch.float32
+    half, width = query.dtype != torch.float32, max(options["BLOCK_D"], options["BLOCK_V"])
+    narrow = width <= (128 if half else 64 if options["PRECISION"] == "tf32" else 0)
     side = min(32 if narrow else 16, attention.block(grid_cols))
     options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
-    if options["PRECISION"] == "tf32x3" and max(options["BLOCK_D"], options["BLOCK_V"]) > 64:
+    if options["PRECISION"] == "tf32x3" and width > 64:
         options["PRECISION"] = "ieee"  # three products of the small tile need more registers than there are
     return options | {"BLOCK": side, "num_warps": 4, "num_stages": 1}
 
