@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.* python/cuda/*.* c
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
 OP_TESTS := tests/test_dense.py $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
 
-.PHONY: setup demo test test-all bench lint format clean
+.PHONY: setup demo test test-all test-gpu-full bench lint format clean
 
 setup: $(VENV)/$(if $(NATIVE),native,packages)
 
@@ -43,6 +43,10 @@ test-native: setup
 test-all: setup
 	$(PYTEST) -m "slow or not slow"
 	$(if $(NATIVE),$(MAKE) test-native)
+
+# Every case of the GPU kernels on every rung, and the compile matrix of both releases of Triton.
+test-gpu-full: setup
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow or not slow" tests/gpu
 
 bench: setup
 	$(BIN)/python -m benchmarks.run

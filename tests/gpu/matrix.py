@@ -30,6 +30,7 @@ from .machine_code import LIMITS, TARGETS, Code, machine_code
 from .workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[2]
+RELEASES = ("3.6.0", "3.7.1")  # of Triton: the oldest and the newest that is supported
 TENSOR = r"HMMA|HGMMA|UTC\w*MMA|QMMA|v_mfma"
 WARPGROUP = {"sm_90": "HGMMA", "sm_100": r"UTC\w*MMA"}
 ASYNC = "LDGSTS|UTMALDG|UBLKCP"

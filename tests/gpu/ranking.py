@@ -30,7 +30,8 @@ class Sweep(NamedTuple):
     candidates: tuple
 
     def chosen(self, target: str) -> tuple:
-        return self.exceptions().get(target, {}).get(self.key, self.table()[self.key])
+        here = self.exceptions().get(target, {})
+        return here.get((*self.key, False), here.get(self.key, self.table()[self.key]))  # attention: no bias
 
 
 def _tiles(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
@@ -51,7 +52,7 @@ def _sweeps() -> Iterator[Sweep]:
         return _contrastive.TILES
 
     for workload, kernel, exceptions in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.TILES_ON),
+        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.STATISTICS_ON),
         ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.PRODUCTS_ON),
         ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.TILES_ON),
         ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.PRODUCTS_ON),

@@ -34,6 +34,7 @@ TABLES = {
     "_query_grads": _attention_bwd.QUERY_GRADS,
     "_key_grads": _attention_bwd.KEY_GRADS,
 }
+EXCEPTIONS = {"_query_grads": _attention_bwd.QUERY_GRADS_ON["sm_80"]}  # of the architecture of the cases
 SUMS = {"info_nce._combine", "_attention_bwd._query_ranges"}  # read no features, so know one dtype
 
 
@@ -102,7 +103,8 @@ def entry_of(launch, biased: bool):
         tile = [config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")]
         return {key for key in keys if list(table[key]) == tile}
     key = (half, max(config["BLOCK_D"], config["BLOCK_V"], 64))
-    block_m, block_n, warps, stages = table[key]
+    exceptions = next((x for suffix, x in EXCEPTIONS.items() if launch.name.endswith(suffix)), {})
+    block_m, block_n, warps, stages = exceptions.get((*key, biased), table[key])
     if (launch.arguments["TABLE"] is not None) != biased:
         return set()
     if biased:  # the table of biases costs shared memory
