@@ -234,7 +234,7 @@ QUERY_GRADS: Tiles = {
     (False, 128): Tile(16, 32, 4, 1),
 }
 QUERY_GRADS_ON: Exceptions = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89"), {(True, 128, False): Tile(128, 32, 8, 2)}),
+    **{on: {(True, 128, False): Tile(128, 32, 8, 2)} for on in ("sm_80", "sm_86", "sm_89")},
     "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
     "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
