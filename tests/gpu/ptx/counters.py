@@ -8,29 +8,24 @@ import numpy as np
 SECTOR, BANKS = 32, 32
 
 _CLASSES = {
-    "tensor": ("mma",),
-    "special": ("ex2", "rcp", "div.full"),
-    "barrier": ("bar",),
-    "branch": ("bra", "ret"),
-    "shuffle": ("shfl", "redux"),
-    "matrix load": ("ldmatrix",),
-    "async copy": ("cp.async.c",),  # commit and wait are "async control"
-    "convert": ("cvt",),
-    "move": ("mov", "selp", "prmt", "cvta"),
-}
+    "mma": "tensor", "ldmatrix": "matrix load", "shfl": "shuffle", "redux": "shuffle", "bar": "barrier",
+    "bra": "branch", "ret": "branch", "ex2": "special", "rcp": "special", "cvt": "convert", "mov": "move",
+    "selp": "move", "prmt": "move", "cvta": "move",
+}  # fmt: skip
+_TYPES = {"f32": "float32", "f64": "float64", "pred": "predicate"}
 
 
 def class_of(opcode: str) -> str:
     """The class under which `Counters.instructions` counts an opcode."""
-    parts = opcode.split(".")
-    if parts[0] in ("ld", "st"):
-        return f"{parts[1]} {'load' if parts[0] == 'ld' else 'store'}"
-    if opcode.startswith("cp.async"):
-        return "async copy" if parts[2] in ("ca", "cg") else "async control"
-    for name, stems in _CLASSES.items():
-        if opcode.startswith(tuple(f"{stem}." for stem in stems)) or opcode in stems:
-            return name
-    return {"f32": "float32", "f64": "float64"}.get(parts[-1], "integer")
+    first, *rest = opcode.split(".")
+    if first in ("ld", "st"):
+        space = rest[0].replace("param", "parameter")
+        return f"{space} {'load' if first == 'ld' else 'store'}"
+    if first == "cp":
+        return "async copy" if rest[1] in ("ca", "cg") else "async control"
+    if opcode == "div.full.f32":
+        return "special"
+    return _CLASSES.get(first) or _TYPES.get(rest[-1], "integer")
 
 
 @dataclasses.dataclass
@@ -58,7 +53,7 @@ class Wavefronts:
 
 @dataclasses.dataclass
 class Counters:
-    """Counts of one launch, over all blocks. Instructions are those of PTX, each counted once a warp."""
+    """Counts of one launch, over all blocks. Instructions are those of PTX, one for each warp that comes there."""
 
     instructions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     global_loads: Traffic = dataclasses.field(default_factory=Traffic)  # with those of cp.async

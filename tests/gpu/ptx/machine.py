@@ -43,8 +43,8 @@ class Machine:
         self.lane, self.warp = self.thread % 32, self.thread // 32
         self.block = np.zeros(3, np.uint32)
         self.parameters = self._bound(parameters)
-        shared = max(shared_bytes, program.shared_bytes)
-        self.shared = Shared(shared, access.least_shared_width(program), moment)
+        size = program.shared_bytes + shared_bytes  # those of the launch lie behind
+        self.shared = Shared(size, access.least_shared_width(program), moment)
         self.copies = access.Copies()
         self._registers: dict[str, np.ndarray] = {}
         self.active: np.ndarray = self.thread  # threads of the running access, for messages
@@ -286,6 +286,8 @@ class Machine:
             self.at = at
             steps += 1
             now = everyone
+            if self.counters is not None:
+                self.counters.instruction(class_of(self.program.instructions[at].opcode), now, self.warp)
             if guard is not None:
                 now = ~guard if negated else guard.copy()
                 if everyone is not None:
@@ -296,8 +298,6 @@ class Machine:
                 elif count == 0:
                     at += 1
                     continue
-            if self.counters is not None:
-                self.counters.instruction(class_of(self.program.instructions[at].opcode), now, self.warp)
             if kind == "step":
                 what(now)
                 at += 1
