@@ -30,6 +30,7 @@ class Mutation:
     old: str
     new: str
     count: int = 1
+    rung: str = "sanitized interpreter"  # of RUNGS in mutations.py: the first one that sees it
 
     @property
     def name(self) -> str:
@@ -166,6 +167,11 @@ MUTANTS = [
     Mutation(
         FEATURES, "_contrastive", "barrier before reading what other threads stored dropped",
         "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n        a =", "        a =",
+    ),
+    Mutation(
+        FEATURES, "_contrastive", "barrier before replacing what other warps read dropped",
+        "info_nce_grads, ragged, float32", "            tl.debug_barrier()  # warps", "            # warps",
+        rung="PTX simulator",
     ),
     Mutation(
         FEATURES, "_contrastive", "positives of the next key counted too", "info_nce_grads, ragged, float32",

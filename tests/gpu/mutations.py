@@ -22,13 +22,14 @@ import vlmkernels.triton
 
 from .cases import CASES
 from .mutants import MUTANTS, Mutation
+from .ptx import simulated
 from .sanitizer import Violation
 from .trials import Executor, sanitized
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"
 BEGIN, END = "<!-- mutations -->", "<!-- /mutations -->"
-RUNGS: dict[str, Executor] = {"sanitized interpreter": sanitized}
+RUNGS: dict[str, Executor] = {"sanitized interpreter": sanitized, "PTX simulator": simulated}
 
 
 def sources() -> dict[str, str]:

@@ -11,7 +11,7 @@ from vlmkernels.triton import gated_residual, info_nce
 
 from .cases import CASES
 from .mutants import MUTANTS
-from .mutations import END, PAGE, mutated, patched, recorded, row, sources, verdict
+from .mutations import END, PAGE, RUNGS, mutated, patched, recorded, row, sources, verdict
 from .test_cases import kernels
 from .trials import sanitized
 
@@ -25,8 +25,15 @@ SPELLED_OTHERWISE = dataclasses.replace(
 
 
 @pytest.mark.parametrize("mutation", MUTANTS, ids=lambda mutation: mutation.name)
-def test_seen_by_the_sanitizer(mutation):
-    assert verdict(mutation, sanitized) is not None
+def test_seen(mutation):
+    assert verdict(mutation, RUNGS[mutation.rung]) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTANTS, ids=lambda mutation: mutation.name)
+def test_each_rung_says_what_the_page_has(mutation):
+    said = [verdict(mutation, executor) for executor in RUNGS.values()]
+    assert row(mutation, *said) in recorded()
 
 
 def test_the_table_is_that_of_the_mutations():

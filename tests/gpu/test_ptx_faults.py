@@ -152,7 +152,8 @@ def test_asynchronous_copies_of_nothing_are_zeros():
         ("shfl.sync.idx.b32 %r1, %r63, 0, 31, 0xF;", "collective of a warp that part of it does not execute"),
         ("mov.u32 %r2, fixed;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r2];",
          "collective of a warp that part of it does not execute"),
-        ("$again:\nbra.uni $again;", "does not end"),
+        ("$again:\n@%p1 bra $again;\nbra.uni $again;", "kernel that does not end: 64 lanes"),
+        ("$again:\nbra.uni $again;", "kernel that does not end: 64 lanes"),
     ],
 )  # fmt: skip
 def test_of_control(body, said, monkeypatch):
@@ -187,6 +188,23 @@ def test_threads_meet_again_after_branches_and_loops():
         return sum(range(t % 8 + 1)) + (200 if t < 5 else 100)
 
     assert out.tolist() == [alone(t ^ 1) for t in range(64)]
+
+
+def test_warps_that_come_late_to_a_barrier():
+    out = torch.zeros(64, dtype=torch.int32)
+    body = f"""setp.lt.s32 %p1, %r63, 32;
+        @%p1 bra $first;
+        mov.b32 %r1, 5;
+        $first:
+        bar.sync 0;
+        @!%p1 add.s32 %r1, %r1, 2;
+        @%p1 mov.b32 %r1, 3;
+        {element("%rd1", 0, 4)}
+        st.global.b32 [%rd1], %r1;"""
+    execute(body, out, threads=64)
+    assert out.tolist() == [3] * 32 + [7] * 32
+    with pytest.raises(Fault, match="barrier after threads have exited"):
+        execute("setp.lt.s32 %p1, %r63, 32;\n@%p1 bar.sync 0;", out, threads=64)
 
 
 def test_views_and_uninitialised_memory():

@@ -53,7 +53,7 @@ class Wavefronts:
 
 @dataclasses.dataclass
 class Counters:
-    """Counts of one launch, over all blocks. Instructions are those of PTX, one for each warp that comes there."""
+    """Counts of one launch, over all blocks. An instruction counts once for each warp that gets to it."""
 
     instructions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     global_loads: Traffic = dataclasses.field(default_factory=Traffic)  # with those of cp.async

@@ -252,21 +252,14 @@ class Machine:
         for row in self._registers.values():
             row.view(np.uint8)[:] = 0 if row.dtype == bool else 0xFF  # nothing may depend on it
         self.steps, self.exited = 0, np.zeros(self.threads, bool)
-        groups, waiting = {0: np.ones(self.threads, bool)}, {}  # lanes by where they are in the program
+        # lanes that run and that wait at a barrier, by where in the program they go on
+        self.groups, self.waiting = {0: np.ones(self.threads, bool)}, {}
         try:
-            while groups or waiting:
-                if not groups:
-                    groups = self._released(waiting)
-                    waiting = {}
-                self.at = min(groups)
-                lanes = groups.pop(self.at)
-                arrived, left = self._advance(lanes, min(groups, default=math.inf))
-                if arrived:
-                    waiting[self.at] = waiting.get(self.at, False) | left
-                elif left is not None:
-                    groups[self.at] = groups.get(self.at, False) | left
-                for at, others in self._parted:
-                    groups[at] = groups.get(at, False) | others
+            while self.groups or self.waiting:
+                if not self.groups:
+                    self._release()
+                self.at = min(self.groups)
+                self._advance(self.groups.pop(self.at), min(self.groups, default=math.inf))
         except Lanes as fault:
             threads = np.asarray(self.active)[fault.lanes]
             raise Fault(
@@ -274,20 +267,23 @@ class Machine:
                 f"{self.program.instructions[self.at]}, block {block}"
             ) from None
 
-    def _advance(self, lanes: np.ndarray, horizon: float) -> tuple[bool, np.ndarray | None]:
-        """Run lanes from `self.at` on until they reach the horizon, part, wait (True) or end."""
-        self._parted: list[tuple[int, np.ndarray]] = []
+    def _advance(self, lanes: np.ndarray, horizon: float) -> None:
+        """Run lanes from `self.at` on until they meet those at the horizon, part, wait or end."""
         everyone = None if lanes.all() else lanes
         code, size, at, steps = self.code, self.threads, self.at, 0
         while at < horizon:
             if at >= len(code):
-                raise Fault(f"{self.program.entry} runs past its end")
+                raise Unsupported(f"{self.program.entry} has no end")
             kind, what, guard, negated = code[at]
             self.at = at
             steps += 1
-            now = everyone
+            if steps > 1000:
+                self._count(steps)
+                steps = 0
             if self.counters is not None:
-                self.counters.instruction(class_of(self.program.instructions[at].opcode), now, self.warp)
+                name = class_of(self.program.instructions[at].opcode)
+                self.counters.instruction(name, everyone, self.warp)
+            now = everyone
             if guard is not None:
                 now = ~guard if negated else guard.copy()
                 if everyone is not None:
@@ -301,61 +297,62 @@ class Machine:
             if kind == "step":
                 what(now)
                 at += 1
-            elif kind == "branch" and guard is None:
+                continue
+            others = self._others(everyone, now)
+            if kind == "branch" and others is None:
                 at = what
-                if steps > 1000:
-                    self._count(steps)
-                    steps = 0
+                continue
+            self._count(steps)
+            _join(self.groups, at + 1, others)
+            here = lanes if others is None else now
+            if kind == "branch":
+                _join(self.groups, what, here)
             elif kind == "barrier":
-                self._arrives(now)
-                self.at = at + 1
-                return True, np.ones(size, bool) if now is None else now
+                self._arrive(here)
             else:
-                here = np.ones(size, bool) if now is None else now
-                rest = ~here if everyone is None else everyone & ~here
-                if kind == "exit":
-                    self.exited |= here
-                    self.at = at + 1
-                    return False, rest if rest.any() else None
-                if not rest.any():
-                    at = what
-                    continue
-                self._parted.append((what, here))
-                self.at = at + 1
-                return False, rest
-            if steps > 1000:
-                self._count(steps)
-                steps = 0
-        self.at = at
+                self.exited |= here
+            return
         self._count(steps)
-        return False, np.ones(size, bool) if everyone is None else everyone
+        _join(self.groups, at, lanes)
+
+    @staticmethod
+    def _others(everyone: np.ndarray | None, now: np.ndarray | None) -> np.ndarray | None:
+        """Those of everyone that are not of now, if there are any."""
+        if now is None or now is everyone:
+            return None
+        others = ~now if everyone is None else everyone & ~now
+        return others if others.any() else None
 
     def _count(self, steps: int) -> None:
         self.steps += steps
         if self.steps > self.longest:
-            raise Fault(f"{self.program.entry} does not end: {self.program.instructions[self.at]}")
+            self.active = self.thread
+            raise Lanes(~self.exited, "kernel that does not end")
 
-    def _arrives(self, lanes: np.ndarray | None) -> None:
-        """A barrier that not all of a warp reach together, or ever."""
-        if lanes is None:
-            return
-        self.active = self.thread
+    def _arrive(self, lanes: np.ndarray) -> None:
+        """At a barrier, for which all lanes of a warp must come together."""
         parts = lanes.reshape(-1, 32)
-        torn = parts.any(1) & ~parts.all(1)
+        torn = (parts.any(1) & ~parts.all(1)).repeat(32)
         if torn.any():
-            raise Lanes(lanes & torn.repeat(32), "divergent barrier: others of the warp are elsewhere")
+            self.active = self.thread
+            raise Lanes(lanes & torn, "divergent barrier: others of the warp are elsewhere")
+        _join(self.waiting, self.at + 1, lanes)
 
-    def _released(self, waiting: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    def _release(self) -> None:
         """All that run wait at a barrier: it is one barrier, and everyone is there."""
         self.active = self.thread
-        if len(waiting) > 1:
-            self.at = min(waiting) - 1
-            raise Lanes(waiting[min(waiting)], "divergent barrier: other warps wait at another one")
+        self.at = min(self.waiting) - 1
+        if len(self.waiting) > 1:
+            raise Lanes(self.waiting[self.at + 1], "divergent barrier: other warps wait at another one")
         if self.exited.any():
-            self.at = next(iter(waiting)) - 1
             raise Lanes(self.exited, "barrier after threads have exited")
         self.moment.barrier()
-        return dict(waiting)
+        self.groups, self.waiting = self.waiting, {}
+
+
+def _join(groups: dict[int, np.ndarray], at: int, lanes: np.ndarray | None) -> None:
+    if lanes is not None:
+        groups[at] = groups[at] | lanes if at in groups else lanes
 
 
 def _mma(machine: Machine, instruction: Instruction) -> Step:
