@@ -6,6 +6,7 @@
 namespace vlmk::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
+constexpr int kResident = 4;  // blocks of the backward on a multiprocessor: asked for none, ptxas spills to make room for more
 
 // A block holds `lanes` groups of V channels in each of `rows` rows at a time, `col_blocks` blocks hold whole rows. A warp
 // lies in one row where that has groups enough.
@@ -103,13 +104,13 @@ __device__ inline double add_threads(double sum, double* shared) {  // shared [k
 }
 
 template <int V, class G, class Y>
-__global__ void __launch_bounds__(kThreads) backward(Rows<G> dout,          // [rows, d]
-                                                     Rows<Y> y,             // [rows, d]
-                                                     Gate gate,             // [d] or [1]
-                                                     const bool* row_mask,  // [rows] or null
-                                                     Y* dy,                 // [rows, d] or null
-                                                     double* partial,       // [parts, d] or [parts, col_blocks], or null
-                                                     int64_t rows, int64_t d, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kResident) backward(Rows<G> dout,          // [rows, d]
+                                                                Rows<Y> y,             // [rows, d]
+                                                                Gate gate,             // [d] or [1]
+                                                                const bool* row_mask,  // [rows] or null
+                                                                Y* dy,                 // [rows, d] or null
+                                                                double* partial,  // [parts, d] or [parts, col_blocks], or null
+                                                                int64_t rows, int64_t d, Tiling tiling) {
   VLMK_SHARED(double, shared, V* kThreads);
   const Place<V> my(tiling);
   const bool inside = my.inside(tiling, d);

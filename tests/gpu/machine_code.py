@@ -153,7 +153,7 @@ def parse_amdgcn(text: str) -> tuple[tuple[str, ...], tuple[frozenset[int], ...]
     )  # fmt: skip
 
 
-def _tool(name: str, *arguments) -> str:
+def tool(name: str, *arguments) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
@@ -170,8 +170,8 @@ def machine_code(kernel: CompiledKernel, target: str) -> Code:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
-            usage = _tool("cuobjdump", "-res-usage", cubin.name)
-            instructions, bodies = parse_sass(_tool("nvdisasm", "-c", cubin.name))
+            usage = tool("cuobjdump", "-res-usage", cubin.name)
+            instructions, bodies = parse_sass(tool("nvdisasm", "-c", cubin.name))
         registers, spilled = int(re.search(r"REG:(\d+)", usage)[1]), 0
     return Code(
         target, instructions, bodies, registers, spilled, metadata.shared, metadata.num_warps,
