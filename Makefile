@@ -25,10 +25,16 @@ $(VENV)/native: $(VENV)/packages $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+# The CUDA compiler from pip where the system has none: tests read its machine code and simulate its PTX.
+$(VENV)/nvcc: $(VENV)/packages
+	command -v nvcc > /dev/null || test "$$(uname)" != Linux || \
+	  $(BIN)/pip install -q --disable-pip-version-check "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"
+	touch $@
+
 demo: setup
 	$(BIN)/python -m benchmarks.demo
 
-test: setup
+test: setup $(VENV)/nvcc
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
 	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS)
 	$(if $(NATIVE),$(MAKE) test-native)
@@ -40,12 +46,12 @@ test-native: setup
 	  VLMKERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS); done
 	if test -d $(BUILD); then $(BIN)/cmake --build $(BUILD) --target test_csrc && $(BIN)/ctest --test-dir $(BUILD) --output-on-failure; fi
 
-test-all: setup
+test-all: setup $(VENV)/nvcc
 	$(PYTEST) -m "slow or not slow"
 	$(if $(NATIVE),$(MAKE) test-native)
 
 # Every case of the GPU kernels on every rung, and the compile matrix of both releases of Triton.
-test-gpu-full: setup
+test-gpu-full: setup $(VENV)/nvcc
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "slow or not slow" tests/gpu
 
 bench: setup

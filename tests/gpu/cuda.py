@@ -109,6 +109,11 @@ def compiler() -> list[str]:
     return [os.environ.get("CXX", "g++"), "-std=c++20", "-fPIC"]
 
 
+def why_not() -> str:
+    """Why nothing can be built here, empty where it can."""
+    return "" if shutil.which(compiler()[0]) else "no C++ compiler on this machine"
+
+
 def build(
     mode: str, kernels: Sequence[Path], others: Sequence = (), csrc: Path = CSRC, name: str = ""
 ) -> Path:
@@ -134,15 +139,28 @@ def library(csrc: Path = CSRC) -> Path:
     return build("plain", sorted(csrc.glob("cuda/*.cu")), [HOST / "driver.cpp", "-shared"], csrc, "driver.so")
 
 
-def bridge() -> Path:
-    """python/cuda as a library for torch to load: then the ops of CPU tensors run these kernels."""
+def _bridge() -> tuple[Path, list[str]]:
+    """python/cuda, which the ops of CPU tensors run as well, and what it is linked with."""
     folder = Path(torch.__file__).parent
-    options = ["-shared", "-Wno-unused-parameter", f"-I{ROOT}/python/cuda", "-isystem", f"{folder}/include"]
-    flags = [*compiler(), "-O0", f"-I{CSRC}/include", *options[1:]]
-    sources = _files(CSRC / "include", ROOT / "python" / "cuda", HOST)
-    glue = _built("bridge.o", [*flags, "-c", HOST / "bridge.cpp"], sources, CSRC)
-    links = ["-shared", glue, f"-L{folder}/lib", "-ltorch_cpu", "-lc10"]
-    return build("plain", sorted(CSRC.glob("cuda/*.cu")), links, name="bridge.so")
+    flags = ["-O0", "-Wno-unused-parameter", f"-I{CSRC}/include", f"-I{ROOT}/python/cuda"]
+    command = [*compiler(), *flags, "-isystem", f"{folder}/include", "-c", HOST / "bridge.cpp"]
+    sources = [*_files(CSRC / "include", ROOT / "python" / "cuda"), HOST / "bridge.cpp"]
+    return _built("bridge.o", command, sources, CSRC), [f"-L{folder}/lib", "-ltorch_cpu", "-lc10"]
+
+
+def bridge() -> Path:
+    """A library for torch to load: then the ops of CPU tensors run these kernels on the host runtime."""
+    glue, links = _bridge()
+    return build("plain", sorted(CSRC.glob("cuda/*.cu")), ["-shared", glue, *links], name="bridge.so")
+
+
+def device() -> Path:
+    """The same with what nvcc makes of the kernels: a launch needs a GPU."""
+    nvcc, (glue, links) = find_nvcc(), _bridge()
+    command = [nvcc, "-std=c++20", "-arch=sm_80", "-shared", "-cudart", "static", "-cudadevrt", "none"]
+    command += ["-Xcompiler", "-fPIC", f"-L{Path(nvcc).parents[1]}/lib", f"-I{CSRC}/include"]
+    sources = [*_files(CSRC / "include", CSRC / "cuda"), glue]
+    return _built("device.so", [*command, *sorted(CSRC.glob("cuda/*.cu")), glue, *links], sources, CSRC)
 
 
 def compiled(output: str, arch: str, csrc: Path = CSRC) -> Path:

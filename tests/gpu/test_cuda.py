@@ -10,6 +10,9 @@ import torch
 from . import cuda
 from .trials_cuda import CASES, every_case
 
+if cuda.why_not():
+    pytest.skip(cuda.why_not(), allow_module_level=True)
+
 GOOD = "4032\n"  # what tests/cpp/cuda/faults.cu prints where nothing is wrong
 RACE, OVERFLOW, MISALIGNED = "ThreadSanitizer: data race", "heap-buffer-overflow", "misaligned address"
 FAULTS = {  # what is said by the runtime in any build, or by one sanitizer

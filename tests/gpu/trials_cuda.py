@@ -25,7 +25,8 @@ class Gated(Residual):
 
     def __init__(self, n, d, dtype, *, gate_dtype=F32, shift=0, padding=0, **options):
         super().__init__(n, d, dtype, **options)
-        self.x, self.y, self.dout = (placed(t, shift, padding) for t in (self.x, self.y, self.dout))
+        self.x, self.dout = (placed(t, shift, padding) for t in (self.x, self.dout))
+        self.y = placed(self.y, shift, 2 * padding)
         if self.mask is not None:
             self.dout[~self.mask] = float("nan")
         self.given = self.gate.to(gate_dtype)
@@ -70,8 +71,13 @@ class Gated(Residual):
 # rows of more than 32 accesses take several blocks.
 CASES = {
     "float32, one gate": lambda: Gated(37, 40, F32, masked=True, padding=8),
-    "float32, gate per channel, odd rows": lambda: Gated(70, 37, F32, per_channel=True, masked=True),
+    "float32, gate per channel": lambda: Gated(130, 40, F32, per_channel=True),
+    "float32, gate per channel, wide": lambda: Gated(300, 256, F32, per_channel=True),
+    "float32, gate per channel, odd": lambda: Gated(70, 37, F32, per_channel=True, masked=True),
+    "float32, rows misaligned": lambda: Gated(9, 48, F32, padding=3),
     "bfloat16, gate per channel": lambda: Gated(150, 264, BF16, per_channel=True, masked=True, padding=8),
+    "bfloat16, one gate, wide": lambda: Gated(70, 300, BF16),
+    "bfloat16 branch": lambda: Gated(33, 48, F32, y_dtype=BF16, gate_dtype=BF16, masked=True),
     "bfloat16 branch, misaligned": lambda: Gated(9, 48, F32, y_dtype=BF16, shift=1, masked=True),
     "float16 branch": lambda: Gated(33, 48, F32, y_dtype=F16, per_channel=True, gate_dtype=F16),
     "float16, one gate": lambda: Gated(65, 24, F16, gate_dtype=BF16),
