@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from .trials import Executor, sanitized
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"
-BEGIN, END = "<!-- mutations -->", "<!-- /mutations -->"
+SECTION = "mutations"
 RUNGS: dict[str, Executor] = {"sanitized interpreter": sanitized, "PTX simulator": simulated}
 
 
@@ -95,20 +95,28 @@ def row(mutation: Mutation, *verdicts: str | None) -> tuple[str, ...]:
     return (f"`{mutation.kernel}`", mutation.fault, *(said or UNSEEN for said in verdicts))
 
 
-def table(rows: list[tuple[str, ...]]) -> list[str]:
-    head = ("kernel", "fault", *RUNGS)
+def table(rows: list[tuple[str, ...]], rungs: Iterable[str]) -> list[str]:
+    head = ("kernel", "fault", *rungs)
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
 
 
-def write(lines: list[str]) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join((before + BEGIN, *lines, END)) + after)
+def _parts(section: str) -> tuple[str, str, str]:
+    """The page before, between and after the marks of a section."""
+    before, begin, rest = PAGE.read_text().partition(f"<!-- {section} -->")
+    between, end, after = rest.partition(f"<!-- /{section} -->")
+    if not (begin and end):
+        raise ValueError(f"{PAGE.name} has no section {section!r}")
+    return before + begin, between, end + after
 
 
-def recorded() -> list[tuple[str, ...]]:
-    """The rows of the table on the page."""
-    lines = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+def write(lines: list[str], section: str = SECTION) -> None:
+    before, _, after = _parts(section)
+    PAGE.write_text("\n".join((before, *lines, after)))
+
+
+def recorded(section: str = SECTION) -> list[tuple[str, ...]]:
+    """The rows of a table on the page."""
+    lines = _parts(section)[1].strip().splitlines()
     return [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines[2:]]
 
 
@@ -125,7 +133,7 @@ def main() -> None:
             rows.append(row(mutation, *(verdict(mutation, executor) for executor in RUNGS.values())))
             print(" | ".join(rows[-1]), flush=True)
     if options.write:
-        write(table(rows))
+        write(table(rows, RUNGS))
     sys.exit(any(set(verdicts) == {UNSEEN} for _, _, *verdicts in rows))
 
 
