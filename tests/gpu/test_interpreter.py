@@ -40,6 +40,14 @@ def _cast(X, OUT, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _reduce(X, SUM, LARGEST, RUNNING, SIZE: tl.constexpr):
+    x = tl.load(X + tl.arange(0, SIZE))
+    tl.store(SUM, tl.sum(x, 0))
+    tl.store(LARGEST, tl.max(x, 0))
+    tl.store(RUNNING + tl.arange(0, SIZE), tl.cumsum(x, 0))
+
+
+@triton.jit
 def _fails(OUT, DIVISOR: tl.constexpr):
     tl.store(OUT, 1.0 / DIVISOR)
 
@@ -114,6 +122,16 @@ def test_casts_round_as_torch_does(source, target):
     assert torch.equal(out.isnan(), x.to(target).isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reductions_and_scans(dtype):
+    x = torch.randint(-4, 5, (64,)).to(dtype)  # sums are exact
+    out = [torch.empty(size, dtype=dtype) for size in (1, 1, 64)]
+    with interpreting():
+        _reduce[(1,)](x, *out, 64)
+    for got, want in zip(out, (x.sum(), x.max(), x.cumsum(0)), strict=True):
+        assert torch.equal(got.squeeze(), want)
+
+
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
@@ -160,11 +178,15 @@ def test_everything_is_restored():
     def state():
         builder = dict(vars(stock.InterpreterBuilder))
         lang = dict(vars(tl))
-        tensor = dict(vars(tl.tensor))
-        return builder, lang, tensor, set(globals()), JITFunction.run, JITFunction.__call__
+        core, tensor = dict(vars(tl.core)), dict(vars(tl.tensor))
+        reductions = stock.ReduceScanOpInterface.apply
+        options, patch = stock.interpreter_builder.options, stock._patch_lang_tensor
+        launch = JITFunction.run, JITFunction.__call__
+        return builder, lang, core, tensor, reductions, options, patch, set(globals()), launch
 
-    _run_matmul(torch.bfloat16)
     before = state()
+    assert not set(globals()) - NAMES
+    assert not stock.interpreter_builder.options.debug
     first = _compile_matmul()
     _run_matmul(torch.bfloat16, sanitize=True)
     with pytest.raises(ValueError, match="inside"), interpreting():
@@ -193,3 +215,6 @@ def test_numpy_is_the_only_state_the_interpreter_shares():
     before = np.geterr()
     _run_matmul(torch.float32)
     assert np.geterr() == before
+
+
+NAMES = {*globals(), "NAMES"}  # of this module before the first launch
