@@ -13,64 +13,52 @@ Activation activation_of(std::string_view name) {
   TORCH_CHECK(false, "unknown activation ", name);
 }
 
-namespace {
-
 Tensor with_last(const Tensor& x, int64_t size, at::ScalarType dtype) {
   auto sizes = x.sizes().vec();
   sizes.back() = size;
   return on_huge_pages(at::empty(sizes, x.options().dtype(dtype)));
 }
 
-std::tuple<Tensor, Tensor> linear(const Tensor& x_, const Tensor& weight, const optional<Tensor>& bias_,
-                                  const optional<Tensor>& residual_, c10::string_view name, bool keep) {
-  TORCH_CHECK(x_.size(-1) == weight.size(1), "x and weight do not fit");
+namespace {
+
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias_,
+                                  const optional<Tensor>& residual, c10::string_view name, bool keep) {
+  TORCH_CHECK(x.size(-1) == weight.size(1), "x and weight do not fit");
   const Activation activation = activation_of(name);
-  const Tensor x = x_.contiguous(), residual = residual_ ? residual_->contiguous() : Tensor();
-  const int64_t o = weight.size(0), k = weight.size(1);
-  const auto dtype = residual_ ? c10::promoteTypes(x.scalar_type(), residual.scalar_type()) : x.scalar_type();
-  const Tensor out = with_last(x, o, dtype);
+  const int64_t o = weight.size(0), k = weight.size(1), rows = rows_of(x);
+  const auto dtype = residual ? c10::promoteTypes(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
+  const Tensor out = with_last(x, o, dtype), plus = residual ? residual->contiguous() : Tensor();
   const bool kept = keep && activation != Activation::none;
   const Tensor y = kept ? with_last(x, o, x.scalar_type()) : at::empty({0}, x.options());
-  if (out.numel() == 0) return {out, y};
   with_operand(x.scalar_type(), [&](auto type) {
     using P = decltype(type);
-    using A = acc_t<P>;
-    const Tensor bias = bias_ ? bias_->to(sum_type(scalar_type<P>())).contiguous() : Tensor();
-    const LinearOutput<P> f{o, activation, bias.defined() ? data<A>(bias) : nullptr, stored(y), stored(residual), stored(out)};
-    if (k > 0) return linear_forward<P>(x, weight, f);
-    const Tensor zeros = at::zeros({out.numel() / o, o}, x.options());
-    if (bias_) zeros.add_(*bias_);
-    VLMK_CALL(linear_finish, f, stored(zeros), int64_t(0), zeros.size(0));
+    const Tensor bias = widened<P>(bias_);
+    ForwardWeight<P>(weight, rows)
+        .apply(x.contiguous().view({rows, k}),
+               {o, activation, data<acc_t<P>>(bias), stored(y), stored(plus), stored(out)});
   });
   return {out, y};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const optional<Tensor>& x, const Tensor& weight,
                                               const optional<Tensor>& bias, const optional<Tensor>& y_, c10::string_view name,
                                               bool need_x, bool need_weight, bool need_bias) {
   const Activation activation = activation_of(name);
-  const int64_t o = weight.size(0), k = weight.size(1);
-  const Tensor dout = dout_.contiguous();
-  const Tensor dx = need_x ? with_last(dout, k, weight.scalar_type()) : at::empty({0}, weight.options());
+  const int64_t o = weight.size(0), k = weight.size(1), rows = rows_of(dout_);
+  const Tensor dx = need_x ? with_last(dout_, k, weight.scalar_type()) : at::empty({0}, weight.options());
   const Tensor dweight = result(need_weight, weight.sizes(), weight), dbias = result(need_bias, {o}, weight);
-  if (dout.numel() == 0 || k == 0) {
-    dx.zero_(), dweight.zero_();
-    if (dout.numel() == 0) dbias.zero_();
-    if (dout.numel() == 0 || !need_bias) return {dx, dweight, dbias};
-  }
+  if (dout_.numel() == 0) return {dx.zero_(), dweight.zero_(), dbias.zero_()};
+  const Tensor dout = dout_.contiguous().view({rows, o});
   Tensor y;
-  if (activation != Activation::none) {
-    y = y_ ? y_->contiguous() : std::get<0>(linear(*x_, weight, bias, {}, "none", false));
-  }
+  if (activation != Activation::none) y = y_ ? y_->contiguous() : std::get<0>(linear(*x, weight, bias, {}, "none", false));
   with_operand(weight.scalar_type(), [&](auto type) {
     using P = decltype(type);
     const bool formed = activation != Activation::none && (need_x || need_weight);
-    const Tensor g = formed ? on_huge_pages(at::empty(dout.sizes(), dout.options().dtype(scalar_type<P>()))) : Tensor();
+    const Tensor g = formed ? buffer<P>(rows, o, dout) : Tensor();
     if (formed || need_bias) linear_slopes<acc_t<P>>(o, activation, dout, y, g, dbias);
-    if (k == 0) return;
     const Tensor& slope = formed ? g : dout;
-    if (need_x) linear_input_gradient<P>(slope, weight, LinearInput<P>{k, stored(dx), Activation::none, {}, {}});
-    if (need_weight) WeightGradient<P>(dweight, dout.numel() / o).add(slope, x_->contiguous());
+    if (need_x) BackwardWeight<P>(weight, rows).apply(slope, {.k = k, .dx = stored(dx)});
+    if (need_weight) WeightGradient<P>(dweight, rows).add(slope, x->contiguous().view({rows, k}));
   });
   return {dx, dweight, dbias};
 }

@@ -1,6 +1,8 @@
 #pragma once
 // The products of dense layers, forward and backward, on the blocks of block_product.h.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/narrow.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -13,7 +15,12 @@ namespace vlmk {
 
 using std::optional;
 
+// Hidden layers that nobody keeps exist for so many rows at a time.
+constexpr int64_t kHiddenRows = 2048;
+
 Activation activation_of(std::string_view name);
+// An unwritten result with the rows of x and `size` columns.
+Tensor with_last(const Tensor& x, int64_t size, at::ScalarType dtype);
 
 inline Stored stored(const Tensor& t) {
   if (!t.defined() || t.numel() == 0) return {nullptr, Storage::f32};
@@ -58,73 +65,109 @@ Tensor pack_columns(const Tensor& weight) {
   return packed;
 }
 
-// out = act(x weight^T + bias) + residual for x [rows, k] and a weight that pack_transposed gave.
+// What follows the product [rows, o], which is in memory.
 template <class P>
-void packed_linear(const Tensor& x_, int64_t k, const Tensor& packed, const LinearOutput<P>& f) {
-  constexpr int64_t width = kBlockCols<P>;
-  const int64_t rows = x_.numel() / k, depth = depth_of<P>(k);
-  const Operand<P> x(x_, k, depth, nullptr);
-  const Split<P> split(rows, f.o, width);
-  for_tasks(split.tasks(), x.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-    const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
-    auto p = split.take(task, padded, depth, width, scratch);
-    p.a = x.rows(row, count, padded, scratch), p.b = data<P>(packed);
-    VLMK_CALL(linear, p, f, row, count);
+void finish_rows(const Tensor& product, const LinearOutput<P>& f) {
+  at::parallel_for(0, product.size(0), 16, [&](int64_t begin, int64_t end) {
+    VLMK_CALL(linear_finish, f, stored(product), begin, end - begin);
   });
 }
 
-// The same for a weight [o, k] as it is, which few rows do not pack. Nothing is empty.
+// A weight [o, k] as operand of the forward product of some number of rows, which decides whether it is packed.
 template <class P>
-void linear_forward(const Tensor& x_, const Tensor& weight_, const LinearOutput<P>& f) {
+class ForwardWeight {
+ public:
   using A = acc_t<P>;
-  const Tensor weight = weight_.to(scalar_type<P>()).contiguous();
-  const int64_t o = weight.size(0), k = weight.size(1), depth = depth_of<P>(k), rows = x_.numel() / k;
-  if (rows * (o + k) >= o * k) return packed_linear<P>(x_, k, pack_transposed<P>(weight), f);
-  const Operand<P> x(x_, k, depth, nullptr), w(weight, k, depth, nullptr);
-  if (rows == 1 && sizeof(P) > 2) {
+  ForwardWeight(const Tensor& weight, int64_t rows)
+      : weight_(weight.to(scalar_type<P>()).contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
+    // For few rows packing x and turning the tiles costs less than packing the weight.
+    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_);
+  }
+  // One that was packed before.
+  ForwardWeight(const Tensor& packed, int64_t o, int64_t k) : packed_(packed), o_(o), k_(k) {}
+
+  // out = act(x weight^T + bias) + residual for x [rows, k].
+  void apply(const Tensor& x_, const LinearOutput<P>& f) const {
+    const int64_t rows = x_.size(0);
+    if (rows == 0 || o_ == 0) return;
+    if (k_ == 0) return finish_rows<P>(at::zeros({rows, o_}, x_.options()), f);
+    const Operand<P> x(x_, k_, depth_of<P>(k_), nullptr);
+    if (packed_.defined()) return many(x, rows, f);
+    rows == 1 && sizeof(P) > 2 ? one(x, f) : few(x, rows, f);
+  }
+
+ private:
+  void many(const Operand<P>& x, int64_t rows, const LinearOutput<P>& f) const {
+    constexpr int64_t width = kBlockCols<P>;
+    const Split<P> split(rows, o_, width);
+    for_tasks(split.tasks(), x.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
+      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      auto p = split.take(task, padded, x.depth, width, scratch);
+      p.a = x.rows(row, count, padded, scratch), p.b = data<P>(packed_);
+      VLMK_CALL(linear, p, f, row, count);
+    });
+  }
+
+  void one(const Operand<P>& x, const LinearOutput<P>& f) const {
     Scratch scratch(x.bytes(1));
     const P* row = x.rows(0, 1, 1, scratch);
-    at::parallel_for(0, o, std::max<int64_t>(64, (1 << 17) / k), [&](int64_t begin, int64_t end) {
-      VLMK_CALL(linear_row, f, row, data<P>(weight) + begin * k, k, begin, end - begin);
+    at::parallel_for(0, o_, std::max<int64_t>(64, (1 << 17) / k_), [&](int64_t begin, int64_t end) {
+      VLMK_CALL(linear_row, f, row, data<P>(weight_) + begin * k_, k_, begin, end - begin);
     });
-    return;
   }
-  // Packing x and turning the tiles costs less than packing the weight.
-  const int64_t width = std::min<int64_t>(64, round_up(rows, 16)), blocks = ceil_div(rows, width);
-  const Tensor xt = at::empty({blocks * depth * width}, weight.options());
-  for_tasks(blocks, x.bytes(width), [&](int64_t block, Scratch& scratch) {
-    const int64_t row = block * width, count = std::min(width, rows - row);
-    VLMK_CALL(pack_transposed_b, x.rows(row, count, count, scratch), depth, count, depth, depth, width,
-              data<P>(xt) + row * depth);
-  });
-  const Split<P> split(o, rows, width);
-  const int64_t bytes = w.bytes(kBlockRows<P>) + split.bytes(width) + kBlockRows<P> * width * sizeof(A) + 64;
-  for_tasks(split.tasks(), bytes, [&](int64_t task, Scratch& scratch) {
-    const int64_t o0 = split.row(task), count = split.count(task);
-    auto p = split.take(task, count, depth, width, scratch);
-    p.a = w.rows(o0, count, count, scratch), p.b = data<P>(xt);
-    VLMK_CALL(linear_few, p, f, o0, count, rows, scratch.take<A>(width * count));
-  });
-}
 
-// dx = g weight, and what LinearInput adds, for g [rows, o]. Nothing is empty.
+  void few(const Operand<P>& x, int64_t rows, const LinearOutput<P>& f) const {
+    const int64_t width = std::min<int64_t>(64, round_up(rows, 16)), blocks = ceil_div(rows, width), depth = x.depth;
+    const Operand<P> w(weight_, k_, depth, nullptr);
+    const Tensor xt = at::empty({blocks * depth * width}, weight_.options());
+    for_tasks(blocks, x.bytes(width), [&](int64_t block, Scratch& scratch) {
+      const int64_t row = block * width, count = std::min(width, rows - row);
+      VLMK_CALL(pack_transposed_b, x.rows(row, count, count, scratch), depth, count, depth, depth, width,
+                data<P>(xt) + row * depth);
+    });
+    const Split<P> split(o_, rows, width);
+    const int64_t bytes = w.bytes(kBlockRows<P>) + split.bytes(width) + kBlockRows<P> * width * sizeof(A) + 64;
+    for_tasks(split.tasks(), bytes, [&](int64_t task, Scratch& scratch) {
+      const int64_t o0 = split.row(task), count = split.count(task);
+      auto p = split.take(task, count, depth, width, scratch);
+      p.a = w.rows(o0, count, count, scratch), p.b = data<P>(xt);
+      VLMK_CALL(linear_few, p, f, o0, count, rows, scratch.take<A>(width * count));
+    });
+  }
+
+  Tensor weight_, packed_;
+  int64_t o_, k_;
+};
+
+// A weight [o, k] as operand of the product that gives the gradient by the input of some number of rows.
 template <class P>
-void linear_input_gradient(const Tensor& g_, const Tensor& weight_, const LinearInput<P>& f) {
-  constexpr int64_t width = kBlockCols<P>;
-  const Tensor weight = weight_.to(scalar_type<P>()).contiguous();
-  const int64_t o = weight.size(0), k = weight.size(1), depth = depth_of<P>(o), rows = g_.numel() / o;
-  const Operand<P> g(g_, o, depth, nullptr);
-  const Split<P> split(rows, k, width);
-  const bool packed = sizeof(P) == 2 || rows > kFewRows;
-  const Tensor w = packed ? pack_columns<P>(weight) : weight;
-  for_tasks(split.tasks(), g.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-    const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
-    auto p = split.take(task, padded, depth, width, scratch);
-    p.a = g.rows(row, count, padded, scratch), p.b = data<P>(w);
-    if (!packed) p.ldb = k;
-    VLMK_CALL(linear_dx, p, f, row, count);
-  });
-}
+class BackwardWeight {
+ public:
+  BackwardWeight(const Tensor& weight, int64_t rows)
+      : o_(weight.size(0)), k_(weight.size(1)), packed_(sizeof(P) == 2 || rows > kFewRows) {
+    weight_ = weight.to(scalar_type<P>()).contiguous();
+    if (packed_) weight_ = pack_columns<P>(weight_);
+  }
+  // dx = g weight, and what LinearInput adds, for g [rows, o].
+  void apply(const Tensor& g_, const LinearInput<P>& f) const {
+    if (g_.numel() == 0 || k_ == 0) return;
+    constexpr int64_t width = kBlockCols<P>;
+    const Operand<P> g(g_, o_, depth_of<P>(o_), nullptr);
+    const Split<P> split(g_.numel() / o_, k_, width);
+    for_tasks(split.tasks(), g.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
+      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      auto p = split.take(task, padded, g.depth, width, scratch);
+      p.a = g.rows(row, count, padded, scratch), p.b = data<P>(weight_);
+      if (!packed_) p.ldb = k_;
+      VLMK_CALL(linear_dx, p, f, row, count);
+    });
+  }
+
+ private:
+  Tensor weight_;
+  int64_t o_, k_;
+  bool packed_;
+};
 
 // dweight = g^T x [o, k], whose rows come in parts.
 template <class P>
@@ -143,6 +186,7 @@ class WeightGradient {
   }
   // Adds g^T x of rows that follow those of earlier calls, g [rows, o] and x [rows, k].
   void add(const Tensor& g_, const Tensor& x_) {
+    if (g_.numel() == 0 || k() == 0) return;
     const Operand<P> g(g_, o(), o(), nullptr), x(x_, k(), k(), nullptr);
     const LinearWeight<P> f{k(), sums_.defined() ? data<A>(sums_) : nullptr, stored(dweight_)};
     const int64_t rows = g_.numel() / o();
@@ -186,13 +230,32 @@ class WeightGradient {
   Split<P> split_;
 };
 
+// A bias as the kernels read it; undefined where there is none.
+template <class P>
+Tensor widened(const optional<Tensor>& bias) {
+  return bias ? bias->to(sum_type(scalar_type<P>())).contiguous() : Tensor();
+}
+
+inline int64_t rows_of(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
+
+// Memory of operands, [rows, cols].
+template <class P>
+Tensor buffer(int64_t rows, int64_t cols, const Tensor& like) {
+  return on_huge_pages(at::empty({rows, cols}, like.options().dtype(scalar_type<P>())));
+}
+
+// Rows [begin, begin + count) of x [rows, cols]; undefined or empty as x is.
+inline Tensor part(const Tensor& x, int64_t begin, int64_t count) {
+  return x.defined() && x.numel() ? x.narrow(0, begin, count) : x;
+}
+
 // g = dout * act'(y) where `g` is defined, and dbias where it is not empty: the sums of its columns.
 template <class A>
 void linear_slopes(int64_t o, Activation activation, const Tensor& dout, const Tensor& y, const Tensor& g,
                    const Tensor& dbias) {
   constexpr int64_t kRows = 128;
   const int64_t rows = dout.numel() / o, blocks = ceil_div(rows, kRows);
-  const bool summed = dbias.numel() > 0;
+  const bool summed = dbias.defined() && dbias.numel() > 0;
   const Tensor sums = at::empty({summed ? blocks : 0, o}, dout.options().dtype(sum_type(scalar_type<A>())));
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -202,5 +265,21 @@ void linear_slopes(int64_t o, Activation activation, const Tensor& dout, const T
   });
   if (summed) dbias.copy_(sums.sum(0, false, at::kDouble));
 }
+
+// dbias = the sums of the columns of matrices that come one after the other.
+template <class A>
+class ColumnSums {
+ public:
+  explicit ColumnSums(const Tensor& dbias) : dbias_(dbias), total_(at::zeros(dbias.sizes(), dbias.options().dtype(at::kDouble))) {}
+  void add(const Tensor& g) {
+    const Tensor sum = at::empty_like(total_);
+    linear_slopes<A>(dbias_.numel(), Activation::none, g, {}, {}, sum);
+    total_.add_(sum);
+    dbias_.copy_(total_);
+  }
+
+ private:
+  Tensor dbias_, total_;
+};
 
 }  // namespace vlmk

@@ -20,7 +20,7 @@ constexpr at::ScalarType scalar_type() {
 }
 template <class P>
 P* data(const at::Tensor& t) {
-  return t.numel() ? static_cast<P*>(t.data_ptr()) : nullptr;
+  return t.defined() && t.numel() ? static_cast<P*>(t.data_ptr()) : nullptr;
 }
 template <class P>
 P* data(const std::optional<at::Tensor>& t) {

@@ -14,10 +14,17 @@ OPS = sorted(
     path.stem for path in (ROOT / "vlmkernels" / "ops").glob("*.py") if not path.stem.startswith("_")
 )
 
-# Ops whose kernels are not in a file of their name: one streaming softmax serves two of them.
+# Ops whose kernels are not in a file of their name: one streaming softmax serves two of them, products of
+# dense layers two more.
 ATTENTION = ["csrc/cpu/attention_forward.cpp", "csrc/cpu/attention_backward.cpp"]
-KERNELS = {"interval_attention": ATTENTION, "perceiver_attention": ATTENTION}
-CUBLAS = {"linear"}  # ops that run as torch's own on a GPU
+DENSE = ["csrc/cpu/linear.cpp"]
+KERNELS = {
+    "interval_attention": ATTENTION,
+    "perceiver_attention": ATTENTION,
+    "mlp": DENSE,
+    "gated_mlp": DENSE,
+}
+CUBLAS = {"linear", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
 BENCHMARKED = {case.op for case in all_cases()}
 
 

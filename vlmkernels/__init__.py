@@ -5,10 +5,12 @@ from vlmkernels._info import info
 from vlmkernels._version import __version__
 from vlmkernels.ops import (
     gated_linear_residual,
+    gated_mlp,
     gated_residual,
     info_nce,
     interval_attention,
     linear,
+    mlp,
     perceiver_attention,
     sigmoid_loss,
 )
@@ -16,12 +18,14 @@ from vlmkernels.ops import (
 __all__ = [
     "__version__",
     "gated_linear_residual",
+    "gated_mlp",
     "gated_residual",
     "info",
     "info_nce",
     "interval_attention",
     "intervals",
     "linear",
+    "mlp",
     "perceiver_attention",
     "sigmoid_loss",
 ]

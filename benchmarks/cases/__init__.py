@@ -7,7 +7,7 @@ Ours and every baseline are called with the same tensors by keyword. Baselines a
 from benchmarks.cases.attention import interval_attention, perceiver_attention
 from benchmarks.cases.case import OURS, QUICK_SIZE, Baseline, Case
 from benchmarks.cases.contrastive import info_nce, sigmoid_loss
-from benchmarks.cases.dense import linear
+from benchmarks.cases.dense import gated_mlp, linear, mlp
 from benchmarks.cases.modules import cross_attention, media_cache, perceiver
 from benchmarks.cases.residual import gated_linear_residual, gated_residual
 
@@ -20,6 +20,8 @@ def all_cases(*, quick: bool = False, device: str = "cpu") -> list[Case]:
         *gated_residual(quick),
         *gated_linear_residual(quick),
         *linear(quick),
+        *mlp(quick),
+        *gated_mlp(quick),
         *info_nce(quick, device),
         *sigmoid_loss(quick, device),
         *interval_attention(quick, device),

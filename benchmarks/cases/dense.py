@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -65,6 +66,103 @@ def linear(quick: bool = False) -> list[Case]:
                     min_flops=flops,
                     bytes=moved * dtype.itemsize,
                     out_shape=("rows", "width"),
+                    **flags,
+                )
+            )
+    return cases
+
+
+def _mlp(device: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> dict[str, Tensor]:
+    tensors = {
+        "x": torch.randn(rows, inner, device=device),
+        "w1": torch.randn(width, inner, device=device) / inner**0.5,
+        "b1": torch.randn(width, device=device),
+        "w2": torch.randn(inner, width, device=device) / width**0.5,
+        "b2": torch.randn(inner, device=device),
+    }
+    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+
+
+def _gated(device: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> dict[str, Tensor]:
+    tensors = _mlp(device, dtype, rows, inner, width)
+    up = (torch.randn(width, inner, device=device) / inner**0.5).to(dtype).requires_grad_()
+    return {"x": tensors["x"], "w_gate": tensors["w1"], "w_up": up, "w_down": tensors["w2"]}
+
+
+SIZES = [
+    ("", (8192, 768, 3072), {"memory": True, "headline": True}),
+    ("", (1600, 768, 3072), {}),
+    (", forward only", (8192, 768, 3072), {"backward": False, "memory": True}),
+    (", forward only", (50, 768, 3072), {"backward": False}),
+    (", forward only", (1, 768, 3072), {"backward": False}),
+]
+
+
+def mlp(quick: bool = False) -> list[Case]:
+    """Two products of 2 rows x inner x width operations forward and four backward."""
+
+    def functions(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return functional.linear(functional.gelu(functional.linear(x, w1, b1)), w2, b2)
+
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.GELU(), torch.nn.Linear(1, 1))
+    names = {"w1": "0.weight", "b1": "0.bias", "w2": "2.weight", "b2": "2.bias"}
+
+    def sequential(x: Tensor, **weights: Tensor) -> Tensor:
+        parameters = {names[name]: weight for name, weight in weights.items()}
+        return torch.func.functional_call(module, parameters, (x,))
+
+    peers = (
+        Baseline("nn.Sequential(Linear, GELU, Linear)", lambda: sequential),
+        Baseline("torch.compile of F.linear, F.gelu, F.linear", lambda: functions, True),
+    )
+    ours = partial(vlmkernels.mlp, activation="gelu")
+    return _feed_forward("mlp", quick, _mlp, ours, peers, products=2)
+
+
+def gated_mlp(quick: bool = False) -> list[Case]:
+    """Three products of 2 rows x inner x width operations forward and six backward."""
+
+    def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        gate, up = functional.linear(x, w_gate), functional.linear(x, w_up)
+        return functional.linear(functional.silu(gate) * up, w_down)
+
+    name = "F.linear(F.silu(F.linear) * F.linear)"
+    peers = (Baseline(name, lambda: plain), Baseline(f"torch.compile of {name}", lambda: plain, True))
+    return _feed_forward("gated_mlp", quick, _gated, vlmkernels.gated_mlp, peers, products=3)
+
+
+def _feed_forward(
+    op: str,
+    quick: bool,
+    make: Callable[..., dict[str, Tensor]],
+    ours: Callable[..., Tensor],
+    peers: tuple[Baseline, ...],
+    *,
+    products: int,
+) -> list[Case]:
+    cases = []
+    for dtype in (F32, BF16):
+        for form, (rows, inner, width), flags in SIZES:
+            sizes = cut(quick, rows=rows, inner=inner, width=width)
+            passes = 3 if flags.get("backward", True) else 1
+            flops = 2.0 * products * passes * math.prod(sizes.values())
+            kept = products - 1 if passes == 3 else 0
+            n, d, h = sizes.values()
+            moved = (2 * n * d + products * d * h) * (1 if passes == 1 else 2) + 2 * kept * n * h
+            moved += (passes == 3) * products * d * h
+            cases.append(
+                Case(
+                    op=op,
+                    name=f"[{rows}, {inner}] -> {width} -> {inner}{form} {type_name(dtype)}",
+                    dtype=dtype,
+                    sizes=sizes,
+                    make_inputs=make,
+                    ours=ours,
+                    baselines=timed(quick, *peers),
+                    flops=flops,
+                    min_flops=flops,
+                    bytes=float(moved * dtype.itemsize),
+                    out_shape=("rows", "inner"),
                     **flags,
                 )
             )

@@ -1,7 +1,5 @@
 #include "vlmkernels/linear.h"
 
-#include <type_traits>
-
 #include "activations.h"
 #include "block_product.h"
 
@@ -45,11 +43,90 @@ void copy_out(const A* tile, int64_t ld, const Window& w, const Stored& to) {
   });
 }
 
+// tile += x
+template <class A>
+void add(const Stored& from, const Window& w, A* tile, int64_t ld) {
+  with_type(from, [&](auto* x) {
+    for (int64_t r = 0; r < w.count; ++r) {
+      const auto* row = x + w.at(r);
+#pragma omp simd
+      for (int64_t c = 0; c < w.cols; ++c) {
+        A value;
+        get(row[c], value);
+        tile[r * ld + c] += value;
+      }
+    }
+  });
+}
+
+// Some rows of matrices, widened, while they are worked on.
+constexpr int64_t kStageRows = 8, kStageCols = 256;
+template <class A>
+using Stage = A[kStageRows * kStageCols];
+
+// Calls f(window, offset into the tile) for parts of a window that fit a stage, whose rows are kStageCols long.
+template <class F>
+void for_stages(const Window& w, int64_t ld, F f) {
+  for (int64_t r = 0; r < w.count; r += kStageRows) {
+    for (int64_t c = 0; c < w.cols; c += kStageCols) {
+      f(Window{w.width, w.row + r, min_(kStageRows, w.count - r), w.c0 + c, min_(kStageCols, w.cols - c)}, r * ld + c);
+    }
+  }
+}
+
+template <class P>
+void multiply_by_gate(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& all) {
+  with_activation(f.activation, [&](auto act) {
+    for_stages(all, ld, [&](const Window& w, int64_t at) {
+      Stage<acc_t<P>> gate;
+      copy_in(f.gate, w, gate, kStageCols);
+      for (int64_t r = 0; r < w.count; ++r) {
+#pragma omp simd
+        for (int64_t c = 0; c < w.cols; ++c) tile[at + r * ld + c] *= act.value(gate[r * kStageCols + c]);
+      }
+    });
+  });
+}
+
+// The gradients by the inputs of the activation, and of what it multiplied; tile = g weight is that by hidden.
+template <class P>
+void slopes(const LinearInput<P>& f, const acc_t<P>* tile, int64_t ld, const Window& all) {
+  with_activation(f.activation, [&](auto act) {
+    for_stages(all, ld, [&](const Window& w, int64_t at) {
+      Stage<acc_t<P>> y, up, dy, dup;
+      copy_in(f.y, w, y, kStageCols);
+      if (f.up.data) copy_in(f.up, w, up, kStageCols);
+      for (int64_t r = 0; r < w.count; ++r) {
+        const acc_t<P>* grad = tile + at + r * ld;
+        const int64_t row = r * kStageCols;
+        if (f.up.data) {
+#pragma omp simd
+          for (int64_t c = row; c < row + w.cols; ++c) {
+            const acc_t<P> value = act.value(y[c]);
+            dy[c] = grad[c - row] * up[c] * act.slope(y[c]);
+            dup[c] = grad[c - row] * value;
+            y[c] = value * up[c];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t c = row; c < row + w.cols; ++c) {
+            dy[c] = grad[c - row] * act.slope(y[c]);
+            y[c] = act.value(y[c]);
+          }
+        }
+      }
+      copy_out(dy, kStageCols, w, f.dx);
+      if (f.up.data) copy_out(dup, kStageCols, w, f.dup);
+      if (f.hidden.data) copy_out(y, kStageCols, w, f.hidden);
+    });
+  });
+}
+
 // The tile of products as rows of the result; the tile is left with anything. The passes over it stay in the cache.
 template <class P>
-void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& w, bool biased) {
+void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& w) {
   using A = acc_t<P>;
-  if (f.bias && biased) {
+  if (f.bias) {
     const A* bias = f.bias + w.c0;
     for (int64_t r = 0; r < w.count; ++r) {
 #pragma omp simd
@@ -57,7 +134,9 @@ void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& 
     }
   }
   if (f.y.data) copy_out(tile, ld, w, f.y);
-  if (f.activation != Activation::none) {
+  if (f.gate.data) {
+    multiply_by_gate(f, tile, ld, w);
+  } else if (f.activation != Activation::none) {
     with_activation(f.activation, [&](auto act) {
       for (int64_t r = 0; r < w.count; ++r) {
 #pragma omp simd
@@ -65,19 +144,7 @@ void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& 
       }
     });
   }
-  if (f.residual.data) {
-    with_type(f.residual, [&](auto* x) {
-      for (int64_t r = 0; r < w.count; ++r) {
-        const auto* row = x + w.at(r);
-#pragma omp simd
-        for (int64_t c = 0; c < w.cols; ++c) {
-          A residual;
-          get(row[c], residual);
-          tile[r * ld + c] += residual;
-        }
-      }
-    });
-  }
+  if (f.residual.data) add(f.residual, w, tile, ld);
   copy_out(tile, ld, w, f.out);
 }
 
@@ -86,7 +153,7 @@ void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& 
 template <class P>
 void linear(const BlockProduct<P>& p, const LinearOutput<P>& f, int64_t row, int64_t count) {
   for_tiles(p, [&](int64_t j, acc_t<P>* tile) {
-    finish(f, tile, p.cols, Window{f.o, row, count, j * p.cols, min_(p.cols, f.o - j * p.cols)}, true);
+    finish(f, tile, p.cols, Window{f.o, row, count, j * p.cols, min_(p.cols, f.o - j * p.cols)});
   });
 }
 
@@ -95,7 +162,7 @@ void linear_few(const BlockProduct<P>& p, const LinearOutput<P>& f, int64_t o0, 
   for_tiles(p, [&](int64_t j, const acc_t<P>* tile) {
     const int64_t row = j * p.cols, of = min_(p.cols, rows - row);
     transpose(tile, p.cols, count, of, turned, count);
-    finish(f, turned, count, Window{f.o, row, of, o0, count}, true);
+    finish(f, turned, count, Window{f.o, row, of, o0, count});
   });
 }
 
@@ -107,19 +174,19 @@ void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth,
     const int64_t some = min_(kSome, count - o);
     A sums[kSome];
     dot_rows(x, w + o * depth, depth, some, sums);
-    finish(f, sums, kSome, Window{f.o, 0, 1, o0 + o, some}, true);
+    finish(f, sums, kSome, Window{f.o, 0, 1, o0 + o, some});
   }
 }
 
 template <class P>
-void linear_finish(const LinearOutput<P>& f, Stored y, int64_t row, int64_t count) {
+void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count) {
   constexpr int64_t kCols = 2048;
   acc_t<P> tile[kCols];
   for (int64_t r = row; r < row + count; ++r) {
     for (int64_t c = 0; c < f.o; c += kCols) {
       const Window w{f.o, r, 1, c, min_(kCols, f.o - c)};
-      copy_in(y, w, tile, kCols);
-      finish(f, tile, kCols, w, false);
+      copy_in(product, w, tile, kCols);
+      finish(f, tile, kCols, w);
     }
   }
 }
@@ -129,36 +196,9 @@ void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, i
   using A = acc_t<P>;
   for_tiles(p, [&](int64_t j, A* tile) {
     const Window w{f.k, row, count, j * p.cols, min_(p.cols, f.k - j * p.cols)};
-    if (!f.y.data) return copy_out(tile, p.cols, w, f.dx);
-    with_activation(f.activation, [&](auto act) {
-      with_type(f.y, [&](auto* y) {
-        with_type(f.dx, [&](auto* dx) {
-          for (int64_t r = 0; r < w.count; ++r) {
-            const auto* from = y + w.at(r);
-            auto* to = dx + w.at(r);
-#pragma omp simd
-            for (int64_t c = 0; c < w.cols; ++c) {
-              A v;
-              get(from[c], v);
-              put(tile[r * p.cols + c] * act.slope(v), to[c]);
-            }
-          }
-        });
-        if (!f.hidden.data) return;
-        with_type(f.hidden, [&](auto* hidden) {
-          for (int64_t r = 0; r < w.count; ++r) {
-            const auto* from = y + w.at(r);
-            auto* to = hidden + w.at(r);
-#pragma omp simd
-            for (int64_t c = 0; c < w.cols; ++c) {
-              A v;
-              get(from[c], v);
-              put(act.value(v), to[c]);
-            }
-          }
-        });
-      });
-    });
+    if (f.y.data) return slopes<P>(f, tile, p.cols, w);
+    if (f.plus.data) add(f.plus, w, tile, p.cols);
+    copy_out(tile, p.cols, w, f.dx);
   });
 }
 

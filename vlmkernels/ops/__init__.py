@@ -1,19 +1,23 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
+from vlmkernels.ops.gated_mlp import gated_mlp
 from vlmkernels.ops.gated_residual import gated_residual
 from vlmkernels.ops.info_nce import info_nce
 from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
+from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 
 __all__ = [
     "gated_linear_residual",
+    "gated_mlp",
     "gated_residual",
     "info_nce",
     "interval_attention",
     "linear",
+    "mlp",
     "perceiver_attention",
     "sigmoid_loss",
 ]

@@ -1,19 +1,23 @@
 """Every op in plain PyTorch: the default kernel of every device and the oracle of every test."""
 
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual
+from vlmkernels.reference.gated_mlp import gated_mlp
 from vlmkernels.reference.gated_residual import gated_residual
 from vlmkernels.reference.info_nce import info_nce
 from vlmkernels.reference.interval_attention import interval_attention
 from vlmkernels.reference.linear import linear
+from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 
 __all__ = [
     "gated_linear_residual",
+    "gated_mlp",
     "gated_residual",
     "info_nce",
     "interval_attention",
     "linear",
+    "mlp",
     "perceiver_attention",
     "sigmoid_loss",
 ]

@@ -8,29 +8,34 @@ enum class Storage { f32, f64, bf16, f16 };
 
 // A matrix of any storage; null where there is none.
 struct Stored {
-  void* data;
-  Storage type;
+  void* data = nullptr;
+  Storage type = Storage::f32;
 };
 
-// out = act(y) + residual, y = x weight^T + bias.
+// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual.
 template <class P>
 struct LinearOutput {
   int64_t o;
-  Activation activation;
-  const acc_t<P>* bias;  // [o] or null
-  Stored y;              // [rows, o] where y is kept, or null
-  Stored residual;       // [rows, o] or null
-  Stored out;            // [rows, o]
+  Activation activation = Activation::none;
+  const acc_t<P>* bias = nullptr;  // [o] or null
+  Stored y{};                      // [rows, o] where y is kept, or null
+  Stored residual{};               // [rows, o] or null
+  Stored out{};                    // [rows, o]
+  Stored gate{};                   // [rows, o] or null
 };
 
-// dx = g weight; with y, the input of the activation whose result the weight multiplied, g weight * act'(y) and act(y).
+// dx = g weight + plus. Where the weight multiplied hidden = act(y), dx = g weight * act'(y); where it multiplied
+// hidden = act(y) * up, dx = g weight * up * act'(y) and dup = g weight * act(y).
 template <class P>
 struct LinearInput {
   int64_t k;
-  Stored dx;  // [rows, k]
-  Activation activation;
-  Stored y;       // [rows, k] or null
-  Stored hidden;  // [rows, k] act(y), or null
+  Stored dx{};    // [rows, k]
+  Stored plus{};  // [rows, k] or null, not where there is a y
+  Activation activation = Activation::none;
+  Stored y{};       // [rows, k] or null
+  Stored hidden{};  // [rows, k] or null
+  Stored up{};      // [rows, k] or null
+  Stored dup{};     // [rows, k]
 };
 
 // dweight = g^T x.
@@ -50,8 +55,8 @@ VLMK_PER_ISA(
     // For a single row x [depth], without tile products: w [count, depth] are rows of the weight from channel o0 on.
     template <class P>
     void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth, int64_t o0, int64_t count);
-    // What follows a product that is in memory: y [count, o] are rows [row, row + count), and include the bias.
-    template <class P> void linear_finish(const LinearOutput<P>& f, Stored y, int64_t row, int64_t count);
+    // What follows the product x weight^T [rows, o] that is in memory, for rows [row, row + count).
+    template <class P> void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count);
     // B is the weight. The product's rows are rows [row, row + count).
     template <class P> void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, int64_t count);
     // A is g^T of `count` channels from o0 on, B is x, both of some rows: their products are added to those of earlier rows

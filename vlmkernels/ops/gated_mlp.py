@@ -1,0 +1,110 @@
+"""out = (act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down + residual."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
+
+
+def gated_mlp(
+    x: Tensor,  # [..., K]
+    w_gate: Tensor,  # [H, K]
+    w_up: Tensor,  # [H, K]
+    w_down: Tensor,  # [O, H]
+    *,
+    b_gate: Tensor | None = None,  # [H]
+    b_up: Tensor | None = None,  # [H]
+    b_down: Tensor | None = None,  # [O]
+    activation: str = "silu",
+    residual: Tensor | None = None,  # [..., O]
+) -> Tensor:  # [..., O]
+    """The gated feed-forward layer of LLaMA-like models (SwiGLU, GEGLU: Shazeer 2020, arXiv 2002.05202).
+
+    ``(act(x @ w_gate.T + b_gate) * (x @ w_up.T + b_up)) @ w_down.T + b_down + residual``
+
+    Args:
+        x: ``[..., K]``, any strides.
+        w_gate, w_up: ``[H, K]``, as in ``torch.nn.Linear``; dtype and device of ``x``, like all weights and
+            biases.
+        w_down: ``[O, H]``.
+        b_gate, b_up: ``[H]`` or None.
+        b_down: ``[O]`` or None.
+        activation: one of those of `vlmkernels.linear`.
+        residual: added to the result, whose shape it has.
+
+    Returns:
+        A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
+        float64 inputs). The backward keeps ``x`` and the two products before the activation, in the dtype of
+        ``x``; without one they exist for some rows at a time. Autocast casts all but ``residual``.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+    inner, hidden, outputs = size(x, -1), size(w_gate, 0), size(w_down, 0)
+    check(
+        "gated_mlp",
+        x,
+        [("w_gate", w_gate, None, inner), ("w_up", w_up, hidden, inner), ("w_down", w_down, None, hidden)],
+        [("b_gate", b_gate, hidden), ("b_up", b_up, hidden), ("b_down", b_down, outputs)],
+        activation,
+        residual,
+        outputs,
+    )
+    keep = trained(x, w_gate, w_up, w_down, b_gate, b_up)
+    return _op(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, keep)[0]
+
+
+def _fake(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, keep):
+    torch._check(
+        x.shape[-1] == w_gate.shape[1] and w_gate.shape == w_up.shape and w_gate.shape[0] == w_down.shape[1],
+        lambda: f"x {x.shape}, w_gate {w_gate.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit",
+    )
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    kept = (*x.shape[:-1], w_gate.shape[0]) if keep else 0
+    return x.new_empty((*x.shape[:-1], w_down.shape[0]), dtype=dtype), x.new_empty(kept), x.new_empty(kept)
+
+
+def _fake_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation, needs):
+    (hidden, inner), outputs = w_gate.shape, w_down.shape[0]
+    weights = (w_gate.shape, w_up.shape, w_down.shape)
+    shapes = ((*dout.shape[:-1], inner), *weights, (hidden,), (hidden,), (outputs,))
+    return tuple(w_gate.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, w_gate, w_up, w_down, b_gate, b_up, _, residual, activation, keep = inputs
+    _, gate, up = output
+    ctx.mark_non_differentiable(gate, up)
+    # Layers that are not trained hold no input for the backward.
+    x = x if any(ctx.needs_input_grad[1:3]) or not keep else None
+    kept = (gate, up) if keep else (None, None)
+    ctx.save_for_backward(x, w_gate, w_up, w_down, b_gate, b_up, *kept)
+    ctx.activation = activation
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, dout, *_):
+    needs, need_residual = list(ctx.needs_input_grad[:7]), ctx.needs_input_grad[7]
+    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, needs) if any(needs) else (None,) * 7
+    given = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *given, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+
+
+_op = define(
+    "gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up,"
+    " Tensor? b_down, Tensor? residual, str activation, bool keep) -> (Tensor out, Tensor gate, Tensor up)",
+    reference=gated_mlp_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=7,
+)
+_bwd = define(
+    "gated_mlp_bwd(Tensor dout, Tensor? x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate,"
+    " Tensor? b_up, Tensor? gate, Tensor? up, str activation, bool[7] needs) -> (Tensor dx, Tensor dw_gate,"
+    " Tensor dw_up, Tensor dw_down, Tensor db_gate, Tensor db_up, Tensor db_down)",
+    reference=gated_mlp_bwd,
+    fake=_fake_bwd,
+)

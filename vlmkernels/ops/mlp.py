@@ -1,0 +1,101 @@
+"""out = act(x w1^T + b1) w2^T + b2 + residual."""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define
+from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
+
+
+def mlp(
+    x: Tensor,  # [..., K]
+    w1: Tensor,  # [H, K]
+    b1: Tensor | None,  # [H]
+    w2: Tensor,  # [O, H]
+    b2: Tensor | None,  # [O]
+    *,
+    activation: str,
+    residual: Tensor | None = None,  # [..., O]
+) -> Tensor:  # [..., O]
+    """Two linear layers with an activation between them: ``act(x @ w1.T + b1) @ w2.T + b2 + residual``.
+
+    Args:
+        x: ``[..., K]``, any strides.
+        w1: ``[H, K]``, as in ``torch.nn.Linear``; dtype and device of ``x``, like all weights and biases.
+        b1: ``[H]`` or None.
+        w2: ``[O, H]``.
+        b2: ``[O]`` or None.
+        activation: one of those of `vlmkernels.linear`.
+        residual: added to the result, whose shape it has.
+
+    Returns:
+        A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
+        float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without one the
+        hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
+
+    Raises:
+        ValueError: naming every argument that does not fit.
+    """
+    hidden, outputs = size(w1, 0), size(w2, 0)
+    check(
+        "mlp",
+        x,
+        [("w1", w1, None, size(x, -1)), ("w2", w2, None, hidden)],
+        [("b1", b1, hidden), ("b2", b2, outputs)],
+        activation,
+        residual,
+        outputs,
+    )
+    return _op(x, w1, b1, w2, b2, residual, activation, trained(x, w1, b1, w2))[0]
+
+
+def _fake(x, w1, b1, w2, b2, residual, activation, keep):
+    torch._check(
+        x.shape[-1] == w1.shape[1] and w1.shape[0] == w2.shape[1],
+        lambda: f"x {x.shape}, w1 {w1.shape} and w2 {w2.shape} do not fit",
+    )
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
+    return out, x.new_empty((*x.shape[:-1], w1.shape[0]) if keep else 0)
+
+
+def _fake_bwd(dout, x, w1, b1, w2, y, activation, needs):
+    (hidden, inner), outputs = w1.shape, w2.shape[0]
+    shapes = ((*dout.shape[:-1], inner), w1.shape, (hidden,), w2.shape, (outputs,))
+    return tuple(w1.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, w1, b1, w2, _, residual, activation, keep = inputs
+    _, y = output
+    ctx.mark_non_differentiable(y)
+    # A layer that is not trained holds no input for the backward.
+    x = x if ctx.needs_input_grad[1] or not keep else None
+    ctx.save_for_backward(x, w1, b1, w2, y if keep else None)
+    ctx.activation = activation
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx, dout, _):
+    needs, need_residual = list(ctx.needs_input_grad[:5]), ctx.needs_input_grad[5]
+    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, needs) if any(needs) else (None,) * 5
+    given = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *given, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+
+
+_op = define(
+    "mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, str activation, bool keep)"
+    " -> (Tensor out, Tensor preactivation)",
+    reference=mlp_fwd,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=5,
+)
+_bwd = define(
+    "mlp_bwd(Tensor dout, Tensor? x, Tensor w1, Tensor? b1, Tensor w2, Tensor? preactivation, str activation,"
+    " bool[5] needs) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    reference=mlp_bwd,
+    fake=_fake_bwd,
+)
