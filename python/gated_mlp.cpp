@@ -35,7 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x_, const Tensor& w_g
       const auto at = [&](const Tensor& t) { return part(t, begin, count); };
       const Tensor now = part(hidden, 0, count), exact = part(sums, 0, count);  // the gate is not rounded before it is used
       by_gate.apply(at(x), {.o = h, .bias = data<A>(b_gate), .y = stored(at(gates)), .out = stored(exact)});
-      by_up.apply(at(x), {.o = h, .activation = activation, .bias = data<A>(b_up), .y = stored(at(ups)), .out = stored(now),
+      by_up.apply(at(x), {.o = h,
+                          .activation = activation,
+                          .bias = data<A>(b_up),
+                          .y = stored(at(ups)),
+                          .out = stored(now),
                           .gate = stored(exact)});
       down.apply(now, {.o = o, .bias = data<A>(b_down), .residual = stored(at(residual)), .out = stored(at(flat))});
     }
@@ -73,7 +77,8 @@ Results gated_mlp_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Ten
     const Tensor gates = kept ? gate_->contiguous().view({rows, h}) : buffer<A>(most, h, w_gate),
                  ups = kept ? up_->contiguous().view({rows, h}) : buffer<A>(most, h, w_gate);
     const Tensor b_gate = widened<P>(b_gate_), b_up = widened<P>(b_up_);
-    const Tensor hidden = need_w_down ? buffer<P>(most, h, w_gate) : Tensor(), sums = need_x ? buffer<A>(most, k, w_gate) : Tensor();
+    const Tensor hidden = need_w_down ? buffer<P>(most, h, w_gate) : Tensor(),
+                 sums = need_x ? buffer<A>(most, k, w_gate) : Tensor();
     const Tensor dgate = below ? buffer<P>(most, h, w_gate) : Tensor(), dup = below ? buffer<P>(most, h, w_gate) : Tensor();
     optional<ForwardWeight<P>> form_gate, form_up;
     optional<BackwardWeight<P>> down, up, gate;
@@ -95,8 +100,13 @@ Results gated_mlp_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Ten
       }
       const Tensor g = kept ? at(gates) : now(gates), u = kept ? at(ups) : now(ups);
       if (below) {
-        down->apply(at(dout), {.k = h, .dx = stored(now(dgate)), .activation = activation, .y = stored(g),
-                               .hidden = stored(now(hidden)), .up = stored(u), .dup = stored(now(dup))});
+        down->apply(at(dout), {.k = h,
+                               .dx = stored(now(dgate)),
+                               .activation = activation,
+                               .y = stored(g),
+                               .hidden = stored(now(hidden)),
+                               .up = stored(u),
+                               .dup = stored(now(dup))});
       } else {
         finish_rows<P>(u, {.o = h, .activation = activation, .out = stored(now(hidden)), .gate = stored(g)});
       }

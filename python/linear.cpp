@@ -5,6 +5,11 @@
 
 namespace vlmk {
 
+TorchProducts& torch_products(at::ScalarType dtype) {
+  static TorchProducts float32, bfloat16, others;
+  return dtype == at::kFloat ? float32 : dtype == at::kBFloat16 ? bfloat16 : others;
+}
+
 Activation activation_of(std::string_view name) {
   constexpr std::string_view names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"};
   for (int i = 0; i < 7; ++i) {
@@ -34,8 +39,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const o
     using P = decltype(type);
     const Tensor bias = widened<P>(bias_);
     ForwardWeight<P>(weight, rows)
-        .apply(x.contiguous().view({rows, k}),
-               {o, activation, data<acc_t<P>>(bias), stored(y), stored(plus), stored(out)});
+        .apply(x.contiguous().view({rows, k}), {o, activation, data<acc_t<P>>(bias), stored(y), stored(plus), stored(out)});
   });
   return {out, y};
 }

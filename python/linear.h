@@ -1,7 +1,10 @@
 #pragma once
 // The products of dense layers, forward and backward, on the blocks of block_product.h.
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/narrow.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -17,6 +20,12 @@ using std::optional;
 
 // Hidden layers that nobody keeps exist for so many rows at a time.
 constexpr int64_t kHiddenRows = 2048;
+
+// Which products torch computes itself: chosen when the library is imported, for matrices of one dtype.
+struct TorchProducts {
+  bool forward = false, input = false, weight = false;
+};
+TorchProducts& torch_products(at::ScalarType dtype);
 
 Activation activation_of(std::string_view name);
 // An unwritten result with the rows of x and `size` columns.
@@ -68,10 +77,15 @@ Tensor pack_columns(const Tensor& weight) {
 // What follows the product [rows, o], which is in memory.
 template <class P>
 void finish_rows(const Tensor& product, const LinearOutput<P>& f) {
-  at::parallel_for(0, product.size(0), 16, [&](int64_t begin, int64_t end) {
-    VLMK_CALL(linear_finish, f, stored(product), begin, end - begin);
-  });
+  at::parallel_for(0, product.size(0), 16,
+                   [&](int64_t begin, int64_t end) { VLMK_CALL(linear_finish, f, stored(product), begin, end - begin); });
 }
+
+// A matrix [rows, cols] that torch's products can write to.
+inline Tensor view_of(const Stored& m, int64_t rows, int64_t cols, const Tensor& like) {
+  return at::from_blob(m.data, {rows, cols}, like.options());
+}
+inline bool same_type(const Stored& m, const Tensor& t) { return m.type == stored(t).type; }
 
 // A weight [o, k] as operand of the forward product of some number of rows, which decides whether it is packed.
 template <class P>
@@ -79,24 +93,38 @@ class ForwardWeight {
  public:
   using A = acc_t<P>;
   ForwardWeight(const Tensor& weight, int64_t rows)
-      : weight_(weight.to(scalar_type<P>()).contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
+      : o_(weight.size(0)), k_(weight.size(1)), torch_(torch_products(weight.scalar_type()).forward) {
+    weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
+    if (torch_) return;
     // For few rows packing x and turning the tiles costs less than packing the weight.
     if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_);
   }
-  // One that was packed before.
-  ForwardWeight(const Tensor& packed, int64_t o, int64_t k) : packed_(packed), o_(o), k_(k) {}
-
   // out = act(x weight^T + bias) + residual for x [rows, k].
   void apply(const Tensor& x_, const LinearOutput<P>& f) const {
     const int64_t rows = x_.size(0);
     if (rows == 0 || o_ == 0) return;
     if (k_ == 0) return finish_rows<P>(at::zeros({rows, o_}, x_.options()), f);
+    if (torch_) return by_torch(x_, rows, f);
     const Operand<P> x(x_, k_, depth_of<P>(k_), nullptr);
     if (packed_.defined()) return many(x, rows, f);
     rows == 1 && sizeof(P) > 2 ? one(x, f) : few(x, rows, f);
   }
 
  private:
+  void by_torch(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
+    const Tensor x = x_.to(weight_.scalar_type());
+    const bool plain = f.activation == Activation::none && !f.y.data && !f.residual.data && !f.gate.data;
+    if (!plain || !same_type(f.out, weight_)) return finish_rows<P>(at::mm(x, weight_.t()), f);
+    Tensor out = view_of(f.out, rows, o_, weight_);
+    if (!f.bias) {
+      at::mm_out(out, x, weight_.t());
+      return;
+    }
+    const auto sums = weight_.options().dtype(sum_type(weight_.scalar_type()));
+    const Tensor bias = at::from_blob(const_cast<A*>(f.bias), {o_}, sums).to(weight_.scalar_type());
+    at::addmm_out(out, bias, x, weight_.t());
+  }
+
   void many(const Operand<P>& x, int64_t rows, const LinearOutput<P>& f) const {
     constexpr int64_t width = kBlockCols<P>;
     const Split<P> split(rows, o_, width);
@@ -137,6 +165,7 @@ class ForwardWeight {
 
   Tensor weight_, packed_;
   int64_t o_, k_;
+  bool torch_;
 };
 
 // A weight [o, k] as operand of the product that gives the gradient by the input of some number of rows.
@@ -144,13 +173,17 @@ template <class P>
 class BackwardWeight {
  public:
   BackwardWeight(const Tensor& weight, int64_t rows)
-      : o_(weight.size(0)), k_(weight.size(1)), packed_(sizeof(P) == 2 || rows > kFewRows) {
-    weight_ = weight.to(scalar_type<P>()).contiguous();
+      : o_(weight.size(0)),
+        k_(weight.size(1)),
+        torch_(torch_products(weight.scalar_type()).input),
+        packed_(!torch_ && (sizeof(P) == 2 || rows > kFewRows)) {
+    weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
     if (packed_) weight_ = pack_columns<P>(weight_);
   }
   // dx = g weight, and what LinearInput adds, for g [rows, o].
   void apply(const Tensor& g_, const LinearInput<P>& f) const {
     if (g_.numel() == 0 || k_ == 0) return;
+    if (torch_) return by_torch(g_, f);
     constexpr int64_t width = kBlockCols<P>;
     const Operand<P> g(g_, o_, depth_of<P>(o_), nullptr);
     const Split<P> split(g_.numel() / o_, k_, width);
@@ -164,9 +197,21 @@ class BackwardWeight {
   }
 
  private:
+  void by_torch(const Tensor& g_, const LinearInput<P>& f) const {
+    const Tensor g = g_.to(weight_.scalar_type());
+    if (!f.y.data && !f.plus.data && same_type(f.dx, weight_)) {
+      Tensor dx = view_of(f.dx, g.size(0), k_, weight_);
+      at::mm_out(dx, g, weight_);
+      return;
+    }
+    const Tensor product = at::mm(g, weight_);
+    at::parallel_for(0, product.size(0), 16,
+                     [&](int64_t begin, int64_t end) { VLMK_CALL(linear_dx_finish, f, stored(product), begin, end - begin); });
+  }
+
   Tensor weight_;
   int64_t o_, k_;
-  bool packed_;
+  bool torch_, packed_;
 };
 
 // dweight = g^T x [o, k], whose rows come in parts.
@@ -175,6 +220,10 @@ class WeightGradient {
  public:
   using A = acc_t<P>;
   WeightGradient(const Tensor& dweight, int64_t rows) : dweight_(dweight), rows_(rows), split_(o(), k(), width) {
+    if (torch_products(dweight.scalar_type()).weight) {
+      torch_ = true;
+      return;
+    }
     const auto options = dweight.options().dtype(scalar_type<P>());
     const int64_t most = std::min(kChunkRows, round_up(rows, 32));
     a_ = on_huge_pages(at::empty({round_up(most, std::min(kPart, most)) * o()}, options));
@@ -187,6 +236,7 @@ class WeightGradient {
   // Adds g^T x of rows that follow those of earlier calls, g [rows, o] and x [rows, k].
   void add(const Tensor& g_, const Tensor& x_) {
     if (g_.numel() == 0 || k() == 0) return;
+    if (torch_) return by_torch(g_, x_);
     const Operand<P> g(g_, o(), o(), nullptr), x(x_, k(), k(), nullptr);
     const LinearWeight<P> f{k(), sums_.defined() ? data<A>(sums_) : nullptr, stored(dweight_)};
     const int64_t rows = g_.numel() / o();
@@ -208,6 +258,20 @@ class WeightGradient {
   int64_t o() const { return dweight_.size(0); }
   int64_t k() const { return dweight_.size(1); }
 
+  void by_torch(const Tensor& g, const Tensor& x) {
+    const auto dtype = dweight_.scalar_type();
+    const bool whole = g.size(0) == rows_, first = done_ == 0;
+    done_ += g.size(0);
+    if (whole) {
+      Tensor out = dweight_;
+      at::mm_out(out, g.to(dtype).t(), x.to(dtype));
+      return;
+    }
+    const Tensor product = at::mm(g.to(dtype).t(), x.to(dtype)).to(sum_type(dtype));
+    sums_ = first ? product : sums_.add_(product);
+    if (done_ == rows_) dweight_.copy_(sums_);
+  }
+
   // g^T as A operand and x as B operand.
   void pack(const Operand<P>& g, const Operand<P>& x, int64_t begin, int64_t chunk) {
     const int64_t depth = round_up(chunk, 32), step = std::min(kPart, depth);
@@ -227,6 +291,7 @@ class WeightGradient {
 
   Tensor dweight_, a_, b_, sums_;
   int64_t rows_, done_ = 0;
+  bool torch_ = false;
   Split<P> split_;
 };
 
@@ -270,7 +335,8 @@ void linear_slopes(int64_t o, Activation activation, const Tensor& dout, const T
 template <class A>
 class ColumnSums {
  public:
-  explicit ColumnSums(const Tensor& dbias) : dbias_(dbias), total_(at::zeros(dbias.sizes(), dbias.options().dtype(at::kDouble))) {}
+  explicit ColumnSums(const Tensor& dbias)
+      : dbias_(dbias), total_(at::zeros(dbias.sizes(), dbias.options().dtype(at::kDouble))) {}
   void add(const Tensor& g) {
     const Tensor sum = at::empty_like(total_);
     linear_slopes<A>(dbias_.numel(), Activation::none, g, {}, {}, sum);

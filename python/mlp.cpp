@@ -9,7 +9,8 @@ namespace vlmk {
 namespace {
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x_, const Tensor& w1, const optional<Tensor>& b1_, const Tensor& w2,
-                               const optional<Tensor>& b2_, const optional<Tensor>& residual_, c10::string_view name, bool keep) {
+                               const optional<Tensor>& b2_, const optional<Tensor>& residual_, c10::string_view name,
+                               bool keep) {
   const Activation activation = activation_of(name);
   const int64_t h = w1.size(0), k = w1.size(1), o = w2.size(0);
   TORCH_CHECK(x_.size(-1) == k && w2.size(1) == h, "x, w1 and w2 do not fit");
@@ -36,7 +37,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x_, const Tensor& w1, const optiona
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Tensor& w1,
                                                            const optional<Tensor>& b1_, const Tensor& w2,
-                                                           const optional<Tensor>& y_, c10::string_view name, std::array<bool, 5> needs) {
+                                                           const optional<Tensor>& y_, c10::string_view name,
+                                                           std::array<bool, 5> needs) {
   const Activation activation = activation_of(name);
   const int64_t h = w1.size(0), k = w1.size(1), o = w2.size(0), rows = rows_of(dout_);
   const Tensor dout = dout_.contiguous().view({rows, o}), x = x_ ? x_->contiguous().view({rows, k}) : Tensor();
@@ -73,8 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dout_, 
       if (!y_) form->apply(at(x), {.o = h, .bias = data<A>(b1), .out = stored(now(again))});
       const Tensor pre = y_ ? at(y) : now(again);
       if (slope) {
-        second->apply(at(dout), {.k = h, .dx = stored(now(dy)), .activation = activation, .y = stored(pre),
-                                .hidden = stored(now(hidden))});
+        second->apply(
+            at(dout),
+            {.k = h, .dx = stored(now(dy)), .activation = activation, .y = stored(pre), .hidden = stored(now(hidden))});
       } else {
         finish_rows<P>(pre, {.o = h, .activation = activation, .out = stored(now(hidden))});
       }

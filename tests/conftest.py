@@ -37,6 +37,15 @@ def for_thread_counts():
 
 
 @pytest.fixture
+def products():
+    """Chooses who computes the products of linear layers during a test: "own" or "torch"."""
+    from vlmkernels import _calibration
+
+    yield lambda who: _calibration.apply(_calibration.everywhere(who))
+    _calibration.apply(_calibration.CHOICE)
+
+
+@pytest.fixture
 def busy_threads():
     """Counts the threads of this process that work while a function is repeated for half a second."""
 

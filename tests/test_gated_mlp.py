@@ -67,6 +67,16 @@ def test_activations(dtype, activation, rows):
     assert_layer_as_good(op, reference.gated_mlp, tensors, inner=3, activation=activation)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the reference runs torch's products only")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 300, 4200])
+def test_products_of_torch(products, dtype, rows):
+    tensors = inputs((rows,), 20, 36, 12, dtype)
+    for who in ("torch", "own"):
+        products(who)
+        assert_layer_as_good(with_biases(op), with_biases(reference.gated_mlp), tensors, inner=3)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_the_modules_of_torch(activation):
     tensors = [*inputs((4, 50), 48, 80, 32, torch.float64), torch.randn(4, 50, 32, dtype=torch.float64)]
@@ -187,7 +197,8 @@ def test_empty(rows, k, h, o):
 @pytest.mark.skipif(not NATIVE, reason="torch splits sums by the number of threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 1500])
-def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows):
+def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dtype, rows):
+    products("own")
     tensors = inputs((rows,), 129, 270, 70, dtype)
     first, *others = for_thread_counts(lambda: result_and_gradients(with_biases(op), tensors))
     for other in others:

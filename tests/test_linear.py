@@ -60,6 +60,18 @@ def test_activations(impl, dtype, activation, rows):
     )
 
 
+@pytest.mark.skipif(not NATIVE, reason="the reference runs torch's products only")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize(("rows", "o", "k"), [((), 37, 130), ((2, 5), 130, 37), ((5000,), 70, 3)], ids=str)
+def test_products_of_torch(products, dtype, activation, rows, o, k):
+    tensors = inputs(rows, o, k, dtype)
+    for who in ("torch", "own"):
+        products(who)
+        assert_layer_as_good(op, reference.linear, tensors, activation=activation)
+        assert_layer_as_good(op, reference.linear, tensors[:2], activation=activation)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_the_modules_of_torch(activation):
     tensors = inputs((4, 50), 48, 80, torch.float64)
@@ -281,7 +293,8 @@ def test_a_long_sum_stays_exact(dtype):
 @pytest.mark.skipif(not NATIVE, reason="torch splits sums by the number of threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 70, 1500])
-def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows):
+def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dtype, rows):
+    products("own")
     tensors = inputs((rows,), 270, 129, dtype)
     first, *others = for_thread_counts(lambda: result_and_gradients(op, tensors, activation="gelu"))
     for other in others:
@@ -289,7 +302,8 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference may use torch's own threads")
-def test_large_op_uses_more_than_one_thread(busy_threads):
+def test_large_op_uses_more_than_one_thread(busy_threads, products):
+    products("own")
     tensors = [t.detach() for t in inputs((2048,), 512, 512)]
     assert busy_threads(lambda: op(*tensors, activation="gelu")) >= 2
 

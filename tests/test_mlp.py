@@ -55,6 +55,16 @@ def test_activations(dtype, activation, rows):
     assert_layer_as_good(op, reference.mlp, inputs((rows,), 40, 72, 24, dtype), activation=activation)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the reference runs torch's products only")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 300, 4200])
+def test_products_of_torch(products, dtype, rows):
+    tensors = inputs((rows,), 20, 36, 12, dtype)
+    for who in ("torch", "own"):
+        products(who)
+        assert_layer_as_good(op, reference.mlp, tensors, activation="gelu")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_the_modules_of_torch(activation):
     tensors = inputs((4, 50), 48, 80, 32, torch.float64)
@@ -202,7 +212,8 @@ def test_views_of_any_strides(rows):
 @pytest.mark.skipif(not NATIVE, reason="torch splits sums by the number of threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [3, 1500])
-def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows):
+def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dtype, rows):
+    products("own")
     tensors = inputs((rows,), 129, 270, 70, dtype)
     first, *others = for_thread_counts(lambda: result_and_gradients(op, tensors, activation="gelu"))
     for other in others:

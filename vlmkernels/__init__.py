@@ -3,6 +3,7 @@
 from vlmkernels import intervals
 from vlmkernels._info import info
 from vlmkernels._version import __version__
+from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     gated_linear_residual,
     gated_mlp,
@@ -27,5 +28,6 @@ __all__ = [
     "linear",
     "mlp",
     "perceiver_attention",
+    "prepare_for_inference",
     "sigmoid_loss",
 ]

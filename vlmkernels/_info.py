@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from vlmkernels import _native
+from vlmkernels import _calibration, _native
 from vlmkernels._library import KERNELS, OPS, TRITON, WHY_NO_TRITON
 from vlmkernels._version import __version__
 
@@ -27,7 +27,7 @@ def info() -> Info:
     """Per op and device the kernel that runs here, why a faster one does not, and on what machine.
 
     Keys: "devices", "ops" (op -> device -> kernel), "versions", "cpu" (instruction set, who computes tile
-    products, threads) and "notes" (the reasons).
+    products and the products of linear layers, threads) and "notes" (the reasons).
     """
     build = _native.extension.build() if _native.extension is not None else {}
     devices = ("CPU", "CUDA")
@@ -42,6 +42,7 @@ def info() -> Info:
     cpu = {
         "instruction set": build.get("isa", ""),
         "tile products": build.get("tile_gemm", ""),
+        "products of linear layers": _calibration.summary(),
         "threads": str(torch.get_num_threads()),
     }
     return Info(devices=devices, ops=ops, versions=versions, cpu=cpu, notes=notes)

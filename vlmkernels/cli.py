@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, train, eval, embed, search, caption."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, embed, search, caption."""
 
 from __future__ import annotations
 
@@ -41,6 +41,25 @@ def info() -> None:
     import vlmkernels
 
     click.echo(str(vlmkernels.info()))
+
+
+@commands.command()
+def calibrate() -> None:
+    """Measure whether torch or the library itself computes the products of linear layers faster here.
+
+    Writes one file in the user's cache folder, which is read whenever the library is imported. Takes some
+    seconds; leave the machine alone meanwhile. Deleting the file undoes it.
+    """
+    from vlmkernels import _calibration
+
+    path, stored = _calibration.calibrate()
+    for dtype, products in stored["seconds"].items():
+        for product, seconds in products.items():
+            click.echo(
+                f"{dtype} {product}: own {1e3 * seconds['own']:.1f} ms, torch {1e3 * seconds['torch']:.1f} ms"
+                f" -> {stored['choice'][dtype][product]}"
+            )
+    click.echo(str(path))
 
 
 def _train_options(command: Callable) -> Callable:

@@ -122,6 +122,13 @@ void slopes(const LinearInput<P>& f, const acc_t<P>* tile, int64_t ld, const Win
   });
 }
 
+template <class P>
+void finish_dx(const LinearInput<P>& f, acc_t<P>* tile, int64_t ld, const Window& w) {
+  if (f.y.data) return slopes<P>(f, tile, ld, w);
+  if (f.plus.data) add(f.plus, w, tile, ld);
+  copy_out(tile, ld, w, f.dx);
+}
+
 // The tile of products as rows of the result; the tile is left with anything. The passes over it stay in the cache.
 template <class P>
 void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& w) {
@@ -196,10 +203,21 @@ void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, i
   using A = acc_t<P>;
   for_tiles(p, [&](int64_t j, A* tile) {
     const Window w{f.k, row, count, j * p.cols, min_(p.cols, f.k - j * p.cols)};
-    if (f.y.data) return slopes<P>(f, tile, p.cols, w);
-    if (f.plus.data) add(f.plus, w, tile, p.cols);
-    copy_out(tile, p.cols, w, f.dx);
+    finish_dx(f, tile, p.cols, w);
   });
+}
+
+template <class P>
+void linear_dx_finish(const LinearInput<P>& f, Stored product, int64_t row, int64_t count) {
+  constexpr int64_t kCols = 2048;
+  acc_t<P> tile[kCols];
+  for (int64_t r = row; r < row + count; ++r) {
+    for (int64_t c = 0; c < f.k; c += kCols) {
+      const Window w{f.k, r, 1, c, min_(kCols, f.k - c)};
+      copy_in(product, w, tile, kCols);
+      finish_dx(f, tile, kCols, w);
+    }
+  }
 }
 
 template <class P>
@@ -248,6 +266,7 @@ void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Store
   template void linear_row(const LinearOutput<P>&, const P*, const P*, int64_t, int64_t, int64_t);                \
   template void linear_finish(const LinearOutput<P>&, Stored, int64_t, int64_t);                                  \
   template void linear_dx(const BlockProduct<P>&, const LinearInput<P>&, int64_t, int64_t);                       \
+  template void linear_dx_finish(const LinearInput<P>&, Stored, int64_t, int64_t);                                \
   template void linear_dw(const BlockProduct<P>&, const LinearWeight<P>&, int64_t, int64_t, bool, bool);
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
+from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
@@ -44,6 +45,10 @@ def linear(
         residual,
         outputs,
     )
+    if PACKED and not torch.is_grad_enabled():
+        out = packed_linear(x, weight, bias, activation, residual)
+        if out is not None:
+            return out
     return _op(x, weight, bias, residual, activation, trained(x, weight, bias))[0]
 
 

@@ -59,6 +59,8 @@ VLMK_PER_ISA(
     template <class P> void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count);
     // B is the weight. The product's rows are rows [row, row + count).
     template <class P> void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, int64_t count);
+    // What follows the product g weight [rows, k] that is in memory, for rows [row, row + count).
+    template <class P> void linear_dx_finish(const LinearInput<P>& f, Stored product, int64_t row, int64_t count);
     // A is g^T of `count` channels from o0 on, B is x, both of some rows: their products are added to those of earlier rows
     // when `add`, and give dweight when `finish`.
     template <class P>

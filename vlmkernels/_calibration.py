@@ -1,0 +1,183 @@
+"""Who computes the products of dense layers on the CPU: our tile products or torch's own.
+
+Chosen when the library is imported: from the file that `vlmkernels calibrate` wrote on this machine, else by
+CPU vendor and instruction set. Results differ by rounding only.
+"""
+
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmkernels import _native
+from vlmkernels._version import __version__
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRODUCTS = ("forward", "input", "weight")  # x weight^T; g weight; g^T x
+SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (512, 1024, 1024))  # rows, inner, outputs
+MARGIN = 0.97  # ours is kept unless torch needs less than this share of its time
+
+Choice = dict[str, dict[str, str]]  # dtype -> product -> "own" or "torch"
+
+
+def cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vlmkernels" / "calibration.json"
+
+
+def machine() -> dict[str, str]:
+    """What a stored choice is valid for."""
+    build = _native.extension.build() if _native.extension is not None else {}
+    return {
+        "cpu": cpu_name(),
+        "instruction set": build.get("isa", ""),
+        "tile products": build.get("tile_gemm", ""),
+        "torch": torch.__version__,
+        "vlmkernels": __version__,
+    }
+
+
+def cpu_name() -> str:
+    """Vendor, model name and numbers of family and model, as the system tells them."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    fields = ("vendor_id", "model name", "cpu family", "model")
+    found = [re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE) for field in fields]
+    return (
+        " ".join(match[1].strip() for match in found if match) or platform.processor() or platform.machine()
+    )
+
+
+def by_rule() -> tuple[Choice, str]:
+    """Without a calibration: ours where tile products are the micro-kernels of an AMD CPU with AVX-512."""
+    here = machine()
+    name = here["tile products"]
+    if os.environ.get("VLMKERNELS_CPU_ISA"):
+        return everywhere("own"), "VLMKERNELS_CPU_ISA is set"
+    if not name.startswith("oneDNN"):
+        return everywhere("torch"), "no micro-kernels for tile products here"
+    if here["cpu"].startswith("AuthenticAMD") and here["instruction set"] == "avx512":
+        choice = everywhere("own")
+        if "bfloat16" not in name:
+            choice["bfloat16"] = everywhere("torch")["bfloat16"]
+        return choice, "AMD with AVX-512"
+    return everywhere("torch"), f"no rule for {here['cpu']} with {here['instruction set']}"
+
+
+def everywhere(who: str) -> Choice:
+    return {dtype: dict.fromkeys(PRODUCTS, who) for dtype in DTYPES}
+
+
+def read(path: Path) -> Choice:
+    """The choice that was stored for this machine, library and torch; a ValueError says why there is none."""
+    try:
+        stored = json.loads(path.read_text())
+        choice = {d: {p: stored["choice"][d][p] for p in PRODUCTS} for d in DTYPES}
+        was = dict(stored["machine"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
+    other = [f"{k} {was.get(k)!r}, here {v!r}" for k, v in machine().items() if was.get(k) != v]
+    if other:
+        raise ValueError(f"is of another machine or version: {'; '.join(other)}")
+    if not {who for products in choice.values() for who in products.values()} <= {"own", "torch"}:
+        raise ValueError("names neither 'own' nor 'torch'")
+    return choice
+
+
+def apply(choice: Choice) -> None:
+    if _native.extension is not None:
+        for dtype, products in choice.items():
+            _native.extension.choose_torch_products(dtype, *(products[p] == "torch" for p in PRODUCTS))
+
+
+def load() -> tuple[Choice, str]:
+    """Chooses at import; returns what was chosen and why."""
+    choice, why = by_rule()
+    path = cache_file()
+    if not os.environ.get("VLMKERNELS_CPU_ISA") and path.exists():
+        try:
+            choice, why = read(path), f"measured: {path}"
+        except ValueError as error:
+            why += f"; {path} {error}"
+    apply(choice)
+    return choice, why
+
+
+def summary() -> str:
+    """For info(): who computes which products, and why."""
+    if _native.extension is None:
+        return ""
+    names = ["; ".join(f"{d} {p}: {CHOICE[d][p]}" for p in PRODUCTS) for d in DTYPES]
+    if len({who for products in CHOICE.values() for who in products.values()}) == 1:
+        names = [CHOICE["float32"]["forward"]]
+    return f"{'; '.join(names)} ({WHY})"
+
+
+def measure(rounds: int = 7) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of every product, ours and torch's, taken in turns: dtype -> product -> "own" and "torch".
+
+    The best of the rounds counts, summed over some shapes.
+    """
+    if _native.extension is None:
+        raise ValueError(f"there is nothing to choose: {_native.why_not}")
+    seconds: dict[str, dict[str, dict[str, float]]] = {}
+    try:
+        for name, dtype in DTYPES.items():
+            seconds[name] = {p: {"own": 0.0, "torch": 0.0} for p in PRODUCTS}
+            for shape in SHAPES:
+                for product, best in _best(dtype, shape, rounds).items():
+                    for who, value in best.items():
+                        seconds[name][product][who] += value
+    finally:
+        apply(CHOICE)
+    return seconds
+
+
+def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[str, dict[str, float]]:
+    rows, inner, outputs = shape
+    x, weight, dout = (torch.randn(s).to(dtype) for s in ((rows, inner), (outputs, inner), (rows, outputs)))
+    ops = torch.ops.vlmkernels
+    calls = {
+        "forward": lambda: ops.linear(x, weight, None, None, "none", False),
+        "input": lambda: ops.linear_bwd(dout, None, weight, None, None, "none", True, False, False),
+        "weight": lambda: ops.linear_bwd(dout, x, weight, None, None, "none", False, True, False),
+    }
+    best = {p: {"own": float("inf"), "torch": float("inf")} for p in PRODUCTS}
+    for _ in range(rounds + 1):  # the first one compiles the micro-kernels, and is no one's best
+        for who in ("own", "torch"):
+            apply(everywhere(who))
+            for product, call in calls.items():
+                start = time.perf_counter()
+                call()
+                best[product][who] = min(best[product][who], time.perf_counter() - start)
+    return best
+
+
+def calibrate() -> tuple[Path, dict[str, Any]]:
+    """Measures, chooses for this process and those that import the library later, and writes the file."""
+    global CHOICE, WHY
+    seconds = measure()
+    choice = {
+        dtype: {p: "torch" if s["torch"] < MARGIN * s["own"] else "own" for p, s in products.items()}
+        for dtype, products in seconds.items()
+    }
+    path = cache_file()
+    stored = {
+        "machine": machine(), "threads": torch.get_num_threads(), "choice": choice, "seconds": seconds
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(stored, file, indent=1)
+    os.replace(file.name, path)
+    CHOICE, WHY = choice, f"measured: {path}"
+    apply(choice)
+    return path, stored
+
+
+CHOICE, WHY = load()

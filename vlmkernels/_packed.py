@@ -1,0 +1,82 @@
+"""Weights that `prepare_for_inference` packed, and the linear layer that uses them."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmkernels.reference._activations import activate
+
+FUSED = {  # what oneDNN applies to the product itself: its name and form
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    weight: "weakref.ref[Tensor]"
+    version: int
+    pointer: int
+    packed: Tensor  # oneDNN's layout
+
+
+PACKED: dict[int, Packed] = {}  # by the id of the weight
+
+
+def why_not(weight: Tensor) -> str:
+    """Why this weight cannot be packed; empty if it can."""
+    if weight.device.type != "cpu":
+        return f"on {weight.device}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{weight.dtype} is not packed"
+    if weight.numel() == 0:
+        return "empty"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this torch has no oneDNN"
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 products"
+    if weight.is_inference():
+        return "made in inference mode: its changes cannot be seen"
+    return ""
+
+
+def pack(weight: Tensor) -> None:
+    with torch.no_grad():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    PACKED[id(weight)] = Packed(weakref.ref(weight), weight._version, weight.data_ptr(), packed)
+    weakref.finalize(weight, PACKED.pop, id(weight), None)
+
+
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor | None:
+    """The layer on the packed weight, without a gradient; None where it has to run as usual.
+
+    Raises:
+        RuntimeError: the weight has changed since it was packed.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    entry = PACKED.get(id(weight))
+    if entry is None or entry.weight() is not weight or torch.is_grad_enabled():
+        return None
+    if x.dtype != weight.dtype or x.numel() == 0 or x.device.type != "cpu":
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    if (weight._version, weight.data_ptr()) != (entry.version, entry.pointer):
+        raise RuntimeError(
+            "a weight has changed since prepare_for_inference packed it: undo, and prepare the model again"
+        )
+    attribute, form = FUSED.get(activation, ("none", ""))
+    rows = x.reshape(-1, x.shape[-1])
+    bias = bias if bias is None else bias.contiguous()
+    out = torch.ops.mkldnn._linear_pointwise(rows, entry.packed, bias, attribute, [], form)
+    out = out.reshape(*x.shape[:-1], weight.shape[0])
+    out = out if activation in FUSED else activate(out, activation)
+    return out if residual is None else out + residual

@@ -1,0 +1,95 @@
+"""Weights packed for inference on a CPU: `vlmkernels.prepare_for_inference`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkernels import _packed
+
+
+class Prepared:
+    """What `prepare_for_inference` did: `packed` names, `skipped` names with reasons, and `undo()`.
+
+    As a context manager it undoes at the end of the block.
+    """
+
+    def __init__(self, packed: dict[str, nn.Module], skipped: dict[str, str]) -> None:
+        self._modules = packed
+        self.packed = list(packed)
+        self.skipped = skipped
+
+    def undo(self) -> None:
+        """Frees the packed copies; the model is as it was. Calling it again does nothing."""
+        for module in self._modules.values():
+            _packed.PACKED.pop(id(module.weight), None)
+            if isinstance(module.__dict__.get("forward"), _Forward):
+                del module.forward
+        self._modules = {}
+
+    def __enter__(self) -> "Prepared":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.undo()
+
+
+class _Forward:
+    """The forward of a plain nn.Linear whose weight is packed."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    def __call__(self, input: Tensor) -> Tensor:
+        module = self.module
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(input, module.weight, module.bias)
+        out = _packed.packed_linear(input, module.weight, module.bias, "none", None)
+        return nn.functional.linear(input, module.weight, module.bias) if out is None else out
+
+
+def prepare_for_inference(model: nn.Module) -> Prepared:
+    """Packs the weights of the linear layers of `model` for products without gradients on the CPU.
+
+    Every ``torch.nn.Linear`` keeps a second copy of its weight in the layout of oneDNN's products, which
+    otherwise is made again in every call. Where no gradient is recorded (``torch.no_grad()`` or
+    ``torch.inference_mode()``) these layers use it, and so do `vlmkernels.linear` and `vlmkernels.mlp` on the
+    same weights. Elsewhere, under autocast and in ``torch.compile``, everything runs as before. Parameters,
+    their names and the state dict stay as they are, and results differ by rounding only.
+
+    A weight that changed in place (``copy_``, ``load_state_dict``, an optimizer's step) or moved in memory is a
+    RuntimeError at its next use. What torch does not count as a change is not seen: writes through
+    ``weight.data``, through ``weight.detach().numpy()`` or by another process.
+
+    Args:
+        model: in eval mode.
+
+    Returns:
+        A handle with the names of the packed layers, the reasons why others are not, and ``undo()``; also a
+        context manager.
+
+    Raises:
+        ValueError: the model is in training mode, or was prepared before.
+    """
+    if model.training:
+        raise ValueError("prepare_for_inference: the model is in training mode, call model.eval() first")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if any(id(module.weight) in _packed.PACKED for module in layers.values()):
+        raise ValueError("prepare_for_inference: the model is prepared already, call undo() first")
+    packed: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, module in layers.items():
+        reason = _packed.why_not(module.weight)
+        if reason:
+            skipped[name] = reason
+            continue
+        _packed.pack(module.weight)
+        # A subclass that computes something of its own is left to do so.
+        own = module.__dict__.get("forward")
+        if type(module).forward is nn.Linear.forward and (own is None or isinstance(own, _Forward)):
+            module.forward = _Forward(module)  # type: ignore[method-assign]
+        packed[name] = module
+    return Prepared(packed, skipped)
+
+
+__all__ = ["Prepared", "prepare_for_inference"]
