@@ -28,6 +28,11 @@ class Packed:
 PACKED: dict[int, Packed] = {}  # by the id of the weight
 
 
+def entry_of(weight: Tensor) -> Packed | None:
+    entry = PACKED.get(id(weight))
+    return entry if entry is not None and entry.weight() is weight else None
+
+
 def why_not(weight: Tensor) -> str:
     """Why this weight cannot be packed; empty if it can."""
     if weight.device.type != "cpu":
@@ -62,8 +67,8 @@ def packed_linear(
     """
     if torch.compiler.is_compiling():
         return None
-    entry = PACKED.get(id(weight))
-    if entry is None or entry.weight() is not weight or torch.is_grad_enabled():
+    entry = entry_of(weight)
+    if entry is None or torch.is_grad_enabled():
         return None
     if x.dtype != weight.dtype or x.numel() == 0 or x.device.type != "cpu":
         return None

@@ -57,8 +57,8 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     same weights. Elsewhere, under autocast and in ``torch.compile``, everything runs as before. Parameters,
     their names and the state dict stay as they are, and results differ by rounding only.
 
-    A weight that changed in place (``copy_``, ``load_state_dict``, an optimizer's step) or moved in memory is a
-    RuntimeError at its next use. What torch does not count as a change is not seen: writes through
+    A weight that changed in place (``copy_``, ``load_state_dict``, an optimizer's step) or moved in memory is
+    a RuntimeError at its next use. What torch does not count as a change is not seen: writes through
     ``weight.data``, through ``weight.detach().numpy()`` or by another process.
 
     Args:
@@ -74,7 +74,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     if model.training:
         raise ValueError("prepare_for_inference: the model is in training mode, call model.eval() first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if any(id(module.weight) in _packed.PACKED for module in layers.values()):
+    if any(_packed.entry_of(module.weight) for module in layers.values()):
         raise ValueError("prepare_for_inference: the model is prepared already, call undo() first")
     packed: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
