@@ -91,9 +91,9 @@ def read(path: Path) -> Choice:
 
 
 def apply(choice: Choice) -> None:
-    if _native.extension is not None:
-        for dtype, products in choice.items():
-            _native.extension.choose_torch_products(dtype, *(products[p] == "torch" for p in PRODUCTS))
+    choose = getattr(_native.extension, "choose_torch_products", None)
+    for dtype, products in choice.items() if choose is not None else ():
+        choose(dtype, *(products[p] == "torch" for p in PRODUCTS))
 
 
 def load() -> tuple[Choice, str]:
