@@ -398,7 +398,9 @@ def test_unknown_forms_are_refused(line):
         execute(line, torch.zeros(32))
 
 
-@pytest.mark.parametrize("line", ["add.s32 %r1, %r2, -;", "add.s32 %r1 %r2;", "ADD %r1;", "{ ret; ret;"])
+@pytest.mark.parametrize(
+    "line", ["add.s32 %r1, %r2, -;", "add.s32 %r1 %r2;", "ADD %r1;", "{ ret; ret;", ".reg .b64 %r<64>;"]
+)
 def test_text_that_is_no_ptx_is_refused(line):
     with pytest.raises(Unsupported):
         parse(kernel(line, 1))

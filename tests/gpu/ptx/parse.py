@@ -209,7 +209,8 @@ def _body(program: Program, text: str, start: int, files: dict[str, str]) -> Non
 def _statement(program: Program, statement: str, line: int, place: str) -> None:
     if match := _REGISTERS.match(statement):
         kind, name, count = match.groups()
-        program.registers[name] = (kind, int(count or 0))
+        if program.registers.setdefault(name, (kind, int(count or 0))) != (kind, int(count or 0)):
+            raise Unsupported(f"{name} declared twice, PTX line {line}")
         return
     if match := _SHARED.match(statement):
         _declare_shared(program, *match.groups())
