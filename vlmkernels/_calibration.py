@@ -92,7 +92,9 @@ def read(path: Path) -> Choice:
 
 def apply(choice: Choice) -> None:
     choose = getattr(_native.extension, "choose_torch_products", None)
-    for dtype, products in choice.items() if choose is not None else ():
+    if choose is None:
+        return
+    for dtype, products in choice.items():
         choose(dtype, *(products[p] == "torch" for p in PRODUCTS))
 
 
