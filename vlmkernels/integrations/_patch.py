@@ -10,11 +10,12 @@ from vlmkernels.integrations import _swap
 from vlmkernels.integrations._swap import Rule
 from vlmkernels.integrations.attention import ATTENTION
 from vlmkernels.integrations.eager_attention import EAGER_ATTENTION, UnknownAttention
+from vlmkernels.integrations.linear import LINEAR
 from vlmkernels.integrations.losses import LOSSES
 from vlmkernels.integrations.sentence_losses import SENTENCE_LOSSES
 
 _LOSSES = (*LOSSES, *SENTENCE_LOSSES)
-_RULES: tuple[type[Rule], ...] = (*_LOSSES, *EAGER_ATTENTION, *ATTENTION, UnknownAttention)
+_RULES: tuple[type[Rule], ...] = (*_LOSSES, *EAGER_ATTENTION, *ATTENTION, *LINEAR, UnknownAttention)
 
 
 class Entry(NamedTuple):

@@ -129,18 +129,33 @@ class TorchMultiheadAttention(AttentionRule):
         out = attend(q, k, v, seen, causal=causal).transpose(1, 2).flatten(2)
         if not self.batch_first:
             out = out.transpose(0, 1)
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+        return self.patch_linear(out, self.out_proj.weight, self.out_proj.bias), None
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
+            q, k, v = self.patch_linear(query, weight, bias).chunk(3, -1)
             return q, k, v
         weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         weights = weights if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        q, k, v = map(F.linear, (query, key, value), weights, biases)
+        q, k, v = map(self.patch_linear, (query, key, value), weights, biases)
         return q, k, v
+
+    @staticmethod
+    def patch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class TorchMultiheadAttentionLinear(TorchMultiheadAttention):
+    """The same with its projections: torch calls no layer for them."""
+
+    patch_needs = frozenset({"attention", "linear"})
+    patch_runs = "vlmkernels.interval_attention and linear where need_weights=False"
+
+    @staticmethod
+    def patch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return vlmkernels.linear(x, weight, bias)
 
 
 _sdpa: Callable[..., Any] | None = None  # transformers' function of that name
@@ -301,6 +316,7 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 ATTENTION: tuple[type[AttentionRule], ...] = (
+    TorchMultiheadAttentionLinear,
     TorchMultiheadAttention,
     TransformersAttention,
     ScaledDotProductAttention,

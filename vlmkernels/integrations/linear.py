@@ -1,0 +1,214 @@
+"""Linear layers and multilayer perceptrons on `vlmkernels.linear`, `mlp` and `gated_mlp`.
+
+A layer with hooks, a parametrization or quantized weights is never passed over: the layers then run one by
+one. On an accelerator torch's own products stay.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+import vlmkernels
+from vlmkernels.integrations._chains import chain_of, gated_of
+from vlmkernels.integrations._swap import Rule, is_exactly, qualified_name, unheard
+
+_ALL = ("*",)  # every child, in order
+_TENSORS = (Tensor, nn.Parameter)
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "open_clip.transformer.QuickGELU": "quick_gelu",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.ReLUSquaredActivation": "squared_relu",
+}
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The word for our ops; None for an activation that they do not have."""
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATIONS.get(qualified_name(type(module)))
+
+
+def fits(x: Any, *layers: Any) -> bool:
+    """Whether x can go through the layers on the CPU, all of one dtype."""
+    return (
+        type(x) in _TENSORS
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not x.is_nested
+        and x.dim() > 0
+        and x.is_floating_point()
+        and x.shape[-1] == layers[0].in_features
+        and all(type(layer.weight) in _TENSORS for layer in layers)
+        and (torch.is_autocast_enabled("cpu") or all(layer.weight.dtype == x.dtype for layer in layers))
+    )
+
+
+class LinearRule(Rule):
+    patch_needs = frozenset({"linear"})
+
+
+class TorchLinear(LinearRule):
+    """torch.nn.Linear."""
+
+    patch_runs = "vlmkernels.linear"
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        never_called = nn.modules.linear.NonDynamicallyQuantizableLinear  # in torch.nn.MultiheadAttention
+        return isinstance(module, nn.Linear) and type(module) is not never_called
+
+    @classmethod
+    def patch_refuses(cls, module: Any) -> str | None:
+        if type(module) is not nn.Linear:
+            return "a subclass of torch.nn.Linear with code of its own"
+        return None if type(module.weight) in _TENSORS else "its weight is a subclass of Tensor"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fits(x, self):
+            return vlmkernels.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class Perceptron(LinearRule):
+    """torch.nn.Sequential, and classes whose forward calls their children one after the other.
+
+    Linear, activation and Linear become one op, Linear and activation another; nn.Identity and a Dropout that
+    does nothing are passed over.
+    """
+
+    patch_runs = "vlmkernels.mlp"
+    patch_steps: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def patch_facts(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"patch_steps": _names(original)}
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        return bool(_activated(module))
+
+    @classmethod
+    def patch_refuses(cls, module: nn.Module) -> str | None:
+        pairs = _activated(module)
+        heard = [type(m).__name__ for pair in pairs for m in pair if not unheard(m)]
+        if heard:
+            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        unknown = [type(activation).__name__ for _, activation in pairs if activation_of(activation) is None]
+        return f"there is no kernel for {' and '.join(unknown)}" if len(unknown) == len(pairs) else None
+
+    def forward(self, x: Any) -> Any:  # type: ignore[override]
+        steps = _steps(self)
+        if torch_module._has_any_global_hook():
+            return super().forward(x)
+        while steps:
+            layer, activation, second = (*steps[:3], None, None)[:3]
+            word = _word(activation)
+            if word is None or not _taken(layer) or not fits(x, layer):
+                x, steps = layer(x), steps[1:]
+            elif _taken(second) and fits(x, layer, second):
+                x = vlmkernels.mlp(x, layer.weight, layer.bias, second.weight, second.bias, activation=word)
+                steps = steps[3:]
+            else:
+                x = vlmkernels.linear(x, layer.weight, layer.bias, activation=word)
+                steps = steps[2:]
+        return x
+
+
+class GatedPerceptron(LinearRule):
+    """Classes whose forward is down(activation(gate(x)) * up(x))."""
+
+    patch_runs = "vlmkernels.gated_mlp"
+    patch_steps: ClassVar[tuple[str, str, str, str]]
+
+    @classmethod
+    def patch_facts(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"patch_steps": gated_of(original)}
+
+    @classmethod
+    def patch_matches(cls, module: nn.Module) -> bool:
+        names = gated_of(type(module))
+        if names is None:
+            return False
+        down, activation, *both = (getattr(module, name, None) for name in names)
+        return isinstance(activation, nn.Module) and all(isinstance(m, nn.Linear) for m in (down, *both))
+
+    @classmethod
+    def patch_refuses(cls, module: nn.Module) -> str | None:
+        names = gated_of(type(module))
+        assert names is not None
+        heard = [name for name in names if not unheard(getattr(module, name))]
+        if heard:
+            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        activation = getattr(module, names[1])
+        return None if activation_of(activation) else f"there is no kernel for {type(activation).__name__}"
+
+    def forward(self, x: Any) -> Any:  # type: ignore[override]
+        down, activation, gate, up = (getattr(self, name) for name in self.patch_steps)
+        word = _word(activation)
+        free = all(map(_taken, (down, gate, up))) and not torch_module._has_any_global_hook()
+        if word is None or not free or not fits(x, gate, up, down):
+            return super().forward(x)
+        return vlmkernels.gated_mlp(
+            x, gate.weight, up.weight, down.weight, b_gate=gate.bias, b_up=up.bias, b_down=down.bias,
+            activation=word,
+        )  # fmt: skip
+
+
+def _steps(module: nn.Module) -> list[Any]:
+    """What the module calls, one after the other; empty where it does anything else."""
+    names: Any = module.patch_steps if isinstance(module, Perceptron) else _names(type(module))
+    names = list(module._modules) if names == _ALL else names
+    return [step for step in (getattr(module, name, None) for name in names) if not _passes(step)]
+
+
+def _names(cls: type[nn.Module]) -> tuple[str, ...]:
+    return _ALL if cls.forward is nn.Sequential.forward else chain_of(cls) or ()
+
+
+def _passes(step: Any) -> bool:
+    """Whether a step does nothing and nobody would notice that it is not called."""
+    idle = type(step) is nn.Identity or (type(step) is nn.Dropout and not (step.training and step.p > 0))
+    return idle and unheard(step)
+
+
+def _taken(step: Any) -> bool:
+    """Whether the step is a linear layer whose weights can be taken out of it."""
+    return isinstance(step, nn.Linear) and is_exactly(step, nn.Linear) and unheard(step)
+
+
+def _word(step: Any) -> str | None:
+    """What our ops call the step, if it is an activation that need not be called."""
+    return activation_of(step) if isinstance(step, nn.Module) and unheard(step) else None
+
+
+def _activated(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The linear layers of a chain with the activations that follow them."""
+    steps = _steps(module)
+    return [(a, b) for a, b in pairwise(steps) if isinstance(a, nn.Linear) and _is_activation(b)]
+
+
+def _is_activation(step: Any) -> bool:
+    return isinstance(step, nn.Module) and (
+        activation_of(step) is not None
+        or type(step).__module__.rpartition(".")[2] in ("activation", "activations")
+    )
+
+
+LINEAR: tuple[type[LinearRule], ...] = (TorchLinear, Perceptron, GatedPerceptron)
