@@ -124,7 +124,9 @@ def test_perceptrons(word, bias, calls):
     ).eval()  # fmt: skip
     report = assert_exact(module, torch.randn(2, 5, 6), ["mlp"], calls)
     assert [(entry.name, entry.why) for entry in report] == [
-        ("", "vlmkernels.mlp"), ("1", "vlmkernels.linear"), ("4", "vlmkernels.linear"),
+        ("", "vlmkernels.mlp, or linear with the activation"),
+        ("1", "vlmkernels.linear"),
+        ("4", "vlmkernels.linear"),
     ]  # fmt: skip
 
 
@@ -185,6 +187,17 @@ def test_hooks_inside_are_called(name, calls):
     late(torch.randn(5, 6))
     handle.remove()
     assert heard[2:] == ["Linear", "GELU", "Linear", "Sequential"]
+
+
+def test_steps_that_do_nothing_are_called_for_those_who_listen(calls):
+    module = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Identity(), nn.Linear(8, 4), nn.Dropout(0.0))
+    patch(module)
+    heard = []
+    for name in ("2", "4"):
+        module.get_submodule(name).register_forward_hook(lambda m, *_: heard.append(type(m)))
+    module(torch.randn(5, 6))
+    assert heard == [nn.Identity, nn.Dropout]
+    assert calls == ["linear", "linear"]
 
 
 def test_what_is_refused():

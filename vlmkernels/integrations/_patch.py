@@ -61,7 +61,8 @@ def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, linear
         loss: contrastive losses of open_clip, of sentence-transformers, and of transformers' CLIP, SigLIP
             and ALIGN.
         attention: attention modules.
-        linear: linear layers and multilayer perceptrons.
+        linear: linear layers, and perceptrons of two of them, plain or gated: torch.nn.Sequential, and
+            classes whose forward does nothing but call the layers.
 
     Returns:
         The report, one entry per module that a rule speaks about, with what runs or the reason. What is

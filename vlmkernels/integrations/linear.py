@@ -93,7 +93,7 @@ class Perceptron(LinearRule):
     does nothing are passed over.
     """
 
-    patch_runs = "vlmkernels.mlp"
+    patch_runs = "vlmkernels.mlp, or linear with the activation"
     patch_steps: ClassVar[tuple[str, ...]]
 
     @classmethod
