@@ -327,3 +327,19 @@ def test_compiled_in_one_graph(build):
     patch(module)
     x = torch.randn(5, 6)
     torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+
+
+def test_packed_weights_are_used_by_patched_layers(calls):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+    x = torch.randn(40, 64)
+    wanted = module(x)
+    patch(module)
+    with vlmkernels.prepare_for_inference(module) as prepared, torch.inference_mode():
+        assert set(prepared.packed) | set(prepared.skipped) == {"0", "2"}
+        torch.testing.assert_close(module(x), wanted)
+    assert calls == ["mlp"]
+    with vlmkernels.prepare_for_inference(module):
+        assert [entry.status for entry in patch(module)] == ["patched"] * 3
+    unpatch(module)
+    assert type(module[0]) is nn.Linear
