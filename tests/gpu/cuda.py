@@ -114,29 +114,37 @@ def why_not() -> str:
     return "" if shutil.which(compiler()[0]) else "no C++ compiler on this machine"
 
 
+def _host_object(name: str, mode: str, flags: Sequence[str], csrc: Path) -> Path:
+    """A source of tests/cpp/cuda, which knows nothing of the kernels."""
+    source = HOST / f"{name}.cpp"
+    command = [*compiler(), *flags, f"-I{csrc}/include", f"-I{HOST}", "-c", source]
+    sources = [*_files(csrc / "include"), *HOST.glob("*.h"), source]
+    return _built(f"{name}-{mode}.o", command, sources, csrc)
+
+
 def build(
     mode: str, kernels: Sequence[Path], others: Sequence = (), csrc: Path = CSRC, name: str = ""
 ) -> Path:
-    """`kernels`, CUDA sources, and `others`, sources and options, for the CPU, under the sanitizer `mode`."""
+    """`kernels`, CUDA sources, and `others`, objects and options, for the CPU, under the sanitizer `mode`."""
+    runtime = _host_object("cuda_host", mode, ["-O1", *RUNTIME[mode]], csrc)
     include = [f"-I{csrc}/include", f"-I{csrc}/cuda", f"-I{HOST}"]
-    sources = _files(csrc / "include", csrc / "cuda", HOST)
-    runtime = [*compiler(), "-O1", *include, *RUNTIME[mode], "-c", HOST / "cuda_host.cpp"]
-    runtime = _built(f"{mode}.o", runtime, sources, csrc)
     command = [*compiler(), *include, "-Wall", "-Wno-unknown-pragmas", *SANITIZERS[mode]]
     command += ["-x", "c++", *kernels, "-x", "none", *others, runtime, "-ldl"]
-    return _built(
-        name or mode, command, [*sources, *kernels, *(x for x in others if isinstance(x, Path))], csrc
-    )
+    sources = [*_files(csrc / "include", csrc / "cuda"), *HOST.glob("*.h"), *kernels, runtime]
+    sources += [x for x in others if isinstance(x, Path)]
+    return _built(name or mode, command, sources, csrc)
 
 
 def program(mode: str, csrc: Path = CSRC) -> Path:
     """All kernels and the driver that calls their launchers."""
-    return build(mode, sorted(csrc.glob("cuda/*.cu")), [HOST / "driver.cpp"], csrc)
+    driver = _host_object("driver", mode, SANITIZERS[mode], csrc)
+    return build(mode, sorted(csrc.glob("cuda/*.cu")), [driver], csrc)
 
 
 def library(csrc: Path = CSRC) -> Path:
     """The same as a library, whose launches can be recorded."""
-    return build("plain", sorted(csrc.glob("cuda/*.cu")), [HOST / "driver.cpp", "-shared"], csrc, "driver.so")
+    driver = _host_object("driver", "plain", SANITIZERS["plain"], csrc)
+    return build("plain", sorted(csrc.glob("cuda/*.cu")), [driver, "-shared"], csrc, "driver.so")
 
 
 def _bridge() -> tuple[Path, list[str]]:
