@@ -17,6 +17,11 @@ def test_causal():
     assert torch.equal(mask(intervals.causal(2, 3), 5), torch.ones(5, 5).tril().bool()[3:])
 
 
+def test_full():
+    assert mask(intervals.full(3), 3).all()
+    assert torch.equal(mask(intervals.full(2, 4), 6), (torch.arange(6) < 4).expand(2, 6))
+
+
 @pytest.mark.parametrize("offset", [0, 2])
 def test_prefix_lm(offset):
     i, j = torch.arange(6)[:, None] + offset, torch.arange(9)

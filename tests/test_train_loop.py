@@ -183,8 +183,12 @@ def test_starts_from_a_trained_model(table, tmp_path):
 
 
 def test_bf16_stays_near_fp32(table, tmp_path):
+    plain = {
+        "optimizer": "sgd",
+        "lr": 0.01,
+    }  # AdamW's first steps make signs of gradients that are but rounding
     for precision in ("fp32", "bf16"):
-        values = tiny_values(table, tmp_path / precision, precision=precision, epochs=2)
+        values = tiny_values(table, tmp_path / precision, precision=precision, epochs=2, **plain)
         train("clip", TrainConfig(**values))
     exact, rounded = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
     assert exact != rounded

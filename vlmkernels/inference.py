@@ -1,5 +1,6 @@
 """Weights packed for inference on a CPU: `vlmkernels.prepare_for_inference`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ class Prepared:
     As a context manager it undoes at the end of the block.
     """
 
-    def __init__(self, packed: dict[str, nn.Module], skipped: dict[str, str]) -> None:
-        self._modules = packed
+    def __init__(self, packed: dict[str, tuple[nn.Module, Tensor]], skipped: dict[str, str]) -> None:
+        self._layers = packed
         self.packed = list(packed)
         self.skipped = skipped
 
     def undo(self) -> None:
         """Frees the packed copies; the model is as it was. Calling it again does nothing."""
-        for module in self._modules.values():
-            _packed.PACKED.pop(id(module.weight), None)
+        for module, weight in self._layers.values():
+            _packed.PACKED.pop(id(weight), None)
             if isinstance(module.__dict__.get("forward"), _Forward):
                 del module.forward
-        self._modules = {}
+        self._layers = {}
 
     def __enter__(self) -> "Prepared":
         return self
@@ -73,23 +74,33 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     """
     if model.training:
         raise ValueError("prepare_for_inference: the model is in training mode, call model.eval() first")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if any(_packed.entry_of(module.weight) for module in layers.values()):
+    layers = {name: (module, weight) for name, module, weight in _layers(model)}
+    if any(_packed.entry_of(weight) for _, weight in layers.values()):
         raise ValueError("prepare_for_inference: the model is prepared already, call undo() first")
-    packed: dict[str, nn.Module] = {}
+    packed: dict[str, tuple[nn.Module, Tensor]] = {}
     skipped: dict[str, str] = {}
-    for name, module in layers.items():
-        reason = _packed.why_not(module.weight)
+    for name, (module, weight) in layers.items():
+        reason = _packed.why_not(weight)
         if reason:
             skipped[name] = reason
             continue
-        _packed.pack(module.weight)
+        _packed.pack(weight)
         # A subclass that computes something of its own is left to do so.
         own = module.__dict__.get("forward")
-        if type(module).forward is nn.Linear.forward and (own is None or isinstance(own, _Forward)):
+        replaceable = type(module).forward is nn.Linear.forward and (own is None or isinstance(own, _Forward))
+        if isinstance(module, nn.Linear) and replaceable:
             module.forward = _Forward(module)  # type: ignore[method-assign]
-        packed[name] = module
+        packed[name] = module, weight
     return Prepared(packed, skipped)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Linear layers, and further weights that a module names as those it gives to `vlmkernels.linear`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module, module.weight
+        for attribute in getattr(module, "linear_weights", ()):
+            yield f"{name}.{attribute}".lstrip("."), module, getattr(module, attribute)
 
 
 __all__ = ["Prepared", "prepare_for_inference"]

@@ -16,6 +16,12 @@ def causal(T: int, offset: int = 0, *, device: torch.device | str | None = None)
     return torch.zeros_like(end), end
 
 
+def full(T: int, keys: int | None = None, *, device: torch.device | str | None = None) -> Intervals:
+    """Every query sees all of the ``keys`` (``T`` when not given): ``[0, keys)``, each [T]."""
+    end = torch.full((T,), T if keys is None else keys, dtype=torch.int32, device=device)
+    return torch.zeros_like(end), end
+
+
 def prefix_lm(
     prefix_len: int | Tensor,  # [B]
     T: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ import vlmkernels
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.efficientnet import drop_branch
+from vlmkernels.nn.dense import MLP, Linear
 
 
 class KeysValues(NamedTuple):
@@ -33,12 +34,14 @@ class SelfAttention(nn.Module):
     table; one table a layer and head, as in CoAtNet (Dai et al. 2021), is this code's reading.
     """
 
+    linear_weights: ClassVar = ("in_proj_weight",)
+
     def __init__(self, width: int, heads: int, grid: tuple[int, int] | None) -> None:
         super().__init__()
         self.heads, self.grid = heads, grid
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.relative_bias: nn.Parameter | None = None
         if grid is not None:
             self.relative_bias = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
@@ -49,8 +52,9 @@ class SelfAttention(nn.Module):
         interval: Intervals,  # over the positions of x, or of the cache
         has_image: bool,
         cache: tuple[KeysValues, Tensor] | None = None,  # room for all positions, and those of x [B, T]
+        residual: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        qkv = vlmkernels.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.unbind(2)  # each [B, T, heads, Dh]
         if cache is not None:
             kept, slots = cache
@@ -59,7 +63,7 @@ class SelfAttention(nn.Module):
             kept.value[rows, slots] = value.to(kept.value.dtype)
             key, value = kept
         table, grid = (self.relative_bias, self.grid) if has_image else (None, None)
-        return self.out_proj(_attend(query, key, value, interval, relative_bias=table, grid=grid))
+        return self.out_proj(_attend(query, key, value, interval, relative_bias=table, grid=grid), residual)
 
 
 class CrossAttention(nn.Module):
@@ -68,16 +72,22 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.kv_proj = nn.Linear(width, 2 * width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.kv_proj = Linear(width, 2 * width)
+        self.out_proj = Linear(width, width)
 
     def keys_values(self, memory: Tensor) -> KeysValues:  # [B, T, D]
         return KeysValues(*self.kv_proj(memory).unflatten(-1, (2, self.heads, -1)).unbind(2))
 
-    def forward(self, x: Tensor, memory: KeysValues, interval: Intervals) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        memory: KeysValues,
+        interval: Intervals,
+        residual: Tensor | None = None,  # [B, T, D]
+    ) -> Tensor:  # [B, T, D]
         query = self.q_proj(x).unflatten(-1, (self.heads, -1))
-        return self.out_proj(_attend(query, *memory, interval))
+        return self.out_proj(_attend(query, *memory, interval), residual)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, interval: Intervals, **relative: Any) -> Tensor:
@@ -108,8 +118,8 @@ class Block(nn.Module):
             self.ln_cross = LayerNorm(width)
             self.cross = CrossAttention(width, heads)
         self.ln_2 = LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict([("c_fc", c_fc), ("gelu", nn.GELU()), ("c_proj", c_proj)]))
+        c_fc, c_proj = Linear(width, 4 * width), Linear(4 * width, width)
+        self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", nn.GELU()), ("c_proj", c_proj)]))
 
     def forward(
         self,
@@ -120,12 +130,13 @@ class Block(nn.Module):
         memory: tuple[KeysValues, Intervals] | None = None,
         cache: tuple[KeysValues, Tensor] | None = None,
     ) -> Tensor:  # [B, T, D]
-        x = x + self._drop(self.attn(self.ln_1(x), interval, has_image, cache))
+        x = self._add(x, self.attn, self.ln_1(x), interval, has_image, cache)
         if memory is not None:
-            x = x + self._drop(self.cross(self.ln_cross(x), *memory))
-        return x + self._drop(self.mlp(self.ln_2(x)))
+            x = self._add(x, self.cross, self.ln_cross(x), *memory)
+        return self._add(x, self.mlp, self.ln_2(x))
 
-    def _drop(self, branch: Tensor) -> Tensor:  # [B, T, D]
-        return drop_branch(
-            F.dropout(branch, self.dropout, self.training), self.stochastic_depth, self.training
-        )
+    def _add(self, x: Tensor, branch: nn.Module, *inputs: Any) -> Tensor:  # [B, T, D]
+        if not self.training or self.dropout == self.stochastic_depth == 0:
+            return branch(*inputs, residual=x)
+        out = F.dropout(branch(*inputs), self.dropout)
+        return x + drop_branch(out, self.stochastic_depth, True)

@@ -35,6 +35,7 @@ from vlmkernels.models.efficientnet import (
     round_channels,
     round_repeats,
 )
+from vlmkernels.nn.dense import Linear
 
 BERT_SIZES = {  # name: (width, layers), heads of 64 channels
     "mini": (256, 4),
@@ -199,8 +200,8 @@ class ALIGN(Pretrained):
             pooler=config.text_pooler,
         )
         if config.image_projection:
-            self.image_projection = nn.Linear(self.vision_model.feature_dim, config.embed_dim)
-        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
+            self.image_projection = Linear(self.vision_model.feature_dim, config.embed_dim)
+        self.text_projection = Linear(config.text_width, config.embed_dim)
         for layer in self.projections():
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

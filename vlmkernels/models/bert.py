@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlmkernels
+from vlmkernels.intervals import Intervals
+from vlmkernels.nn.dense import Linear, mlp
+
 
 class SelfAttention(nn.Module):
     """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all rows or for the first `rows` only."""
@@ -16,21 +20,33 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, eps: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.self = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.self = nn.ModuleDict({name: Linear(width, width) for name in ("query", "key", "value")})
         self.output = nn.ModuleDict(
-            {"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
+            {"dense": Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
         )
 
-    def forward(self, x: Tensor, mask: Tensor, rows: int | None) -> Tensor:  # [B, L, D], [B, 1, 1, L] bool
+    def forward(
+        self,
+        x: Tensor,  # [B, L, D]
+        mask: Tensor,  # [B, L] bool
+        seen: Intervals | None,  # the mask as intervals, where it is one run of tokens in each row
+        rows: int | None,
+    ) -> Tensor:  # [B, rows or L, D]
         asking = x[:, :rows]
         query, key, value = (
             self.self[name](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, Dh]
             for name, source in (("query", asking), ("key", x), ("value", x))
         )
         p = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
-        out = self.output["dense"](mixed.transpose(1, 2).flatten(2))
-        return self.output["LayerNorm"](F.dropout(out, self.dropout, self.training) + asking)
+        if seen is None or p:
+            mixed = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=p)
+        else:
+            start, end = (bound[:, None].expand(-1, query.shape[2]) for bound in seen)
+            mixed = vlmkernels.interval_attention(query, key, value, start, end)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if not p:
+            return self.output["LayerNorm"](self.output["dense"](mixed, asking))
+        return self.output["LayerNorm"](F.dropout(self.output["dense"](mixed), p) + asking)
 
 
 class Layer(nn.Module):
@@ -38,17 +54,19 @@ class Layer(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.attention = SelfAttention(width, heads, dropout, eps)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp_width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, mlp_width)})
         self.output = nn.ModuleDict(
-            {"dense": nn.Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
+            {"dense": Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor, rows: int | None = None
+        self, x: Tensor, mask: Tensor, seen: Intervals | None, rows: int | None = None
     ) -> Tensor:  # [B, L, D] -> [B, rows or L, D]
-        x = self.attention(x, mask, rows)
-        out = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](F.dropout(out, self.dropout, self.training) + x)
+        x = self.attention(x, mask, seen, rows)
+        layers = self.intermediate["dense"], self.output["dense"]
+        if self.training and self.dropout:
+            return self.output["LayerNorm"](F.dropout(mlp(x, *layers, "gelu"), self.dropout) + x)
+        return self.output["LayerNorm"](mlp(x, *layers, "gelu", x))
 
 
 class Embeddings(nn.Module):
@@ -73,10 +91,30 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(width, heads, mlp_width, dropout, eps) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor, rows: int | None) -> Tensor:  # [B, L, D] -> [B, rows or L, D]
+    def forward(
+        self,
+        x: Tensor,  # [B, L, D]
+        mask: Tensor,  # [B, L] bool
+        rows: int | None,
+    ) -> Tensor:  # [B, rows or L, D]
+        seen = _runs(mask)
         for i, layer in enumerate(self.layer):
-            x = layer(x, mask, rows if i == len(self.layer) - 1 else None)
+            x = layer(x, mask, seen, rows if i == len(self.layer) - 1 else None)
         return x
+
+
+def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> start and end [B]
+    """Where each row of the mask begins and ends; None where a row is not one run, or that is not known.
+
+    It is looked up on the CPU alone: elsewhere that would wait for the device.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    start = mask.int().argmax(1)
+    end = start + mask.sum(1)
+    place = torch.arange(mask.shape[1])
+    whole = (place >= start[:, None]) & (place < end[:, None])
+    return (start, end) if torch.equal(whole, mask) and bool((end > start).all()) else None
 
 
 class Bert(nn.Module):
@@ -139,7 +177,7 @@ class Bert(nn.Module):
         else:
             mask = attention_mask != 0
         x = F.dropout(self.embeddings(tokens), self.dropout, self.training)
-        return self.encoder(x, mask[:, None, None, :], rows)
+        return self.encoder(x, mask, rows)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, L, D]
         """Hidden states of the last layer. attention_mask [B, L]: non-zero = attend; None: tokens != pad_id.

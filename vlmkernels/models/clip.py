@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels import intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models._clip_resnet import ModifiedResNet
 from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.nn.dense import MLP, Linear, QuickGELU
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -96,28 +98,25 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the approximation of GELU in OpenAI's code."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; parameter names of nn.MultiheadAttention (one projection for q, k, v)."""
+
+    linear_weights: ClassVar = ("in_proj_weight",)
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # both [B, T, D]
+        qkv = vlmkernels.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, Dh]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        tokens = x.shape[1]
+        see = intervals.causal if self.causal else intervals.full
+        out = vlmkernels.interval_attention(query, key, value, *see(tokens, device=x.device))
+        return self.out_proj(out.transpose(1, 2).flatten(2), residual)
 
 
 class Block(nn.Module):
@@ -128,12 +127,12 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads, causal)
         self.ln_2 = LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
+        c_fc, c_proj = Linear(width, 4 * width), Linear(4 * width, width)
+        self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), x)
+        return self.mlp(self.ln_2(x), x)
 
 
 class Transformer(nn.Module):

@@ -17,6 +17,7 @@ import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.models.clip import LayerNorm
+from vlmkernels.nn.dense import MLP, Linear
 
 IGNORE = -100
 
@@ -84,12 +85,13 @@ class DecoderAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
+        self.to_qkv = Linear(width, 3 * width)
+        self.to_out = Linear(width, width)
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
+        residual: Tensor,  # [B, T, D]
         start: Tensor,  # [T] or [B, T]
         end: Tensor,  # as start
         past_key_values: KVCache | None,
@@ -99,7 +101,7 @@ class DecoderAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, layer)
         out = vlmkernels.interval_attention(query, key, value, start, end)  # [B, heads, T, Dh]
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(out.transpose(1, 2).flatten(2), residual)
 
 
 class DecoderLayer(nn.Module):
@@ -109,7 +111,7 @@ class DecoderLayer(nn.Module):
         self.norm_attn = LayerNorm(width)
         self.attn = DecoderAttention(width, config.heads)
         self.norm_mlp = LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = MLP(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
 
     def forward(
         self,
@@ -119,8 +121,8 @@ class DecoderLayer(nn.Module):
         past_key_values: KVCache | None,
         layer: int,
     ) -> Tensor:
-        x = x + self.attn(self.norm_attn(x), start, end, past_key_values, layer)
-        return x + self.mlp(self.norm_mlp(x))
+        x = self.attn(self.norm_attn(x), x, start, end, past_key_values, layer)
+        return self.mlp(self.norm_mlp(x), x)
 
 
 class CausalLM(Pretrained):
@@ -188,7 +190,7 @@ class CausalLM(Pretrained):
             x = layer(x, start=start, end=end, past_key_values=past_key_values, layer=index)
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
-        return CausalLMOutput(F.linear(self.norm(x), self.embed_tokens.weight), past_key_values)
+        return CausalLMOutput(vlmkernels.linear(self.norm(x), self.embed_tokens.weight), past_key_values)
 
     def loss(
         self,

@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.generation import generate
+from vlmkernels.nn.dense import Linear
 
 FORMS = ("encoder_decoder", "prefix_lm")
 
@@ -121,7 +123,7 @@ class SimVLM(Pretrained):
             pool=config.conv_pool,
             stochastic_depth=config.stochastic_depth,
         )
-        self.image_projection = nn.Linear(self.conv_stage.channels, width)
+        self.image_projection = Linear(self.conv_stage.channels, width)
         self.image_position = nn.Parameter(0.02 * torch.randn(self.image_tokens, width))
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.text_position = nn.Parameter(0.02 * torch.randn(config.context_length, width))
@@ -235,7 +237,7 @@ class SimVLM(Pretrained):
         return {"loss": _mean_loss(rows[counted[asked]], targets), "logits": logits}
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return F.linear(hidden, self.token_embedding.weight)
+        return vlmkernels.linear(hidden, self.token_embedding.weight)
 
     def _checked_lengths(
         self,

@@ -7,6 +7,7 @@ they are, and then keep what PyTorch keeps.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class SwiGLU(nn.Module):
         return F.silu(a) * b
 
 
+_NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", SquaredReLU: "squared_relu"}
 NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -150,14 +152,30 @@ class FeedForward(nn.Sequential):
         return _AddFeedForward.apply(x, *first, *weights, gate, row_mask, *options)
 
 
-def _product(
+def _linear(
     x: Tensor,  # [..., K]
-    weight: Tensor,  # [D, K]
-) -> Tensor:  # [..., D]
-    """``F.linear``; one bfloat16 row on a CPU as a matrix-vector product, which reads the weight faster."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[:-1].numel() == 1:
-        return torch.mv(weight, x.flatten()).unflatten(0, (*x.shape[:-1], -1))
-    return F.linear(x, weight)
+    weight: Tensor,  # [O, K]
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """act(x W^T) and, with an activation, x W^T."""
+    return torch.ops.vlmkernels.linear(x, weight, None, None, activation, activation != "none")
+
+
+def _linear_grads(
+    dout: Tensor,  # [..., O]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [O, K]
+    need_x: bool,
+    need_weight: bool,
+    preactivation: Tensor | None = None,  # [..., O]
+    activation: str = "none",
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight in act(x W^T), None where not needed."""
+    needs = (need_x, need_weight)
+    grads = torch.ops.vlmkernels.linear_bwd(
+        dout.to(weight.dtype), x, weight, None, preactivation, activation, *needs, False
+    )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))  # type: ignore
 
 
 class _NormLinear(torch.autograd.Function):
@@ -168,7 +186,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.save_for_backward(x, gain, shift, *weights)
         ctx.eps = eps
         normed = _norm(x, gain, shift, eps).to(weights[0].dtype)
-        return tuple(_product(normed, weight) for weight in weights)
+        return tuple(_linear(normed, weight)[0] for weight in weights)
 
     @staticmethod
     @once_differentiable
@@ -176,15 +194,17 @@ class _NormLinear(torch.autograd.Function):
         x, gain, shift, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
         normed, stats = _norm_again(x, gain, shift, ctx.eps)
-        normed = normed.to(weights[0].dtype).flatten(0, -2)
-        dweights = (
-            dy.flatten(0, -2).t() @ normed if need else None for dy, need in zip(dys, needs[4:], strict=True)
+        normed = normed.to(weights[0].dtype)
+        dnormeds, dweights = zip(
+            *(
+                _linear_grads(dy, normed, weight, any(needs[:3]), need)
+                for dy, weight, need in zip(dys, weights, needs[4:], strict=True)
+            ),
+            strict=True,
         )
         dx = dgain = dshift = None
         if any(needs[:3]):
-            dnormed = dys[0] @ weights[0]
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dnormed = dnormed + dy @ weight
+            dnormed = functools.reduce(torch.add, dnormeds)
             dx, dgain, dshift = _norm_backward(dnormed, x.dtype, stats, gain, shift, needs[:3])
         return dx, dgain, dshift, None, *dweights
 
@@ -195,13 +215,12 @@ class _AddFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, eps, activation, recompute):
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
-        pre = _product(_norm(y, gain, shift, eps).to(w1.dtype), w1)
+        hidden, pre = _hidden(_norm(y, gain, shift, eps).to(w1.dtype), w1, activation)
         kept = None if recompute else pre
         ctx.save_for_backward(x, h, w0, gate_h, gain, shift, w1, w2, gate, row_mask, kept)
         ctx.eps, ctx.activation = eps, activation
-        hidden = _activate(pre, activation)
         if gate is None:
-            return y + F.linear(hidden, w2)
+            return vlmkernels.linear(hidden, w2, residual=y)
         return vlmkernels.gated_linear_residual(y, hidden, w2, gate, row_mask=row_mask)
 
     @staticmethod
@@ -213,15 +232,20 @@ class _AddFeedForward(torch.autograd.Function):
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
         normed, stats = _norm_again(y, gain, shift, ctx.eps)
         normed = normed.to(w1.dtype)
-        pre = F.linear(normed, w1) if pre is None else pre
+        if pre is None:
+            hidden, pre = _hidden(normed, w1, ctx.activation)
+        else:
+            hidden = ctx.activation()(pre)
         needs = (need_w1 or any(need_norm), need_w2, need_gate)
-        hidden = _activate(pre, ctx.activation)
         dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, *needs)
         dx = dgain = dshift = dw1 = None
         if dhidden is not None:
-            dpre = _activate_backward(dhidden, pre, ctx.activation)
-            dw1 = dpre.flatten(0, -2).t() @ normed.flatten(0, -2) if need_w1 else None
-            dx, dgain, dshift = _norm_backward(dpre @ w1, y.dtype, stats, gain, shift, need_norm)
+            name = _NAMES.get(ctx.activation, "none")
+            if name == "none":
+                dhidden, pre = _swiglu_backward(dhidden, pre), None
+            dnormed, dw1 = _linear_grads(dhidden, normed, w1, any(need_norm), need_w1, pre, name)
+            if any(need_norm):
+                dx, dgain, dshift = _norm_backward(dnormed, y.dtype, stats, gain, shift, need_norm)
         first = (None, None, None)
         if need_norm[0]:
             dx = dx + dout.to(dx.dtype)
@@ -237,9 +261,7 @@ def _linear_backward(dout, hidden, weight, gate, row_mask, need_hidden, need_wei
         needs = (need_hidden, need_weight, need_gate)
         grads = torch.ops.vlmkernels.gated_linear_residual_bwd(dout, hidden, weight, gate, row_mask, *needs)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    dout = dout.to(weight.dtype)
-    dweight = dout.flatten(0, -2).t() @ hidden.flatten(0, -2) if need_weight else None
-    return dout @ weight if need_hidden else None, dweight, None
+    return *_linear_grads(dout, hidden, weight, need_hidden, need_weight), None
 
 
 def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
@@ -281,16 +303,14 @@ def _norm_backward(dy, dtype, stats, gain, shift, needs):
     )
 
 
-def _activate(pre: Tensor, activation: type[nn.Module]) -> Tensor:
-    return activation()(pre)
+def _hidden(normed: Tensor, w1: Tensor, activation: type[nn.Module]) -> tuple[Tensor, Tensor]:
+    """act(normed W1^T) and what the activation reads."""
+    if activation in _NAMES:
+        return _linear(normed, w1, _NAMES[activation])
+    pre = _linear(normed, w1)[0]
+    return activation()(pre), pre
 
 
-def _activate_backward(dy: Tensor, pre: Tensor, activation: type[nn.Module]) -> Tensor:
-    if activation is nn.GELU:
-        return torch.ops.aten.gelu_backward(dy, pre)
-    if activation is nn.ReLU:
-        return torch.ops.aten.threshold_backward(dy, pre, 0)
-    if activation is SquaredReLU:
-        return 2 * dy * F.relu(pre)
+def _swiglu_backward(dy: Tensor, pre: Tensor) -> Tensor:
     a, b = pre.chunk(2, -1)
     return torch.cat([torch.ops.aten.silu_backward(dy * b, a), dy * F.silu(a)], -1)

@@ -1,0 +1,1 @@
+"""Whole models beside the peers' same models: `python -m benchmarks.models`."""

@@ -1,0 +1,92 @@
+"""docs/model_benchmarks.md, made from the stored results, and a line of them for the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, report
+
+PAGE = measure.ROOT / "docs" / "model_benchmarks.md"
+INTRODUCTION = """# Whole models
+
+A training step (forward and backward) and the embedding of images and texts, by this library and by the
+peers' same model with the same weights, in pairs of calls one after the other. Above 1 ours is faster. "bf16"
+is bfloat16 under autocast, on both sides. Embeddings of ours are made with packed weights
+(`prepare_for_inference`). "of the limit" is what products at the machine's best rate would take. "extra
+memory" is the peak above parameters, gradients and inputs, in a process of its own. The optimizer (torch's
+fused AdamW, the same on both sides) is not part of a step; its time stands below. Flamingo and SimVLM have no
+line: no peer holds the same model; their attention and resampler are measured as modules in
+[benchmarks.md](benchmarks.md).
+
+This page is generated: `python -m benchmarks.models --write-docs`.
+"""
+COLUMNS = ("work", "implementation", "time", "× ours: median (p20–p80)", "extra memory", "of the limit")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _rows(line: dict[str, Any]) -> list[tuple[str, ...]]:
+    out = []
+    for row in line["rows"]:
+        first = "seconds" in row and "ratio" not in row
+        if "why_not" in row:
+            out.append(("", row["name"], "–", f"not measured: {row['why_not']}", "", ""))
+            continue
+        ratio = "1" if first else "{median:.2f} ({p20:.2f}–{p80:.2f})".format(**row["ratio"])
+        peak = row.get("extra_bytes")
+        memory = f"{peak / 2**20:.0f} MiB" if isinstance(peak, int) else peak or "–"
+        share = f"{line['of_limit']:.0%}" if first else ""
+        name = f"**{row['name']}**" if first else row["name"]
+        out.append(
+            (line["name"] if first else "", name, _seconds(row["seconds"]["median"]), ratio, memory, share)
+        )
+    return out
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+    )
+
+
+def _parts(line: dict[str, Any]) -> str:
+    def shares(parts: dict[str, float]) -> str:
+        ordered = sorted(parts.items(), key=lambda item: -item[1])
+        return ", ".join(
+            f"{name} {_seconds(seconds)}"
+            for name, seconds in ordered
+            if seconds >= 0.005 * sum(parts.values())
+        )
+
+    lines = [f"- {line['name']}"]
+    lines += [f"  - {name}: {shares(parts)}" for name, parts in line["parts"].items()]
+    for name, seconds in line["optimizer"].items():
+        lines.append(f"  - optimizer step of {name}: {_seconds(seconds['median'])}")
+    return "\n".join(lines) + "\n"
+
+
+def text(line: dict[str, Any]) -> str:
+    return "\n".join("  ".join(cell for cell in row if cell) for row in _rows(line)) + "\n" + _parts(line)
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    out = [INTRODUCTION]
+    for result in results:
+        lines = result["lines"]
+        out.append(f"## {result['machine']}\n")
+        for run in result["runs"].values():
+            out.append(report.provenance(run))
+        head = [COLUMNS, ("---", "---", "---:", "---:", "---:", "---:")]
+        out.append(_table(head + [row for line in lines for row in _rows(line)]))
+        out.append("### Where the time goes\n\nOne call under torch's profiler, by operators.\n")
+        out.append("".join(_parts(line) for line in lines))
+    return "\n".join(out)
+
+
+def write(folder: Path) -> None:
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    report.write_atomically(PAGE, render(results))
