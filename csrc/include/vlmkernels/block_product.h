@@ -5,7 +5,7 @@ namespace vlmk {
 
 // A product runs over blocks of kBlockRows rows and kBlockCols columns, as measured best, in parts of kPart of its depth: one
 // long chain of additions would round more than mm does, and a part of a block of rows stays in the cache.
-constexpr int64_t kPart = 512;
+constexpr int64_t kPart = 256;
 template <class P>
 constexpr int64_t kBlockRows = sizeof(P) == 2 ? 256 : 512;
 template <class P>
