@@ -21,11 +21,16 @@ using std::optional;
 // Hidden layers that nobody keeps exist for so many rows at a time.
 constexpr int64_t kHiddenRows = 2048;
 
-// Which products torch computes itself: chosen when the library is imported, for matrices of one dtype.
+// Which products torch computes itself: chosen when the library is imported, for matrices of one dtype. `few`: all three for
+// up to kFewRows rows, where the tiles pack as much as they multiply.
 struct TorchProducts {
-  bool forward = false, input = false, weight = false;
+  bool forward = false, input = false, weight = false, few = false;
 };
 TorchProducts& torch_products(at::ScalarType dtype);
+inline bool torch_computes(bool TorchProducts::*product, at::ScalarType dtype, int64_t rows) {
+  const TorchProducts& by_torch = torch_products(dtype);
+  return rows <= kFewRows ? by_torch.few : by_torch.*product;
+}
 
 Activation activation_of(std::string_view name);
 // An unwritten result with the rows of x and `size` columns.
@@ -93,7 +98,9 @@ class ForwardWeight {
  public:
   using A = acc_t<P>;
   ForwardWeight(const Tensor& weight, int64_t rows)
-      : o_(weight.size(0)), k_(weight.size(1)), torch_(torch_products(weight.scalar_type()).forward) {
+      : o_(weight.size(0)),
+        k_(weight.size(1)),
+        torch_(torch_computes(&TorchProducts::forward, weight.scalar_type(), rows)) {
     weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
     if (torch_) return;
     // For few rows packing x and turning the tiles costs less than packing the weight.
@@ -175,7 +182,7 @@ class BackwardWeight {
   BackwardWeight(const Tensor& weight, int64_t rows)
       : o_(weight.size(0)),
         k_(weight.size(1)),
-        torch_(torch_products(weight.scalar_type()).input),
+        torch_(torch_computes(&TorchProducts::input, weight.scalar_type(), rows)),
         packed_(!torch_ && (sizeof(P) == 2 || rows > kFewRows)) {
     weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
     if (packed_) weight_ = pack_columns<P>(weight_);
@@ -220,7 +227,7 @@ class WeightGradient {
  public:
   using A = acc_t<P>;
   WeightGradient(const Tensor& dweight, int64_t rows) : dweight_(dweight), rows_(rows), split_(o(), k(), width) {
-    if (torch_products(dweight.scalar_type()).weight) {
+    if (torch_computes(&TorchProducts::weight, dweight.scalar_type(), rows)) {
       torch_ = true;
       return;
     }

@@ -52,10 +52,10 @@ double tile_product_rate(const std::string& dtype, int64_t rows, int64_t cols, i
   throw py::value_error("dtype must be 'float32' or 'bfloat16', got '" + dtype + "'");
 }
 
-void choose_torch_products(const std::string& dtype, bool forward, bool input, bool weight) {
+void choose_torch_products(const std::string& dtype, bool forward, bool input, bool weight, bool few) {
   if (dtype != "float32" && dtype != "bfloat16")
     throw py::value_error("dtype must be 'float32' or 'bfloat16', got '" + dtype + "'");
-  vlmk::torch_products(dtype == "float32" ? at::kFloat : at::kBFloat16) = {forward, input, weight};
+  vlmk::torch_products(dtype == "float32" ? at::kFloat : at::kBFloat16) = {forward, input, weight, few};
 }
 
 }  // namespace
@@ -64,7 +64,7 @@ PYBIND11_MODULE(_C, m) {
   vlmk::isa();  // an unusable VLMKERNELS_CPU_ISA fails here, where the loader can say so
   m.def("build", &build, "Instruction set, tile-product provider, compiler, GPUs or why there are none, version.");
   m.def("choose_torch_products", &choose_torch_products, py::arg("dtype"), py::arg("forward"), py::arg("input"),
-        py::arg("weight"), "Which products of dense layers torch computes itself; not while ops run.");
+        py::arg("weight"), py::arg("few"), "Which products of dense layers torch computes itself; not while ops run.");
   m.def("tile_product_rate", &tile_product_rate, py::arg("dtype"), py::arg("rows") = 128, py::arg("cols") = 256,
         py::arg("depth") = 512, py::arg("repeats") = 8, py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of the tile products of this machine on all of torch's threads; 0 where there is none for the dtype.");

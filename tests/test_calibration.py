@@ -117,6 +117,7 @@ def test_the_rule_without_a_file(monkeypatch, cpu, isa, tiles, float32, bfloat16
     monkeypatch.setattr(_calibration, "machine", lambda: facts)
     choice, why = _calibration.by_rule()
     assert set(choice["float32"].values()) == {float32}
+    assert choice["bfloat16"].pop("few") == "torch"
     assert set(choice["bfloat16"].values()) == {bfloat16}
     assert why
 

@@ -19,7 +19,8 @@ from vlmkernels import _native
 from vlmkernels._version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PRODUCTS = ("forward", "input", "weight")  # x weight^T; g weight; g^T x
+PRODUCTS = ("forward", "input", "weight", "few")  # x weight^T; g weight; g^T x; all of few rows
+FEW = 50  # rows, of the 128 up to which there are few
 SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (512, 1024, 1024))  # rows, inner, outputs
 MARGIN = 0.97  # ours is kept unless torch needs less than this share of its time
 
@@ -66,6 +67,7 @@ def by_rule() -> tuple[Choice, str]:
         choice = everywhere("own")
         if "bfloat16" not in name:
             choice["bfloat16"] = everywhere("torch")["bfloat16"]
+        choice["bfloat16"]["few"] = "torch"  # the weight would be packed for each call
         return choice, "AMD with AVX-512"
     return everywhere("torch"), f"no rule for {here['cpu']} with {here['instruction set']}"
 
@@ -145,10 +147,16 @@ def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[
     rows, inner, outputs = shape
     x, weight, dout = (torch.randn(s).to(dtype) for s in ((rows, inner), (outputs, inner), (rows, outputs)))
     ops = torch.ops.vlmkernels
+
+    def few_rows(n: int) -> None:
+        ops.linear(x[:n], weight, None, None, "none", False)
+        ops.linear_bwd(dout[:n], x[:n], weight, None, None, "none", True, True, False)
+
     calls = {
         "forward": lambda: ops.linear(x, weight, None, None, "none", False),
         "input": lambda: ops.linear_bwd(dout, None, weight, None, None, "none", True, False, False),
         "weight": lambda: ops.linear_bwd(dout, x, weight, None, None, "none", False, True, False),
+        "few": lambda: [few_rows(n) for n in (1, FEW)],
     }
     best = {p: {"own": float("inf"), "torch": float("inf")} for p in PRODUCTS}
     for _ in range(rounds + 1):  # the first one compiles the micro-kernels, and is no one's best
