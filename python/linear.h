@@ -98,9 +98,7 @@ class ForwardWeight {
  public:
   using A = acc_t<P>;
   ForwardWeight(const Tensor& weight, int64_t rows)
-      : o_(weight.size(0)),
-        k_(weight.size(1)),
-        torch_(torch_computes(&TorchProducts::forward, weight.scalar_type(), rows)) {
+      : o_(weight.size(0)), k_(weight.size(1)), torch_(torch_computes(&TorchProducts::forward, weight.scalar_type(), rows)) {
     weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
     if (torch_) return;
     // For few rows packing x and turning the tiles costs less than packing the weight.

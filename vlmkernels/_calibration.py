@@ -148,15 +148,16 @@ def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[
     x, weight, dout = (torch.randn(s).to(dtype) for s in ((rows, inner), (outputs, inner), (rows, outputs)))
     ops = torch.ops.vlmkernels
 
-    def few_rows(n: int) -> None:
-        ops.linear(x[:n], weight, None, None, "none", False)
-        ops.linear_bwd(dout[:n], x[:n], weight, None, None, "none", True, True, False)
+    def few() -> None:
+        for n in (1, FEW):
+            ops.linear(x[:n], weight, None, None, "none", False)
+            ops.linear_bwd(dout[:n], x[:n], weight, None, None, "none", True, True, False)
 
     calls = {
         "forward": lambda: ops.linear(x, weight, None, None, "none", False),
         "input": lambda: ops.linear_bwd(dout, None, weight, None, None, "none", True, False, False),
         "weight": lambda: ops.linear_bwd(dout, x, weight, None, None, "none", False, True, False),
-        "few": lambda: [few_rows(n) for n in (1, FEW)],
+        "few": few,
     }
     best = {p: {"own": float("inf"), "torch": float("inf")} for p in PRODUCTS}
     for _ in range(rounds + 1):  # the first one compiles the micro-kernels, and is no one's best
