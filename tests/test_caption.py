@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from train_tiny import tiny_values, train_parts, write_pairs, write_tar
 
+from tests.train_tiny import tiny_values, train_parts, write_pairs, write_tar
 from vlmkernels.cli import main
 from vlmkernels.data import CsvPairs, load_scenes
 from vlmkernels.train import TrainConfig, load_bundle, train

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from train_tiny import metrics, tiny_values, write_pairs
 
 import vlmkernels
+from tests.train_tiny import metrics, tiny_values, write_pairs
 from vlmkernels.cli import main
 from vlmkernels.train import loop
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from train_tiny import (
+
+from tests.train_tiny import (
     TINY,
     assert_same_run,
     metrics,
@@ -15,7 +16,6 @@ from train_tiny import (
     write_pairs,
     write_tar,
 )
-
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.models.clip import CLIP
 from vlmkernels.train import TrainConfig, load_bundle, loop, train

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from train_tiny import metrics, per_sample_norm, tiny_values, train_parts, weights, write_pairs
 
+from tests.train_tiny import metrics, per_sample_norm, tiny_values, train_parts, weights, write_pairs
 from vlmkernels.train import TrainConfig, load_bundle, train
 from vlmkernels.train.bundle import build_model
 from vlmkernels.train.tasks import Captioning

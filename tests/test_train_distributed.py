@@ -12,8 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from train_tiny import TINY_ALIGN, TINY_CLIP, metrics, per_sample_norm, tiny_values, weights, write_pairs
 
+from tests.train_tiny import (
+    TINY_ALIGN,
+    TINY_CLIP,
+    metrics,
+    per_sample_norm,
+    tiny_values,
+    weights,
+    write_pairs,
+)
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.train import TrainConfig, loop, objective, train

@@ -7,8 +7,8 @@ import signal
 import time
 
 import pytest
-from train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 
+from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 from vlmkernels.train import checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 import yaml
-from train_tiny import assert_same_run, metrics, tiny_values, weights, write_pairs, write_tar
 
+from tests.train_tiny import assert_same_run, metrics, tiny_values, weights, write_pairs, write_tar
 from vlmkernels.train import TrainConfig, checkpoint, load_bundle, loop, train
 
 
@@ -116,7 +116,7 @@ def test_interrupted_run_resumes_bit_for_bit(table, tmp_path, monkeypatch, caplo
 
 
 def test_dropout_resumes_bit_for_bit(table, tmp_path, monkeypatch):
-    from train_tiny import TINY_ALIGN
+    from tests.train_tiny import TINY_ALIGN
 
     options = {**TINY_ALIGN, "text_dropout": 0.3, "drop_rate": 0.3}
     values = tiny_values(table, tmp_path / "whole", "align", model_options=options)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from train_tiny import TINY_CLIP
 
 import vlmkernels.reference
+from tests.train_tiny import TINY_CLIP
 from vlmkernels.ops import _dense
 from vlmkernels.train import TrainConfig, loop, objective, train
 from vlmkernels.train.config import read_config

@@ -175,8 +175,8 @@ def _rewritten(fn):
     before = set(fn.__globals__)
     out = stock.InterpretedFunction(fn).rewrite()
     added = {name: fn.__globals__[name] for name in set(fn.__globals__) - before}
-    if added:
-        _borrowed[id(fn.__globals__)] = (fn.__globals__, added)
+    if added:  # a later kernel adds what has come to Triton's module meanwhile, like a registry of warnings
+        _borrowed.setdefault(id(fn.__globals__), (fn.__globals__, {}))[1].update(added)
     return out
 
 

@@ -9,7 +9,9 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import interpreter as stock  # noqa: E402
 
+from . import interpreter  # noqa: E402
 from .interpreter import interpreting, multiply_tf32x3, truncate_to_tf32  # noqa: E402
 from .launches import recording  # noqa: E402
 
@@ -215,6 +217,29 @@ def test_numpy_is_the_only_state_the_interpreter_shares():
     before = np.geterr()
     _run_matmul(torch.float32)
     assert np.geterr() == before
+
+
+NAMES = {*globals(), "NAMES"}  # of this module before the first launch
+
+
+def test_names_that_triton_gets_meanwhile_leave_earlier_kernels_alone(monkeypatch):
+    """A warning gives Triton's module a registry between the first launches of two kernels."""
+    monkeypatch.setattr(stock.InterpretedFunction, "rewritten_fn", {})
+    monkeypatch.setattr(interpreter, "_borrowed", {})
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def cast() -> torch.Tensor:
+        out = torch.empty(4)
+        with interpreting():
+            _cast[(1,)](x, out, SIZE=4)
+        return out
+
+    assert torch.equal(cast(), x)
+    monkeypatch.setattr(stock, "came_later", True, raising=False)
+    with interpreting():
+        _reduce[(1,)](x, torch.empty(1), torch.empty(1), torch.empty(4), SIZE=4)
+    assert torch.equal(cast(), x)
+    assert not {"came_later", "interpreter_semantic"} & set(globals())
 
 
 NAMES = {*globals(), "NAMES"}  # of this module before the first launch
