@@ -304,8 +304,8 @@ def hooks(family: Family) -> None:
 
 @contextlib.contextmanager
 def _one_process():
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
         finally:
@@ -327,7 +327,7 @@ def data_parallel(family: Family) -> None:
     """patch looks through DistributedDataParallel and leaves its bookkeeping alone."""
     with _one_process():
         _in_data_parallel(family)
-        gc.collect()  # a wrapper that outlives the group ends it itself, and waits for a thread that waits for it
+        gc.collect()  # a wrapper that outlives the group ends it, and may wait for a thread that waits
 
 
 def _in_data_parallel(family: Family) -> None:
