@@ -5,6 +5,8 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 
@@ -51,17 +53,19 @@ struct Scratch {
   int64_t used = 0;
 };
 
-// Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory.
+// Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory. A thread that is done
+// takes the next task: neither tasks of unequal size nor a core that others use as well leave the other threads waiting.
 template <class F>
 void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     struct Release {
       ~Release() { tile_product_release(); }
     } release;
-    for (int64_t task = begin; task < end; ++task) {
-      thread_local Scratch scratch(0);
-      thread_local int64_t size = 0;
-      if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
+    thread_local Scratch scratch(0);
+    thread_local int64_t size = 0;
+    if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
+    for (int64_t task; (task = next++) < count;) {
       scratch.used = 0;
       f(task, scratch);
     }
