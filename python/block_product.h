@@ -8,7 +8,7 @@ namespace vlmk {
 using at::Tensor;
 
 // Rows of which dout^T and h are packed at a time, and columns of a task.
-constexpr int64_t kChunkRows = 4096, kTaskCols = 512;
+constexpr int64_t kChunkRows = 2048, kTaskCols = 512;
 // Up to so many rows the weight is read as it is where it can be: packing would cost more than it saves.
 constexpr int64_t kFewRows = 128;
 
