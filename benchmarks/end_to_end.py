@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks import demo, measure, peers
-from benchmarks.models.systems import open_clip_model
+from benchmarks.models.peer_models import open_clip_model
 from benchmarks.models.work import parts_of
 from vlmkernels.data import load_emoji3
 from vlmkernels.models._pretrained import write_atomic

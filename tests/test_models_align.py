@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
+from benchmarks.models.peer_models import transformers_align
 from vlmkernels.models import efficientnet
 from vlmkernels.models.align import ALIGN, CONFIGS, AlignConfig, infer_config, paper_config
 from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet
@@ -31,29 +32,6 @@ TINY = AlignConfig(
     text_dropout=0.0,
     init_temperature=0.2,
 )
-
-
-def hf_align(config: AlignConfig, depthwise_padding: tuple[int, ...] = ()):
-    """transformers.AlignModel of the same sizes."""
-    transformers = peers.load("transformers")
-    text = transformers.AlignTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.text_width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_heads,
-        intermediate_size=config.text_mlp_width,
-        max_position_embeddings=config.max_positions,
-        hidden_dropout_prob=config.text_dropout,
-        attention_probs_dropout_prob=config.text_dropout,
-    )
-    vision = transformers.AlignVisionConfig(
-        width_coefficient=config.image_width,
-        depth_coefficient=config.image_depth,
-        drop_connect_rate=config.drop_rate,
-        depthwise_padding=list(depthwise_padding),
-    )
-    sizes = {"projection_dim": config.embed_dim, "temperature_init_value": config.init_temperature}
-    return transformers.AlignModel(transformers.AlignConfig(text_config=text, vision_config=vision, **sizes))
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -85,7 +63,7 @@ def batch(config: AlignConfig, size: int = 6, side: int = 64, length: int = 12):
 def pair() -> tuple[ALIGN, torch.nn.Module]:
     """Our tiny ALIGN and the peer with the same random weights, both in evaluation mode."""
     torch.manual_seed(0)
-    peer = hf_align(TINY).eval()
+    peer = transformers_align(TINY).eval()
     randomize(peer)
     with torch.no_grad():
         peer.temperature.fill_(0.2)
@@ -148,7 +126,7 @@ def test_loss_and_gradients_equal_transformers():
 def test_training_mode_equals_transformers_but_for_running_statistics():
     """Batch statistics and gradients agree; the peer takes TensorFlow's momentum 0.99 for torch's."""
     torch.manual_seed(1)
-    peer = hf_align(TINY)
+    peer = transformers_align(TINY)
     randomize(peer)
     ours = ALIGN.from_hf_state_dict(peer.state_dict(), TINY).train()
     peer.train()
@@ -170,7 +148,7 @@ def test_training_mode_equals_transformers_but_for_running_statistics():
 @needs_transformers
 def test_same_padding_equals_transformers_where_it_names_the_odd_blocks():
     """At 80 pixels the maps are 40, 20, 10, 5 and 3 wide: block 7 is the one that halves an odd side."""
-    peer = hf_align(TINY, depthwise_padding=(7,)).eval()
+    peer = transformers_align(TINY, depthwise_padding=(7,)).eval()
     randomize(peer)
     ours = ALIGN.from_hf_state_dict(peer.state_dict(), dataclasses.replace(TINY, image_padding="same"))
     images = torch.randn(2, 3, 80, 80)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
+from benchmarks.models.peer_models import open_clip_model, transformers_clip
 from vlmkernels.models.clip import CLIP, CONFIGS, ClipConfig
 
 needs_open_clip = pytest.mark.skipif(
@@ -56,54 +57,6 @@ def randomise(model):
             elif ".mlp." in name:
                 tensor.mul_(3.0)
     return model
-
-
-def open_clip_model(config, **options):
-    resnet = not isinstance(config.vision_layers, int)
-    vision = {
-        "layers": config.vision_layers,
-        "width": config.vision_width,
-        "head_width": config.vision_width * (32 if resnet else 1) // config.vision_heads,
-        "patch_size": config.patch_size,
-        "image_size": config.image_size,
-    }
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
-    build = peers.load("open_clip").model.CLIP
-    return build(config.embed_dim, vision, text, quick_gelu=config.quick_gelu, output_dict=True, **options)
-
-
-def hf_model(config):
-    transformers = peers.load("transformers")
-    act = "quick_gelu" if config.quick_gelu else "gelu"
-    text = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.context_length,
-        "eos_token_id": config.eot_id,
-        "hidden_act": act,
-    }
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "hidden_act": act,
-    }
-    hf_config = transformers.CLIPConfig(
-        text_config=text, vision_config=vision, projection_dim=config.embed_dim
-    )
-    return transformers.CLIPModel(hf_config)
 
 
 def assert_same_gradients(ours, theirs):
@@ -163,7 +116,7 @@ def test_sigmoid_loss_with_a_logit_bias_equals_open_clip():
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
 def test_equals_hugging_face(quick_gelu, tmp_path):
     config = replace(VIT, quick_gelu=quick_gelu)
-    peer = randomise(hf_model(config)).eval()
+    peer = randomise(transformers_clip(config)).eval()
     peer.save_pretrained(tmp_path)
     model = CLIP.from_hf_folder(tmp_path)
     assert replace(model.config, init_logit_scale=config.init_logit_scale) == config
@@ -182,7 +135,7 @@ def test_equals_hugging_face(quick_gelu, tmp_path):
     )
     assert_same_gradients(gradients(model), dict(renamed.named_parameters()))
 
-    back = hf_model(config)
+    back = transformers_clip(config)
     back.load_state_dict(model.hf_state_dict())
     for name, tensor in peer.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name

@@ -16,6 +16,8 @@ from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.align import CONFIGS as ALIGN_CONFIGS
 from vlmkernels.models.clip import CLIP, CONFIGS, ClipConfig
 
+from .peer_models import open_clip_model, transformers_align, transformers_clip
+
 OURS = "vlmkernels"
 
 
@@ -65,26 +67,6 @@ def _clip(config: ClipConfig) -> Model:
     )
 
 
-def open_clip_model(config: ClipConfig) -> Any:
-    """open_clip's CLIP of the same sizes, with random weights."""
-    vision = {
-        "layers": config.vision_layers,
-        "width": config.vision_width,
-        "head_width": config.vision_width // (config.vision_heads or 1),
-        "patch_size": config.patch_size,
-        "image_size": config.image_size,
-    }
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
-    build = peers.load("open_clip").model.CLIP
-    return build(config.embed_dim, vision, text, quick_gelu=config.quick_gelu, output_dict=True)
-
-
 def _open_clip(config: ClipConfig) -> Model:
     model = open_clip_model(config)
     model.load_state_dict(_clip(config).module.state_dict())
@@ -98,29 +80,7 @@ def _open_clip(config: ClipConfig) -> Model:
 
 
 def _transformers_clip(config: ClipConfig) -> Model:
-    transformers = peers.load("transformers")
-    act = "quick_gelu" if config.quick_gelu else "gelu"
-    text = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.context_length,
-        "eos_token_id": config.eot_id,
-        "hidden_act": act,
-    }
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "hidden_act": act,
-    }
-    sizes = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_dim)
-    model = transformers.CLIPModel(sizes)
+    model = transformers_clip(config)
     ours = _clip(config).module
     assert isinstance(ours, CLIP)
     model.load_state_dict(ours.hf_state_dict())
@@ -188,26 +148,7 @@ def align(config: AlignConfig, side: int, name: str) -> Family:
         )
 
     def theirs() -> Model:
-        transformers = peers.load("transformers")
-        text = transformers.AlignTextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.text_width,
-            num_hidden_layers=config.text_layers,
-            num_attention_heads=config.text_heads,
-            intermediate_size=config.text_mlp_width,
-            max_position_embeddings=config.max_positions,
-            hidden_dropout_prob=config.text_dropout,
-            attention_probs_dropout_prob=config.text_dropout,
-        )
-        vision = transformers.AlignVisionConfig(
-            width_coefficient=config.image_width,
-            depth_coefficient=config.image_depth,
-            drop_connect_rate=config.drop_rate,
-        )
-        sizes = {"projection_dim": config.embed_dim, "temperature_init_value": config.init_temperature}
-        model = transformers.AlignModel(
-            transformers.AlignConfig(text_config=text, vision_config=vision, **sizes)
-        )
+        model = transformers_align(config)
         own = ours().module
         assert isinstance(own, ALIGN)
         model.load_state_dict(own.state_dict())

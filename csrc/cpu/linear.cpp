@@ -155,6 +155,20 @@ void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& 
   copy_out(tile, ld, w, f.out);
 }
 
+// Calls f(tile, ld, window) with parts of rows of a product [rows, width] that is in memory.
+template <class A, class F>
+void for_products(const Stored& product, int64_t width, int64_t row, int64_t count, F f) {
+  constexpr int64_t kCols = 2048;
+  A tile[kCols];
+  for (int64_t r = row; r < row + count; ++r) {
+    for (int64_t c = 0; c < width; c += kCols) {
+      const Window w{width, r, 1, c, min_(kCols, width - c)};
+      copy_in(product, w, tile, kCols);
+      f(tile, kCols, w);
+    }
+  }
+}
+
 }  // namespace
 
 template <class P>
@@ -187,15 +201,7 @@ void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth,
 
 template <class P>
 void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count) {
-  constexpr int64_t kCols = 2048;
-  acc_t<P> tile[kCols];
-  for (int64_t r = row; r < row + count; ++r) {
-    for (int64_t c = 0; c < f.o; c += kCols) {
-      const Window w{f.o, r, 1, c, min_(kCols, f.o - c)};
-      copy_in(product, w, tile, kCols);
-      finish(f, tile, kCols, w);
-    }
-  }
+  for_products<acc_t<P>>(product, f.o, row, count, [&](auto* tile, int64_t ld, const Window& w) { finish(f, tile, ld, w); });
 }
 
 template <class P>
@@ -209,15 +215,7 @@ void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, i
 
 template <class P>
 void linear_dx_finish(const LinearInput<P>& f, Stored product, int64_t row, int64_t count) {
-  constexpr int64_t kCols = 2048;
-  acc_t<P> tile[kCols];
-  for (int64_t r = row; r < row + count; ++r) {
-    for (int64_t c = 0; c < f.k; c += kCols) {
-      const Window w{f.k, r, 1, c, min_(kCols, f.k - c)};
-      copy_in(product, w, tile, kCols);
-      finish_dx(f, tile, kCols, w);
-    }
-  }
+  for_products<acc_t<P>>(product, f.k, row, count, [&](auto* tile, int64_t ld, const Window& w) { finish_dx(f, tile, ld, w); });
 }
 
 template <class P>
