@@ -118,7 +118,12 @@ def _peak_in_fresh_process(work: Work, system: str, options: argparse.Namespace)
 
 
 def _chosen(family: Family, options: argparse.Namespace) -> list[System]:
-    return [s for s in family.systems if not (s.compiled and (options.quick or options.no_compile))]
+    compiled = not (options.quick or options.no_compile)
+    return [
+        s
+        for s in family.systems
+        if s.name == OURS or ((compiled or not s.compiled) and re.search(options.systems, s.name))
+    ]
 
 
 def _store(path: Path, machine: str, header: dict[str, Any], line: dict[str, Any]) -> None:
@@ -141,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.models", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--work", default="", metavar="REGEX", help="only what matches")
+    parser.add_argument("--systems", default="", metavar="REGEX", help="only the peers that match")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="without the compiled peers")
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure memory")

@@ -5,32 +5,13 @@
 #include <stdexcept>
 #include <vector>
 
+#include "check.h"
 #include "vlmkernels/attention.h"
-#include "vlmkernels/gated_linear_residual.h"
 #include "vlmkernels/gated_residual.h"
 #include "vlmkernels/info_nce.h"
 #include "vlmkernels/sigmoid_loss.h"
 
 namespace {
-
-int failures = 0;
-
-void check(const char* what, double got, double want, double tolerance) {
-  if (std::fabs(got - want) <= tolerance) return;
-  if (++failures < 10) std::printf("%s: got %.9g, wanted %.9g\n", what, got, want);
-}
-
-template <class P>
-void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate, const P* a,
-                   const P* b, P* c) {
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      P sum = accumulate ? c[i * ldc + j] : P(0);
-      for (int64_t e = 0; e < k; ++e) sum += a[i * lda + e] * b[e * ldb + j];
-      c[i * ldc + j] = sum;
-    }
-  }
-}
 
 // n queries and m keys of d features; three tiles a side, the last of them partly filled.
 template <class P>
@@ -314,96 +295,6 @@ void test_gated_residual() {
 }
 
 // Three parts of the depth, two blocks of columns; rows 1 .. n of x, of which row 0 is masked.
-template <class P>
-void test_gated_linear_residual() {
-  constexpr int64_t n = 9, d = 70, k = 1040, width = vlmk::kBlockCols<P>, blocks = vlmk::ceil_div(d, width);
-  const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-4;
-  std::vector<P> h(n * k), w(d * k), t(d), x((n + 1) * d), out((n + 1) * d), wt(blocks * k * width);
-  std::vector<P> tiles(vlmk::kBlockRows<P> * 1088), turned(d * 64), products(d * k), part(17 * d);
-  std::vector<int64_t> index(n);
-  for (int64_t i = 0; i < n * k; ++i) h[i] = std::sin(P(0.37) * i);
-  for (int64_t i = 0; i < d * k; ++i) w[i] = std::cos(P(0.23) * i) / 8;
-  for (int64_t i = 0; i < (n + 1) * d; ++i) x[i] = std::sin(P(0.7) * i);
-  for (int64_t c = 0; c < d; ++c) t[c] = P(0.01) * c;
-  for (int64_t r = 0; r < n; ++r) index[r] = r + 1;
-  const auto branch = [&](int64_t r, int64_t c) {
-    double sum = 0;
-    for (int64_t e = 0; e < k; ++e) sum += double(h[r * k + e]) * w[c * k + e];
-    return sum;
-  };
-  const vlmk::GatedLinear<P, P> g{d, index.data(), t.data(), x.data(), out.data()};
-  const auto check_out = [&](const char* what, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < d; ++c) check(what, out[(r + 1) * d + c], x[(r + 1) * d + c] + t[c] * branch(r, c), tolerance);
-    }
-    std::fill(out.begin(), out.end(), P(0));
-  };
-
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t d0 = b * width, count = std::min(width, d - d0);
-    VLMK_CALL(pack_transposed_b, w.data() + d0 * k, k, count, k, k, width, wt.data() + d0 * k);
-  }
-  vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
-                          blocks,           tiles.data(), nullptr};
-  VLMK_CALL(gated_linear_residual, p, g, int64_t(0), n);
-  check_out("gated linear residual", n);
-
-  std::vector<P> ht(k * 16);
-  VLMK_CALL(pack_transposed_b, h.data(), k, n, k, k, int64_t(16), ht.data());
-  p = {plain_product<P>, w.data(), ht.data(), d, k, 16, k, vlmk::kPart, 16, 0, 1, tiles.data(), nullptr};
-  VLMK_CALL(gated_linear_residual_few, p, g, int64_t(0), d, n, turned.data());
-  check_out("gated linear residual, few rows", n);
-  VLMK_CALL(gated_linear_residual_row, g, h.data(), int64_t(0), w.data(), k, int64_t(0), d);
-  check_out("gated linear residual, one row", 1);
-
-  const int64_t wide = vlmk::ceil_div(k, width);
-  std::vector<P> packed(wide * d * width), hs((n + 1) * k), dh((n + 1) * k);
-  std::copy(h.begin(), h.end(), hs.begin() + k);
-  for (int64_t k0 = 0; k0 < k; k0 += width) {
-    VLMK_CALL(pack_columns_b, w.data() + k0, k, t.data(), std::min(width, k - k0), d, d, packed.data() + k0 * d);
-  }
-  std::vector<double> dots(wide);
-  const vlmk::GatedLinearInput<P, P> to_h{k, index.data(), P(2), hs.data(), dh.data(), dots.data()};
-  p = {plain_product<P>, x.data() + d, packed.data(), n, d, width, d, vlmk::kPart, width, 0, wide, tiles.data(), nullptr};
-  VLMK_CALL(gated_linear_residual_dh, p, to_h, int64_t(0), n);
-  double dot = 0;
-  for (int64_t r = 0; r < n; ++r) {
-    for (int64_t e = 0; e < k; ++e) {
-      double want = 0;
-      for (int64_t c = 0; c < d; ++c) want += double(x[(r + 1) * d + c]) * t[c] * w[c * k + e];
-      check("gated linear residual dh", dh[(r + 1) * k + e], 2 * want, tolerance);
-      dot += want * h[r * k + e];
-    }
-  }
-  for (double block : dots) dot -= block;
-  check("gated linear residual dot", dot, 0, 10 * tolerance);
-
-  // Rows in two calls, the second of which finishes.
-  const vlmk::GatedLinearWeight<P, P> to_w{d, k, t.data(), w.data(), products.data(), products.data(), part.data()};
-  for (int64_t first : {int64_t(0), n / 2}) {
-    const int64_t rows = first ? n - first : n / 2;
-    std::vector<P> a(d * rows), b(wide * rows * width);
-    VLMK_CALL(pack_transposed_a, x.data() + (first + 1) * d, d, rows, d, rows, a.data());
-    for (int64_t k0 = 0; k0 < k; k0 += width) {
-      VLMK_CALL(pack_columns_b, h.data() + first * k + k0, k, static_cast<const P*>(nullptr), std::min(width, k - k0), rows,
-                rows, b.data() + k0 * rows);
-    }
-    p = {plain_product<P>, a.data(), b.data(), d, rows, width, rows, rows * d, width, 0, wide, tiles.data(), nullptr};
-    VLMK_CALL(gated_linear_residual_dw, p, to_w, int64_t(0), d, first > 0, first > 0);
-  }
-  for (int64_t c = 0; c < d; ++c) {
-    double total = 0;
-    for (int64_t e = 0; e < k; ++e) {
-      double want = 0;
-      for (int64_t r = 0; r < n; ++r) want += double(x[(r + 1) * d + c]) * h[r * k + e];
-      check("gated linear residual dw", products[c * k + e], t[c] * want, tolerance);
-      total += want * w[c * k + e];
-    }
-    for (int64_t b = 0; b < wide; ++b) total -= part[b * d + c];
-    check("gated linear residual part", total, 0, 10 * tolerance);
-  }
-}
-
 void test_bfloat16_rounding() {
   std::vector<float> zero(8, 0.0f);
   for (uint32_t step = 0; step < 40000; ++step) {
@@ -434,8 +325,7 @@ int main() {
     for (int64_t chunks : {1, 2}) test_attention<float>(tq, chunks), test_attention<double>(tq, chunks);
   }
   test_gated_residual();
-  test_gated_linear_residual<float>();
-  test_gated_linear_residual<double>();
+  test_dense_layers();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;
