@@ -45,6 +45,17 @@ def test_every_system_of_a_line_is_timed_and_agrees(capsys, tmp_path):
     assert not list(tmp_path.iterdir())  # quick runs are not kept
 
 
+def test_only_the_named_peers_run_beside_ours(capsys):
+    assert (
+        command.main(["--quick", "--work", "CLIP.*texts.*fp32", "--no-memory", "--systems", "patched"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "**vlmkernels**" in said
+    assert "transformers, patched  " in said
+    assert "open_clip  " not in said
+    assert "transformers  " not in said
+
+
 @pytest.mark.slow
 def test_all_tiny_works(capsys):
     assert command.main(["--quick"]) == 0
