@@ -112,6 +112,7 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
+    # The exhaustive runs do not fit the time of `make test`, which has a part of each of them.
     skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
     for item in items:
         if "slow" in item.keywords:

@@ -8,11 +8,22 @@
 
 namespace {
 
+// The rows of w [o, k] as B operand.
+template <class P>
+std::vector<P> transposed(const std::vector<P>& w, int64_t o, int64_t k) {
+  constexpr int64_t width = vlmk::kBlockCols<P>;
+  std::vector<P> out(vlmk::ceil_div(o, width) * k * width);
+  for (int64_t o0 = 0; o0 < o; o0 += width) {
+    VLMK_CALL(pack_transposed_b, w.data() + o0 * k, k, std::min(width, o - o0), k, k, width, out.data() + o0 * k);
+  }
+  return out;
+}
+
 template <class P>
 void test_gated_linear_residual() {
   constexpr int64_t n = 9, d = 70, k = 1040, width = vlmk::kBlockCols<P>, blocks = vlmk::ceil_div(d, width);
   const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-4;
-  std::vector<P> h(n * k), w(d * k), t(d), x((n + 1) * d), out((n + 1) * d), wt(blocks * k * width);
+  std::vector<P> h(n * k), w(d * k), t(d), x((n + 1) * d), out((n + 1) * d);
   std::vector<P> tiles(vlmk::kBlockRows<P> * 1088), turned(d * 64), products(d * k), part(17 * d);
   std::vector<int64_t> index(n);
   for (int64_t i = 0; i < n * k; ++i) h[i] = std::sin(P(0.37) * i);
@@ -33,10 +44,7 @@ void test_gated_linear_residual() {
     std::fill(out.begin(), out.end(), P(0));
   };
 
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t d0 = b * width, count = std::min(width, d - d0);
-    VLMK_CALL(pack_transposed_b, w.data() + d0 * k, k, count, k, k, width, wt.data() + d0 * k);
-  }
+  const std::vector<P> wt = transposed(w, d, k);
   vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
                           blocks,           tiles.data(), nullptr};
   VLMK_CALL(gated_linear_residual, p, g, int64_t(0), n);
@@ -103,7 +111,7 @@ void test_linear() {
   using vlmk::Activation;
   constexpr int64_t n = 9, o = 70, k = 1040, width = vlmk::kBlockCols<P>, blocks = vlmk::ceil_div(o, width);
   const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-4;
-  std::vector<P> x(n * k), w(o * k), bias(o), residual(n * o), y(n * o), out(n * o), wt(blocks * k * width);
+  std::vector<P> x(n * k), w(o * k), bias(o), residual(n * o), y(n * o), out(n * o);
   std::vector<P> tiles(vlmk::kBlockRows<P> * 1088), turned(o * 64);
   for (int64_t i = 0; i < n * k; ++i) x[i] = std::sin(P(0.37) * i);
   for (int64_t i = 0; i < o * k; ++i) w[i] = std::cos(P(0.23) * i) / 8;
@@ -127,9 +135,7 @@ void test_linear() {
     std::fill(out.begin(), out.end(), P(0));
   };
 
-  for (int64_t o0 = 0; o0 < o; o0 += width) {
-    VLMK_CALL(pack_transposed_b, w.data() + o0 * k, k, std::min(width, o - o0), k, k, width, wt.data() + o0 * k);
-  }
+  const std::vector<P> wt = transposed(w, o, k);
   vlmk::BlockProduct<P> p{plain_product<P>, x.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
                           blocks,           tiles.data(), nullptr};
   VLMK_CALL(linear, p, f, int64_t(0), n);

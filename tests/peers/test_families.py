@@ -14,7 +14,7 @@ def _cells():
         for behaviour in BEHAVIOURS:
             slow = behaviour == "compile" and family.name not in COMPILED_BY_DEFAULT
             marks = [pytest.mark.slow] if slow else []
-            if family.why_not is not None:
+            if family.why_not is not None:  # not installed: `make setup` installs all of them
                 marks.append(pytest.mark.skip(reason=f"{family.library}: {family.why_not}"))
             yield pytest.param(family, behaviour, id=f"{family.name}-{behaviour}", marks=marks)
 

@@ -92,7 +92,7 @@ class _ModelLoss(LossRule):
         return qualified_name(type(module)) == cls.name
 
     def contrastive_loss(self, texts: Tensor, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # each model has its own; not abc, as in Rule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("return_loss"):

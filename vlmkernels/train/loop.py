@@ -54,10 +54,10 @@ class Summary:
 def train(kind: str, config: TrainConfig) -> Summary:
     """Train ``kind`` (clip, align, siglip, lm, flamingo or simvlm) as ``config`` says; write the run folder.
 
-    The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/step-XXXXXXXX (the
-    last ``keep``) and final/. ValueError or FileNotFoundError for a configuration that cannot run,
-    FloatingPointError when the loss is not finite. A KeyboardInterrupt is raised again; the run can then be
-    resumed from its last checkpoint.
+    The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
+    ``keep``, as step-00000120) and final/. ValueError or FileNotFoundError for a configuration that cannot
+    run, FloatingPointError when the loss is not finite. A KeyboardInterrupt is raised again; the run can then
+    be resumed from its last checkpoint.
     """
     if kind not in OBJECTIVES:
         raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
