@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels import intervals
 from vlmkernels.intervals import Intervals
+from vlmkernels.models import _padding
 from vlmkernels.nn.dense import Linear, mlp
 
 
 class SelfAttention(nn.Module):
-    """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all rows or for the first `rows` only."""
+    """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all tokens or for those that are wanted."""
 
     def __init__(self, width: int, heads: int, dropout: float, eps: float):
         super().__init__()
@@ -29,10 +31,13 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,  # [B, L, D]
         mask: Tensor,  # [B, L] bool
-        seen: Intervals | None,  # the mask as intervals, where it is one run of tokens in each row
-        rows: int | None,
-    ) -> Tensor:  # [B, rows or L, D]
-        asking = x[:, :rows]
+        seen: Intervals | None,  # [B, L] each: the mask, where it is one run of tokens in each row
+        wanted: Tensor | None,  # [B, n] int64
+    ) -> Tensor:  # [B, n or L, D]
+        asking = x
+        if wanted is not None:
+            asking = x.take_along_dim(wanted[..., None], 1)
+            seen = seen and (seen[0].gather(1, wanted), seen[1].gather(1, wanted))
         query, key, value = (
             self.self[name](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, Dh]
             for name, source in (("query", asking), ("key", x), ("value", x))
@@ -41,8 +46,7 @@ class SelfAttention(nn.Module):
         if seen is None or p:
             mixed = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=p)
         else:
-            start, end = (bound[:, None].expand(-1, query.shape[2]) for bound in seen)
-            mixed = vlmkernels.interval_attention(query, key, value, start, end)
+            mixed = vlmkernels.interval_attention(query, key, value, *seen)
         mixed = mixed.transpose(1, 2).flatten(2)
         if not p:
             return self.output["LayerNorm"](self.output["dense"](mixed, asking))
@@ -60,9 +64,9 @@ class Layer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor, seen: Intervals | None, rows: int | None = None
-    ) -> Tensor:  # [B, L, D] -> [B, rows or L, D]
-        x = self.attention(x, mask, seen, rows)
+        self, x: Tensor, mask: Tensor, seen: Intervals | None, wanted: Tensor | None = None
+    ) -> Tensor:  # [B, L, D] -> [B, n or L, D]
+        x = self.attention(x, mask, seen, wanted)
         layers = self.intermediate["dense"], self.output["dense"]
         if self.training and self.dropout:
             return self.output["LayerNorm"](F.dropout(mlp(x, *layers, "gelu"), self.dropout) + x)
@@ -81,9 +85,15 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(token_types, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
-        positions = self.position_embeddings.weight[: tokens.shape[1]]
-        return self.LayerNorm(self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + positions)
+    def forward(
+        self,
+        tokens: Tensor,  # [B, L]
+        positions: Tensor | None = None,  # [B, L], 0 to L - 1 when None
+    ) -> Tensor:  # [B, L, D]
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
+        return self.LayerNorm(words + self.token_type_embeddings.weight[0] + places)
 
 
 class Encoder(nn.Module):
@@ -95,26 +105,28 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # [B, L, D]
         mask: Tensor,  # [B, L] bool
-        rows: int | None,
-    ) -> Tensor:  # [B, rows or L, D]
-        seen = _runs(mask)
-        for i, layer in enumerate(self.layer):
-            x = layer(x, mask, seen, rows if i == len(self.layer) - 1 else None)
-        return x
+        seen: Intervals | None,  # [B, L] each
+        wanted: Tensor | None,  # [B, n] int64
+    ) -> Tensor:  # [B, n or L, D]
+        *layers, last = self.layer
+        for layer in layers:
+            x = layer(x, mask, seen)
+        return last(x, mask, seen, wanted)
 
 
-def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> start and end [B]
-    """Where each row of the mask begins and ends; None where a row is not one run, or that is not known.
+def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
+    """The mask as intervals; None where a row is not one run, or that is not known.
 
     It is looked up on the CPU alone: elsewhere that would wait for the device.
     """
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    start = mask.int().argmax(1)
-    end = start + mask.sum(1)
+    start = mask.int().argmax(1, keepdim=True)
+    end = start + mask.sum(1, keepdim=True)
     place = torch.arange(mask.shape[1])
-    whole = (place >= start[:, None]) & (place < end[:, None])
-    return (start, end) if torch.equal(whole, mask) and bool((end > start).all()) else None
+    if not torch.equal((place >= start) & (place < end), mask) or not bool((end > start).all()):
+        return None
+    return start.expand_as(mask), end.expand_as(mask)
 
 
 class Bert(nn.Module):
@@ -157,7 +169,7 @@ class Bert(nn.Module):
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
 
-    def _encode(self, tokens: Tensor, attention_mask: Tensor | None, rows: int | None) -> Tensor:
+    def _mask(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:  # [B, L] bool
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, want integer ids [B, L]"
@@ -170,14 +182,23 @@ class Bert(nn.Module):
         if attention_mask is None:
             mask = tokens != self.pad_id
             mask[:, 0] = True
-        elif attention_mask.shape != tokens.shape:
+            return mask
+        if attention_mask.shape != tokens.shape:
             raise ValueError(
                 f"attention_mask: got shape {tuple(attention_mask.shape)}, want {tuple(tokens.shape)}"
             )
-        else:
-            mask = attention_mask != 0
-        x = F.dropout(self.embeddings(tokens), self.dropout, self.training)
-        return self.encoder(x, mask, rows)
+        return attention_mask != 0
+
+    def _encode(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        seen: Intervals | None,
+        wanted: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        x = F.dropout(self.embeddings(tokens, positions), self.dropout, self.training)
+        return self.encoder(x, mask, seen, wanted)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, L, D]
         """Hidden states of the last layer. attention_mask [B, L]: non-zero = attend; None: tokens != pad_id.
@@ -185,8 +206,21 @@ class Bert(nn.Module):
         Without a mask the first token, [CLS], is attended whatever its id. ValueError for a wrong shape or
         dtype.
         """
-        return self._encode(tokens, attention_mask, None)
+        mask = self._mask(tokens, attention_mask)
+        return self._encode(tokens, mask, _runs(mask))
 
     def cls(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, D]
-        """The [CLS] row of `forward`; the last layer computes that row alone."""
-        return self._encode(tokens, attention_mask, 1)[:, 0]
+        """The [CLS] row of `forward`; the last layer computes that row alone.
+
+        On a CPU padding costs nothing (the rows are packed; not in compiled code, nor with dropout).
+        """
+        mask = self._mask(tokens, attention_mask)
+        seen = _runs(mask)
+        dropout = self.training and self.dropout
+        if seen is None or dropout or not _padding.can_drop(tokens) or bool(seen[0].any()):
+            first = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+            return self._encode(tokens, mask, seen, first)[:, 0]
+        tokens, positions, bounds = _padding.drop(tokens, seen[1][:, 0])
+        start, end = intervals.packed(bounds, tokens.shape[1], causal=False)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return self._encode(tokens, mask, (start[None], end[None]), bounds[None, :-1], positions)[0]

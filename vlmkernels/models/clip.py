@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
+from vlmkernels.models import _padding
 from vlmkernels.models._clip_resnet import ModifiedResNet
 from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.nn.dense import MLP, Linear, QuickGELU
@@ -61,6 +63,10 @@ class ClipConfig:
         resnet = not isinstance(self.vision_layers, int)
         pool_width = self.vision_width * 32 if resnet else self.vision_width
         faults = []
+        for name in ("vision_layers", "text_layers"):
+            layers = getattr(self, name)
+            if isinstance(layers, int) and layers < 1:
+                faults.append(f"{name} is {layers}, wants at least 1")
         if not isinstance(self.quick_gelu, bool):
             faults.append(f"quick_gelu wants True or False, got {self.quick_gelu!r}")
         if not isinstance(self.vision_layers, int) and len(self.vision_layers) != 4:
@@ -103,44 +109,62 @@ class Attention(nn.Module):
 
     linear_weights: ClassVar = ("in_proj_weight",)
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # both [B, T, D]
-        qkv = vlmkernels.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, Dh]
-        tokens = x.shape[1]
-        see = intervals.causal if self.causal else intervals.full
-        out = vlmkernels.interval_attention(query, key, value, *see(tokens, device=x.device))
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        residual: Tensor,  # [B, T, D]
+        seen: Intervals,
+        wanted: Tensor | None,  # [B, n] int64
+    ) -> Tensor:  # [B, n or T, D]
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
+        if wanted is None:
+            query, key, value = self._heads(vlmkernels.linear(x, weight, bias), 3)
+        else:
+            asking, residual = (rows.take_along_dim(wanted[..., None], 1) for rows in (x, residual))
+            (query,) = self._heads(vlmkernels.linear(asking, weight[:width], bias[:width]), 1)
+            key, value = self._heads(vlmkernels.linear(x, weight[width:], bias[width:]), 2)
+            seen = seen[0][wanted], seen[1][wanted]
+        out = vlmkernels.interval_attention(query, key, value, *seen)
         return self.out_proj(out.transpose(1, 2).flatten(2), residual)
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:  # [B, T, parts D] -> [parts, B, heads, T, Dh]
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):
     """Pre-LayerNorm transformer block: x += Attention(LN x); x += W2 act(W1 LN x)."""
 
-    def __init__(self, width: int, heads: int, causal: bool, activation: type[nn.Module]) -> None:
+    def __init__(self, width: int, heads: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads, causal)
+        self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         c_fc, c_proj = Linear(width, 4 * width), Linear(4 * width, width)
         self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        x = self.attn(self.ln_1(x), x)
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        seen: Intervals,
+        wanted: Tensor | None = None,  # [B, n] int64
+    ) -> Tensor:  # [B, n or T, D]
+        x = self.attn(self.ln_1(x), x, seen, wanted)
         return self.mlp(self.ln_2(x), x)
 
 
 class Transformer(nn.Module):
-    def __init__(
-        self, width: int, layers: int, heads: int, *, causal: bool, activation: type[nn.Module]
-    ) -> None:
+    """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
+
+    def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads, causal, activation) for _ in range(layers)))
+        self.resblocks = nn.Sequential(*(Block(width, heads, activation) for _ in range(layers)))
         branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
         for block in self.resblocks:
             assert isinstance(block, Block)
@@ -150,8 +174,16 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.get_parameter("c_fc.weight"), std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.get_parameter("c_proj.weight"), std=branch_std)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        return self.resblocks(x)
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        seen: Intervals,  # [T] each
+        wanted: Tensor | None = None,  # [B, n] int64, all tokens when None
+    ) -> Tensor:  # [B, n or T, D]
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x, seen)
+        return last(x, seen, wanted)
 
 
 class VisionTransformer(nn.Module):
@@ -173,15 +205,19 @@ class VisionTransformer(nn.Module):
         tokens = (image_size // patch_size) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, causal=False, activation=activation)
+        self.transformer = Transformer(width, layers, heads, activation)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
-    def _tokens(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, 1 + (R / P)^2, D], class token first
+    def _tokens(
+        self,
+        images: Tensor,  # [B, 3, R, R]
+        wanted: Tensor | None = None,  # [B, n] int64
+    ) -> Tensor:  # [B, n or 1 + (R / P)^2, D], class token first
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.transformer(self.ln_pre(x))
+        return self.transformer(self.ln_pre(x), intervals.full(x.shape[1], device=x.device), wanted)
 
     def patch_tokens(
         self,
@@ -193,7 +229,8 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) if normalize else x
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
-        return self.ln_post(self._tokens(images)[:, 0]) @ self.proj
+        class_token = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+        return self.ln_post(self._tokens(images, class_token)[:, 0]) @ self.proj
 
 
 class CLIP(Pretrained):
@@ -226,9 +263,7 @@ class CLIP(Pretrained):
             )
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
-        self.transformer = Transformer(
-            c.text_width, c.text_layers, c.text_heads, causal=True, activation=activation
-        )
+        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, activation)
         self.ln_final = LayerNorm(c.text_width)
         self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(c.init_logit_scale))
@@ -257,8 +292,9 @@ class CLIP(Pretrained):
     ) -> Tensor:
         """Text embeddings [B, E]: the top layer at the first `config.eot_id` of each row, projected.
 
-        Attention is causal, so padding after the end-of-text id changes nothing and may be cut off. A row
-        without the id is a ValueError (on accelerators and in compiled code: an asynchronous assertion).
+        Attention is causal, so padding after the end-of-text id changes nothing and may be cut off; on a CPU
+        it costs nothing (the rows are packed; not in compiled code). A row without the id is a ValueError
+        (on accelerators and in compiled code: an asynchronous assertion).
         """
         length = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > length:
@@ -269,10 +305,17 @@ class CLIP(Pretrained):
         elif not is_eot.any(dim=1).all():
             rows = (~is_eot.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"tokens: rows {rows} have no end-of-text id {self.config.eot_id}")
+        last = is_eot.int().argmax(dim=1)
+        if _padding.can_drop(tokens):
+            tokens, positions, bounds = _padding.drop(tokens, last + 1)
+            position_embeddings = F.embedding(positions, self.positional_embedding)
+            seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
+        else:
+            position_embeddings = self.positional_embedding[: tokens.shape[1]]
+            seen, wanted = intervals.causal(tokens.shape[1], device=tokens.device), last[:, None]
         embeddings = self.token_embedding(tokens)
-        x = embeddings + self.positional_embedding[: tokens.shape[1]].to(embeddings.dtype)
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), is_eot.int().argmax(dim=1)]
+        x = embeddings + position_embeddings.to(embeddings.dtype)
+        x = self.transformer(x, seen, wanted).flatten(0, 1)  # [B, D]
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
