@@ -9,7 +9,7 @@ import torch
 from benchmarks import peers
 from benchmarks.models import __main__ as command
 from benchmarks.models import page, work
-from benchmarks.models.systems import Family, Model, System, families
+from benchmarks.models.systems import CONFIGS, Family, Model, System, families
 
 pytestmark = pytest.mark.skipif(
     any(peers.why_not(name) for name in ("open_clip", "transformers")),
@@ -54,6 +54,20 @@ def test_only_the_named_peers_run_beside_ours(capsys):
     assert "transformers, patched  " in said
     assert "open_clip  " not in said
     assert "transformers  " not in said
+
+
+def test_captions_come_as_each_tokenizer_pads_them():
+    family = next(f for f in families(True) if f.name == "CLIP tiny on captions")
+    _, tokens = family.inputs(64)
+    config = CONFIGS["emoji-tiny"]
+    lengths = (tokens == config.eot_id).int().argmax(1) + 1
+    assert tokens.shape == (64, config.context_length)
+    assert 9 <= lengths.min() < lengths.max() <= 31
+    assert 12 < lengths.float().mean() < 15
+    assert tokens.masked_fill(torch.arange(config.context_length) < lengths[:, None], 0).eq(0).all()
+    padded = {system.name: system.model().padded(tokens).shape[1] for system in family.systems}
+    assert padded["vlmkernels"] == padded["open_clip"] == config.context_length
+    assert padded["transformers"] == padded["transformers, compiled"] == lengths.max()
 
 
 @pytest.mark.slow

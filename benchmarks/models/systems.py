@@ -19,6 +19,12 @@ from vlmkernels.models.clip import CLIP, CONFIGS, ClipConfig
 from .peer_models import open_clip_model, transformers_align, transformers_clip
 
 OURS = "vlmkernels"
+ON_CAPTIONS = " on captions"
+# COCO's captions under CLIP's tokenizer, start and end of text included: how many of a thousand have a length
+CAPTION_LENGTHS = {
+    9: 4, 10: 41, 11: 147, 12: 196, 13: 194, 14: 153, 15: 100, 16: 64, 17: 37, 18: 22, 19: 14, 20: 9, 21: 6,
+    22: 4, 23: 2, 24: 2, 26: 2, 28: 2, 31: 1,
+}  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -28,9 +34,11 @@ class Model(NamedTuple):
     loss: Callable[[Tensor, Tensor], Tensor]  # images [B, 3, R, R], tokens [B, L]
     images: Callable[[Tensor], Tensor]  # [B, 3, R, R] -> [B, E]
     texts: Callable[[Tensor], Tensor]  # [B, L] -> [B, E]
+    padded: Callable[[Tensor], Tensor] = lambda tokens: tokens  # rows padded as the library's tokenizer does
 
     def compiled(self) -> Model:
-        return Model(self.module, *(torch.compile(f, dynamic=False) for f in self[1:]))
+        calls = (torch.compile(f, dynamic=False) for f in (self.loss, self.images, self.texts))
+        return Model(self.module, *calls, self.padded)
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,17 @@ def _transformers_clip(config: ClipConfig) -> Model:
     ours = _clip(config).module
     assert isinstance(ours, CLIP)
     model.load_state_dict(ours.hf_state_dict())
-    return _transformers(model)
+    longest = lambda tokens: int((tokens == config.eot_id).int().argmax(1).max()) + 1  # noqa: E731
+    return _transformers(model, longest)
 
 
-def _transformers(model: Any, mask: Callable[[Tensor], Tensor | None] = lambda tokens: None) -> Model:
+def _transformers(
+    model: Any,
+    longest: Callable[[Tensor], int],
+    mask: Callable[[Tensor], Tensor | None] = lambda tokens: None,
+) -> Model:
+    """Its processors pad to the longest text of a batch."""
+
     def loss(images: Tensor, tokens: Tensor) -> Tensor:
         inputs = {"input_ids": tokens, "pixel_values": images, "attention_mask": mask(tokens)}
         return model(**inputs, return_loss=True).loss
@@ -99,6 +114,7 @@ def _transformers(model: Any, mask: Callable[[Tensor], Tensor | None] = lambda t
         lambda tokens: _unit(
             model.get_text_features(input_ids=tokens, attention_mask=mask(tokens)).pooler_output
         ),
+        lambda tokens: tokens[:, : longest(tokens)],
     )
 
 
@@ -109,13 +125,23 @@ def _patched(model: Model) -> Model:
     return model
 
 
-def clip(config: ClipConfig, name: str) -> Family:
+def _lengths(batch: int, longest: int, captions: bool) -> Tensor:  # [B, 1]
+    """Of texts as long as can be, or of captions."""
+    if not captions:
+        return torch.full((batch, 1), longest)
+    lengths = torch.tensor(list(CAPTION_LENGTHS))
+    drawn = torch.tensor(list(CAPTION_LENGTHS.values()), dtype=torch.float32)
+    return lengths[drawn.multinomial(batch, replacement=True)][:, None].clamp_max(longest)
+
+
+def clip(config: ClipConfig, name: str, captions: bool = False) -> Family:
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         images = torch.randn(batch, 3, config.image_size, config.image_size)
         tokens = torch.randint(1, config.eot_id, (batch, config.context_length))
-        tokens[:, -1] = config.eot_id
-        return images, tokens
+        last = _lengths(batch, config.context_length, captions) - 1
+        tokens = tokens.masked_fill(torch.arange(config.context_length) > last, config.pad_id)
+        return images, tokens.scatter(1, last, config.eot_id)
 
     def make(build: Callable[[ClipConfig], Model]) -> Callable[[], Model]:
         return lambda: build(config)
@@ -124,6 +150,7 @@ def clip(config: ClipConfig, name: str) -> Family:
         System(OURS, make(_clip)),
         System("open_clip", make(_open_clip)),
         System("open_clip, compiled", make(_open_clip), compiled=True),
+        System("open_clip, patched", lambda: _patched(_open_clip(config))),
         System("transformers", make(_transformers_clip)),
         System("transformers, compiled", make(_transformers_clip), compiled=True),
         System("transformers, patched", lambda: _patched(_transformers_clip(config))),
@@ -131,11 +158,12 @@ def clip(config: ClipConfig, name: str) -> Family:
     return Family(name, systems, inputs, "open_clip")
 
 
-def align(config: AlignConfig, side: int, name: str) -> Family:
+def align(config: AlignConfig, side: int, name: str, captions: bool = False) -> Family:
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         tokens = torch.randint(1, config.vocab_size, (batch, config.context_length))
-        return torch.randn(batch, 3, side, side), tokens
+        lengths = _lengths(batch, config.context_length, captions)
+        return torch.randn(batch, 3, side, side), tokens * (torch.arange(config.context_length) < lengths)
 
     def ours() -> Model:
         torch.manual_seed(0)
@@ -152,7 +180,8 @@ def align(config: AlignConfig, side: int, name: str) -> Family:
         own = ours().module
         assert isinstance(own, ALIGN)
         model.load_state_dict(own.state_dict())
-        return _transformers(model, lambda tokens: (tokens != 0).long())
+        mask = lambda tokens: (tokens != 0).long()  # noqa: E731
+        return _transformers(model, lambda tokens: int(mask(tokens).sum(1).max()), mask)
 
     systems = (
         System(OURS, ours),
@@ -164,15 +193,18 @@ def align(config: AlignConfig, side: int, name: str) -> Family:
 
 
 def families(quick: bool) -> Iterator[Family]:
-    """Those of the published sizes, or tiny ones."""
-    yield clip(CONFIGS["emoji-tiny" if quick else "ViT-B-32"], "CLIP tiny" if quick else "CLIP ViT-B/32")
+    """Those of the published sizes, or tiny ones; each with texts as long as can be and with captions."""
+    name, config = ("CLIP tiny", "emoji-tiny") if quick else ("CLIP ViT-B/32", "ViT-B-32")
+    yield clip(CONFIGS[config], name)
+    yield clip(CONFIGS[config], f"{name}{ON_CAPTIONS}", captions=True)
     base = replace(ALIGN_CONFIGS["align-base"], text_dropout=0.0, drop_rate=0.0)
+    name, side = ("ALIGN tiny", 32) if quick else ("ALIGN base", 289)
     if quick:
         image = {"image_width": 0.25, "image_depth": 0.25, "embed_dim": 80}
         text = {"text_width": 64, "text_layers": 1, "text_heads": 2, "text_mlp_width": 64, "vocab_size": 99}
-        yield align(replace(base, **image, **text), 32, "ALIGN tiny")
-    else:
-        yield align(base, 289, "ALIGN base")
+        base = replace(base, **image, **text)
+    yield align(base, side, name)
+    yield align(base, side, f"{name}{ON_CAPTIONS}", captions=True)
 
 
 @contextlib.contextmanager

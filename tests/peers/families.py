@@ -80,6 +80,13 @@ def pairs() -> Inputs:
     return {"image": images(), "text": tokens()}
 
 
+def padded_pairs() -> Inputs:
+    """Texts of different lengths, all shorter than the context, which end with the largest token."""
+    text, lengths = tokens(), padding().sum(1)[:, None] - 1
+    text = text.masked_fill(torch.arange(TOKENS) >= lengths, 0).scatter(1, lengths - 1, VOCABULARY - 1)
+    return {"image": images(), "text": text}
+
+
 _TEXT = {"context_length": TOKENS, "vocab_size": VOCABULARY, "width": 32, "heads": 4, "layers": 2}
 _VISION = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": SIDE}
 
@@ -140,7 +147,7 @@ def _open_clip_checkpoint(module: nn.Module) -> None:
 _WITHOUT_FILES = {"save_pretrained": "not in open_clip"}
 OPEN_CLIP = [
     Family(
-        "open_clip CLIP", "open_clip", _open_clip_clip, pairs, _open_clip_outputs, _open_clip_loss,
+        "open_clip CLIP", "open_clip", _open_clip_clip, padded_pairs, _open_clip_outputs, _open_clip_loss,
         checkpoint=_open_clip_checkpoint, lacks={**_WITHOUT_FILES, "generate": "no decoder"},
     ),
     Family(

@@ -12,10 +12,18 @@ from vlmkernels.integrations.attention import ATTENTION
 from vlmkernels.integrations.eager_attention import EAGER_ATTENTION, UnknownAttention
 from vlmkernels.integrations.linear import LINEAR
 from vlmkernels.integrations.losses import LOSSES
+from vlmkernels.integrations.padding import PADDING
 from vlmkernels.integrations.sentence_losses import SENTENCE_LOSSES
 
 _LOSSES = (*LOSSES, *SENTENCE_LOSSES)
-_RULES: tuple[type[Rule], ...] = (*_LOSSES, *EAGER_ATTENTION, *ATTENTION, *LINEAR, UnknownAttention)
+_RULES: tuple[type[Rule], ...] = (
+    *_LOSSES,
+    *PADDING,
+    *EAGER_ATTENTION,
+    *ATTENTION,
+    *LINEAR,
+    UnknownAttention,
+)
 
 
 class Entry(NamedTuple):
@@ -48,7 +56,9 @@ class Report(list[Entry]):
         )
 
 
-def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, linear: bool = True) -> Report:
+def patch(
+    model: nn.Module, *, loss: bool = True, attention: bool = True, linear: bool = True, padding: bool = True
+) -> Report:
     """Lets the modules of a live model run on the ops of this library, in place.
 
     The modules stay the objects they are, with their parameters, buffers, hooks, names and flags; only their
@@ -63,23 +73,23 @@ def patch(model: nn.Module, *, loss: bool = True, attention: bool = True, linear
         attention: attention modules.
         linear: linear layers, and perceptrons of two of them, plain or gated: torch.nn.Sequential, and
             classes whose forward does nothing but call the layers.
+        padding: text towers of open_clip's CLIP, which then compute no token behind the longest text.
 
     Returns:
         The report, one entry per module that a rule speaks about, with what runs or the reason. What is
         patched already stays patched; a second call can add an option.
     """
-    asked = {
-        name for name, wanted in (("loss", loss), ("attention", attention), ("linear", linear)) if wanted
-    }
+    options = {"loss": loss, "attention": attention, "linear": linear, "padding": padding}
+    asked = {name for name, wanted in options.items() if wanted}
     report = Report()
     for name, module in list(model.named_modules()):
-        options, before = asked, _swap.rule_of(module)
+        needs, before = asked, _swap.rule_of(module)
         if before is not None:
             if _swap.cannot_restore(module):
                 continue
-            options = asked | before.patch_needs
+            needs = asked | before.patch_needs
             _swap.restore(module)
-        rule = next((r for r in _RULES if r.patch_needs <= options and r.patch_matches(module)), None)
+        rule = next((r for r in _RULES if r.patch_needs <= needs and r.patch_matches(module)), None)
         if rule is None:
             continue
         why = _swap.cannot_swap(module) or rule.patch_refuses(module)

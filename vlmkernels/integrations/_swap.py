@@ -18,7 +18,7 @@ from torch import nn
 class Rule(nn.Module):
     """What is put before a class: the methods that differ, and which modules can have them."""
 
-    patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention" and "linear", the options that it takes
+    patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding", what it takes
     patch_runs: ClassVar[str]  # what the report says of a patched module
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
     patch_class: ClassVar[type[nn.Module]]  # the swapped class itself, also in its subclasses
