@@ -100,7 +100,8 @@ def train_seed(seed: int, options: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig(**{**read_config("clip-emoji"), **options, "seed": seed, "tensorboard": False})
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: build_run(config, Path(folder, name), name == PLAIN) for name in (OURS, PLAIN)}
-        _check_equal_start(*(run.bare for run in runs.values()), next(batches(runs[OURS]))[1])
+        first = next(batches(runs[OURS]))[1]
+        _check_equal_start(*(run.bare for run in runs.values()), first)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         losses: dict[str, list[float]] = {name: [] for name in runs}
         loading, start = [], time.perf_counter()
@@ -115,7 +116,7 @@ def train_seed(seed: int, options: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
         ours, plain = runs[OURS].bundle.model, runs[PLAIN].bare
         parts = {
-            name: parts_of(lambda run=run: run.one_step(batch, measured=False)) for name, run in runs.items()
+            name: parts_of(lambda run=run: run.one_step(first, measured=False)) for name, run in runs.items()
         }
         judged = {OURS: _evaluation(runs[OURS], ours), PLAIN: _evaluation(runs[OURS], _as_ours(plain, ours))}
     return {

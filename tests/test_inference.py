@@ -76,6 +76,25 @@ def test_the_ops_use_packed_weights(activation):
 
 
 @needs_onednn
+def test_the_gated_perceptron_uses_packed_weights(monkeypatch):
+    layers = nn.ModuleDict(
+        {"gate": nn.Linear(20, 48), "up": nn.Linear(20, 48), "down": nn.Linear(48, 9)}
+    ).eval()
+    x, residual = torch.randn(2, 6, 20), torch.randn(2, 6, 9)
+    weights = [layers[name].weight for name in ("gate", "up", "down")]
+    biases = {f"b_{name}": layer.bias for name, layer in layers.items()}
+    with torch.no_grad():
+        want = vlmkernels.gated_mlp(x, *weights, **biases, residual=residual)
+        with vlmkernels.prepare_for_inference(layers):
+            got = vlmkernels.gated_mlp(x, *weights, **biases, residual=residual)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            other = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(48, 20), None)
+            entry = dataclasses.replace(_packed.PACKED[id(weights[1])], packed=other)
+            monkeypatch.setitem(_packed.PACKED, id(weights[1]), entry)
+            assert not torch.allclose(vlmkernels.gated_mlp(x, *weights, **biases, residual=residual), want)
+
+
+@needs_onednn
 def test_gradients_are_those_of_the_weight_itself():
     net, x = model(), torch.randn(6, 20, requires_grad=True)
     want = result_and_gradients(net, [x])
