@@ -55,8 +55,8 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     Every ``torch.nn.Linear`` keeps a second copy of its weight in the layout of oneDNN's products, which
     otherwise is made again in every call. Where no gradient is recorded (``torch.no_grad()`` or
     ``torch.inference_mode()``) these layers use it, and so do `vlmkernels.linear`, `mlp` and `gated_mlp` on
-    the same weights. Elsewhere, under autocast and in ``torch.compile``, everything runs as before. Parameters,
-    their names and the state dict stay as they are, and results differ by rounding only.
+    the same weights. Elsewhere, under autocast and in ``torch.compile``, everything runs as before.
+    Parameters, their names and the state dict stay as they are, and results differ by rounding only.
 
     A weight that changed in place (``copy_``, ``load_state_dict``, an optimizer's step) or moved in memory is
     a RuntimeError at its next use. What torch does not count as a change is not seen: writes through
