@@ -135,4 +135,6 @@ def test_results_are_merged_and_written_whole(tmp_path):
 
 def test_the_page_is_that_of_the_stored_results():
     results = [json.loads(path.read_text()) for path in sorted(command.RESULTS.glob("*.json"))]
-    assert page.PAGE.read_text() == page.render(results), "run python -m benchmarks.models --write-docs"
+    stale = "run python -m benchmarks.models --write-docs"
+    assert page.PAGE.read_text() == page.render(results), stale
+    assert page.HEADLINE.findall(page.README.read_text()) == [page.headline(results)], stale

@@ -404,6 +404,7 @@ def test_hf_state_dict_with_a_temperature_below_the_floor(value):
         ({"image_padding": "valid"}, "image_padding: got 'valid'"),
         ({"image_strides": (1, 2, 3)}, "image_strides: got .* want seven of 1 or 2"),
         ({"image_depth": 0.0}, "want both > 0"),
+        ({"text_layers": 0}, "text_layers: got 0, want at least 1"),
         ({"text_heads": 3}, "text_heads: got 3, want a divisor of text_width 128"),
         ({"context_length": 25}, "context_length: got 25, want 1 to max_positions 24"),
         ({"pad_id": 97}, "pad_id: got 97"),

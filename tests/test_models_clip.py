@@ -421,6 +421,7 @@ def test_autocast_to_bf16(config):
         ({"patch_size": 7}, "image_size is 32, wants a multiple of patch_size 7"),
         ({"patch_size": None}, "wants a multiple of patch_size None"),
         ({"vision_heads": 5}, "vision_heads is 5, wants a divisor of the width 64"),
+        ({"vision_layers": 0}, "vision_layers is 0, wants at least 1"),
         ({"eot_id": 50}, "eot_id is 50, wants an id below vocab_size 50"),
         ({"quick_gelu": "yes"}, "quick_gelu wants True or False, got 'yes'"),
         ({"vision_layers": (1, 1)}, "got \\(1, 1\\); patch_size is 8, a ModifiedResNet wants None"),

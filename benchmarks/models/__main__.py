@@ -3,7 +3,7 @@
     python -m benchmarks.models                       all; into benchmarks/results/models/<machine>.json
     python -m benchmarks.models --work 'step.*32'     what matches
     python -m benchmarks.models --quick               tiny models, nothing compiled, nothing written
-    python -m benchmarks.models --write-docs          docs/model_benchmarks.md from the stored results
+    python -m benchmarks.models --write-docs          docs/model_benchmarks.md and README from stored results
 
 All systems of a line start from the same weights; one whose loss, gradients or embeddings differ from ours
 is not timed. A step is forward and backward; the optimizer is timed apart.
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--list", action="store_true", help="only print what there is")
-    parser.add_argument("--write-docs", action="store_true", help=f"only write {page.PAGE.name}")
+    parser.add_argument("--write-docs", action="store_true", help=f"only write {page.PAGE.name} and README")
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "SYSTEM"), help="only print one peak in bytes")
     options = parser.parse_args(arguments)
     if options.write_docs:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, report
 
+from .systems import OURS
+
 PAGE = measure.ROOT / "docs" / "model_benchmarks.md"
+README = measure.ROOT / "README.md"
+HEADLINE = re.compile(r"(?<=<!-- models -->\n).*?(?=<!-- /models -->)", re.DOTALL)
+HEADLINE_BATCH = 32
 INTRODUCTION = """# Whole models
 
 A training step (forward and backward) and the embedding of images and texts, by this library and by the
@@ -93,6 +99,26 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def headline(results: list[dict[str, Any]]) -> str:
+    """README's table: our time, and the factors of the peers, without their patched selves."""
+    out = []
+    for result in results:
+        lines = [line for line in result["lines"] if line["batch"] == HEADLINE_BATCH]
+        names = [row["name"] for line in lines for row in line["rows"] if "ratio" in row]
+        peers = [name for name in dict.fromkeys(names) if not name.endswith(", patched")]
+        rows: list[tuple[str, ...]] = [("work", OURS, *peers), ("---", *["---:"] * (1 + len(peers)))]
+        for line in lines:
+            ours, *others = line["rows"]
+            ratios = {row["name"]: f"{row['ratio']['median']:.2f}×" for row in others if "ratio" in row}
+            rows.append(
+                (line["name"], _seconds(ours["seconds"]["median"]), *(ratios.get(name, "") for name in peers))
+            )
+        out.append(f"{_table(rows)}\n{result['machine']}: `python -m benchmarks.models`.\n")
+    return "\n" + "\n".join(out) + "\n"
+
+
 def write(folder: Path) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     report.write_atomically(PAGE, render(results))
+    readme = README.read_text(encoding="utf-8")
+    report.write_atomically(README, HEADLINE.sub(lambda _: headline(results), readme))

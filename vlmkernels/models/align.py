@@ -97,6 +97,8 @@ class AlignConfig:
         if not self.image_projection and features != self.embed_dim:
             wanted = f"want {features}, the image channels, or image_projection=True"
             faults.append(f"embed_dim: got {self.embed_dim}, {wanted}")
+        if self.text_layers < 1:
+            faults.append(f"text_layers: got {self.text_layers}, want at least 1")
         if self.text_width % heads:
             faults.append(f"text_heads: got {heads}, want a divisor of text_width {self.text_width}")
         if not 1 <= self.context_length <= self.max_positions:
