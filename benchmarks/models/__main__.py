@@ -69,7 +69,7 @@ def measured(
             if system.name in (OURS, family.eager):
                 parts[system.name] = parts_of(call)
             if system.name == family.eager:
-                flops = flops_of(model, call)
+                flops = flops_of(model, work, inputs)
             if work.training and system.name in (OURS, family.eager):
                 optimizer[system.name] = _optimizer_seconds(model.module, call)
             call()

@@ -119,11 +119,21 @@ def disagreement(ours: list[Tensor], theirs: list[Tensor], work: Work) -> str | 
     return None
 
 
-def flops_of(model: Model, call: Callable[[], Any]) -> int:
-    """Of matrix products, attention and convolutions in one call of an eager peer."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+def flops_of(model: Model, work: Work, inputs: tuple[Tensor, Tensor]) -> int:
+    """Of matrix products, attention and convolutions in one call of an eager peer.
+
+    A backward counts as two forwards: torch's counter takes the weight gradient of a grouped convolution for
+    that of a dense one.
+    """
+    images, tokens = inputs[0], model.padded(inputs[1])
+    forward = {
+        "training step": lambda: model.loss(images, tokens),
+        "images": lambda: model.images(images),
+        "texts": lambda: model.texts(tokens),
+    }
+    with FlopCounterMode(display=False) as counter, precision(DTYPES[work.type]):
+        forward[work.what]()
+    return counter.get_total_flops() * (3 if work.training else 1)
 
 
 def parts_of(call: Callable[[], Any]) -> dict[str, float]:
