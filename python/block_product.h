@@ -61,9 +61,9 @@ struct Operand {
 // How a product is split into tasks: blocks of rows, and groups of column blocks. No number depends on it.
 template <class P>
 struct Split {
-  static constexpr int64_t block = kBlockRows<P>;
-  Split(int64_t rows, int64_t cols, int64_t width)
+  Split(int64_t rows, int64_t cols, int64_t width, int64_t block = kBlockRows<P>)
       : rows(rows),
+        block(block),
         col_blocks(ceil_div(cols, width)),
         row_blocks(ceil_div(rows, block)),
         most(std::max<int64_t>(1, kTaskCols / width)) {
@@ -87,7 +87,7 @@ struct Split {
     if (sizeof(P) == 2) p.part = scratch.take<P>(rows * (kPart + 32));
     return p;
   }
-  int64_t rows, col_blocks, row_blocks, most, groups;
+  int64_t rows, block, col_blocks, row_blocks, most, groups;
 };
 
 }  // namespace vlmk

@@ -158,7 +158,7 @@ class ForwardWeight {
       VLMK_CALL(pack_transposed_b, x.rows(row, count, count, scratch), depth, count, depth, depth, width,
                 data<P>(xt) + row * depth);
     });
-    const Split<P> split(o_, rows, width);
+    const Split<P> split(o_, rows, width, kFewOutputs);
     const int64_t bytes = w.bytes(kBlockRows<P>) + split.bytes(width) + kBlockRows<P> * width * sizeof(A) + 64;
     for_tasks(split.tasks(), bytes, [&](int64_t task, Scratch& scratch) {
       const int64_t o0 = split.row(task), count = split.count(task);
@@ -167,6 +167,8 @@ class ForwardWeight {
       VLMK_CALL(linear_few, p, f, o0, count, rows, scratch.take<A>(width * count));
     });
   }
+
+  static constexpr int64_t kFewOutputs = 128;  // of a task with few rows: narrow layers have work for all threads
 
   Tensor weight_, packed_;
   int64_t o_, k_;
