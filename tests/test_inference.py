@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import gc
 import pickle
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,38 @@ def test_the_gated_perceptron_uses_packed_weights(monkeypatch):
             entry = dataclasses.replace(_packed.PACKED[id(weights[1])], packed=other)
             monkeypatch.setitem(_packed.PACKED, id(weights[1]), entry)
             assert not torch.allclose(vlmkernels.gated_mlp(x, *weights, **biases, residual=residual), want)
+
+
+@needs_onednn
+@pytest.mark.parametrize("given", [False, True], ids=["plain", "residual"])
+def test_perceptrons_on_packed_weights_work_on_some_rows_at_a_time(given, monkeypatch):
+    layers = nn.ModuleDict({"a": nn.Linear(20, 48), "b": nn.Linear(20, 48), "c": nn.Linear(48, 9)}).eval()
+    a, b, c = (layers[name] for name in "abc")
+    x, residual = torch.randn(3, 7, 20), torch.randn(3, 7, 9) if given else None
+    seen = []
+
+    def run():
+        mlp = vlmkernels.mlp(x, a.weight, a.bias, c.weight, c.bias, activation="gelu", residual=residual)
+        return mlp, vlmkernels.gated_mlp(x, a.weight, b.weight, c.weight, b_down=c.bias, residual=residual)
+
+    def noting(rows, *rest):
+        seen.append(rows.shape[0])
+        return packed_linear(rows, *rest)
+
+    packed_linear = _packed.packed_linear
+    monkeypatch.setattr(_packed, "ROWS", 5)
+    for op in ("mlp", "gated_mlp"):
+        monkeypatch.setattr(sys.modules[f"vlmkernels.ops.{op}"], "packed_linear", noting)
+    with torch.no_grad():
+        want = run()
+        seen.clear()
+        with vlmkernels.prepare_for_inference(layers):
+            got = run()
+    assert seen == [n for n in (5, 5, 5, 5, 1) for _ in range(2)] + [
+        n for n in (5, 5, 5, 5, 1) for _ in range(3)
+    ]
+    for x_, y_ in zip(got, want, strict=True):
+        torch.testing.assert_close(x_, y_, rtol=1e-4, atol=1e-4)
 
 
 @needs_onednn

@@ -8,6 +8,7 @@ from vlmkernels.models import _padding
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 
+drops = pytest.mark.skipif(_native.extension is None, reason="padding is dropped with the C++ kernels alone")
 EOT, LENGTH = 96, 12
 CLIP_TINY = ClipConfig(
     embed_dim=24, image_size=32, patch_size=8, vision_width=64, vision_layers=2, vision_heads=4,
@@ -40,6 +41,7 @@ def results(model, tokens) -> list[torch.Tensor]:
     return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@drops
 @pytest.mark.parametrize("lengths", [[3, 12, 1, 7], [12] * 3, [1], [2, 2]], ids=str)
 @pytest.mark.parametrize("build", [lambda: CLIP(CLIP_TINY), lambda: ALIGN(ALIGN_TINY)], ids=["clip", "align"])
 def test_packed_texts_equal_padded_ones(build, lengths, monkeypatch):
@@ -54,7 +56,7 @@ def test_packed_texts_equal_padded_ones(build, lengths, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(_native.extension is None, reason="padding is dropped with the C++ kernels alone")
+@drops
 def test_layers_see_no_padding_and_the_last_one_answers_for_one_token_a_row():
     model, shapes = CLIP(CLIP_TINY), []
 

@@ -1,6 +1,7 @@
 """Weights that `prepare_for_inference` packed, and the linear layer that uses them."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Packed:
 
 
 PACKED: dict[int, Packed] = {}  # by the id of the weight
+ROWS = 2048  # that perceptrons work on at a time
 
 
 def entry_of(weight: Tensor) -> Packed | None:
@@ -85,3 +87,20 @@ def packed_linear(
     out = out.reshape(*x.shape[:-1], weight.shape[0])
     out = out if activation in FUSED else activate(out, activation)
     return out if residual is None else out + residual
+
+
+def by_rows(
+    perceptron: Callable[[Tensor, Tensor | None], Tensor | None], x: Tensor, residual: Tensor | None
+) -> Tensor | None:
+    """Calls it with some rows of x and of the residual at a time, so that no hidden layer exists whole."""
+    if x.shape[:-1].numel() <= ROWS:
+        return perceptron(x, residual)
+    parts = x.reshape(-1, x.shape[-1]).split(ROWS)
+    added = (None,) * len(parts) if residual is None else residual.reshape(-1, residual.shape[-1]).split(ROWS)
+    out: list[Tensor] = []
+    for rows, more in zip(parts, added, strict=True):
+        piece = perceptron(rows, more)
+        if piece is None:
+            return None
+        out.append(piece)
+    return torch.cat(out).unflatten(0, x.shape[:-1])

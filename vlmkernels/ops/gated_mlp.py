@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
-from vlmkernels._packed import PACKED, packed_linear
+from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 
@@ -54,10 +54,15 @@ def gated_mlp(
         outputs,
     )
     if PACKED and not torch.is_grad_enabled():
-        gate = packed_linear(x, w_gate, b_gate, activation, None)
-        up = packed_linear(x, w_up, b_up, "none", None)
-        both = None if gate is None or up is None else gate * up
-        out = None if both is None else packed_linear(both, w_down, b_down, "none", residual)
+
+        def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:
+            gate = packed_linear(x, w_gate, b_gate, activation, None)
+            up = packed_linear(x, w_up, b_up, "none", None)
+            if gate is None or up is None:
+                return None
+            return packed_linear(gate.mul_(up), w_down, b_down, "none", residual)
+
+        out = by_rows(packed, x, residual)
         if out is not None:
             return out
     keep = trained(x, w_gate, w_up, w_down, b_gate, b_up)

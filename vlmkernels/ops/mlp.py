@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
-from vlmkernels._packed import PACKED, packed_linear
+from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
 
@@ -49,8 +49,12 @@ def mlp(
         outputs,
     )
     if PACKED and not torch.is_grad_enabled():
-        inner = packed_linear(x, w1, b1, activation, None)
-        out = None if inner is None else packed_linear(inner, w2, b2, "none", residual)
+
+        def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:
+            inner = packed_linear(x, w1, b1, activation, None)
+            return None if inner is None else packed_linear(inner, w2, b2, "none", residual)
+
+        out = by_rows(packed, x, residual)
         if out is not None:
             return out
     return _op(x, w1, b1, w2, b2, residual, activation, trained(x, w1, b1, w2))[0]
