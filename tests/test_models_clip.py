@@ -286,17 +286,20 @@ def openai_state_dict(config):
     return {**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}
 
 
-def test_openai_weights_want_quick_gelu():
+def test_openai_weights_want_quick_gelu_and_heads_of_64_channels():
     state_dict = openai_state_dict(VIT)
     with pytest.raises(ValueError, match=r"OpenAI's own checkpoint.*QuickGELU.*quick_gelu=False"):
         CLIP(VIT).load_openai_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"vision_heads is 4, here 1 is wanted; text_heads is 4, here 1"):
+        CLIP(replace(VIT, quick_gelu=True)).load_openai_state_dict(state_dict)
+    own = CLIP.from_openai_state_dict(state_dict).config
+    assert (own.quick_gelu, own.vision_heads, own.text_heads) == (True, 1, 1)
     with pytest.raises(ValueError, match="quick_gelu"):
         CLIP.from_openai_state_dict(state_dict, quick_gelu=False)
-    model = CLIP(VIT)
+    model = CLIP(replace(VIT, vision_heads=1, text_heads=1))
     model.load_openai_state_dict(state_dict, check_activation=False)
     assert torch.equal(model.visual.proj, state_dict["visual.proj"].float())
-    quick = CLIP.from_openai_state_dict(state_dict, quick_gelu=True, **HEADS)
-    assert quick.config.quick_gelu
+    quick = CLIP.from_openai_state_dict(state_dict)
     images, tokens = inputs(VIT)
     assert not torch.allclose(
         quick(images, tokens)["image_features"], model(images, tokens)["image_features"]

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels.models._pretrained import Pretrained, read_state_dict
+from vlmkernels.models._files import read_state_dict
+from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.models.bert import Bert
 from vlmkernels.models.efficientnet import (
     CHANNELS,

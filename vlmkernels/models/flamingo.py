@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder, generation
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, read_state_dict
+from vlmkernels.models._files import read_state_dict
+from vlmkernels.models._pretrained import Pretrained, config_from_dict
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.decoder import CausalLM, DecoderConfig

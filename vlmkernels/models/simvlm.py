@@ -156,7 +156,7 @@ class SimVLM(Pretrained):
                 nn.init.normal_(module.weight, std=(module.in_features * summed) ** -0.5)
                 nn.init.zeros_(module.bias)
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """As of every model here, with an error of its own for weights of the other form."""
         if "image_projection.weight" in state_dict:
             form = FORMS["cross_norm.weight" not in state_dict]
@@ -166,7 +166,7 @@ class SimVLM(Pretrained):
                     f"{self.config.form!r}. The weights of one form do not serve the other: a decoder is"
                     " trained with cross-attention or without"
                 )
-        super().load_weights(state_dict)
+        super().check_weights(state_dict)
 
     def encode_image(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, image_tokens, D]
         """Image tokens with their positions. ValueError for anything but a floating [B, 3, R, R]."""
