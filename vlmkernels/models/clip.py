@@ -191,6 +191,32 @@ class VisionTransformer(nn.Module):
         return self.ln_post(pooled) @ self.proj
 
 
+def _activation(config: ClipConfig) -> type[nn.Module]:
+    return QuickGELU if config.quick_gelu else nn.GELU
+
+
+def image_tower(config: ClipConfig) -> nn.Module:
+    """`CLIP(config).visual` alone."""
+    c = config
+    assert c.vision_heads is not None, "set by ClipConfig"
+    if not isinstance(c.vision_layers, int):
+        return ModifiedResNet(c.vision_layers, c.vision_width, c.vision_heads, c.image_size, c.embed_dim)
+    assert c.patch_size is not None, "checked by ClipConfig"
+    return VisionTransformer(
+        c.image_size,
+        c.patch_size,
+        c.vision_width,
+        c.vision_layers,
+        c.vision_heads,
+        c.vision_mlp_width,
+        c.embed_dim,
+        _activation(c),
+        eps=c.vision_eps,
+        ln_pre=c.vision_ln_pre,
+        pool=c.vision_pool,
+    )
+
+
 class CLIP(Pretrained):
     """CLIP with a ViT or a ModifiedResNet as image tower.
 
@@ -207,33 +233,12 @@ class CLIP(Pretrained):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)
         c = self.config
-        activation = QuickGELU if c.quick_gelu else nn.GELU
-        assert c.vision_heads is not None, "set by ClipConfig"
         assert c.text_heads is not None, "set by ClipConfig"
-        self.visual: nn.Module
-        if isinstance(c.vision_layers, int):
-            assert c.patch_size is not None, "checked by ClipConfig"
-            self.visual = VisionTransformer(
-                c.image_size,
-                c.patch_size,
-                c.vision_width,
-                c.vision_layers,
-                c.vision_heads,
-                c.vision_mlp_width,
-                c.embed_dim,
-                activation,
-                eps=c.vision_eps,
-                ln_pre=c.vision_ln_pre,
-                pool=c.vision_pool,
-            )
-        else:
-            self.visual = ModifiedResNet(
-                c.vision_layers, c.vision_width, c.vision_heads, c.image_size, c.embed_dim
-            )
+        self.visual = image_tower(c)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
         text_sizes = (c.text_width, c.text_layers, c.text_heads, c.text_mlp_width)
-        self.transformer = Transformer(*text_sizes, activation, c.text_eps)
+        self.transformer = Transformer(*text_sizes, _activation(c), c.text_eps)
         self.ln_final = LayerNorm(c.text_width, c.text_eps)
         self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(c.init_logit_scale))

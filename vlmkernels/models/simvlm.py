@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
@@ -66,6 +66,9 @@ class SimVLMConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv_blocks", tuple(self.conv_blocks))
+        sizes = ("image_size", "conv_blocks", "conv_width", "width", "encoder_layers", "heads", "vocab_size")
+        if too_small := [*below(self, 1, *sizes), *below(self, 0, "decoder_layers")]:
+            raise ValueError("SimVLMConfig: " + "; ".join(too_small))
         heads = max(self.width // 64, 1) if self.heads is None else self.heads
         object.__setattr__(self, "heads", heads)
         stride = 16 if self.conv_pool else 8
