@@ -38,7 +38,7 @@ MEMORY_PER_BYTE = 4  # tied weights are stored once
 def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file. FileNotFoundError; ValueError for what is no JSON object."""
     path = Path(file)
-    _check_content(path)
+    check_content(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
@@ -96,7 +96,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    _check_content(path)
+    check_content(path)
     try:
         content = _load(path)
     except Exception as error:  # damaged files raise many types
@@ -120,7 +120,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_content(path: Path) -> None:
+def check_content(path: Path) -> None:
+    """FileNotFoundError, or ValueError for an empty file and for git-lfs's stand-in of one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:

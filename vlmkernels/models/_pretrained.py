@@ -145,8 +145,11 @@ def naming(source: Source) -> Iterator[None]:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of `folder`/config.json, `model_type` included."""
-    return read_json(Path(folder) / CONFIG_FILE)
+    """The fields of `folder`/config.json, `model_type` included. FileNotFoundError, ValueError."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a folder such as RUN/final is wanted")
+    return read_json(path)
 
 
 def config_from_dict(
