@@ -185,23 +185,6 @@ def test_one_line_names_the_file(damage, trained, tmp_path, capsys):
     assert not (out / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "cuda:x", "tpu"])
-def test_a_device_that_is_not_there(device, trained, tmp_path, capsys):
-    table, final, _ = trained
-    out = tmp_path / "out.npz"
-    for command in (
-        ["embed", "--out", out, table.parent],
-        ["search", "red", table.parent],
-        ["eval"],
-        ["caption", table.parent],
-    ):
-        code, err = fail(capsys, *command, "--model", final, "--device", device)
-        assert code == 2
-        assert err.startswith(f"Error: device: {device!r} cannot be used here")
-        assert len(err.splitlines()) == 1
-    assert not out.exists()
-
-
 def test_the_model_itself_serves_every_command(trained, tmp_path, capsys):
     """What `test_one_line_names_the_file` breaks is whole before."""
     table, final, _ = trained

@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"Error: {error.name} is not installed; pip install 'vlmkernels[train]' brings it", err=True
         )
         sys.exit(1)
-    except (ValueError, KeyError, OSError, FloatingPointError) as error:
+    except (ValueError, KeyError, FileNotFoundError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         click.echo(f"Error: {message}", err=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

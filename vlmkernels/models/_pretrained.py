@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import threading
 import types
 import typing
@@ -181,7 +182,7 @@ def config_from_dict(
             value = config_from_dict(typing.cast(type, nested[0]), value, complete=complete)
         if not _is_of(value, hints[name]):
             wanted = " or ".join(KINDS.get(kind) or str(kind) for kind in _options(hints[name]))
-            faults.append(f"{name} is {value!r:.100}, wants {wanted}")
+            faults.append(f"{name} is {reprlib.repr(value):.200}, wants {wanted}")
         values[name] = value
     if faults:
         raise ValueError(f"{config_class.__name__}: " + "; ".join(faults))

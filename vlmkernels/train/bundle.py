@@ -285,12 +285,12 @@ def model_config(kind: str, config: TrainConfig) -> Any:
         raise ValueError(f"model: {kind} has no configuration {config.model!r}; it has {', '.join(known)}")
     base: Any = known[config.model]
     options: dict[str, Any] = dict(SIGLIP_START) if kind == "siglip" else {}
-    options |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.model_options.items()}
+    options |= config.model_options
     fields = [field.name for field in dataclasses.fields(base)]
-    unknown = sorted(set(options) - set(fields))
+    unknown = sorted(str(name) for name in options if name not in fields)
     if unknown:
         raise ValueError(f"model_options: unknown fields {', '.join(unknown)}; known are {', '.join(fields)}")
     for name, place in (("eot_id", 1), ("eos_id", 1), ("bos_id", 2)):  # within a vocabulary of another size
-        if name in fields and "vocab_size" in options:
+        if name in fields and isinstance(options.get("vocab_size"), int):
             options.setdefault(name, options["vocab_size"] - place)
-    return dataclasses.replace(base, **options)
+    return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Mapping
 from importlib import resources
@@ -181,7 +182,7 @@ def _convert(value: Any, hint: Any) -> Any:
                 parsed = yaml.safe_load(value)
         if isinstance(parsed, Mapping):
             return dict(parsed)
-        raise ValueError(f"must be a mapping such as {{name: value}}, got {value!r}")
+        raise ValueError(f"must be a mapping such as {{name: value}}, got {reprlib.repr(value):.200}")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
@@ -194,7 +195,7 @@ def _convert(value: Any, hint: Any) -> Any:
         except ValueError:
             pass
     names = {bool: "true or false", str: "text", int: "an integer", float: "a number"}
-    raise ValueError(f"must be {names[hint]}, got {value!r}")
+    raise ValueError(f"must be {names[hint]}, got {reprlib.repr(value):.200}")
 
 
 def shipped_configs() -> list[str]:

@@ -56,11 +56,6 @@ def load_model(
         raise FileNotFoundError(f"model: no folder {folder}; RUN/final of a training run is wanted")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used here ({reason}); take cpu or auto") from error
     bundle = load_bundle(folder, device)
     found = bundle.model.model_type
     if found not in kinds:
