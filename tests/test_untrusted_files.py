@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy
@@ -14,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 from tests.test_cli import fail
-from vlmkernels.data import load_pairs
+from vlmkernels.data import BrokenImageError, load_pairs
 from vlmkernels.models import ALIGN, CLIP
 from vlmkernels.models._files import read_state_dict
 from vlmkernels.train import checkpoint
-from vlmkernels.train.embed import read_embeddings
+from vlmkernels.train.embed import read_embeddings, read_image
 
 
 @pytest.fixture
@@ -183,6 +185,16 @@ def test_tars_with_paths_and_links(tmp_path):
     assert sorted(source.skipped) == ["device", "hard", "pipe", "symbolic"]
     assert sorted(Path(tmp_path).rglob("*")) == before
     assert not os.path.exists("/tmp/absolute.png")
+
+
+def test_pictures_that_grow(tmp_path):
+    """179 million pixels are Pillow's limit; the header of this one says a thousand million."""
+    png = encoded()
+    header = b"IHDR" + struct.pack(">II", 32_000, 32_000) + png[24:29]
+    path = tmp_path / "a.png"
+    path.write_bytes(png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:])
+    with pytest.raises(BrokenImageError, match="exceeds limit of 178956970 pixels"):
+        read_image(path)
 
 
 # Each field of a config.json in turn becomes each of these; what loads all the same changed no size.
