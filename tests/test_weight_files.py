@@ -110,6 +110,14 @@ def test_two_state_dicts_are_not_guessed_between():
         read_state_dict({"model": Tower().state_dict(), "state_dict": Tower().state_dict()})
 
 
+def test_a_checkpoint_that_holds_itself(tmp_path):
+    checkpoint = {}
+    checkpoint["model"] = checkpoint
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt is not a state dict"):
+        read_state_dict(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("content", [{"a": 1}, {0: torch.zeros(1)}, {"a": None}, {"state_dict": {"a": {}}}])
 def test_what_is_no_state_dict(content, tmp_path):
     with pytest.raises(ValueError, match="the mapping given is not a state dict"):

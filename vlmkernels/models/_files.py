@@ -32,6 +32,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 WRAPPERS = ("module.", "model.")  # of data-parallel and averaged models; of Lightning's
 INNER_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MOST_CONTAINERS = 8  # in each other; a checkpoint may hold itself
 MEMORY_PER_BYTE = 4  # tied weights are stored once
 
 
@@ -151,7 +152,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
     """The state dict inside of checkpoints and wrappers."""
-    while isinstance(content, Mapping):
+    for _ in range(MOST_CONTAINERS):
+        if not isinstance(content, Mapping):
+            break
         inside = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
         if len(inside) > 1:
             raise ValueError(f"{where}: holds {' and '.join(inside)}, give the state dict that is meant")

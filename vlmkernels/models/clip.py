@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -364,7 +363,8 @@ class CLIP(Pretrained):
         weights, fields, origin = convert.from_openai(source)
         if check_activation:
             convert.check_activation(fields, self.config.quick_gelu, origin)
-        wanted = replace(self.config, **{**fields, "quick_gelu": self.config.quick_gelu})
+        quick_gelu = {"quick_gelu": self.config.quick_gelu}
+        wanted = config_from_dict(ClipConfig, {**vars(self.config), **fields, **quick_gelu})
         differing = [
             f"{name} is {getattr(self.config, name)}, here {getattr(wanted, name)} is wanted"
             for name in fields
