@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from vlmkernels.data import ImageTransform, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
@@ -24,6 +23,7 @@ from vlmkernels.data.tokenizer import load_tokenizer
 from . import batches, checkpoint, course
 from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
 from .config import OBJECTIVES, TrainConfig, write_config
+from .gate import Gate, check_finite
 from .optim import build_average, build_optimizer, learning_rate
 from .record import METRICS, Recorder
 from .tasks import build_task
@@ -57,8 +57,9 @@ def train(kind: str, config: TrainConfig) -> Summary:
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
     ``keep``, as step-00000120) and final/. ValueError or FileNotFoundError for a configuration that cannot
-    run, FloatingPointError when the loss is not finite. A KeyboardInterrupt is raised again, as is an
-    OSError, such as that of a full disk; the run can then be resumed from its last checkpoint.
+    run, FloatingPointError naming the step when the loss, its gradient or the weights are not finite: nothing
+    of them is saved. A KeyboardInterrupt is raised again, as is an OSError, such as that of a full disk; the
+    run can then be resumed from its last checkpoint.
     """
     if kind not in OBJECTIVES:
         raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
@@ -210,11 +211,14 @@ class Run:
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
         self.bare.to(accelerator.device)
         self.average = build_average(self.bare, config.ema_decay)
-        self.model, self.optimizer = accelerator.prepare(self.bare, build_optimizer(self.bare, config))
+        optimizer = build_optimizer(self.bare, config)
+        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         set_seed(config.seed, device_specific=True)
         self.step = 0
         if state is not None:
             self._restore(state)
+        scaled = accelerator.scaler is not None
+        self.gate = Gate(optimizer, accelerator.device, self.step, scaled=scaled)
 
     def _by_main(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` on the first process and give its result on all; its error ends all of them."""
@@ -327,9 +331,8 @@ class Run:
         with self.accelerator.autocast():
             loss, measure = self.task.loss(self.model, placed, self.step, measured)
         self.accelerator.backward(loss)
-        norm = None
-        if config.grad_clip:
-            norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), config.grad_clip)
+        norm = self._clip()
+        self.gate.check(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(self.bare)
@@ -337,16 +340,18 @@ class Run:
             self.average.update_parameters(self.bare)
         if not measured:
             return {}
-        values = {**measure(), "lr": rate}
-        if norm is not None:
-            values["grad_norm"] = norm.item()
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step + 1}; lower lr or raise warmup_steps"
-            )
-        return values
+        self.gate.read()
+        return {**measure(), "lr": rate, "grad_norm": norm.item()}
+
+    def _clip(self) -> Tensor:
+        """The norm of the joint batch's gradient, which is clipped to ``grad_clip``."""
+        if self.config.grad_clip:
+            return self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip)
+        self.accelerator.unscale_gradients()
+        return nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
 
     def _save(self) -> None:
+        self.gate.read()
         states = gather_object([checkpoint.random_state()])
 
         def write() -> None:
@@ -356,6 +361,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "average": None if average is None else average.state_dict(),
             }
+            check_finite(self.step, **learned)
             state = {
                 **learned,
                 "step": self.step,
@@ -387,6 +393,7 @@ class Run:
 
     def _write_final(self) -> None:
         model: Any = self.bare if self.average is None else self.average.module
+        check_finite(self.step, model=model.state_dict())
         with checkpoint.whole_folder(self.run / FINAL) as folder:
             dataclasses.replace(self.bundle, model=model).save(folder)
 
