@@ -90,6 +90,41 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_the_one_before_i
     assert checkpoint.checkpoints(run) == [four, eight]
 
 
+@pytest.fixture
+def early(run):
+    """A run whose checkpoints are of the version before checksums."""
+    for folder in checkpoint.checkpoints(run[0]):
+        state = torch.load(folder / "state.pt", weights_only=True)
+        del state["course"]
+        torch.save(state, folder / "state.pt")
+        (folder / "sha256sums").unlink()
+    return run
+
+
+def test_checkpoints_of_an_earlier_version_are_resumed(whole, early, caplog):
+    run, values = early
+    with caplog.at_level(logging.WARNING, "vlmkernels.train"):
+        train("clip", TrainConfig(**values))
+    assert "step-00000008 is of an earlier version" in caplog.text
+    assert_same_run(whole[0], run)
+
+
+def test_checkpoints_of_an_earlier_version_keep_the_settings_of_their_run(early):
+    _, values = early
+    with pytest.raises(ValueError, match=r"lr was .*, got 0.5"):
+        train("clip", TrainConfig(**{**values, "lr": 0.5}))
+
+
+def test_a_damaged_checkpoint_of_an_earlier_version_is_named(early, caplog):
+    run, values = early
+    four, eight = checkpoint.checkpoints(run)
+    os.truncate(eight / "state.pt", 1000)
+    with caplog.at_level(logging.WARNING, "vlmkernels.train"):
+        train("clip", TrainConfig(**values))
+    assert f"{eight / 'state.pt'} is damaged" in caplog.text
+    assert f"resuming the one before it, {four}" in caplog.text
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run):
     run, values = run
     lines = (run / "metrics.jsonl").read_text()

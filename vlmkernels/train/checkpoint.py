@@ -223,14 +223,24 @@ def _checksums(digest: str) -> bytes:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU. FileNotFoundError if there is none, ValueError if it is damaged."""
-    path = folder / STATE
+    """Read a checkpoint to the CPU. FileNotFoundError if there is none, ValueError if it is damaged.
+
+    Checkpoints written before there were checksums have no "course" and cannot be checked: a warning says so.
+    """
+    path, sums = folder / STATE, folder / CHECKSUMS
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {folder} holds no {STATE}")
-    sums = folder / CHECKSUMS
-    if not sums.is_file() or sums.read_bytes() != _checksums(file_digest(path)):
+    if sums.is_file() and sums.read_bytes() != _checksums(file_digest(path)):
         raise ValueError(f"checkpoint: {path} is damaged: it does not have the checksum in {CHECKSUMS}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of bytes that are not its own
+        raise ValueError(f"checkpoint: {path} is damaged: {error}") from error
+    if not sums.is_file():
+        if "course" in state:
+            raise ValueError(f"checkpoint: {folder} is damaged: {CHECKSUMS} is missing")
+        log.warning("%s is of an earlier version and has no checksum: it is read unchecked", folder)
+    return state
 
 
 def load_first(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:

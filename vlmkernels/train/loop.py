@@ -22,7 +22,7 @@ from vlmkernels.data.tokenizer import load_tokenizer
 
 from . import batches, checkpoint, course
 from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
-from .config import OBJECTIVES, TrainConfig, write_config
+from .config import OBJECTIVES, TrainConfig, read_config, write_config
 from .gate import Gate, check_finite
 from .optim import build_average, build_optimizer, learning_rate
 from .record import METRICS, Recorder
@@ -193,14 +193,15 @@ class Run:
             )
         state: dict[str, Any] | None = self._begin(held)
         self.course = course.of_settings(kind, config)
-        if state is not None:
-            course.refuse_other(run, state["course"], self.course)
+        earlier: dict[str, Any] = state.get("course", {}) if state else {}
+        if state and not earlier:  # of an earlier version
+            earlier = course.of_settings(kind, TrainConfig(**read_config(run / "config.yaml")))
+        course.refuse_other(run, earlier, self.course)
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
         inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
         self.course |= inputs
-        if state is not None:
-            course.refuse_other(run, state["course"], inputs)
+        course.refuse_other(run, earlier, inputs)
         self.task = build_task(kind, config, tokenizer)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
