@@ -141,6 +141,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1, got {value}")
+        if "allow_pipe" in self.data_options:  # who starts the run allows that, not who wrote the file
+            faults.append("data_options must not hold allow_pipe, an argument of its own (--allow-pipe)")
         if self.streams and self.samples_per_epoch is None:
             faults.append(f"samples_per_epoch must be given for the tars {self.data!r}")
         choices = {
