@@ -1,4 +1,6 @@
 // vlmkernels::gated_residual and gated_residual_bwd for CUDA tensors (contracts: vlmkernels/ops/gated_residual.py).
+#include "../gated_residual.h"
+
 #include <ATen/TensorUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -8,7 +10,6 @@
 #include <array>
 #include <optional>
 
-#include "../gated_residual.h"
 #include "stream.h"
 #include "vlmkernels/gated_residual_cuda.h"
 
