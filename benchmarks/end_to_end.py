@@ -12,6 +12,7 @@ which are made once. Results are kept in benchmarks/results/end_to_end/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -77,7 +78,7 @@ def build_run(config: TrainConfig, folder: Path, plain: bool) -> loop.Run:
         return PlainClip(build(kind, config, tokenizer))
 
     with mock.patch.object(loop, "build_model", build_plain if plain else build):
-        run = loop.Run("clip", config, accelerator, folder, None)
+        run = loop.Run("clip", config, accelerator, folder, contextlib.ExitStack())
     if plain:
         run.task = PlainTask("clip", config, run.bundle.tokenizer)
     return run

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ TILES = (
     (128, 256, 256),
 )  # rows, columns, depth whose best rate is the limit
 COPY_BYTES = 1 << 28
+T = TypeVar("T")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -55,33 +57,42 @@ def synchronize(device: str) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def seconds_per_call(
+    fn: Callable[[], Any],
+    repeats: int,
+    sync: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds per call over up to `repeats` calls."""
+    sync()
+    start = clock()
+    done = 0
+    while done < repeats and clock() - start <= MAX_SAMPLE:
+        fn()
+        done += 1
+    sync()
+    return (clock() - start) / done
+
+
 def pairs(
-    ours: Callable[[], Any],
-    theirs: Mapping[str, Callable[[], Any]],
+    ours: T,
+    theirs: Mapping[str, T],
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 31),
     sync: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    sample: Callable[[T, int], float] | None = None,
 ) -> tuple[list[float], dict[str, list[tuple[float, float]]]]:
     """Seconds per call of ours, and for each of theirs its pairs (ours, theirs), one call after the other.
 
     Every round visits all of theirs; who goes first in a pair alternates from round to round. There are at
     least `rounds[0]` and at most `rounds[1]` rounds; from the least on none starts after `seconds`. The
-    callables are warm.
+    callables are warm. `sample(fn, repeats)`, where given, is what times one of them.
     """
+    sample = sample or partial(seconds_per_call, sync=sync, clock=clock)
 
-    def sample(fn: Callable[[], Any], repeats: int) -> float:
-        sync()
-        start = clock()
-        done = 0
-        while done < repeats and clock() - start <= MAX_SAMPLE:
-            fn()
-            done += 1
-        sync()
-        return (clock() - start) / done
-
-    def repeats_of(fn: Callable[[], Any]) -> int:
+    def repeats_of(fn: T) -> int:
         return max(1, min(1000, round(MIN_SAMPLE / max(sample(fn, 1), 1e-7)))) if rounds[0] > 1 else 1
 
     our_repeats, their_repeats = repeats_of(ours), {name: repeats_of(fn) for name, fn in theirs.items()}

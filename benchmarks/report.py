@@ -80,7 +80,7 @@ def table(cases: Iterable[dict[str, Any]]) -> str:
         direction = "" if case["backward"] or "forward only" in case["name"] else ", forward only"
         ours = case["ours"]
         limit = f"{ours['of_limit']:.0%} ({ours['limit']})" if ours.get("of_limit") is not None else ""
-        bytes_ours = _bytes(ours.get("extra_bytes")), _bytes(ours.get("saved_bytes"))
+        bytes_ours = size(ours.get("extra_bytes")), size(ours.get("saved_bytes"))
         rows.append((case["name"] + direction, "**vlmkernels**", _time(ours), "1", *bytes_ours, limit))
         for other in case["baselines"]:
             name = other["name"] + (" (best compiled)" if other["name"] == case.get("best_compiled") else "")
@@ -89,7 +89,7 @@ def table(cases: Iterable[dict[str, Any]]) -> str:
             else:
                 ratio = other["ratio"]
                 shown = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
-                bytes_theirs = _bytes(other.get("extra_bytes")), _bytes(other.get("saved_bytes"))
+                bytes_theirs = size(other.get("extra_bytes")), size(other.get("saved_bytes"))
                 rows.append(("", name, _time(other), shown, *bytes_theirs, ""))
     if not any("saved_bytes" in row for case in cases for row in (case["ours"], *case["baselines"])):
         rows = [row[:SAVED] + row[SAVED + 1 :] for row in rows]
@@ -99,15 +99,18 @@ def table(cases: Iterable[dict[str, Any]]) -> str:
 
 
 def _time(entry: dict[str, Any]) -> str:
-    seconds = entry["seconds"]["median"]
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            value = seconds / size
+    return duration(entry["seconds"]["median"])
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= length or unit == "µs":
+            value = seconds / length
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     raise AssertionError
 
 
-def _bytes(count: int | str | None) -> str:
+def size(count: int | str | None) -> str:
     if count is None:
         return "–"
     if isinstance(count, str):

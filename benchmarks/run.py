@@ -5,6 +5,7 @@
     python -m benchmarks.run --long                 the cases of minutes as well
     python -m benchmarks.run --quick                cut sizes, no torch.compile, nothing written
     python -m benchmarks.run --write-docs           the tables in README.md and docs/ from the stored results
+    python -m benchmarks.run --against REV          this tree beside an earlier revision, nothing written
 
 The tests of an op run first and a red op is not timed.
 """
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 import vlmkernels
+from benchmarks import against, measure, report
 from benchmarks import cases as registry
-from benchmarks import measure, report
 from benchmarks.cases import Case
 from vlmkernels.testing import saved_activation_bytes
 
@@ -291,6 +292,26 @@ def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: boo
     return chosen
 
 
+def against_revision(cases: Sequence[Case], args: argparse.Namespace) -> int:
+    """The cases of ops whose tests are green, beside those of an earlier revision; 1 where one got worse."""
+    ops = dict.fromkeys(case.op for case in cases)
+    red = set()
+    for op in () if args.no_tests else ops:
+        green, summary = run_tests(op)
+        print(f"{op}: {summary}" if green else f"{op}: not timed, its tests are red: {summary}", flush=True)
+        red |= set() if green else {op}
+    worse = against.main(
+        "ops",
+        [case.id for case in cases if case.op not in red],
+        args.against,
+        threads=args.threads,
+        device=args.device,
+        quick=args.quick,
+        seconds=args.seconds,
+    )
+    return 1 if red else worse
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description="Measure ops against their peers."
@@ -313,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write-docs", action="store_true", help="only write the tables in README.md and docs/"
     )
+    parser.add_argument("--headline", action="store_true", help="only the cases of README's table")
+    parser.add_argument("--against", metavar="REV", help="time an earlier revision in place of the peers")
     parser.add_argument("--list", action="store_true", help="only print the cases")
     args = parser.parse_args(arguments)
     if args.write_docs:
@@ -323,14 +346,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path.relative_to(ROOT))
         return 0
     declared = registry.all_cases(quick=args.quick, device=args.device)
+    offered = [case for case in declared if case.headline or not args.headline]
     if args.list:
-        print("\n".join(case.id + (" (long)" if case.long else "") for case in declared))
+        print("\n".join(case.id + (" (long)" if case.long else "") for case in offered))
         return 0
     try:
-        chosen = select(declared, args.ops, args.case, long=args.long)
+        chosen = select(offered, args.ops, args.case, long=args.long)
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
+    if args.against:
+        try:
+            return against_revision(chosen, args)
+        except ValueError as error:
+            parser.error(str(error))
     command = shlex.join(
         ["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]
     )

@@ -74,7 +74,7 @@ def test_a_new_process_uses_the_file_and_says_so(cache):
         ("", "cannot be read"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"machine": {}, "choice": {"float32": {}}}', "cannot be read"),
+        ('{"choice": {"float32": {}}}', "names no machine"),
     ],
 )
 def test_a_broken_file_is_ignored_with_the_reason(cache, text, reason):

@@ -419,6 +419,9 @@ def test_search_does_without_a_cache_that_cannot_be_written(model_folder, pictur
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert search(model_folder, "red", pictures, k=1).searched == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "nowhere")
+    assert search(model_folder, "red", pictures, k=1).searched == 4
 
 
 def test_search_refuses(model_folder, pictures):

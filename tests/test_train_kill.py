@@ -1,37 +1,56 @@
-"""A run that is killed three times, once while it writes a checkpoint, ends as if nothing had happened."""
+"""A run that is killed at any moment, also while it saves, goes on and ends as if nothing had happened."""
 
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
+import torch
 
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
-from vlmkernels.train import checkpoint
+from vlmkernels.train import checkpoint, load_bundle
 
 CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
+CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 
-def child(kind, values, die_in_save_after=None):
-    """Train; with ``die_in_save_after`` a SIGKILL comes when the next checkpoint's file is half written."""
-    import torch
+def die_before(count, folder):
+    """SIGKILL this process before it changes, opens or flushes something in a folder, the count-th time."""
+    left = iter(range(count - 1))
 
+    def tick():
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*arguments):
+            tick()
+            return original(*arguments)
+
+        setattr(owner, name, counted)
+
+    sys.addaudithook(
+        lambda event, arguments: tick() if event in CHANGES and folder in str(arguments) else None
+    )
+    before(os, "fsync")
+    before(checkpoint, "_exchange")
+    before(checkpoint._Digesting, "write")
+
+
+def child(kind, values, moment=None):
     from vlmkernels.train import TrainConfig, train
 
     torch.set_num_threads(1)
-    if die_in_save_after is not None:
-        save, count = torch.save, iter(range(die_in_save_after))
-
-        def save_half(state, path):
-            save(state, path)
-            if next(count, None) is None:
-                with open(path, "r+b") as file:
-                    file.truncate(path.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        torch.save = save_half
+    if moment is not None:
+        die_before(moment, values["out"])
     train(kind, TrainConfig(**values))
 
 
@@ -46,44 +65,92 @@ def steps_written(run):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-@pytest.mark.parametrize("kind", ["clip", "simvlm"])
-def test_killed_run_resumes_bit_for_bit(tmp_path, kind):
-    CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
+def kill_somewhere(kind, values, run, rng):
+    """Start a run and kill it after some steps or between two changes of files; whether it lived so long."""
+    if rng.random() < 0.5:
+        process = start(kind, values, rng.randrange(1, 120))
+        process.join()
+    else:
+        process = start(kind, values)
+        step = steps_written(run) + rng.randrange(1, 8)
+        while steps_written(run) < step and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("clip", 4),
+        ("simvlm", 2),
+        pytest.param("clip", 20, marks=pytest.mark.slow),
+        pytest.param("simvlm", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_resumes_bit_for_bit(tmp_path, kind, kills):
     rng = random.Random(20)
     table = write_pairs(tmp_path)
-    values = tiny_values(table, tmp_path / "whole", kind, epochs=20, save_every=4)  # 60 steps
+    values = tiny_values(table, tmp_path / "whole", kind, epochs=20, save_every=4, ema_decay=0.9)  # 60 steps
     whole = start(kind, values)
     whole.join()
     assert whole.exitcode == 0
 
     run = tmp_path / "killed"
     values = {**values, "out": str(run), "resume": "auto"}
-
-    def kill_after(step):
-        process = start(kind, values)
-        while steps_written(run) < step and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.02)
-        assert process.is_alive()
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-
-    kill_after(rng.randrange(2, 10))
-    in_save = start(kind, values, rng.randrange(1, 3))
-    in_save.join()
-    assert in_save.exitcode == -signal.SIGKILL
-    (half,) = (run / "checkpoints").glob(".partial-*")
-    saved = [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)]
-    assert int(half.name[-8:]) == saved[-1] + 4  # the half-written one is not among the checkpoints
-    kill_after(rng.randrange(saved[-1] + 1, 40))
-    assert not half.exists()
-    assert not (run / "final").exists()
-    assert steps_written(run) < 60
+    done = 0
+    while done < kills:
+        saved, ended = checkpoint.checkpoints(run), (run / "final").exists()
+        done += kill_somewhere(kind, values, run, rng)
+        found = checkpoint.checkpoints(run)
+        assert found[-1:] >= saved[-1:]
+        for folder in found:
+            assert checkpoint.load(folder)["step"] == checkpoint.step_of(folder)
+        if ended:
+            load_bundle(run / "final")
     last = start(kind, values)
     last.join()
     assert last.exitcode == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, 61))
     assert_same_run(tmp_path / "whole", run)
     assert not list(run.rglob(".partial-*"))
+
+
+def write_again(folder, moment):
+    """Replace a checkpoint by the next one, a folder and a file by others, and die before a change."""
+    die_before(moment, str(folder))
+    checkpoint.save(folder, 2, {"step": 2}, keep=1)
+    with checkpoint.whole_folder(folder / "final") as final:
+        for name in ("a", "b"):
+            (final / name).write_text("new")
+    checkpoint.write_file(folder / "file", b"new")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two folders are exchanged in one step on Linux alone")
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    seen = set()
+    for moment in range(1, 1000):
+        folder = tmp_path / str(moment)
+        checkpoint.save(folder, 1, {"step": 1}, keep=1)
+        with checkpoint.whole_folder(folder / "final") as final:
+            for name in ("a", "b"):
+                (final / name).write_text("old")
+        checkpoint.write_file(folder / "file", b"old")
+        process = CONTEXT.Process(target=write_again, args=(folder, moment))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        found = checkpoint.checkpoints(folder)
+        assert [checkpoint.load(path)["step"] for path in found] in ([1], [1, 2], [2])
+        contents = {(folder / "final" / name).read_text() for name in ("a", "b")}
+        assert len(contents) == 1
+        seen.add((len(found), *contents, (folder / "file").read_text()))
+        checkpoint.clean(folder)
+        assert not list(folder.rglob(".partial-*"))
+        if process.exitcode == 0:
+            break
+    assert moment > 20
+    assert seen == {(1, "old", "old"), (2, "old", "old"), (1, "new", "old"), (1, "new", "new")}

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from vlmkernels import _native
+from vlmkernels._optional import cache_folder, read_object
 from vlmkernels._version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,8 +28,8 @@ Choice = dict[str, dict[str, str]]  # dtype -> product -> "own" or "torch"
 
 
 def cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vlmkernels" / "calibration.json"
+    """What `vlmkernels calibrate` writes. OSError where there is no home folder."""
+    return cache_folder() / "calibration.json"
 
 
 def machine() -> dict[str, str]:
@@ -46,8 +46,10 @@ def machine() -> dict[str, str]:
 
 def cpu_name() -> str:
     """Vendor, model name and numbers of family and model, as the system tells them."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or one that hides it
+        text = ""
     fields = ("vendor_id", "model name", "cpu family", "model")
     found = [re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE) for field in fields]
     return (
@@ -76,18 +78,25 @@ def everywhere(who: str) -> Choice:
     return {dtype: dict.fromkeys(PRODUCTS, who) for dtype in DTYPES}
 
 
-def read(path: Path) -> Choice:
-    """The choice that was stored for this machine, library and torch; a ValueError says why there is none."""
-    try:
-        stored = json.loads(path.read_text())
-        choice = {d: {p: stored["choice"][d][p] for p in PRODUCTS} for d in DTYPES}
-        was = dict(stored["machine"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
+def read(path: Path) -> Choice | None:
+    """The choice that was stored for this machine, library and torch, None for no file.
+
+    A ValueError says why a file is of no use.
+    """
+    stored = read_object(path)
+    if stored is None:
+        return None
+    was = stored.get("machine")
+    if not isinstance(was, dict):
+        raise ValueError("names no machine")
     other = [f"{k} {was.get(k)!r}, here {v!r}" for k, v in machine().items() if was.get(k) != v]
     if other:
         raise ValueError(f"is of another machine or version: {'; '.join(other)}")
-    if not {who for products in choice.values() for who in products.values()} <= {"own", "torch"}:
+    try:
+        choice = {d: {p: stored["choice"][d][p] for p in PRODUCTS} for d in DTYPES}
+    except (KeyError, TypeError):
+        raise ValueError("does not choose for every product") from None
+    if any(who not in ("own", "torch") for products in choice.values() for who in products.values()):
         raise ValueError("names neither 'own' nor 'torch'")
     return choice
 
@@ -103,10 +112,14 @@ def apply(choice: Choice) -> None:
 def load() -> tuple[Choice, str]:
     """Chooses at import; returns what was chosen and why."""
     choice, why = by_rule()
-    path = cache_file()
-    if not os.environ.get("VLMKERNELS_CPU_ISA") and path.exists():
+    if not os.environ.get("VLMKERNELS_CPU_ISA"):
         try:
-            choice, why = read(path), f"measured: {path}"
+            path = cache_file()
+            measured = read(path)
+            if measured is not None:
+                choice, why = measured, f"measured: {path}"
+        except OSError as error:
+            why += f"; {error}"
         except ValueError as error:
             why += f"; {path} {error}"
     apply(choice)
@@ -120,7 +133,8 @@ def summary() -> str:
     names = ["; ".join(f"{d} {p}: {CHOICE[d][p]}" for p in PRODUCTS) for d in DTYPES]
     if len({who for products in CHOICE.values() for who in products.values()}) == 1:
         names = [CHOICE["float32"]["forward"]]
-    return f"{'; '.join(names)} ({WHY})"
+    why = WHY.encode(errors="backslashreplace").decode()  # a path need not be Unicode
+    return f"{'; '.join(names)} ({why})"
 
 
 def measure(rounds: int = 7) -> dict[str, dict[str, dict[str, float]]]:
@@ -183,9 +197,12 @@ def calibrate() -> tuple[Path, dict[str, Any]]:
         "machine": machine(), "threads": torch.get_num_threads(), "choice": choice, "seconds": seconds
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(stored, file, indent=1)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(stored, indent=1))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     CHOICE, WHY = choice, f"measured: {path}"
     apply(choice)
     return path, stored

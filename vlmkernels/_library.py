@@ -11,7 +11,7 @@ from vlmkernels._arguments import dense, known
 
 LIB = torch.library.Library("vlmkernels", "DEF")
 try:
-    importlib.import_module("triton.language")
+    importlib.import_module("vlmkernels.triton._contrastive")  # the kernels that others are made of
     TRITON, WHY_NO_TRITON = True, ""
 except Exception as error:  # an installed Triton that does not work must not stop `import vlmkernels`
     TRITON, WHY_NO_TRITON = False, f"{error}: CUDA tensors run the reference"

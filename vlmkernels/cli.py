@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -25,7 +26,8 @@ class _Echo(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        with tqdm.external_write_mode(file=sys.stderr):
+        # A log on a full disk ends nothing.
+        with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
             click.echo(prefix + record.getMessage(), err=True)
 
 
@@ -303,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"Error: {error.name} is not installed; pip install 'vlmkernels[train]' brings it", err=True
         )
         sys.exit(1)
-    except (ValueError, KeyError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         click.echo(f"Error: {message}", err=True)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

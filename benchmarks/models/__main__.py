@@ -3,6 +3,7 @@
     python -m benchmarks.models                       all; into benchmarks/results/models/<machine>.json
     python -m benchmarks.models --work 'step.*32'     what matches
     python -m benchmarks.models --quick               tiny models, nothing compiled, nothing written
+    python -m benchmarks.models --against REV         this tree beside an earlier revision, nothing written
     python -m benchmarks.models --write-docs          docs/model_benchmarks.md and README from stored results
 
 All systems of a line start from the same weights; one whose loss, gradients or embeddings differ from ours
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, report
+from benchmarks import against, measure, report
 from benchmarks.run import header_of, machine_name
 
 from . import page
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--list", action="store_true", help="only print what there is")
+    parser.add_argument("--against", metavar="REV", help="time an earlier revision in place of the peers")
     parser.add_argument("--write-docs", action="store_true", help=f"only write {page.PAGE.name} and README")
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "SYSTEM"), help="only print one peak in bytes")
     options = parser.parse_args(arguments)
@@ -175,6 +177,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         system = next(system for system in family.systems if system.name == options.peak[1])
         print(peak_bytes(work, system, options.quick))
         return 0
+    if options.against:
+        try:
+            return against.main(
+                "models",
+                [work.name for work in found],
+                options.against,
+                threads=options.threads,
+                quick=options.quick,
+                seconds=options.seconds,
+                memory=not options.no_memory,
+            )
+        except ValueError as error:
+            parser.error(str(error))
     words = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.models", *words])
     header, machine = header_of(command, "cpu", options.threads), machine_name("cpu", options.threads)

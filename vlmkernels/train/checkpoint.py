@@ -1,21 +1,34 @@
-"""Checkpoints that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Checkpoints that are whole or absent: written beside their place, flushed to the disk, then renamed.
+
+Each carries the checksum of its content; a lock keeps a second run out of a run's folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
+import json
+import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
+from filelock import FileLock, Timeout
 
+log = logging.getLogger("vlmkernels.train")
 FOLDER = "checkpoints"
 STATE = "state.pt"
+CHECKSUMS = "sha256sums"
+LOCK = ".lock"
 _PARTIAL = ".partial-"
 
 
@@ -30,42 +43,132 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of writing in this block name ``path``: those of a full disk name nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with named(path), open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _Digesting:
+    """A file whose content is digested while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> str:
+    """Write with torch.save; returns the digest of the file."""
+    with open(path, "wb") as file:
+        digesting: Any = _Digesting(file)
+        try:
+            torch.save(state, digesting)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # such as that of a full disk, behind one of torch
+                raise error.__context__ from None
+            raise
+    return digesting.digest.hexdigest()
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a partial folder to fill; when the block ends without error it becomes ``folder`` in one rename.
 
-    An earlier ``folder`` is replaced. After an error the partial folder is gone and ``folder`` is as it was.
+    An earlier ``folder`` is exchanged for it, on Linux in that one rename. After an error the partial folder
+    is gone and ``folder`` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(_PARTIAL + folder.name)
     replaced = folder.with_name(_PARTIAL + "old-" + folder.name)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
     try:
-        yield partial
+        partial.mkdir()
+        with named(folder):
+            yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if folder.exists():
+    if not folder.exists():
+        os.rename(partial, folder)
+    elif not _exchange(partial, folder):
         os.rename(folder, replaced)
-    os.rename(partial, folder)
+        os.rename(partial, folder)
     _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step. False where the system has no such call."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Make the folder and keep every other run out of it; a process that dies takes its lock along.
+
+    ValueError if it cannot be made or another run is in it. A file system without locks gives a warning.
+    """
+    file = run / FOLDER / LOCK
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: {run} cannot be a run folder: {error}") from error
+    held = FileLock(file, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(f"out: another run is writing to {run} and has locked {file}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        log.warning("%s cannot be locked (%s): another run in it would not be noticed", run, error.strerror)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def clean(run: Path) -> list[str]:
@@ -84,7 +187,7 @@ def clean(run: Path) -> list[str]:
 def step_of(folder: Path) -> int:
     """The step of a checkpoint folder named ``step-00000123``; ValueError for any other name."""
     name = folder.name
-    if not (name.startswith("step-") and name[5:].isdigit()):
+    if not (name.startswith("step-") and name[5:].isdecimal()):
         raise ValueError(f"checkpoint: a folder named step-<number> is wanted, got {folder}")
     return int(name[5:])
 
@@ -92,7 +195,7 @@ def step_of(folder: Path) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """All whole checkpoints of a run, oldest first."""
     folder = run / FOLDER
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()] if folder.is_dir() else []
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
@@ -100,7 +203,8 @@ def save(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and remove the oldest ones so that ``keep`` remain."""
     target = run / FOLDER / f"step-{step:08d}"
     with whole_folder(target) as partial:
-        torch.save(state, partial / STATE)
+        digest = _write_state(partial / STATE, state)
+        (partial / CHECKSUMS).write_bytes(_checksums(digest))
     for old in checkpoints(run)[:-keep]:
         remove(old)
     return target
@@ -113,12 +217,48 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _checksums(digest: str) -> bytes:
+    """What ``sha256sum --check`` reads."""
+    return f"{digest}  {STATE}\n".encode()
+
+
 def load(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU. FileNotFoundError if there is none."""
-    path = folder / STATE
+    """Read a checkpoint to the CPU. FileNotFoundError if there is none, ValueError if it is damaged.
+
+    Checkpoints written before there were checksums have no "course" and cannot be checked: a warning says so.
+    """
+    path, sums = folder / STATE, folder / CHECKSUMS
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {folder} holds no {STATE}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if sums.is_file() and sums.read_bytes() != _checksums(file_digest(path)):
+        raise ValueError(f"checkpoint: {path} is damaged: it does not have the checksum in {CHECKSUMS}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of bytes that are not its own
+        raise ValueError(f"checkpoint: {path} is damaged: {error}") from error
+    if not sums.is_file():
+        if "course" in state:
+            raise ValueError(f"checkpoint: {folder} is damaged: {CHECKSUMS} is missing")
+        log.warning("%s is of an earlier version and has no checksum: it is read unchecked", folder)
+    return state
+
+
+def load_first(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of these checkpoints that is not damaged, with its content; those before it are named.
+
+    ValueError if all are.
+    """
+    faults = []
+    for folder in folders:
+        try:
+            state = load(folder)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            log.warning("%s; resuming the one before it, %s", "; ".join(faults), folder)
+        return folder, state
+    raise ValueError(f"resume: no checkpoint is left to go on from: {'; '.join(faults)}")
 
 
 def random_state() -> dict[str, Any]:
@@ -153,17 +293,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of ``metrics.jsonl`` after ``step``: the resumed run writes them again."""
-    import json
-
     if not path.is_file():
         return
     kept = io.StringIO()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] > step:
-            break
-        kept.write(line + "\n")
+            known = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):  # cut or damaged
+            continue
+        if known:
+            kept.write(line + "\n")
     write_file(path, kept.getvalue().encode())

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from importlib import resources
@@ -17,6 +18,7 @@ import yaml
 CAPTIONERS = ("lm", "flamingo", "simvlm")
 OBJECTIVES = ("clip", "align", "siglip", *CAPTIONERS)
 SHIPPED = "configs"
+SEEDS = 2**31  # numpy takes 32 bits, and each process adds its number
 
 
 def _option(default: Any, help: str) -> Any:
@@ -109,7 +111,8 @@ class TrainConfig:
             raise ValueError("training configuration: " + "; ".join(faults))
 
     def _range_faults(self) -> list[str]:
-        faults = []
+        numbers = {name: value for name, value in self.to_dict().items() if isinstance(value, float)}
+        faults = [f"{name} must be finite, got {v}" for name, v in numbers.items() if not math.isfinite(v)]
         for name in ("epochs", "batch_size", "images_per_row", "log_every", "keep"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -122,14 +125,16 @@ class TrainConfig:
             "save_every",
             "seed",
         ):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 faults.append(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= SEEDS:
+            faults.append(f"seed must be below {SEEDS}, got {self.seed}")
         for name in ("beta1", "beta2", "ema_decay", "label_smoothing"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
+            if value is not None and (value < 0 or value >= 1):
                 faults.append(f"{name} must be in [0, 1), got {value}")
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("max_steps", "samples_per_epoch"):
             value = getattr(self, name)
@@ -189,10 +194,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     names = {bool: "true or false", str: "text", int: "an integer", float: "a number"}
     raise ValueError(f"must be {names[hint]}, got {value!r}")
 

@@ -6,29 +6,30 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, set_seed
-from torch import nn
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import Tensor, nn
 
 from vlmkernels.data import ImageTransform, load_pairs
 from vlmkernels.data.tokenizer import load_tokenizer
 
-from . import batches, checkpoint
+from . import batches, checkpoint, course
 from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
-from .config import FREE_ON_RESUME, OBJECTIVES, TrainConfig, read_config, write_config
+from .config import OBJECTIVES, TrainConfig, read_config, write_config
+from .gate import Gate, check_finite
 from .optim import build_average, build_optimizer, learning_rate
 from .record import METRICS, Recorder
 from .tasks import build_task
 
 log = logging.getLogger("vlmkernels.train")
+Result = TypeVar("Result")
 FINAL = "final"
 TOKENIZER = "tokenizer"
 SHUFFLE = 1000  # samples of a tar among which the next one is drawn
@@ -56,8 +57,9 @@ def train(kind: str, config: TrainConfig) -> Summary:
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
     ``keep``, as step-00000120) and final/. ValueError or FileNotFoundError for a configuration that cannot
-    run, FloatingPointError when the loss is not finite. A KeyboardInterrupt is raised again; the run can then
-    be resumed from its last checkpoint.
+    run, FloatingPointError naming the step when the loss, its gradient or the weights are not finite: nothing
+    of them is saved. A KeyboardInterrupt is raised again, as is an OSError, such as that of a full disk; the
+    run can then be resumed from its last checkpoint.
     """
     if kind not in OBJECTIVES:
         raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
@@ -70,7 +72,7 @@ def train(kind: str, config: TrainConfig) -> Summary:
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    run, start = locate(kind, config)
+    run = locate(kind, config)
     own_group = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(
         reset_partial_state=True
@@ -82,8 +84,8 @@ def train(kind: str, config: TrainConfig) -> Summary:
         project_dir=str(run),
     )
     try:
-        with _deterministic(config.deterministic):
-            return Run(kind, config, accelerator, run, start).execute()
+        with _deterministic(config.deterministic), contextlib.ExitStack() as held:
+            return Run(kind, config, accelerator, run, held).execute()
     finally:
         if own_group:
             accelerator.state.destroy_process_group()
@@ -110,11 +112,8 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def locate(kind: str, config: TrainConfig) -> tuple[Path, Path | None]:
-    """The run folder and the checkpoint to resume from, if any.
-
-    ValueError for a folder with a run that nobody asked to resume, FileNotFoundError without the checkpoint.
-    """
+def locate(kind: str, config: TrainConfig) -> Path:
+    """The run folder. ValueError if the configuration names none, FileNotFoundError for no checkpoint."""
     if config.resume not in (None, "auto"):
         start = Path(str(config.resume))
         checkpoint.step_of(start)
@@ -123,33 +122,51 @@ def locate(kind: str, config: TrainConfig) -> tuple[Path, Path | None]:
         run = start.absolute().parent.parent
         if config.out is not None and Path(config.out).absolute() != run:
             raise ValueError(f"resume: {start} belongs to the run {run}, not to --out {config.out}")
-        return run, start
-    if config.out is None:
-        if config.resume == "auto":
-            raise ValueError("resume: 'auto' needs --out, the folder of the run to continue")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("out: several processes need --out, so that they agree on the run folder")
-        return Path("runs") / f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}", None
-    run = Path(config.out)
-    found = checkpoint.checkpoints(run)
+        return run
+    if config.out is not None:
+        return Path(config.out)
     if config.resume == "auto":
-        return run, found[-1] if found else None
-    if found or (run / FINAL).exists():
-        raise ValueError(
-            f"out: {run} already holds a run; add --resume auto to continue it, or give another folder"
-        )
-    return run, None
+        raise ValueError("resume: 'auto' needs --out, the folder of the run to continue")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("out: several processes need --out, so that they agree on the run folder")
+    return Path("runs") / f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def starting_point(run: Path, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its content, None for a new run.
+
+    ValueError for a folder with a run that nobody asked to resume, or without an undamaged checkpoint.
+    """
+    found = checkpoint.checkpoints(run)
+    if resume == "auto":
+        return checkpoint.load_first(found[::-1]) if found else None
+    if resume is None:
+        if found or (run / FINAL).exists():
+            raise ValueError(
+                f"out: {run} already holds a run; add --resume auto to continue it, or give another folder"
+            )
+        return None
+    start = Path(resume)
+    try:
+        return start, checkpoint.load(start)
+    except ValueError as error:
+        earlier = [path for path in found if checkpoint.step_of(path) < checkpoint.step_of(start)]
+        offer = f"; the one before it: --resume {earlier[-1]}" if earlier else "; there is none before it"
+        raise ValueError(f"{error}{offer}") from None
 
 
 class Run:
     """One call of train(): what it builds, and the loop over steps."""
 
     def __init__(
-        self, kind: str, config: TrainConfig, accelerator: Accelerator, run: Path, start: Path | None
+        self,
+        kind: str,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        run: Path,
+        held: contextlib.ExitStack,
     ) -> None:
-        self.kind, self.config, self.accelerator, self.run, self.start = kind, config, accelerator, run, start
-        if start is not None:
-            _check_same_course(run, config)
+        self.kind, self.config, self.accelerator, self.run = kind, config, accelerator, run
         set_seed(config.seed)
         check_model(kind, config)
         transform = build_transform(kind, config)
@@ -174,11 +191,17 @@ class Run:
                 rank=rank,
                 world_size=world,
             )
-        if accelerator.is_main_process and start is None:
-            build_tokenizer(kind, config, self.source).save(run / TOKENIZER)
-        accelerator.wait_for_everyone()
+        state: dict[str, Any] | None = self._begin(held)
+        self.course = course.of_settings(kind, config)
+        earlier: dict[str, Any] = state.get("course", {}) if state else {}
+        if state and not earlier:  # of an earlier version
+            earlier = course.of_settings(kind, TrainConfig(**read_config(run / "config.yaml")))
+        course.refuse_other(run, earlier, self.course)
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
+        inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
+        self.course |= inputs
+        course.refuse_other(run, earlier, inputs)
         self.task = build_task(kind, config, tokenizer)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
@@ -189,28 +212,57 @@ class Run:
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
         self.bare.to(accelerator.device)
         self.average = build_average(self.bare, config.ema_decay)
-        self.model, self.optimizer = accelerator.prepare(self.bare, build_optimizer(self.bare, config))
+        optimizer = build_optimizer(self.bare, config)
+        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         set_seed(config.seed, device_specific=True)
         self.step = 0
+        if state is not None:
+            self._restore(state)
+        scaled = accelerator.scaler is not None
+        self.gate = Gate(optimizer, accelerator.device, self.step, scaled=scaled)
+
+    def _by_main(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` on the first process and give its result on all; its error ends all of them."""
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                error = caught
+                outcome[1] = f"{type(error).__name__}: {error}"
+        broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise ConnectionAbortedError(f"the first process stopped: {outcome[1]}")
+        return outcome[0]
+
+    def _begin(self, held: contextlib.ExitStack) -> dict[str, Any] | None:
+        """Enter the run folder; give the content of the checkpoint to resume from, if any."""
+        config, known = self.config, []
+
+        def enter() -> str | None:
+            held.enter_context(checkpoint.lock(self.run))
+            for name in checkpoint.clean(self.run):
+                log.info("removed %s, which an interrupted write left", name)
+            start = starting_point(self.run, config.resume)
+            if start is None:
+                tokenizer = build_tokenizer(self.kind, config, self.source)
+                with checkpoint.whole_folder(self.run / TOKENIZER) as folder:
+                    tokenizer.save(folder)
+                return None
+            known.append(start[1])
+            return str(start[0])
+
+        start = self._by_main(enter)
+        if start is None:
+            return None
+        return known.pop() if known else checkpoint.load(Path(start))
 
     def execute(self) -> Summary:
         config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self.run.mkdir(parents=True, exist_ok=True)
-            for name in checkpoint.clean(self.run):
-                log.info("removed %s, which an interrupted write left", name)
-        if self.start is not None:
-            self._restore(checkpoint.load(self.start))
-            log.info("resumed %s after step %d", self.run, self.step)
-        if main:
-            write_config(
-                self.run / "config.yaml", dataclasses.replace(config, out=str(self.run), resume=None)
-            )
-            checkpoint.keep_metrics_until(self.run / METRICS, self.step)
-            for later in checkpoint.checkpoints(self.run):
-                if checkpoint.step_of(later) > self.step:
-                    checkpoint.remove(later)
-        self.accelerator.wait_for_everyone()
+        self._by_main(self._tidy)
         with Recorder(
             self.accelerator,
             self.run,
@@ -222,17 +274,24 @@ class Run:
         ) as recorder:
             try:
                 self._loop(recorder)
-            except KeyboardInterrupt:
+                self._by_main(self._write_final)
+            except (KeyboardInterrupt, FloatingPointError, OSError) as error:
                 if main:
-                    log.warning("%s", self._how_to_resume())
+                    log.warning("%s", self._what_is_left(isinstance(error, FloatingPointError)))
                 raise
-            if main:
-                self._write_final()
-                skipped = self.source.skipped
-                if skipped:
-                    log.warning("%d samples were skipped: %s", len(skipped), ", ".join(list(skipped)[:10]))
-        self.accelerator.wait_for_everyone()
+            skipped = self.source.skipped if main else None
+            if skipped:
+                log.warning("%d samples were skipped: %s", len(skipped), ", ".join(list(skipped)[:10]))
         return Summary(self.run, self.run / FINAL, self.step, **recorder.totals())
+
+    def _tidy(self) -> None:
+        """Drop what the run did after this step, the checkpoints before the metrics that belong to them."""
+        for later in checkpoint.checkpoints(self.run):
+            if checkpoint.step_of(later) > self.step:
+                checkpoint.remove(later)
+        checkpoint.keep_metrics_until(self.run / METRICS, self.step)
+        stored = dataclasses.replace(self.config, out=str(self.run), resume=None)
+        write_config(self.run / "config.yaml", stored)
 
     def _loop(self, recorder: Recorder) -> None:
         config = self.config
@@ -273,9 +332,8 @@ class Run:
         with self.accelerator.autocast():
             loss, measure = self.task.loss(self.model, placed, self.step, measured)
         self.accelerator.backward(loss)
-        norm = None
-        if config.grad_clip:
-            norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), config.grad_clip)
+        norm = self._clip()
+        self.gate.check(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(self.bare)
@@ -283,29 +341,38 @@ class Run:
             self.average.update_parameters(self.bare)
         if not measured:
             return {}
-        values = {**measure(), "lr": rate}
-        if norm is not None:
-            values["grad_norm"] = norm.item()
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step + 1}; lower lr or raise warmup_steps"
-            )
-        return values
+        self.gate.read()
+        return {**measure(), "lr": rate, "grad_norm": norm.item()}
+
+    def _clip(self) -> Tensor:
+        """The norm of the joint batch's gradient, which is clipped to ``grad_clip``."""
+        if self.config.grad_clip:
+            return self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip)
+        self.accelerator.unscale_gradients()
+        return nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
 
     def _save(self) -> None:
+        self.gate.read()
         states = gather_object([checkpoint.random_state()])
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
+
+        def write() -> None:
+            average, scaler = self.average, self.accelerator.scaler
+            learned = {
                 "model": self.bare.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
+                "average": None if average is None else average.state_dict(),
+            }
+            check_finite(self.step, **learned)
+            state = {
+                **learned,
+                "step": self.step,
+                "course": self.course,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
             }
             checkpoint.save(self.run, self.step, state, self.config.keep)
-        self.accelerator.wait_for_everyone()
+
+        self._by_main(write)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -327,28 +394,19 @@ class Run:
 
     def _write_final(self) -> None:
         model: Any = self.bare if self.average is None else self.average.module
+        check_finite(self.step, model=model.state_dict())
         with checkpoint.whole_folder(self.run / FINAL) as folder:
             dataclasses.replace(self.bundle, model=model).save(folder)
 
-    def _how_to_resume(self) -> str:
+    def _what_is_left(self, would_stop_again: bool) -> str:
+        """After a stop: the last checkpoint, and how to go on from it."""
         found = checkpoint.checkpoints(self.run)
         if not found:
             return f"interrupted after step {self.step}, before the first checkpoint: start again"
-        command = f"vlmkernels train {self.kind} --out {self.run} --resume auto"
         last = checkpoint.step_of(found[-1])
+        if would_stop_again:
+            return f"the last good checkpoint, of step {last}, is {found[-1]}"
+        command = f"vlmkernels train {self.kind} --out {self.run} --resume auto"
         return (
             f"interrupted after step {self.step}; the last checkpoint is of step {last}; continue: {command}"
         )
-
-
-def _check_same_course(run: Path, config: TrainConfig) -> None:
-    """ValueError listing what differs from the run's config.yaml and would change its course."""
-    earlier = TrainConfig(**read_config(run / "config.yaml")).to_dict()
-    free = FREE_ON_RESUME - {"num_workers"} if config.streams else FREE_ON_RESUME
-    changed = [
-        f"{name} was {earlier[name]!r}, got {value!r}"
-        for name, value in config.to_dict().items()
-        if name not in free and earlier[name] != value
-    ]
-    if changed:
-        raise ValueError(f"resume: the configuration differs from that of {run}: " + "; ".join(changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from . import checkpoint
 
 METRICS = "metrics.jsonl"
 
@@ -55,7 +58,8 @@ class Recorder:
         # Events after the checkpoint are written again: TensorBoard drops the earlier ones.
         restart = {"purge_step": step + 1} if step else {}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": restart})
-        self._file = (run / METRICS).open("a", encoding="utf-8") if main else None
+        self._path = run / METRICS
+        self._file = self._path.open("a", encoding="utf-8") if main else None
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -70,11 +74,14 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        with contextlib.ExitStack() as closing:
+            if error is not None:  # which a full disk met twice must not replace
+                closing.enter_context(contextlib.suppress(OSError))
+            for tracker in self._accelerator.trackers:
+                closing.callback(tracker.finish)
+            if self._file is not None:
+                closing.callback(self._file.close)
+            closing.callback(self._bar.close)
 
     def record(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Values of one step; ``pairs_per_second`` is measured since the step recorded before."""
@@ -83,8 +90,10 @@ class Recorder:
         self._last = (step, clock)
         self._values = values = {**values, "pairs_per_second": round(rate, 1)}
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "epoch": epoch, **values, "time": time.time()}) + "\n")
-            self._file.flush()
+            line = json.dumps({"step": step, "epoch": epoch, **values, "time": time.time()}) + "\n"
+            with checkpoint.named(self._path):
+                self._file.write(line)
+                self._file.flush()
         self._accelerator.log({f"train/{name}": value for name, value in values.items()}, step=step)
         text = f"loss {values['loss']:.3f}, {score_text(self._last_scores())}, {rate:.0f} pairs/s"
         self._bar.set_postfix_str(text, refresh=False)

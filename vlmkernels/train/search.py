@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from vlmkernels._optional import cache_folder
+
 from .embed import encode_files, encode_texts, find_images, load_model, read_embeddings, write_embeddings
 
 log = logging.getLogger("vlmkernels.train.search")
@@ -56,8 +58,13 @@ def search(
         raise ValueError(f"k must be at least 1, got {k}")
     files = find_images([folder])
     model, tokenizer, transform = load_model(model_folder, device)
-    store = cache_file(model_folder, folder)
-    known = _read(store) if cache else {}
+    store = None
+    if cache:
+        try:
+            store = cache_file(model_folder, folder)
+        except OSError as error:
+            log.warning("no embeddings are kept: %s", error)
+    known = _read(store) if store else {}
     stamps = {file: _stamp(file) for file in files}
     new = [file for file in files if stamps[file] not in known]
     features, kept, skipped = encode_files(model, transform, new, batch_size=batch_size)
@@ -67,7 +74,7 @@ def search(
     if not paths:
         raise ValueError(f"folder: none of {len(files)} images in {folder} can be read")
     images = torch.stack([feature for _, feature in rows if feature is not None])
-    if cache and kept:
+    if store and kept:
         _write(store, images, [stamps[file] for file in paths])
     scores = images @ encode_texts(model, tokenizer, [query_text])[0]
     order = scores.argsort(descending=True, stable=True)[:k].tolist()
@@ -86,8 +93,7 @@ def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[s
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "vlmkernels" / "search" / f"{digest.hexdigest()[:32]}.safetensors"
+    return cache_folder() / "search" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _stamp(file: Path) -> str:
@@ -100,7 +106,7 @@ def _read(store: Path) -> dict[str, torch.Tensor]:
         features, keys = read_embeddings(store)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         log.warning("the cache %s is not used: %s", store, error)
         return {}
     return dict(zip(keys, features, strict=True))
