@@ -25,20 +25,18 @@ inline void need_attention(const Need& need, const at::Tensor& query, std::initi
   need.tensor("query", query, {kAny, kAny, kAny, kAny}, kFloats);
   const auto type = query.scalar_type();
   const int64_t batch = query.size(0), heads = query.size(1), tq = query.size(2), dh = query.size(3);
-  const NeedSource& first = *sources.begin();
-  need.tensor(first.key_name, first.key, {batch, kAny, kAny, dh}, type);
-  const int64_t kv_heads = first.key.size(1);
-  need.that(kv_heads ? heads % kv_heads == 0 : heads == 0, "the heads of query must be a multiple of those of key, got ", heads,
-            " and ", kv_heads);
-  int64_t dv = kAny;
+  int64_t kv_heads = kAny, dv = kAny;
   for (const NeedSource& source : sources) {
     need.tensor(source.key_name, source.key, {batch, kv_heads, kAny, dh}, type);
+    kv_heads = source.key.size(1);
     const int64_t tk = source.key.size(2);
     need.that(tk <= kMostKeys, source.key_name, " must have at most ", kMostKeys, " tokens, got ", tk);
     need.tensor(source.value_name, source.value, {batch, kv_heads, tk, dv}, type);
     dv = source.value.size(3);
     need.countable({need.product({batch, kv_heads}), tk, std::max(dh, dv)});
   }
+  need.that(kv_heads ? heads % kv_heads == 0 : heads == 0, "the heads of query must be a multiple of those of key, got ", heads,
+            " and ", kv_heads);
   need.countable({need.product({batch, heads}), tq, std::max(dh, dv)});
 }
 

@@ -27,7 +27,7 @@ double measure(int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
   const auto product = vlmk::tile_product<P>();
   if (!product) return 0;
   const int64_t tasks = 4 * at::get_num_threads(), blocks = 16;
-  std::vector<P> a(tasks * rows * depth), b(blocks * depth * cols);
+  std::vector<P> a(tasks * rows * depth), b(blocks * (depth + 1) * cols);
   const auto run = [&](int64_t rounds) {
     vlmk::for_tasks(tasks, rows * cols * 4, [&](int64_t task, vlmk::Scratch& scratch) {
       auto* c = scratch.take<vlmk::acc_t<P>>(rows * cols);

@@ -6,7 +6,7 @@ import torch
 import vlmkernels
 from vlmkernels import ops
 
-from .fuzz import public
+from .fuzz import public, raw
 from .fuzz.damage import DTYPES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,6 +29,7 @@ def floats(values: dict) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in FLOATS])
 @pytest.mark.parametrize("op", ops.__all__)
 def test_other_dtypes_are_refused(op, dtype):
@@ -51,6 +52,7 @@ def test_float8_features_do_not_reach_a_kernel():
         vlmkernels.linear(x, x)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("op", ops.__all__)
 def test_layouts_are_refused(op):
     values = arguments(op)
@@ -85,6 +87,15 @@ def test_all_arguments_of_another_kind_are_in_one_error():
         TypeError, match=r"positives must be dense Tensor or \(dense Tensor, dense Tensor\) or None"
     ):
         vlmkernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), 1.0, positives=(None, torch.arange(2)))
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "gated_mlp"])
+def test_raw_ops_know_their_activations_on_every_kernel(op):
+    for raw_op in (op, f"{op}_bwd"):
+        values = raw.ARGUMENTS[raw_op](raw.Draw(1))
+        values = ["GELU" if isinstance(value, str) else value for value in values]
+        with pytest.raises(ValueError, match=r"activation must be one of none, gelu, .*, got 'GELU'"):
+            getattr(torch.ops.vlmkernels, raw_op)(*values)
 
 
 def test_errors_of_other_causes_stay_as_they_are():

@@ -75,17 +75,11 @@ def linear(draw: Draw) -> list:
 @arguments
 def linear_bwd(draw: Draw) -> list:
     x, weight, bias, _, activation, _ = linear(draw)
-    y = draw.maybe(draw.floats(*x.shape[:-1], len(weight), dtype=x.dtype))
+    dout = draw.floats(*x.shape[:-1], len(weight))
+    y = draw.maybe(draw.floats(*dout.shape, dtype=x.dtype))
     needs = draw.needs(3)
-    if not needs[1] and (y is not None or activation == "none"):
-        x = draw.maybe(x)
-    return [draw_gradient(draw, x, weight, y), x, weight, bias, y, activation, *needs]
-
-
-def draw_gradient(draw: Draw, x: Tensor | None, weight: Tensor, like: Tensor | None) -> Tensor:
-    given = x if x is not None else like
-    lead = given.shape[:-1] if given is not None else draw.lead()
-    return draw.floats(*lead, len(weight))
+    again = activation != "none" and y is None
+    return [dout, x if needs[1] or again else draw.maybe(x), weight, bias, y, activation, *needs]
 
 
 @arguments
