@@ -120,6 +120,14 @@ def test_weights_of_info_nce_are_numbers():
     assert vlmkernels.info_nce(x, x, 1.0, weight=torch.tensor([True, False, True, True])).isfinite()
 
 
+def test_complex_numbers_are_no_scales():
+    x = torch.randn(4, 3)
+    with pytest.raises(TypeError, match=r"info_nce: scale must be float or dense Tensor, got complex"):
+        vlmkernels.info_nce(x, x, complex(1))
+    with pytest.raises(TypeError, match=r"sigmoid_loss: bias must be float or dense Tensor, got complex"):
+        vlmkernels.sigmoid_loss(x, x, 1.0, complex(1))
+
+
 def test_numbers_out_of_the_range_of_the_sums():
     x = torch.randn(4, 3)
     for scale in (1e300, 10**400):

@@ -143,7 +143,7 @@ def damaged(draw: Draw, value: Any, others: Sequence[Any]) -> Any:
         return draw.choice(tensors)
     if isinstance(value, Tensor):
         try:
-            return draw.choice(TENSORS)(draw, value)
+            return draw.choice(TENSORS)(draw, value) if value.numel() < 2**24 else value
         except Exception:  # torch does not make such a tensor
             return value
     if value is None:

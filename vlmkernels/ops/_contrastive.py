@@ -67,6 +67,8 @@ def positives_faults(
 
 def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
     if not isinstance(value, Tensor):
+        if not arguments.is_number(value):
+            raise TypeError(f"{name} must be a number or a tensor")
         return []
     if value.numel() != 1 or value.dtype not in arguments.FLOATS:
         wanted = f"a float or a {arguments.FLOATS_LISTED} tensor with one element"
