@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import peers
-from vlmkernels.models.clip import ClipConfig
+from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 
@@ -82,8 +82,10 @@ def config(kind="ours", **options):
 
 
 def flamingo(kind="ours", **options):
-    torch.manual_seed(3)
-    return open_gates(Flamingo(config(kind, **options), lang_encoder=language_model(kind))).eval()
+    """Both parts are given, drawn one after the other: weights at which images decide some tokens."""
+    sizes, language = config(kind, **options), language_model(kind)
+    tower = CLIP(sizes.vision).visual
+    return open_gates(Flamingo(sizes, vision_encoder=tower, lang_encoder=language)).eval()
 
 
 def inputs(seed=0, rows=3, length=14, images=3):

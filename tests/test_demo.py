@@ -90,6 +90,37 @@ def test_report_needs_nothing_from_outside(made):
     assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", text)
 
 
+def test_report_escapes_the_texts_it_shows(made):
+    """Names of data sets and their texts are of strangers, where the report is made of other data."""
+    _, _, results, _ = made
+    evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
+
+    def everywhere(value):
+        if isinstance(value, dict):
+            return {key: everywhere(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [everywhere(part) for part in value]
+        return evil if isinstance(value, str) else value
+
+    hit = {"image": Image.new("RGB", (4, 4)), "name": evil, "right": None}
+    found = {
+        "pictures": 1,
+        "texts": [{"text": evil, "place": 1, "hits": [hit]}],
+        "free": [{"text": evil, "hits": [hit]}],
+        "images": [{**hit, "hits": [{"name": evil, "right": True}]}],
+    }
+    shown = {
+        **everywhere(results),
+        "evaluation": {evil: everywhere(next(iter(results["evaluation"].values())))},
+    }
+    text = demo_report.render(shown, found)
+    page = Page(text)
+    assert page.faults == []
+    assert text.count("alert(1)") > 10
+    assert "<script" not in text
+    assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
+
+
 def test_report_marks_one_right_picture_at_its_place(made):
     _, text, _, _ = made
     page = Page(text)

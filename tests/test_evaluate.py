@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vlmkernels.data import image_transform, load_emoji3
+from vlmkernels.data import image_transform, load_emoji3, load_pairs
 from vlmkernels.data.csv_pairs import BrokenImageError
 from vlmkernels.data.tokenizer import ClipTokenizer
 from vlmkernels.models.clip import CLIP, ClipConfig
@@ -278,6 +278,28 @@ def test_evaluate_a_table(model_folder, tmp_path):
     assert (result["samples"], result["retrieval"]["images"], result["retrieval"]["texts"]) == (8, 4, 8)
     assert list(result["skipped"]) == ["torn.png"]
     assert result["retrieval"]["image_to_text"]["R@10"] == 1.0
+
+
+def test_a_part_of_a_table_is_evaluated_alone(bundle, tmp_path):
+    """What cannot be read is not replaced by a neighbour, and belongs to the part that holds it."""
+    for i in range(6):
+        Image.new("RGB", (20, 24), COLOURS["red"]).save(tmp_path / f"{i}.png")
+    for i in (1, 4):
+        (tmp_path / f"{i}.png").write_bytes(b"torn")
+    Image.new("RGB", (7, 7), "blue").save(tmp_path / "5.png")
+    rows = "".join(f"{i}.png\ttext {i}\n" for i in range(6))
+    (tmp_path / "pairs.tsv").write_text(f"filepath\ttitle\n{rows}")
+    pairs = load_pairs(str(tmp_path / "pairs.tsv"))
+
+    def transform(image):
+        if image.width < 8:
+            raise RuntimeError("too small")
+        return bundle.transform(image)
+
+    for indices, count, skipped in (([0, 1, 2], 2, {"1.png"}), ([3, 4, 5], 1, {"4.png", "5.png"})):
+        part = torch.utils.data.Subset(pairs, indices)
+        result = ev.evaluate_model(bundle.model, bundle.tokenizer, transform, part, batch_size=2)
+        assert (result["samples"], set(result["skipped"])) == (count, skipped)
 
 
 def test_evaluate_on_emoji3(bundle, model_folder):

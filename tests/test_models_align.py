@@ -368,7 +368,9 @@ def test_config_is_read_off_the_shapes():
         with torch.device("meta"):
             state = ALIGN(config).state_dict()
         want = dataclasses.replace(config, image_size=289, context_length=24, init_temperature=1.0)
-        assert infer_config(state) == want, image
+        assert infer_config(state, text_heads=None) == want, image
+    with pytest.raises(ValueError, match="text_heads: shapes do not show this"):
+        infer_config(state)
 
 
 def test_hf_state_dict_errors_list_every_key():
@@ -377,9 +379,9 @@ def test_hf_state_dict_errors_list_every_key():
     state["text_model.embeddings.position_ids"] = torch.arange(24)[None]  # of older releases
     assert torch.equal(ALIGN.from_hf_state_dict(state, TINY).temperature, model.temperature)
     with pytest.raises(ValueError, match=r"10 blocks up to 80 channels are no B0-B7 or L2; pass config"):
-        ALIGN.from_hf_state_dict(state)
+        ALIGN.from_hf_state_dict(state, text_heads=2)
     with pytest.raises(ValueError, match="not an ALIGN state dict"):
-        ALIGN.from_hf_state_dict({"logit_scale": torch.zeros(())})
+        ALIGN.from_hf_state_dict({"logit_scale": torch.zeros(())}, text_heads=2)
     state["extra.weight"] = torch.zeros(1)
     del state["temperature"]
     state["text_projection.bias"] = torch.zeros(3)
@@ -404,7 +406,9 @@ def test_hf_state_dict_with_a_temperature_below_the_floor(value):
         ({"image_padding": "valid"}, "image_padding: got 'valid'"),
         ({"image_strides": (1, 2, 3)}, "image_strides: got .* want seven of 1 or 2"),
         ({"image_depth": 0.0}, "want both > 0"),
-        ({"text_layers": 0}, "text_layers: got 0, want at least 1"),
+        ({"text_layers": 0, "vocab_size": -3}, "vocab_size is -3, wants at least 1; text_layers is 0, wants"),
+        ({"text_activation": "tanh", "text_eps": -1.0}, "text_activation: got 'tanh'.*text_eps: got -1.0"),
+        ({"image_width": 1e9}, "image_width, image_depth: got 1000000000.0, 0.4, want both > 0 and <= 100"),
         ({"text_heads": 3}, "text_heads: got 3, want a divisor of text_width 128"),
         ({"context_length": 25}, "context_length: got 25, want 1 to max_positions 24"),
         ({"pad_id": 97}, "pad_id: got 97"),

@@ -381,6 +381,9 @@ def test_modules_that_do_not_fit():
         Flamingo(config("opt"))
     with pytest.raises(ValueError, match=r"other tensors than the tower of config\.vision"):
         Flamingo(config(), vision_encoder=clip.CLIP(replace(VISION, vision_layers=3)).visual)
+    for changes in ({"vision_heads": 2}, {"quick_gelu": True}, {"vision_eps": 1e-6}, {"vision_pool": "mean"}):
+        with pytest.raises(ValueError, match=r"other heads, activations, epsilons or pooling than the tower"):
+            Flamingo(config(), vision_encoder=clip.CLIP(replace(VISION, **changes)).visual)
     small = DecoderConfig(30, width=16, layers=2, heads=2)
     with pytest.raises(ValueError) as caught:
         Flamingo(replace(config("opt"), cross_attn_every_n_layers=3), lang_encoder=CausalLM(small))

@@ -206,8 +206,8 @@ def test_logit_scale_is_clamped(table, tmp_path, start, kept):
 
 
 def test_broken_images_are_counted_and_named(table, tmp_path, caplog):
-    broken = tmp_path / "broken.tsv"
-    broken.write_text(table.read_text() + f"{tmp_path}/absent.png\tnothing\n")
+    broken = table.with_name("broken.tsv")
+    broken.write_text(table.read_text() + "absent.png\tnothing\n")
     with caplog.at_level(logging.WARNING, "vlmkernels.train"):
         train("clip", TrainConfig(**tiny_values(broken, tmp_path / "run")))
     assert "1 samples were skipped" in caplog.text

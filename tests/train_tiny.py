@@ -74,7 +74,7 @@ def write_pairs(folder: Path, count: int = 22) -> Path:
     for i in range(count):
         pixels = generator.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append(f"{folder / f'{i}.png'}\t{WORDS[i % 10]} {WORDS[(i // 10 + i) % 10]} {i}")
+        rows.append(f"{i}.png\t{WORDS[i % 10]} {WORDS[(i // 10 + i) % 10]} {i}")
     table = folder / "pairs.tsv"
     table.write_text("\n".join(rows) + "\n")
     return table
@@ -85,7 +85,7 @@ def write_tar(table: Path, target: Path) -> Path:
     rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
     with tarfile.open(target, "w") as tar:
         for i, (file, text) in enumerate(rows):
-            for suffix, content in (("png", Path(file).read_bytes()), ("txt", text.encode())):
+            for suffix, content in (("png", (table.parent / file).read_bytes()), ("txt", text.encode())):
                 info = tarfile.TarInfo(f"{i:04d}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import click
 
 from vlmkernels import __version__
+from vlmkernels.data._text import printable
 from vlmkernels.train.config import OBJECTIVES, TrainConfig, field_types, read_config, shipped_configs
 
 
@@ -28,7 +30,7 @@ class _Echo(logging.Handler):
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         # A log on a full disk ends nothing.
         with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
-            click.echo(prefix + record.getMessage(), err=True)
+            click.echo(prefix + printable(record.getMessage()), err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -62,6 +64,13 @@ def calibrate() -> None:
                 f" -> {stored['choice'][dtype][product]}"
             )
     click.echo(str(path))
+
+
+_allow_pipe = click.option(
+    "--allow-pipe",
+    is_flag=True,
+    help="Let data be a URL that runs a program to read tars: pipe: (the shell), http:, gs: and others.",
+)
 
 
 def _train_options(command: Callable) -> Callable:
@@ -98,8 +107,9 @@ def _train_options(command: Callable) -> Callable:
     metavar="FILE",
     help="YAML file with the fields below, or the name of a configuration listed at the end.",
 )
+@_allow_pipe
 @_train_options
-def train(kind: str, config: str | None, **flags: Any) -> None:
+def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a language model of captions
     (lm), Flamingo (between the frozen --vision and --language-model) or SimVLM.
 
@@ -112,12 +122,12 @@ def train(kind: str, config: str | None, **flags: Any) -> None:
 
     given = {name: value for name, value in flags.items() if value is not None}
     values = read_config(config) if config is not None else _earlier_config(given)
-    summary = run(kind, TrainConfig(**{**values, **given}))
+    summary = run(kind, TrainConfig(**{**values, **given}), allow_pipe=allow_pipe)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     click.echo(
         f"{summary.steps} steps, loss {summary.loss:.4f}, {score_text(summary.scores)}, "
-        f"{summary.seconds:.1f} s, {summary.pairs_per_second:.0f} pairs/s\nmodel: {summary.final}"
+        f"{summary.seconds:.1f} s, {summary.pairs_per_second:.0f} pairs/s\nmodel: {printable(summary.final)}"
     )
 
 
@@ -159,6 +169,7 @@ def _model_options(command: Callable) -> Callable:
 )
 @click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beams of generated captions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+@_allow_pipe
 def evaluate(
     folder: str,
     batch_size: int,
@@ -167,6 +178,7 @@ def evaluate(
     templates: tuple[str, ...],
     num_beams: int,
     as_json: bool,
+    allow_pipe: bool,
 ) -> None:
     """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance; of a model that writes
     captions perplexity, BLEU, CIDEr and, on scenes, the share of slots that are right.
@@ -180,6 +192,7 @@ def evaluate(
         device=device,
         templates=templates or None,
         num_beams=num_beams,
+        allow_pipe=allow_pipe,
     )
     table = _caption_table if "captions" in result else _table
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
@@ -195,7 +208,7 @@ def _caption_table(result: dict[str, Any]) -> str:
     if result["reference_scores"] is None:
         lines.append("references: BLEU and CIDEr need pip install pycocoevalcap")
     for each in result["captions"][:3]:
-        lines.append(f"{each['key']}: {each['caption']} ({each['references'][0]})")
+        lines.append(printable(f"{each['key']}: {each['caption']} ({each['references'][0]})"))
     return "\n".join(lines)
 
 
@@ -233,8 +246,8 @@ def embed(folder: str, batch_size: int, device: str, inputs: tuple[str, ...], ou
 
     kind = "texts" if texts else "images"
     done = run(folder, inputs, out, kind=kind, batch_size=batch_size, device=device)
-    _say_skipped(done.skipped)
-    click.echo(f"{done.count} {kind}, {done.width} numbers each: {done.out}")
+    _count_skipped(done.skipped)
+    click.echo(f"{done.count} {kind}, {done.width} numbers each: {printable(done.out)}")
 
 
 @commands.command()
@@ -250,9 +263,9 @@ def search(folder: str, batch_size: int, device: str, text: str, directory: str,
     from vlmkernels.train.search import search as run
 
     found = run(folder, text, directory, k, cache=cache, batch_size=batch_size, device=device)
-    _say_skipped(found.skipped)
+    _count_skipped(found.skipped)
     for hit in found.hits:
-        click.echo(f"{hit.score:.4f}  {hit.path}")
+        click.echo(f"{hit.score:.4f}  {printable(hit.path)}")
 
 
 @commands.command()
@@ -276,36 +289,46 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     from vlmkernels.train.caption import caption as run
 
     done = run(folder, inputs, **options)
-    _say_skipped(done.skipped)
+    _count_skipped(done.skipped)
     for path, text in done.captions:
-        click.echo(f"{path}: {text}")
+        click.echo(printable(f"{path}: {text}"))
 
 
-def _say_skipped(skipped: dict[str, str]) -> None:
-    for name, reason in skipped.items():
-        click.echo(f"skipped {name}: {reason}", err=True)
+def _count_skipped(skipped: dict[str, str]) -> None:
+    """How many images were left out; each was named when it was met."""
+    if skipped:
+        click.echo(f"{len(skipped)} skipped", err=True)
+
+
+def _fail(message: object, status: int) -> typing.NoReturn:
+    click.echo(f"Error: {printable(message)}", err=True)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0, 1 for an error while running, 2 for wrong use, 130 when interrupted."""
+    """Run the command and exit.
+
+    The status is 0 when it is done, also if samples were skipped; 1 for an error while running, such as a
+    full disk or a pipe that nobody reads; 2 for wrong use; 130 when interrupted.
+    """
     logger = logging.getLogger("vlmkernels")
     if not any(isinstance(handler, _Echo) for handler in logger.handlers):
         logger.addHandler(_Echo())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         commands.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc]
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        click.echo(
-            f"Error: {error.name} is not installed; pip install 'vlmkernels[train]' brings it", err=True
-        )
-        sys.exit(1)
+        _fail(f"{error.name} is not installed; pip install 'vlmkernels[train]' brings it", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        click.echo(f"Error: {message}", err=True)
-        sys.exit(2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)
+        _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

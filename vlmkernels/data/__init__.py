@@ -1,8 +1,9 @@
 """Image-text data: emoji3 and scenes made of it, CSV files, webdataset tars, transforms, tokenizers."""
 
 from vlmkernels.data.captions import CaptionCollate, CaptionTokenizer
-from vlmkernels.data.csv_pairs import BrokenImageError, CsvPairs
+from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
+from vlmkernels.data.images import BrokenImageError, read_image
 from vlmkernels.data.pairs import load_pairs
 from vlmkernels.data.samples import Collate, Sample, SkipLog
 from vlmkernels.data.scenes import SCENE_SPLITS, Scene, Scenes, load_scenes, parse_caption, slot_accuracy
@@ -38,5 +39,6 @@ __all__ = [
     "load_scenes",
     "load_tokenizer",
     "parse_caption",
+    "read_image",
     "slot_accuracy",
 ]

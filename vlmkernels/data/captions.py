@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vlmkernels.data.samples import Sample
+from vlmkernels.data.samples import Sample, stack_images
 from vlmkernels.data.tokenizer import ClipTokenizer, _as_list, _pad, clean_text
 
 
@@ -49,11 +49,14 @@ class CaptionTokenizer(ClipTokenizer):
     def interleaved(self, rows: Sequence[Sequence[str]]) -> Tensor:
         """int64 [B, T]: `<image>caption<|endofchunk|>` for each caption of a row, then `pad_id`.
 
-        T is that of the longest row. A caption longer than its share of `context_length` (the row's captions
-        share it equally) is cut and keeps its end. ValueError where a share is below 3 ids or a row is empty.
+        T is that of the longest row, 3 where there is no row. A caption longer than its share of
+        `context_length` (the row's captions share it equally) is cut and keeps its end. ValueError where a
+        share is below 3 ids or a row is empty.
         """
-        most = max((len(row) for row in rows), default=0)
-        if most == 0 or min(len(row) for row in rows) == 0:
+        if not rows:
+            return torch.empty(0, 3, dtype=torch.int64)
+        most = max(len(row) for row in rows)
+        if min(len(row) for row in rows) == 0:
             raise ValueError("rows: each needs at least one caption")
         share = self.context_length // most
         if share < 3:
@@ -84,35 +87,43 @@ class CaptionCollate:
     layout "interleaved" (Flamingo): images [R, K, 1, 3, H, W] and tokens [R, T], R = ceil(B / K) rows of K =
     ``images_per_row`` samples each; a last row with fewer samples is filled with images of zeros, which no
     token of the row points to. layout "text" (a language model): tokens as interleaved, no images.
-    texts and keys are those of the B samples.
+    texts and keys are those of the B samples. B may be 0; the images are then of ``image_size``, an int or
+    (H, W), and without it an empty list.
     """
 
     LAYOUTS = ("prefix", "interleaved", "text")
 
-    def __init__(self, tokenizer: CaptionTokenizer, layout: str, images_per_row: int = 1) -> None:
+    def __init__(
+        self,
+        tokenizer: CaptionTokenizer,
+        layout: str,
+        images_per_row: int = 1,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
         if layout not in self.LAYOUTS:
             raise ValueError(f"layout is {layout!r}, expected one of {self.LAYOUTS}")
         if images_per_row < 1 or (layout == "prefix" and images_per_row > 1):
             raise ValueError(f"images_per_row is {images_per_row}, expected at least 1, and 1 for a prefix")
         self.tokenizer, self.layout, self.images_per_row = tokenizer, layout, images_per_row
+        self.image_size = image_size
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Raises ValueError for an empty sequence."""
-        if not samples:
-            raise ValueError("samples is empty; a batch needs at least one sample")
         texts = [sample["text"] for sample in samples]
         batch: dict[str, Any] = {"texts": texts, "keys": [sample["key"] for sample in samples]}
         if self.layout == "prefix":
             tokens = self.tokenizer(texts)
-            batch["tokens"] = tokens[:, : int(self.tokenizer.lengths(tokens).max())]
-            batch["images"] = torch.stack([sample["image"] for sample in samples])
+            longest = int(self.tokenizer.lengths(tokens).max()) if texts else 2
+            batch["tokens"] = tokens[:, :longest]
+            batch["images"] = stack_images(samples, self.image_size)
             return batch
         count = self.images_per_row
         batch["tokens"] = self.tokenizer.interleaved(
             [texts[i : i + count] for i in range(0, len(texts), count)]
         )
         if self.layout == "interleaved":
-            images = torch.stack([sample["image"] for sample in samples])
-            images = torch.cat([images, images.new_zeros(-len(images) % count, *images.shape[1:])])
-            batch["images"] = images.unflatten(0, (-1, count)).unsqueeze(2)
+            images = stack_images(samples, self.image_size)
+            if isinstance(images, Tensor):
+                images = torch.cat([images, images.new_zeros(-len(images) % count, *images.shape[1:])])
+                images = images.unflatten(0, (-1, count)).unsqueeze(2)
+            batch["images"] = images
         return batch

@@ -2,30 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-import sys
-from collections.abc import Sequence
-from io import BytesIO
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from torch.utils.data import Dataset
 
-from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, apply_transform, sample_rng
+from vlmkernels.data._text import is_unicode
+from vlmkernels.data.images import BrokenImageError, read_image, transformed
+from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, sample_rng
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class BrokenImageError(ValueError):
-    """The image of a sample is missing or cannot be decoded."""
+class _Lines:
+    """Numbered lines below a header, which is line 1; those that were taken too early can be put back."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._returned, self.number = iter(lines), list[str](), 1
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self._returned.pop() if self._returned else next(self._lines)
+        self.number += 1
+        return line
+
+    def put_back(self, lines: list[str]) -> None:
+        self._returned += reversed(lines)
+        self.number -= len(lines)
 
 
-def read_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """RGB image of a file or of encoded bytes. BrokenImageError with the reason if that fails."""
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+class _Table:
+    """The rows of a table, each with the line it begins on and whether its quotes close.
+
+    A quoted field may go on over lines, until one of these is a row itself: it splits into as many fields as
+    the header, and its image ends like that of the row or of the one before. A row whose quotes do not close
+    is split as if they were letters, so that it takes no other row with it.
+    """
+
+    def __init__(self, lines: Iterable[str], separator: str, columns: int, image_at: int) -> None:
+        self._lines, self._separator, self._columns = _Lines(lines), separator, columns
+        self._image_at = image_at
+
+    def __iter__(self) -> Iterator[tuple[int, list[str], bool]]:
+        before: list[str] = []
+        for line in self._lines:
+            number, fields, closed = self._lines.number, self._split(line), True
+            if '"' in line:
+                taken: list[str] = []
+                record = self._record(line, taken, self._ending(before) | self._ending(fields))
+                try:
+                    quoted = next(csv.reader(record, delimiter=self._separator, strict=True))
+                    closed = not taken or len(quoted) == self._columns
+                except csv.Error:
+                    closed = False
+                if closed:
+                    fields = quoted
+                else:
+                    self._lines.put_back(taken)
+            before = fields
+            yield number, fields, closed
+
+    def _record(self, line: str, taken: list[str], endings: set[str]) -> Iterator[str]:
+        """A line and those behind it as far as csv asks for them, which are noted in `taken`."""
+        yield line
+        for line in self._lines:
+            taken.append(line)
+            fields = self._split(line)
+            # An image behind a quote may be that of this row, whose caption the quote closes.
+            before_quotes = '"' not in "".join(fields[: self._image_at + 1])
+            if before_quotes and len(fields) == self._columns and self._ending(fields) <= endings:
+                return
+            yield line
+
+    def _split(self, line: str) -> list[str]:
+        return line.rstrip("\r\n").split(self._separator)
+
+    def _ending(self, fields: list[str]) -> set[str]:
+        """The ending of the image's name, if the row is long enough to have one."""
+        return {os.path.splitext(name.strip(' "'))[1].lower() for name in fields[self._image_at :][:1]}
 
 
 class CsvPairs(Dataset[Sample]):
@@ -36,9 +97,11 @@ class CsvPairs(Dataset[Sample]):
     root: folder of relative image paths; None tries the working directory (as open_clip), then the folder of
         the file. transform: applied to the RGB image; see `image_transform`. seed: of random augmentation.
 
-    Rows without a path or a caption are left out when the file is read, images that cannot be decoded when
-    they are
-    met: a batch of a DataLoader is then shorter, never empty. `skipped` gives all of them with the reason.
+    Rows without a path or a caption, with more columns than the header, with quotes that do not close or
+    bytes that are not UTF-8 are left out when the file is read, images that cannot be read or transformed
+    when they are met: a batch of a DataLoader is then shorter, and may be empty. `skipped` gives all of
+    them with the reason, rows by their line.
+
     Raises FileNotFoundError for the file, ValueError for a missing column (naming those found) or no usable
     row.
     """
@@ -58,10 +121,9 @@ class CsvPairs(Dataset[Sample]):
         self.transform, self.seed = transform, seed
         self._epoch, self._skip_log = Epoch(), SkipLog()
         self._rows: list[tuple[str, str]] = []
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist; expected a CSV file")
-        csv.field_size_limit(sys.maxsize)
-        with self.path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"{self.path} is not a file; expected a CSV file")
+        with self.path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
             header = file.readline()
             if separator is None:
                 separator = "\t" if "\t" in header else ","
@@ -71,24 +133,32 @@ class CsvPairs(Dataset[Sample]):
                 raise ValueError(
                     f"{self.path} has no column {' and '.join(map(repr, missing))}; "
                     f"columns found with separator {separator!r}: {columns}. "
-                    "Name them with image_column, text_column and separator"
+                    "Name them with image_column, text_column and separator; the file must be UTF-8"
                 )
             image_at, text_at = columns.index(image_column), columns.index(text_column)
-            for number, row in enumerate(csv.reader(file, delimiter=separator), start=2):
-                if not row:
+            for line, fields, closed in _Table(file, separator, len(columns), image_at):
+                if fields == [""]:
                     continue
-                image, text = (row[at].strip() if at < len(row) else "" for at in (image_at, text_at))
-                if image and text:
-                    self._rows.append((image, text))
+                image = fields[image_at].strip() if image_at < len(fields) else ""
+                text = fields[text_at].strip() if text_at < len(fields) else ""
+                if not closed and len(fields) != len(columns):
+                    fault = "a quote is not closed"
+                elif len(fields) > len(columns) and any(fields[len(columns) :]):
+                    fault = f"{len(fields)} columns, the header has {len(columns)}"
+                elif not image or not text:
+                    fault = "no caption" if image else "no image path"
+                elif not ((image + text).isascii() or is_unicode(image + text)):
+                    fault = "not UTF-8"
                 else:
-                    reason = "no caption" if image else "no image path"
-                    self._skip_log.add(f"row {number}", f"{reason}: {row}")
+                    self._rows.append((image, text))
+                    continue
+                self._skip_log.add(f"line {line}", f"{fault}: {fields}")
         if not self._rows:
             raise ValueError(f"{self.path} has no row with an image path and a caption ({self._skip_log})")
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reason by key (image path, or "row N" of the file) of what was left out so far, of all workers."""
+        """Reason by key (image path, or "line N" of the file) of what was left out so far, of all workers."""
         return self._skip_log.items()
 
     @property
@@ -109,38 +179,27 @@ class CsvPairs(Dataset[Sample]):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         index %= len(self)
         key, text = self._rows[index]
+        rng = sample_rng(self.seed, self._epoch.get(), index)
         try:
-            image = read_image(self._locate(key))
+            image = transformed(self.transform, read_image(self._locate(key)), rng)
         except BrokenImageError as error:
             self._skip_log.add(key, str(error))
-            raise BrokenImageError(f"{key} cannot be read, {error}") from error
-        rng = sample_rng(self.seed, self._epoch.get(), index)
-        image = apply_transform(self.transform, image, rng)
+            raise BrokenImageError(f"{key} cannot be read, {error}", key) from error
         return Sample(image=image, text=text, key=key, label=-1, concept=-1)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The readable ones of `indices`; if none is, the next readable sample. Called by DataLoader."""
-        samples = [sample for index in indices for sample in self._readable(index)]
-        step = 0
-        while not samples:
-            step += 1
-            if step > len(self):
-                some = dict(list(self.skipped.items())[:3])
-                raise ValueError(f"{self.path}: no image can be read, e.g. {some}")
-            samples = self._readable((indices[-1] + step) % len(self))
+        """The readable ones of `indices`. Called by DataLoader, also through Subset."""
+        samples = []
+        for index in indices:
+            with contextlib.suppress(BrokenImageError):  # recorded in `skipped`
+                samples.append(self[index])
         return samples
-
-    def _readable(self, index: int) -> list[Sample]:
-        try:
-            return [self[index]]
-        except BrokenImageError:  # recorded in `skipped`
-            return []
 
     def _locate(self, name: str) -> Path:
         path = Path(name)
         if self.root is not None:
             return self.root / path
-        return path if path.exists() else self.path.parent / path
+        return path if os.path.exists(path) else self.path.parent / path
 
     def __repr__(self) -> str:
         return f"CsvPairs({str(self.path)!r}, samples={len(self)}, {self._skip_log})"

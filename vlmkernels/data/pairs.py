@@ -15,7 +15,12 @@ from vlmkernels.data.tar_pairs import TarPairs
 
 
 def load_pairs(
-    spec: str, *, transform: Transform | None = None, seed: int = 0, **options: Any
+    spec: str,
+    *,
+    transform: Transform | None = None,
+    seed: int = 0,
+    allow_pipe: bool = False,
+    **options: Any,
 ) -> Emoji3 | Scenes | CsvPairs | TarPairs:
     """Open the data set that `spec` names; its samples are `Sample`s.
 
@@ -23,6 +28,8 @@ def load_pairs(
         a .csv, .tsv or .txt table (`CsvPairs`), or webdataset tars as a path, brace pattern or URL with
         ".tar" (`TarPairs`).
     transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
+    allow_pipe: whether a program may be run to read tars, which every URL asks for (`TarPairs`); keep it out
+        of what strangers may write.
     options: further arguments of that class, e.g. caption="label_tags", separator=",", shuffle=1000.
 
     Raises ValueError for a spec or option that is not known (naming those that are), and what the classes
@@ -34,7 +41,7 @@ def load_pairs(
     if name in embedded:
         return _open(embedded[name], split or "train", arguments)
     if ".tar" in spec:
-        return _open(TarPairs, spec, arguments)
+        return _open(TarPairs, spec, {**arguments, "allow_pipe": allow_pipe})
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
     raise ValueError(

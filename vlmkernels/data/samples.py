@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import random
@@ -14,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmkernels.data.transforms import ImageTransform
+from vlmkernels.data._text import printable
+from vlmkernels.data.transforms import ImageTransform, _pair
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,10 @@ class Sample(TypedDict):
 
 def sample_rng(*parts: object) -> random.Random:
     """A generator that depends only on `parts`: the same in every process, worker and run."""
-    return random.Random("/".join(str(part) for part in parts))
+    return random.Random("/".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
 
 
-def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random) -> Any:
+def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random | None) -> Any:
     """`transform(image)`; an `ImageTransform` takes its random numbers from `rng`."""
     if transform is None:
         return image
@@ -63,6 +66,11 @@ class Epoch:
         return int(self._value)
 
 
+def warn_skipped(key: str, reason: str) -> None:
+    """The one line of the log that names a sample which is left out."""
+    logger.warning("skipped %s: %s", printable(key), printable(reason))
+
+
 def _remove(path: str, owner: int) -> None:
     if os.getpid() == owner and os.path.exists(path):
         os.unlink(path)
@@ -72,39 +80,55 @@ class SkipLog:
     """Keys of skipped samples with the reason, shared by all DataLoader workers of a process.
 
     Kept in a temporary file to which workers append whole lines; removed with the object that created it.
-    Each key is logged once per worker as a warning.
+    A key is logged as a warning when it is recorded, once for all workers and epochs.
     """
 
     def __init__(self) -> None:
         descriptor, self._path = tempfile.mkstemp(prefix="vlmkernels-skipped-")
         os.close(descriptor)
-        self._known: set[str] = set()
+        self._known: dict[str, str] = {}
+        self._read = 0  # bytes of the file that are in _known
         weakref.finalize(self, _remove, self._path, os.getpid())
 
     def add(self, key: str, reason: str) -> None:
-        """Record a key; a key that was recorded before by this worker is not recorded again."""
-        if key in self._known:
+        """Record a key; one that is recorded keeps its reason."""
+        if self.reason(key) is not None:
             return
-        self._known.add(key)
-        logger.warning("skipped %s: %s", key, reason)
-        fields = (" ".join(text.split())[:1000] for text in (key, reason))
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("\t".join(fields) + "\n")
+        reason = " ".join(reason.split())[:1000]
+        self._known[key] = reason
+        warn_skipped(key, reason)
+        # Where the disk is full the record is that of this worker alone, and the warning.
+        with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as file:
+            file.write(json.dumps([key, reason]).encode() + b"\n")
+
+    def reason(self, key: str) -> str | None:
+        """Why a key was skipped, None if it was not."""
+        if key not in self._known:
+            self._refresh()
+        return self._known.get(key)
 
     def items(self) -> dict[str, str]:
         """Reason by key, of all workers."""
-        if not os.path.exists(self._path):  # a copy that outlived its original
-            return {}
-        with open(self._path, encoding="utf-8") as file:
-            rows = (line.rstrip("\n").partition("\t") for line in file)
-            return {key: reason for key, _, reason in rows}
+        self._refresh()
+        return dict(self._known)
+
+    def _refresh(self) -> None:
+        """Read what other workers recorded; a copy of the log may outlive the file."""
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):  # another worker is about to complete it
+                    break
+                self._read += len(line)
+                with contextlib.suppress(ValueError):  # cut off by a full disk
+                    self._known.setdefault(*json.loads(line))
 
     def __len__(self) -> int:
         return len(self.items())
 
     def __repr__(self) -> str:
         items = self.items()
-        return f"{len(items)} skipped" + (f": {', '.join(list(items)[:10])}" if items else "")
+        return f"{len(items)} skipped" + (f": {', '.join(map(printable, list(items)[:10]))}" if items else "")
 
 
 class Collate:
@@ -112,21 +136,20 @@ class Collate:
 
     The batch is a dict: images (float [B, 3, H, W] if the data set has a tensor transform, else a list),
     texts and keys (lists of str), labels [B] and concepts [B] (int64), and tokens [B, L] (int64) if a
-    tokenizer is given.
+    tokenizer is given. A batch of which no sample can be read has B = 0; its images are [0, 3, H, W] of
+    `image_size`, an int or (H, W), and without it an empty list.
     """
 
-    def __init__(self, tokenizer: Callable[[list[str]], Tensor] | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        self.tokenizer, self.image_size = tokenizer, image_size
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Raises ValueError for an empty sequence."""
-        if not samples:
-            raise ValueError("samples is empty; a batch needs at least one sample")
-        images: Any = [sample["image"] for sample in samples]
-        if all(isinstance(image, Tensor) for image in images):
-            images = torch.stack(images)
         batch: dict[str, Any] = {
-            "images": images,
+            "images": stack_images(samples, self.image_size),
             "texts": [sample["text"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
             "labels": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
@@ -135,3 +158,11 @@ class Collate:
         if self.tokenizer is not None:
             batch["tokens"] = self.tokenizer(batch["texts"])
         return batch
+
+
+def stack_images(samples: Sequence[Sample], image_size: int | tuple[int, int] | None) -> Any:
+    """float [B, 3, H, W] of tensors, else the list; of no samples [0, 3, H, W] where the size is given."""
+    images = [sample["image"] for sample in samples]
+    if not images and image_size is not None:
+        return torch.zeros(0, 3, *_pair(image_size))
+    return torch.stack(images) if images and all(isinstance(image, Tensor) for image in images) else images

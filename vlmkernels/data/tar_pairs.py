@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+import tarfile
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlmkernels.data.csv_pairs import BrokenImageError, read_image
-from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, apply_transform, sample_rng
+from vlmkernels.data._text import is_unicode
+from vlmkernels.data.images import BrokenImageError, read_image, transformed
+from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, sample_rng
+
+logger = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+TEXT_FIELDS = ("txt", "json")
 TEXT_KEYS = ("caption", "text", "title")
+LARGEST_MEMBER = (
+    2**28
+)  # bytes of one image or text; more is a compressed or sparse member that fills the memory
+_HIDDEN = re.compile(r"(^|/)\.[^/]|^__[^/]*__(/|$)")  # and what webdataset takes for the shard's own notes
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+}
 
 
 def _this_rank() -> tuple[int, int]:
@@ -30,20 +50,51 @@ class _SkippedError(ValueError):
     """A sample that is left out; the message says why."""
 
 
+def _local(url: str) -> str | None:
+    """The path of a shard that is a file; None where webdataset would run a program to read it."""
+    if os.path.exists(url):
+        return url
+    parts = urlparse(url)
+    return url2pathname(parts.path) if parts.scheme == "file" else None if parts.scheme else url
+
+
+def _open(url: str) -> IO[bytes]:
+    path = _local(url)
+    if path is not None:
+        return open(path, "rb")
+    from webdataset.gopen import gopen
+
+    return gopen(url)
+
+
 def _is_cut(url: str) -> bool:
     """True for a local plain tar without its end mark; tarfile takes a cut between files for the end."""
-    if not url.endswith(".tar") or not os.path.isfile(url):
+    path = _local(url)
+    if path is None or not path.endswith(".tar"):
         return False
-    with open(url, "rb") as file:
+    with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 512))
         return size % 512 != 0 or any(file.read())
 
 
+def _fault(member: tarfile.TarInfo) -> str | None:
+    """Why a member is left out. What is read stays in memory, whatever its name; such names mean harm."""
+    if not is_unicode(member.name):
+        return "the name is not UTF-8"
+    if ".." in member.name.replace("\\", "/").split("/"):
+        return "the name leads out of the folder"
+    if not member.isreg():
+        return _KINDS.get(member.type, f"of type {member.type!r}") + ", not a file"
+    return None
+
+
 class TarPairs(IterableDataset[Sample]):
     """Iterable data set over webdataset shards, read with the `webdataset` package.
 
-    urls: a path, several with braces ("shard-{000..009}.tar"), or any URL that webdataset opens; "::" joins.
+    urls: a path or file: URL, several with braces ("shard-{000..009}.tar"); "::" joins.
+    allow_pipe: whether urls may be any other URL that webdataset opens. It runs a program for each: the shell
+        for pipe:, curl for http: and https:, gsutil, ais.
     shuffle: size of the buffer samples are drawn from; the order of the shards is drawn as well. 0 keeps the
     order.
     text_key: where a KEY.json is the text, its field with the caption; None takes caption, text or title.
@@ -51,13 +102,16 @@ class TarPairs(IterableDataset[Sample]):
         RANK and WORLD_SIZE. The shards of a rank are dealt out to the workers of the DataLoader in the same
         way.
     samples_per_rank: length of an epoch on each rank; shards are then repeated as needed, so that every rank
-        makes the same number of steps. None reads each shard once, and ranks may differ in length.
+        makes the same number of steps, unless a worker's shards have no readable sample at all. None reads
+        each shard once, and ranks may differ in length.
     transform: applied to the RGB image. seed: with the epoch (`set_epoch`) it fixes every random choice.
 
-    Samples without image or text, damaged images and damaged tars are skipped; `skipped` gives them with the
-    reason.
-    Raises FileNotFoundError for shards that are not there, and ValueError for fewer shards than ranks, or
-    (when iterated) if no sample has an image and a text, naming the fields found.
+    Samples without image or text, images that cannot be read or transformed, links, devices, names that are
+    not UTF-8 or hold "..", members above 256 MiB and damaged tars are skipped; `skipped` gives them with the
+    reason. Hidden files and other fields of a sample are passed over.
+    Raises FileNotFoundError for shards that are not there, and ValueError for URLs that need `allow_pipe`,
+    for fewer shards than ranks, or (when iterated by one worker of one rank) if no sample has an image and a
+    text, naming the fields found.
     """
 
     def __init__(
@@ -71,6 +125,7 @@ class TarPairs(IterableDataset[Sample]):
         samples_per_rank: int | None = None,
         transform: Transform | None = None,
         seed: int = 0,
+        allow_pipe: bool = False,
     ) -> None:
         try:
             from webdataset.shardlists import expand_urls
@@ -92,7 +147,14 @@ class TarPairs(IterableDataset[Sample]):
             raise ValueError(
                 f"{len(self.shards)} shards for {self.world_size} ranks, expected one or more for each"
             )
-        absent = [url for url in self.shards if ":" not in url and not Path(url).is_file()]
+        foreign = [url for url in self.shards if _local(url) is None]
+        if foreign and not allow_pipe:
+            raise ValueError(
+                f"urls: to read {foreign[0]!r} a program would be run ({urlparse(foreign[0]).scheme}:); "
+                "if you trust it, allow that with allow_pipe=True, or --allow-pipe on the command line"
+            )
+        local = (_local(url) for url in self.shards)
+        absent = [path for path in local if path is not None and not os.path.isfile(path)]
         if absent:
             raise FileNotFoundError(f"{len(absent)} of {len(self.shards)} shards do not exist: {absent[:5]}")
         self.urls, self.shuffle, self.text_key = urls, shuffle, text_key
@@ -121,17 +183,17 @@ class TarPairs(IterableDataset[Sample]):
             yield from islice(self._endless(worker, active, epoch), quota)
 
     def _endless(self, worker: int, workers: int, epoch: int) -> Iterator[Sample]:
-        repeat = 0
-        while True:
-            empty = True
+        # Shuffled shards are dealt anew in every pass: so many passes deal about all of them to each worker.
+        repeat, barren, patience = 0, 0, self.world_size * workers if self.shuffle else 1
+        while barren < patience:
+            barren += 1
             for sample in self._one_pass(
                 self._shards_of(worker, workers, epoch, repeat), worker, epoch, repeat
             ):
-                empty = False
+                barren = 0
                 yield sample
-            if empty:
-                raise ValueError(f"{self.urls}: the shards of worker {worker} have no readable sample")
             repeat += 1
+        logger.warning("no sample can be read in the shards of rank %d, worker %d", self.rank, worker)
 
     def _shards_of(self, worker: int, workers: int, epoch: int, repeat: int) -> list[str]:
         shards = list(self.shards)
@@ -153,11 +215,11 @@ class TarPairs(IterableDataset[Sample]):
             try:
                 sample = self._decode(fields_of_sample, epoch)
             except _SkippedError as error:
-                self._skip_log.add(fields_of_sample["__key__"], str(error))
+                self._skip(fields_of_sample["__url__"], fields_of_sample["__key__"], str(error))
                 continue
             read += 1
             yield sample
-        if shards and read == 0:
+        if read == 0 and len(shards) == len(self.shards):  # else other workers and ranks may have some
             raise ValueError(
                 f"{self.urls}: no sample has an image ({', '.join(IMAGE_FIELDS)}) and a text (txt, json) "
                 f"that can be read; fields found: {sorted(fields)}; {self._skip_log}"
@@ -165,19 +227,63 @@ class TarPairs(IterableDataset[Sample]):
 
     def _raw_samples(self, shards: list[str]) -> Iterator[dict[str, Any]]:
         """Encoded samples, shard by shard, so that a damaged tar cannot run into the next one."""
-        from webdataset.tariterators import tarfile_samples
-
         for url in shards:
-            yield from tarfile_samples([{"url": url}], handler=self._on_damage(url))
+            sample: dict[str, Any] = {}
+            for key, field, content in self._members(url):
+                if key != sample.get("__key__"):
+                    if sample:
+                        yield sample
+                    sample = {"__key__": key, "__url__": url}
+                if field in sample:
+                    self._skip(url, f"{key}.{field}", "a second file of this name")
+                else:
+                    sample[field] = content
+            if sample:
+                yield sample
+
+    def _members(self, url: str) -> Iterator[tuple[str, str, bytes]]:
+        """Key, field and content of the files of a shard; what is no image or text is not read."""
+        from webdataset.tariterators import base_plus_ext
+
+        stream: IO[bytes] | None = None
+        try:
+            stream = _open(url)
+            with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # which would grow with the shard
+                    fault = _fault(member)
+                    if member.isdir() or (fault is None and _HIDDEN.search(member.name)):
+                        continue
+                    key, field = base_plus_ext(member.name)
+                    if fault is None and key is None:
+                        fault = "the name has no ending"
+                    read = field is not None and field.lower() in IMAGE_FIELDS + TEXT_FIELDS
+                    if read and member.size > LARGEST_MEMBER:
+                        fault = f"{member.size} bytes, more than {LARGEST_MEMBER}"
+                    if fault is not None:
+                        self._skip(url, member.name, fault)
+                        continue
+                    file = tar.extractfile(member) if read else None
+                    yield key, field.lower(), b"" if file is None else file.read()
+            while stream.read(2**20):  # a program that was still writing would say that its pipe broke
+                pass
+            stream.close()
             if _is_cut(url):
-                self._skip_log.add(url, "rest of the shard: the file ends without the end mark of a tar")
-
-    def _on_damage(self, url: str) -> Callable[[Exception], bool]:
-        def record(error: Exception) -> bool:
+                raise tarfile.ReadError("the file ends without the end mark of a tar")
+        except Exception as error:  # tarfile raises many types for damaged files, a pipe what its program did
             self._skip_log.add(url, f"rest of the shard: {type(error).__name__}: {error}")
-            return True
+        finally:
+            if stream is not None:
+                with contextlib.suppress(OSError):  # of a program whose output is not wanted any more
+                    stream.close()
 
-        return record
+    def _skip(self, url: str, name: str, reason: str) -> None:
+        """Record a sample or member; shards may count their keys from zero each."""
+        place = f"in {url}: "
+        known = self._skip_log.reason(name)
+        if known is not None and not known.startswith(place):
+            name = f"{name} in {url}"
+        self._skip_log.add(name, place + reason)
 
     def _decode(self, raw: dict[str, Any], epoch: int) -> Sample:
         key = raw["__key__"]
@@ -185,18 +291,17 @@ class TarPairs(IterableDataset[Sample]):
         if image_field is None:
             raise _SkippedError(f"no image, fields {sorted(n for n in raw if not n.startswith('__'))}")
         text = self._text(raw)
+        rng = sample_rng(self.seed, epoch, raw["__url__"], key)
         try:
-            image = read_image(raw[image_field])
+            image = transformed(self.transform, read_image(raw[image_field]), rng)
         except BrokenImageError as error:
             raise _SkippedError(str(error)) from error
-        rng = sample_rng(self.seed, epoch, raw["__url__"], key)
-        image = apply_transform(self.transform, image, rng)
         return Sample(image=image, text=text, key=key, label=-1, concept=-1)
 
     def _text(self, raw: dict[str, Any]) -> str:
         try:
             if "txt" in raw and self.text_key is None:
-                text: Any = raw["txt"].decode("utf-8").strip()
+                text: Any = raw["txt"].decode("utf-8-sig").strip()
             elif "json" in raw:
                 text = json.loads(raw["json"])
                 if isinstance(text, dict):
@@ -207,10 +312,14 @@ class TarPairs(IterableDataset[Sample]):
                         raise _SkippedError(f"json has none of {names}, but {found}")
             else:
                 raise _SkippedError(f"no text, fields {sorted(n for n in raw if not n.startswith('__'))}")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except _SkippedError:
+            raise
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
             raise _SkippedError(f"text cannot be decoded: {error}") from error
         if not isinstance(text, str) or not text.strip():
             raise _SkippedError(f"caption is {text!r}, expected a text")
+        if not is_unicode(text):
+            raise _SkippedError(f"caption is {text!r}, which holds half of a character")
         return text.strip()
 
     def __repr__(self) -> str:

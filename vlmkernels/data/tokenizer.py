@@ -20,6 +20,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from vlmkernels.data._text import is_unicode
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -57,6 +59,7 @@ def clean_text(text: str) -> str:
     letters and control characters stay as they are; Unicode is brought to NFC either way. Plain ASCII text
     gives the same.
     """
+    _checked(text)
     if find_spec("ftfy") is not None:
         import ftfy
 
@@ -72,6 +75,12 @@ def _as_list(texts: str | Sequence[str]) -> list[str]:
     if wrong is not None:
         raise ValueError(f"texts holds a {type(wrong).__name__}, expected str or a sequence of str")
     return texts
+
+
+def _checked(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError(f"text is {text!r}, in which a surrogate is half of a character")
+    return text
 
 
 def _check_length(context_length: int) -> int:
@@ -110,14 +119,45 @@ def _save(folder: str | os.PathLike[str], tokenizer: Tokenizer, config: dict[str
     _write(target / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _read_config(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+def _read_config(folder: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> dict[str, Any]:
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by {kind}.save")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("type") != kind:
-        raise ValueError(f"{path} holds type {config.get('type')!r}, expected {kind!r}")
+    config = _read_type(path)
+    if config["type"] != kind:
+        raise ValueError(f"{path} holds type {config['type']!r}, expected {kind!r}")
+    wrong = {name: config.get(name) for name in sizes if not isinstance(config.get(name), int)}
+    if wrong:
+        raise ValueError(f"{path} holds {wrong}, expected integers")
     return config
+
+
+def _read_text(path: Path) -> str:
+    """A file's text without its byte order mark; ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def _read_type(path: Path) -> dict[str, Any]:
+    """The values of a tokenizer_config.json, `type` among them. ValueError if it is something else."""
+    try:
+        config = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected the values of a tokenizer")
+    return {"type": None, **config}
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json; ValueError if the tokenizers package cannot read it."""
+    text = _read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the package raises Exception itself
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 class ClipTokenizer:
@@ -211,9 +251,9 @@ class ClipTokenizer:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. FileNotFoundError, or ValueError for a folder of another tokenizer."""
-        config = _read_config(folder, cls.__name__)
+        config = _read_config(folder, cls.__name__, ("vocab_size", "context_length"))
         tokenizer = cls.__new__(cls)
-        inner = Tokenizer.from_file(str(Path(folder) / _TOKENIZER))
+        inner = _read_tokenizer(Path(folder) / _TOKENIZER)
         tokenizer._setup(inner, config["vocab_size"], config["context_length"])
         return tokenizer
 
@@ -259,7 +299,7 @@ class WordPieceTokenizer:
         cls, texts: Iterable[str], vocab_size: int = 8192, context_length: int = 64
     ) -> WordPieceTokenizer:
         """Learn at most `vocab_size` pieces from `texts`. ValueError if there is no text or no room."""
-        texts = _as_list(list(texts))
+        texts = [_checked(text) for text in _as_list(list(texts))]
         if not any(text.strip() for text in texts):
             raise ValueError("texts has no text to learn from")
         if vocab_size <= len(cls.SPECIAL):
@@ -283,16 +323,16 @@ class WordPieceTokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; expected a tokenizer.json or a vocab.txt")
         if Path(path).suffix == ".txt":
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = _read_text(Path(path)).split("\n")
             pieces = lines[:-1] if lines[-1] == "" else lines
             tokenizer = cls._empty({piece: i for i, piece in enumerate(pieces)})
             tokenizer.add_special_tokens([token for token in cls.SPECIAL if token in pieces])
             return cls(tokenizer, context_length)
-        return cls(Tokenizer.from_file(str(path)), context_length)
+        return cls(_read_tokenizer(Path(path)), context_length)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text without [CLS] and [SEP]."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of ids, special tokens left out."""
@@ -315,8 +355,8 @@ class WordPieceTokenizer:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> WordPieceTokenizer:
         """Read what `save` wrote. FileNotFoundError, or ValueError for a folder of another tokenizer."""
-        config = _read_config(folder, "WordPieceTokenizer")
-        return cls(Tokenizer.from_file(str(Path(folder) / _TOKENIZER)), config["context_length"])
+        config = _read_config(folder, "WordPieceTokenizer", ("context_length",))
+        return cls(_read_tokenizer(Path(folder) / _TOKENIZER), config["context_length"])
 
     def __repr__(self) -> str:
         return f"WordPieceTokenizer(context_length={self.context_length}, vocabulary={self.vocab_size})"
@@ -331,7 +371,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceT
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")
     known: tuple[Any, ...] = (ClipTokenizer, WordPieceTokenizer, CaptionTokenizer)
     kinds = {cls.__name__: cls for cls in known}
-    kind = json.loads(path.read_text(encoding="utf-8")).get("type")
+    kind = _read_type(path)["type"]
     if kind not in kinds:
         raise ValueError(f"{path} holds type {kind!r}, expected one of {sorted(kinds)}")
     return kinds[kind].load(folder)

@@ -21,10 +21,34 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _RESIZE_MODES = ("shortest", "longest", "squash")
+# A picture of 1 x 60,000 pixels has 3,000 million of them when its short side is 224. Beyond these limits
+# only what is shown is resized, and sides are first reduced by whole factors.
+_RESIZED_PIXELS = 2**24
+_SIDE = 2**15
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _numbers(values: Any, count: int, kind: Any = (int, float)) -> bool:
+    """Whether `values` are `count` finite numbers."""
+    right = isinstance(values, (tuple, list)) and len(values) == count
+    return right and all(isinstance(value, kind) and math.isfinite(value) for value in values)
+
+
+def _middle(old: int, new: int, shown: int) -> tuple[float, float]:
+    """Where the `shown` pixels in the middle of `new`, the resized side, come from on the `old` side."""
+    first = round((new - shown) / 2)
+    return first * (old / new), min((first + shown) * (old / new), old)
+
+
+def _resize(
+    image: Image.Image, size: tuple[int, int], interpolation: str, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """The part `box` of an image, resized; what Pillow needs for each row and column is bounded."""
+    gap = 3.0 if max(box[2] - box[0], box[3] - box[1]) > _SIDE else None
+    return image.resize(size, _FILTERS[interpolation], box, gap)
 
 
 @dataclass(frozen=True)
@@ -50,14 +74,18 @@ class ImageTransform:
     def __post_init__(self) -> None:
         for name in ("image_size", "resize_size"):
             size = getattr(self, name)
-            if size is not None and (len(_pair(size)) != 2 or min(_pair(size)) < 1):
+            sides = (size, size) if isinstance(size, int) else size
+            absent = size is None and name == "resize_size"
+            if not absent and not (_numbers(sides, 2, int) and min(sides) >= 1):
                 raise ValueError(f"{name} is {size!r}, expected a positive int or (height, width)")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if not (_numbers(self.mean, 3) and _numbers(self.std, 3) and min(self.std) > 0):
             raise ValueError(f"mean and std need 3 values, std > 0, got mean={self.mean!r}, std={self.std!r}")
         if self.interpolation not in _FILTERS:
             raise ValueError(f"interpolation is {self.interpolation!r}, expected one of {sorted(_FILTERS)}")
         if self.resize_mode not in _RESIZE_MODES:
             raise ValueError(f"resize_mode is {self.resize_mode!r}, expected one of {_RESIZE_MODES}")
+        if not isinstance(self.train, bool) or not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
+            raise ValueError(f"train is {self.train!r}, fill is {self.fill!r}, expected a bool and 0 to 255")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {self.crop_scale!r}, expected 0 < low <= high <= 1")
@@ -88,13 +116,16 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
-        """The inverse of `to_dict` (also after JSON made lists of the tuples). ValueError on unknown keys."""
+        """The inverse of `to_dict` (also after JSON made lists of the tuples). ValueError if it is none."""
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown keys {unknown}, expected a subset of {sorted(known)}")
+        if not isinstance(values, dict) or set(values) - known:
+            got = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"unknown keys {got}, expected a dict with some of {sorted(known)}")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+        try:
+            return cls(**arguments)
+        except TypeError as error:  # a number where a pair belongs, a text where a number does
+            raise ValueError(f"not the values of an image transform, {error}: {values}") from error
 
     def for_inference(self) -> ImageTransform:
         """The same geometry and normalisation without augmentation."""
@@ -114,8 +145,12 @@ class ImageTransform:
             pick = max if self.resize_mode == "longest" else min
             ratio = pick(old_height / height, old_width / width)
             new = (max(1, round(old_width / ratio)), max(1, round(old_height / ratio)))
+        shown = new
+        if new[0] * new[1] > _RESIZED_PIXELS:
+            shown = (min(new[0], target[1]), min(new[1], target[0]))
         if new != image.size:
-            image = image.resize(new, _FILTERS[self.interpolation])
+            box = (*_middle(image.width, new[0], shown[0]), *_middle(image.height, new[1], shown[1]))
+            image = _resize(image, shown, self.interpolation, (box[0], box[2], box[1], box[3]))
         return self._center_crop_or_pad(image, target)
 
     def _center_crop_or_pad(self, image: Image.Image, target: tuple[int, int]) -> Image.Image:
@@ -145,7 +180,8 @@ class ImageTransform:
             h = min(image.height, max(1, round(image.width / ratio)))
             left, top = (image.width - w) // 2, (image.height - h) // 2
             box = (left, top, left + w, top + h)
-        image = image.crop(box).resize((width, height), _FILTERS[self.interpolation])
+        image = image.crop(box)
+        image = _resize(image, (width, height), self.interpolation, (0, 0, *image.size))
         return ImageOps.mirror(image) if rng.random() < self.flip else image
 
     def _colour(self, image: Image.Image, rng: random.Random) -> Image.Image:

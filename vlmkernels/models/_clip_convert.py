@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlmkernels.models._pretrained import WEIGHTS_FILE, read_config, read_state_dict
+from vlmkernels.models._clip_sources import OPEN_CLIP_FILE, OPEN_CLIP_WEIGHTS, hf_fields, open_clip_fields
+from vlmkernels.models._files import Source, read_json, read_state_dict, weights_file
+from vlmkernels.models._pretrained import CONFIG_FILE, naming
 
-Source = Mapping[str, Any] | str | os.PathLike[str]
 OPENAI_BUFFERS = ("input_resolution", "context_length", "vocab_size")
+NOT_IN_SHAPES = ("quick_gelu", "vision_heads", "text_heads")
+NOT_IN_SHAPES_OF_CLIPA = ("vision_pool", "text_pool", "text_causal")
 
 # Names outside the transformer blocks, ours -> Hugging Face's ("pre_layrnorm" is spelled so there).
 HF_NAMES = {
@@ -42,32 +44,56 @@ HF_PARTS = {
 }
 
 
-def from_openai(source: Source, quick_gelu: bool, check_activation: bool) -> dict[str, Tensor]:
-    """Weights of openai/CLIP or open_clip under our names, without buffers; floats as fp32."""
+class Converted(NamedTuple):
+    """Weights under our names, and the fields of ClipConfig that come with them, with where these stand."""
+
+    weights: dict[str, Tensor]
+    fields: dict[str, Any]
+    origin: str = ""
+
+
+def from_openai(source: Source) -> Converted:
+    """Weights of openai/CLIP or open_clip, without buffers; of a folder, the file that open_clip would take.
+
+    With them comes what open_clip_config.json says beside the file. Without it, OpenAI's own checkpoints are
+    known by their buffers: they have QuickGELU and heads of 64 channels.
+    """
+    if not isinstance(source, Mapping) and Path(source).is_dir():
+        source = weights_file(source, OPEN_CLIP_WEIGHTS)
     state_dict = read_state_dict(source)
-    if any(name in state_dict for name in OPENAI_BUFFERS) and not quick_gelu and check_activation:
-        raise ValueError(
-            "quick_gelu: this is OpenAI's own checkpoint (it has input_resolution, context_length or "
-            "vocab_size), trained with QuickGELU, and the config has quick_gelu=False: take one with "
-            'quick_gelu=True ("ViT-B-32-quickgelu"), or pass check_activation=False to load it all the same'
-        )
     out = {}
     for name, tensor in state_dict.items():
         if name in OPENAI_BUFFERS or name.endswith("attn_mask"):
             continue
-        # open_clip's CustomTextCLIP keeps the text tower under "text."; fp16 checkpoints train and run as
-        # fp32 here.
-        out[name.removeprefix("text.")] = tensor.float() if tensor.is_floating_point() else tensor
+        out[name.removeprefix("text.")] = tensor  # where open_clip's CustomTextCLIP keeps the text tower
     for name in ("logit_scale", "logit_bias"):
         if name in out and out[name].shape == (1,):  # open_clip's nonscalar_logit_scale
             out[name] = out[name].reshape(())
-    return out
+    fields, origin = _beside(
+        source, OPEN_CLIP_FILE, lambda config: open_clip_fields(config.get("model_cfg", config))
+    )
+    if not fields and any(name in state_dict for name in OPENAI_BUFFERS):
+        fields = {"quick_gelu": True, "vision_heads": None, "text_heads": None}
+        origin = f"OpenAI's own checkpoint (it has {', '.join(OPENAI_BUFFERS[:-1])} or {OPENAI_BUFFERS[-1]})"
+    return Converted(out, fields, origin)
 
 
-def from_hf(source: Source) -> dict[str, Tensor]:
-    """Weights of Hugging Face's CLIPModel under our names; floats as fp32."""
+def _beside(
+    source: Source, name: str, convert: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[dict[str, Any], str]:
+    """The fields that the config `name` beside a file says, and its path; nothing where there is none."""
+    if isinstance(source, Mapping) or not (path := Path(source).parent / name).is_file():
+        return {}, ""
+    with naming(path):
+        return convert(read_json(path)), str(path)
+
+
+def from_hf(source: Source) -> Converted:
+    """Weights of Hugging Face's CLIPModel; with them comes what config.json says beside the file."""
+    if not isinstance(source, Mapping) and Path(source).is_dir():
+        source = weights_file(source)
     state_dict = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
+        name: tensor
         for name, tensor in read_state_dict(source).items()
         if not name.endswith("embeddings.position_ids")
     }
@@ -88,7 +114,8 @@ def from_hf(source: Source) -> dict[str, Tensor]:
                 names = [f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
                 if all(name in state_dict for name in names):
                     out[f"{block}.attn.in_proj_{kind}"] = torch.cat([state_dict.pop(name) for name in names])
-    return {**out, **state_dict}  # what is left is reported as unknown by load_weights
+    # What is left of the state dict is reported as unknown by check_weights.
+    return Converted({**out, **state_dict}, *_beside(source, CONFIG_FILE, hf_fields))
 
 
 def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,60 +140,79 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_hf_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Converted weights of a Hugging Face CLIP folder, and the ClipConfig fields that shapes do not show."""
-    config = read_config(folder)
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    activations = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
-    if (
-        config.get("model_type") != "clip"
-        or len(activations) > 1
-        or not activations <= {"quick_gelu", "gelu"}
-    ):
-        got = f"model_type {config.get('model_type')!r}, hidden_act {sorted(activations)}"
-        raise ValueError(f"{folder}: wants a CLIPModel with one hidden_act, quick_gelu or gelu; got {got}")
-    eot_id = text.get("eos_token_id", 49407)
-    fields = {
-        "quick_gelu": activations == {"quick_gelu"},
-        "vision_heads": vision.get("num_attention_heads", 12),
-        "text_heads": text.get("num_attention_heads", 8),
-    }
-    # Configs written before transformers 4.31 say 2, which is not the id: there the highest id is meant.
-    return from_hf(Path(folder) / WEIGHTS_FILE), fields if eot_id == 2 else {**fields, "eot_id": eot_id}
+def check_activation(known: Mapping[str, Any], quick_gelu: bool, origin: str) -> None:
+    """ValueError where the activation that comes with the weights is another one."""
+    if known.get("quick_gelu", quick_gelu) != quick_gelu:
+        name = "GELU" if quick_gelu else "QuickGELU"
+        raise ValueError(
+            f"quick_gelu: {origin} was trained with {name}, and here quick_gelu={quick_gelu}: take "
+            f"quick_gelu={not quick_gelu} (open_clip's names of QuickGELU end in -quickgelu), or pass "
+            "check_activation=False to load it all the same"
+        )
+
+
+def complete(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` of ClipConfig and those that shapes of our weights show; ValueError for what neither shows."""
+    out = {**infer_sizes(weights), **fields}
+    wanted = NOT_IN_SHAPES + (() if out["vision_ln_pre"] else NOT_IN_SHAPES_OF_CLIPA)
+    if missing := [name for name in wanted if name not in out]:
+        raise ValueError(
+            f"{', '.join(missing)}: shapes do not show this and no config lies beside the weights; give each "
+            f"as an argument (heads of None are 64 channels wide), or put {OPEN_CLIP_FILE} or Hugging Face's "
+            f"{CONFIG_FILE} beside the file, or load into a model of a config that you know"
+        )
+    return out
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of ClipConfig that the shapes of our state dict determine; ValueError if it is no CLIP's."""
-    needed = ("text_projection", "positional_embedding", "token_embedding.weight", "visual.conv1.weight")
-    missing = [name for name in needed if name not in state_dict]
+    needed = {
+        "text_projection": 2,
+        "positional_embedding": 2,
+        "token_embedding.weight": 2,
+        "visual.conv1.weight": 4,
+    }
     vit = "visual.proj" in state_dict
     grid_name = "visual.positional_embedding" if vit else "visual.attnpool.positional_embedding"
-    if missing or grid_name not in state_dict:
-        raise ValueError(f"state_dict is not a CLIP's: it has no {', '.join(missing or [grid_name])}")
-    grid = round((state_dict[grid_name].shape[0] - 1) ** 0.5)
-    if vit:
-        vision_width, _, _, patch_size = state_dict["visual.conv1.weight"].shape
-        vision_layers: Any = _count(state_dict, r"visual\.transformer\.resblocks\.(\d+)\.")
-        image_size = grid * patch_size
-    else:
-        vision_width, patch_size = 2 * state_dict["visual.conv1.weight"].shape[0], None
-        vision_layers = tuple(_count(state_dict, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-        image_size = grid * 32
-    vocab_size = state_dict["token_embedding.weight"].shape[0]
-    bias = state_dict.get("logit_bias")
-    return {
+    needed[grid_name] = 2
+    if missing := [name for name in needed if name not in state_dict]:
+        raise ValueError(f"state_dict is not a CLIP's: it has no {', '.join(missing)}")
+    if flat := [name for name, dims in needed.items() if state_dict[name].ndim != dims]:
+        raise ValueError(f"state_dict is not a CLIP's: {', '.join(flat)} of another number of dimensions")
+    grid = round(max(len(state_dict[grid_name]) - 1, 0) ** 0.5)
+    vocab_size, text_width = state_dict["token_embedding.weight"].shape
+    fields: dict[str, Any] = {
         "embed_dim": state_dict["text_projection"].shape[1],
-        "image_size": image_size,
-        "vision_layers": vision_layers,
-        "vision_width": vision_width,
-        "patch_size": patch_size,
-        "context_length": state_dict["positional_embedding"].shape[0],
+        "context_length": len(state_dict["positional_embedding"]),
         "vocab_size": vocab_size,
-        "text_width": state_dict["text_projection"].shape[0],
+        "text_width": text_width,
         "text_layers": _count(state_dict, r"transformer\.resblocks\.(\d+)\."),
+        "text_mlp_width": _mlp_width(state_dict, "transformer", text_width),
         "eot_id": vocab_size - 1,
-        "init_logit_bias": None if bias is None else float(bias),
+        "vision_ln_pre": True,
     }
+    if "logit_bias" in state_dict:
+        fields["init_logit_bias"] = float(state_dict["logit_bias"])
+    if not vit:
+        stages = [_count(state_dict, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
+        width = 2 * len(state_dict["visual.conv1.weight"])
+        resnet = {"vision_layers": tuple(stages), "vision_width": width, "patch_size": None}
+        return {**fields, **resnet, "image_size": grid * 32}
+    width, _, _, patch_size = state_dict["visual.conv1.weight"].shape
+    return {
+        **fields,
+        "image_size": grid * patch_size,
+        "vision_layers": _count(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "vision_width": width,
+        "vision_mlp_width": _mlp_width(state_dict, "visual.transformer", width),
+        "vision_ln_pre": "visual.ln_pre.weight" in state_dict,
+        "patch_size": patch_size,
+    }
+
+
+def _mlp_width(state_dict: Mapping[str, Tensor], tower: str, width: int) -> int | None:
+    weight = state_dict.get(f"{tower}.resblocks.0.mlp.c_fc.weight")
+    return None if weight is None or len(weight) == 4 * width else len(weight)
 
 
 def _count(state_dict: Mapping[str, Tensor], pattern: str) -> int:

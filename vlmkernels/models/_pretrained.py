@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import os
+import reprlib
+import threading
+import types
 import typing
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from vlmkernels.models._files import WEIGHTS_FILE, Source, read_json, read_state_dict
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound="Pretrained")
+KINDS = {
+    int: "an integer below 2**31",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+# Metadata of config fields that came later: files without them mean their defaults.
+LATER = {"later": True}
 
 
 class Pretrained(nn.Module):
@@ -57,66 +72,163 @@ class Pretrained(nn.Module):
         """The model that `save_pretrained` wrote to `folder`, in evaluation mode.
 
         Raises FileNotFoundError when a file is missing; ValueError when config.json belongs to another model
-        or has unknown or missing fields, or when the weights do not fit it (every such key is listed).
+        or has unknown, missing or unfit fields, or when the weights do not fit it (every such key is listed).
         """
-        fields = read_config(folder)
+        path = Path(folder) / CONFIG_FILE
+        fields = read_json(path)
         model_type = fields.pop("model_type", None)
         if model_type != cls.model_type:
-            path = Path(folder) / CONFIG_FILE
             raise ValueError(f"{path}: model_type is {model_type!r}, {cls.__name__} wants {cls.model_type!r}")
-        model = cls(config_from_dict(cls.config_class, fields))
-        model.load_weights(read_state_dict(Path(folder) / WEIGHTS_FILE))
-        return model.to(device).eval()
+        with naming(path):
+            config: Any = config_from_dict(cls.config_class, fields, complete=True)
+        state_dict = read_state_dict(folder)
+        with naming(folder):
+            model = cls.with_weights(config, state_dict)
+        return model.to(device)
+
+    @classmethod
+    def with_weights(cls: type[Model], config: Any, state_dict: Mapping[str, Tensor]) -> Model:
+        """A model of `config` with these weights, in evaluation mode; ValueError where they do not fit it.
+
+        They are compared before any memory is taken, so that no config asks for more than the weights fill.
+        """
+        _without_memory(lambda: cls(config), 1000 + 4 * len(state_dict)).check_weights(state_dict)
+        model = cls(config)
+        model.load_weights(state_dict)
+        return model.eval()
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copies `state_dict` in; ValueError listing every missing, unknown and mis-shaped key."""
+        """Copies `state_dict` in, after `check_weights`."""
+        self.check_weights(state_dict)
+        self.load_state_dict(dict(state_dict))
+
+    def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """ValueError listing every missing and unknown key and those of another shape or kind of number."""
         own = self.state_dict()
-        missing = [name for name in own if name not in state_dict]
-        unknown = [name for name in state_dict if name not in own]
-        shapes = [
-            f"{name} is {list(tensor.shape)}, the config wants {list(own[name].shape)}"
-            for name, tensor in state_dict.items()
-            if name in own and own[name].shape != tensor.shape
-        ]
-        faults = [
-            f"{len(names)} {kind}: {', '.join(names)}"
-            for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-            if names
-        ]
+        shared = {name: tensor for name, tensor in state_dict.items() if name in own}
+        lists = {
+            "missing": [name for name in own if name not in state_dict],
+            "unknown": [name for name in state_dict if name not in own],
+            "of another shape": [
+                f"{name} is {list(tensor.shape)}, the config wants {list(own[name].shape)}"
+                for name, tensor in shared.items()
+                if own[name].shape != tensor.shape
+            ],
+            "not floating": [
+                f"{name} is {tensor.dtype}"
+                for name, tensor in shared.items()
+                if own[name].is_floating_point() and not tensor.is_floating_point()
+            ],
+        }
+        faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names]
         if faults:
             raise ValueError(f"state_dict does not fit {type(self).__name__}: " + "; ".join(faults))
-        self.load_state_dict(dict(state_dict))
+
+
+def below(config: Any, least: int, *names: str) -> list[str]:
+    """A fault for each of these integers of a config, or tuples of them, that is smaller; None is none."""
+    return [
+        f"{name} is {value}, wants at least {least}"
+        for name in names
+        if (value := getattr(config, name)) is not None
+        and (min(value, default=least) if isinstance(value, tuple) else value) < least
+    ]
+
+
+@contextlib.contextmanager
+def naming(source: Source) -> Iterator[None]:
+    """Puts the file or folder that a ValueError is about before its message."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(source, Mapping):
+            raise
+        raise ValueError(f"{os.fspath(source)}: {error}") from error
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of `folder`/config.json, `model_type` included."""
-    fields = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    if not isinstance(fields, dict):
-        raise ValueError(f"{Path(folder) / CONFIG_FILE}: wants a JSON object, got {type(fields).__name__}")
-    return fields
+    """The fields of `folder`/config.json, `model_type` included. FileNotFoundError, ValueError."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a folder such as RUN/final is wanted")
+    return read_json(path)
 
 
-def config_from_dict(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
-    """`config_class(**fields)`, nested dataclasses and tuples restored; ValueError listing bad fields."""
+def config_from_dict(
+    config_class: type[Config], fields: Mapping[str, Any], *, complete: bool = False
+) -> Config:
+    """`config_class(**fields)`, nested dataclasses and tuples restored; ValueError listing bad fields.
+
+    With `complete`, fields that have a default are wanted as well, except the `LATER` ones.
+    """
     hints = typing.get_type_hints(config_class)
     known = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(known))
     required = [
         name
         for name, field in known.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
+        or (complete and field.metadata != LATER)
     ]
     missing = sorted(set(required) - set(fields))
     if unknown or missing:
         raise ValueError(f"{config_class.__name__}: unknown fields {unknown}, missing fields {missing}")
     values = {}
+    faults = []
     for name, value in fields.items():
+        nested = [kind for kind in _options(hints[name]) if dataclasses.is_dataclass(kind)]
         if isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, dict) and dataclasses.is_dataclass(hints[name]):
-            value = config_from_dict(typing.cast(type, hints[name]), value)
+        elif isinstance(value, dict) and nested:
+            value = config_from_dict(typing.cast(type, nested[0]), value, complete=complete)
+        if not _is_of(value, hints[name]):
+            wanted = " or ".join(KINDS.get(kind) or str(kind) for kind in _options(hints[name]))
+            faults.append(f"{name} is {reprlib.repr(value):.200}, wants {wanted}")
         values[name] = value
+    if faults:
+        raise ValueError(f"{config_class.__name__}: " + "; ".join(faults))
     return config_class(**values)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON, lists made tuples, is of an annotated type."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if isinstance(value, tuple) and kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is not int or abs(value) < 2**31)
+
+
+def _without_memory(build: Callable[[], Model], most: int) -> Model:
+    """`build()` with parameters that have shapes alone; ValueError beyond `most` parameters."""
+    thread, count = threading.get_ident(), itertools.count(1)
+
+    def stop_at_most(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if threading.get_ident() == thread and next(count) > most:
+            raise ValueError(
+                f"the config asks for more than {most} parameters, far more than there are weights"
+            )
+
+    handle = register_module_parameter_registration_hook(stop_at_most)
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError as error:
+        raise ValueError(f"the config asks for sizes that no tensor has: {error}") from error
+    finally:
+        handle.remove()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -129,42 +241,3 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_state_dict(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a state dict or of a file with one.
-
-    Files: .safetensors; torch.save's format, read with weights_only=True; a TorchScript archive (OpenAI's
-    CLIP). A training checkpoint with the weights under "state_dict" or "model_state_dict" is unwrapped, and
-    DDP's prefix "module." removed. Raises FileNotFoundError, or ValueError when the file holds no state dict.
-    """
-    content: Any = source
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file of weights")
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        elif _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # torch.jit's; OpenAI publishes in this format
-                content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        what = "the mapping given" if isinstance(source, Mapping) else str(source)
-        raise ValueError(f"{what} is not a state dict: wants names mapped to tensors")
-    prefix = "module." if content and all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

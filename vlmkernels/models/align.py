@@ -15,15 +15,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels.models._pretrained import Pretrained, read_state_dict
+from vlmkernels.models._align_sources import hf_fields
+from vlmkernels.models._files import Source, read_json, read_state_dict
+from vlmkernels.models._pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
 from vlmkernels.models.bert import Bert
 from vlmkernels.models.efficientnet import (
     CHANNELS,
@@ -37,6 +40,11 @@ from vlmkernels.models.efficientnet import (
 )
 from vlmkernels.nn.dense import Linear
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+SIZES = (
+    *("embed_dim", "image_size", "image_strides", "vocab_size", "context_length", "max_positions"),
+    *("text_width", "text_layers", "text_heads", "text_mlp_width"),
+)
 BERT_SIZES = {  # name: (width, layers), heads of 64 channels
     "mini": (256, 4),
     "medium": (512, 8),
@@ -55,7 +63,8 @@ class AlignConfig:
     `batch_norm_momentum` is torch's, the weight of the new statistic. `text_heads` of None means a head width
     of 64. `context_length` is the number of tokens a text is cut to, `max_positions` the size of the position
     table. `text_pooler` keeps BERT's unused pooler in the state dict, frozen. `min_temperature` is the floor
-    of the learned temperature: 1 / it bounds the scale.
+    of the learned temperature: 1 / it bounds the scale. `text_activation` is that of BERT's MLP, by its name
+    in `vlmkernels.mlp`; `text_eps` and `batch_norm_eps` are the epsilons of the normalisations.
     """
 
     embed_dim: int = 640
@@ -79,9 +88,14 @@ class AlignConfig:
     pad_id: int = 0
     init_temperature: float = 1.0
     min_temperature: float = 0.01
+    text_activation: str = field(default="gelu", metadata=LATER)
+    text_eps: float = field(default=1e-12, metadata=LATER)
+    batch_norm_eps: float = field(default=1e-3, metadata=LATER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_strides", tuple(self.image_strides))
+        if too_small := below(self, 1, *SIZES):
+            raise ValueError("AlignConfig: " + "; ".join(too_small))
         heads = max(self.text_width // 64, 1) if self.text_heads is None else self.text_heads
         object.__setattr__(self, "text_heads", heads)
         faults = []
@@ -89,16 +103,16 @@ class AlignConfig:
             faults.append(f"image_padding: got {self.image_padding!r}, want one of {PADDINGS}")
         if len(self.image_strides) != 7 or not set(self.image_strides) <= {1, 2}:
             faults.append(f"image_strides: got {self.image_strides}, want seven of 1 or 2")
-        if not (self.image_width > 0 and self.image_depth > 0):
-            faults.append(
-                f"image_width, image_depth: got {self.image_width}, {self.image_depth}, want both > 0"
-            )
-        features = round_channels(CHANNELS[-1], self.image_width)
-        if not self.image_projection and features != self.embed_dim:
+        if not (0 < self.image_width <= 100 and 0 < self.image_depth <= 100):
+            got = f"{self.image_width}, {self.image_depth}"
+            faults.append(f"image_width, image_depth: got {got}, want both > 0 and <= 100")
+        elif not self.image_projection and self.embed_dim != (
+            features := round_channels(CHANNELS[-1], self.image_width)
+        ):
             wanted = f"want {features}, the image channels, or image_projection=True"
             faults.append(f"embed_dim: got {self.embed_dim}, {wanted}")
-        if self.text_layers < 1:
-            faults.append(f"text_layers: got {self.text_layers}, want at least 1")
+        if self.text_activation not in ACTIVATIONS:
+            faults.append(f"text_activation: got {self.text_activation!r}, want one of {ACTIVATIONS}")
         if self.text_width % heads:
             faults.append(f"text_heads: got {heads}, want a divisor of text_width {self.text_width}")
         if not 1 <= self.context_length <= self.max_positions:
@@ -107,6 +121,9 @@ class AlignConfig:
             )
         if not 0 <= self.pad_id < self.vocab_size:
             faults.append(f"pad_id: got {self.pad_id}, want 0 to vocab_size - 1 = {self.vocab_size - 1}")
+        for name in ("text_eps", "batch_norm_eps"):
+            if not getattr(self, name) >= 0.0:
+                faults.append(f"{name}: got {getattr(self, name)}, want 0 or more")
         for name in ("drop_rate", "text_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 faults.append(f"{name}: got {getattr(self, name)}, want 0 <= {name} < 1")
@@ -188,6 +205,7 @@ class ALIGN(Pretrained):
             strides=config.image_strides,
             drop_rate=config.drop_rate,
             padding=config.image_padding,
+            eps=config.batch_norm_eps,
             momentum=config.batch_norm_momentum,
         )
         self.text_model = Bert(
@@ -199,6 +217,8 @@ class ALIGN(Pretrained):
             max_positions=config.max_positions,
             pad_id=config.pad_id,
             dropout=config.text_dropout,
+            activation=config.text_activation,
+            eps=config.text_eps,
             pooler=config.text_pooler,
         )
         if config.image_projection:
@@ -285,32 +305,55 @@ class ALIGN(Pretrained):
         self.temperature.clamp_(min=self.config.min_temperature)
 
     @classmethod
-    def from_hf_state_dict(
-        cls, source: Mapping[str, Tensor] | str | os.PathLike[str], config: AlignConfig | None = None
-    ) -> ALIGN:
+    def from_hf_state_dict(cls, source: Source, config: AlignConfig | None = None, **fields: Any) -> ALIGN:
         """An ALIGN in eval mode with the weights of a Hugging Face AlignModel, a state dict or its file.
 
-        config None: read off the shapes (`infer_config`). ValueError lists every missing, unknown and
-        mis-shaped key; it is also raised for a temperature below the config's min_temperature.
+        config None: what config.json beside the file says, else what the shapes show and `fields`
+        (`infer_config`). `fields` come before both. ValueError lists every missing, unknown and mis-shaped
+        key; it is also raised for a temperature below the config's min_temperature.
         """
         buffers = ("position_ids", "token_type_ids")  # of indices; older releases of transformers stored them
         state = {k: v for k, v in read_state_dict(source).items() if k.rpartition(".")[2] not in buffers}
-        model = cls(infer_config(state) if config is None else config)
-        model.load_weights(state)
-        temperature = float(model.temperature.detach())
-        if not temperature >= model.config.min_temperature:
-            floor = model.config.min_temperature
-            raise ValueError(
-                f"state_dict: temperature is {temperature}, want min_temperature {floor} or more"
-            )
-        return model.eval()
+        if config is None and not isinstance(source, Mapping):
+            path = Path(source) if Path(source).is_dir() else Path(source).parent
+            if (path / CONFIG_FILE).is_file():
+                pooler = "text_model.pooler.dense.weight" in state
+                with naming(path / CONFIG_FILE):
+                    known = {**hf_fields(read_json(path / CONFIG_FILE)), "text_pooler": pooler, **fields}
+                    config, fields = config_from_dict(AlignConfig, known), {}
+        with naming(source):
+            config = infer_config(state, **fields) if config is None else replace(config, **fields)
+            model = cls.with_weights(config, state)
+            temperature = float(model.temperature.detach())
+            if not temperature >= config.min_temperature:
+                floor = config.min_temperature
+                raise ValueError(f"temperature is {temperature}, want min_temperature {floor} or more")
+        return model
+
+    @classmethod
+    def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> ALIGN:
+        """An ALIGN from a folder that Hugging Face's AlignModel.save_pretrained wrote, in evaluation mode.
+
+        `fields` of AlignConfig come before those of config.json, of which the momentum of BatchNorm is not
+        taken over (see the page on ALIGN). ValueError lists all that an ALIGN here has not.
+        """
+        if not (path := Path(folder) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls.from_hf_state_dict(folder, **fields)
 
 
-def infer_config(state_dict: Mapping[str, Tensor]) -> AlignConfig:
-    """The config of a Hugging Face ALIGN state dict: "fixed" padding, text heads of 64 channels.
+def infer_config(state_dict: Mapping[str, Tensor], **fields: Any) -> AlignConfig:
+    """The config of a Hugging Face ALIGN state dict: "fixed" padding, the rest as published.
 
-    ValueError if a key is missing or the image tower is none of B0-B7 and L2 (pass a config then).
+    Shapes do not show `text_heads`, which has to be given; other `fields` come before what they show.
+    ValueError without it, if a key is missing or the image tower is none of B0-B7 and L2 (pass a config
+    then).
     """
+    if "text_heads" not in fields:
+        raise ValueError(
+            "text_heads: shapes do not show this and no config lies beside the weights; give it as an "
+            f"argument, or a config, or put Hugging Face's {CONFIG_FILE} beside the file"
+        )
     n_blocks = sum(k.endswith(".projection.project_conv.weight") for k in state_dict)
     last_block = f"vision_model.encoder.blocks.{n_blocks - 1}"
     try:
@@ -330,17 +373,18 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> AlignConfig:
             f"state_dict: {n_blocks} blocks up to {channels} channels are no B0-B7 or L2; pass config"
         )
     width, depth = published[n_blocks, channels]
-    return AlignConfig(
-        embed_dim=embed_dim,
-        image_width=width,
-        image_depth=depth,
-        image_padding="fixed",
-        image_projection="image_projection.weight" in state_dict,
-        vocab_size=vocab_size,
-        context_length=min(64, max_positions),
-        max_positions=max_positions,
-        text_width=text_width,
-        text_layers=sum(k.endswith(".attention.self.query.weight") for k in state_dict),
-        text_mlp_width=mlp_width,
-        text_pooler="text_model.pooler.dense.weight" in state_dict,
-    )
+    shown = {
+        "embed_dim": embed_dim,
+        "image_width": width,
+        "image_depth": depth,
+        "image_padding": "fixed",
+        "image_projection": "image_projection.weight" in state_dict,
+        "vocab_size": vocab_size,
+        "context_length": min(64, max_positions),
+        "max_positions": max_positions,
+        "text_width": text_width,
+        "text_layers": sum(k.endswith(".attention.self.query.weight") for k in state_dict),
+        "text_mlp_width": mlp_width,
+        "text_pooler": "text_model.pooler.dense.weight" in state_dict,
+    }
+    return config_from_dict(AlignConfig, {**shown, **fields})

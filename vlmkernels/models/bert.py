@@ -1,8 +1,8 @@
 """BERT encoder: token ids [B, L] -> hidden states [B, L, D] or the [CLS] row [B, D].
 
 Devlin et al. 2018 (arXiv:1810.04805): learned positions, post-norm blocks x = LN(x + attention(x)), x = LN(x
-+ mlp(x)) with GELU. One sentence per row, so every token type is 0. Parameter names are those of Hugging
-Face's ALIGN text model.
++ mlp(x)), with GELU if nothing else is said. One sentence per row, so every token type is 0. Parameter names
+are those of Hugging Face's ALIGN text model.
 """
 
 import torch
@@ -54,9 +54,9 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, eps: float):
+    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, activation: str, eps: float):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.activation = dropout, activation
         self.attention = SelfAttention(width, heads, dropout, eps)
         self.intermediate = nn.ModuleDict({"dense": Linear(width, mlp_width)})
         self.output = nn.ModuleDict(
@@ -69,8 +69,8 @@ class Layer(nn.Module):
         x = self.attention(x, mask, seen, wanted)
         layers = self.intermediate["dense"], self.output["dense"]
         if self.training and self.dropout:
-            return self.output["LayerNorm"](F.dropout(mlp(x, *layers, "gelu"), self.dropout) + x)
-        return self.output["LayerNorm"](mlp(x, *layers, "gelu", x))
+            return self.output["LayerNorm"](F.dropout(mlp(x, *layers, self.activation), self.dropout) + x)
+        return self.output["LayerNorm"](mlp(x, *layers, self.activation, x))
 
 
 class Embeddings(nn.Module):
@@ -97,9 +97,19 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers: int, width: int, heads: int, mlp_width: int, dropout: float, eps: float):
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        dropout: float,
+        activation: str,
+        eps: float,
+    ):
         super().__init__()
-        self.layer = nn.ModuleList(Layer(width, heads, mlp_width, dropout, eps) for _ in range(layers))
+        sizes = width, heads, mlp_width
+        self.layer = nn.ModuleList(Layer(*sizes, dropout, activation, eps) for _ in range(layers))
 
     def forward(
         self,
@@ -146,13 +156,14 @@ class Bert(nn.Module):
         token_types: int = 2,
         pad_id: int = 0,
         dropout: float = 0.1,
+        activation: str = "gelu",
         eps: float = 1e-12,
         pooler: bool = False,
     ):
         super().__init__()
         self.pad_id, self.dropout, self.max_positions = pad_id, dropout, max_positions
         self.embeddings = Embeddings(vocab_size, width, max_positions, token_types, pad_id, eps)
-        self.encoder = Encoder(layers, width, heads, mlp_width, dropout, eps)
+        self.encoder = Encoder(layers, width, heads, mlp_width, dropout, activation, eps)
         self.pooler = (
             nn.ModuleDict({"dense": nn.Linear(width, width)}).requires_grad_(False) if pooler else None
         )

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,77 +23,14 @@ from vlmkernels import intervals
 from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models import _padding
+from vlmkernels.models._clip_config import CONFIGS as CONFIGS
+from vlmkernels.models._clip_config import ClipConfig as ClipConfig
 from vlmkernels.models._clip_resnet import ModifiedResNet
-from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models._files import Source
+from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming
 from vlmkernels.nn.dense import MLP, Linear, QuickGELU
 
 MAX_LOG_SCALE = math.log(100.0)
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Sizes of a CLIP. Defaults: ViT-B/32 with GELU.
-
-    `vision_layers` is a number for a ViT, which needs `patch_size`, or four numbers for a ModifiedResNet,
-    which has none. `vision_heads` and `text_heads` of None mean a head width of 64 (for a ModifiedResNet: of
-    its attention pooling, 32 * vision_width wide). `quick_gelu` is x * sigmoid(1.702 x) in place of GELU;
-    OpenAI's weights need it. `init_logit_bias` of None means no logit bias, hence the softmax loss; a number
-    means the sigmoid loss.
-    """
-
-    embed_dim: int = 512
-    image_size: int = 224
-    vision_layers: int | tuple[int, int, int, int] = 12
-    vision_width: int = 768
-    vision_heads: int | None = None
-    patch_size: int | None = 32
-    context_length: int = 77
-    vocab_size: int = 49408
-    text_width: int = 512
-    text_layers: int = 12
-    text_heads: int | None = None
-    quick_gelu: bool = False
-    pad_id: int = 0
-    eot_id: int = 49407
-    init_logit_scale: float = math.log(1 / 0.07)
-    init_logit_bias: float | None = None
-
-    def __post_init__(self) -> None:
-        resnet = not isinstance(self.vision_layers, int)
-        pool_width = self.vision_width * 32 if resnet else self.vision_width
-        faults = []
-        for name in ("vision_layers", "text_layers"):
-            layers = getattr(self, name)
-            if isinstance(layers, int) and layers < 1:
-                faults.append(f"{name} is {layers}, wants at least 1")
-        if not isinstance(self.quick_gelu, bool):
-            faults.append(f"quick_gelu wants True or False, got {self.quick_gelu!r}")
-        if not isinstance(self.vision_layers, int) and len(self.vision_layers) != 4:
-            faults.append(
-                f"vision_layers wants one number (ViT) or four (ModifiedResNet), got {self.vision_layers}"
-            )
-        if resnet and self.patch_size is not None:
-            faults.append(f"patch_size is {self.patch_size}, a ModifiedResNet wants None")
-        if resnet and self.image_size % 32:
-            faults.append(f"image_size is {self.image_size}, a ModifiedResNet wants a multiple of 32")
-        if not resnet and (self.patch_size is None or self.image_size % self.patch_size):
-            faults.append(
-                f"image_size is {self.image_size}, wants a multiple of patch_size {self.patch_size}"
-            )
-        for tower, width in (("vision", pool_width), ("text", self.text_width)):
-            heads = getattr(self, f"{tower}_heads")
-            if heads is None:
-                heads = max(width // 64, 1)
-                object.__setattr__(self, f"{tower}_heads", heads)
-            if width % heads:
-                faults.append(f"{tower}_heads is {heads}, wants a divisor of the width {width}")
-        for name in ("pad_id", "eot_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                faults.append(
-                    f"{name} is {getattr(self, name)}, wants an id below vocab_size {self.vocab_size}"
-                )
-        if faults:
-            raise ValueError("ClipConfig: " + "; ".join(faults))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -141,12 +77,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm transformer block: x += Attention(LN x); x += W2 act(W1 LN x)."""
 
-    def __init__(self, width: int, heads: int, activation: type[nn.Module]) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, activation: type[nn.Module], eps: float
+    ) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = LayerNorm(width, eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width)
-        c_fc, c_proj = Linear(width, 4 * width), Linear(4 * width, width)
+        self.ln_2 = LayerNorm(width, eps)
+        c_fc, c_proj = Linear(width, mlp_width), Linear(mlp_width, width)
         self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
 
     def forward(
@@ -162,9 +100,18 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
 
-    def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int | None,
+        activation: type[nn.Module],
+        eps: float,
+    ) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads, activation) for _ in range(layers)))
+        block_sizes = (width, heads, 4 * width if mlp_width is None else mlp_width)
+        self.resblocks = nn.Sequential(*(Block(*block_sizes, activation, eps) for _ in range(layers)))
         branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
         for block in self.resblocks:
             assert isinstance(block, Block)
@@ -196,17 +143,23 @@ class VisionTransformer(nn.Module):
         width: int,
         layers: int,
         heads: int,
+        mlp_width: int | None,
         output_dim: int,
         activation: type[nn.Module],
+        *,
+        eps: float,
+        ln_pre: bool,
+        pool: str,
     ) -> None:
         super().__init__()
+        self.pool = pool
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (image_size // patch_size) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation)
-        self.ln_post = LayerNorm(width)
+        self.ln_pre = LayerNorm(width, eps) if ln_pre else nn.Identity()
+        self.transformer = Transformer(width, layers, heads, mlp_width, activation, eps)
+        self.ln_post = LayerNorm(width, eps)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
     def _tokens(
@@ -229,8 +182,38 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x) if normalize else x
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
-        class_token = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
-        return self.ln_post(self._tokens(images, class_token)[:, 0]) @ self.proj
+        if self.pool == "mean":
+            pooled = self._tokens(images)[:, 1:].mean(1)
+        else:
+            class_token = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+            pooled = self._tokens(images, class_token)[:, 0]
+        return self.ln_post(pooled) @ self.proj
+
+
+def _activation(config: ClipConfig) -> type[nn.Module]:
+    return QuickGELU if config.quick_gelu else nn.GELU
+
+
+def image_tower(config: ClipConfig) -> nn.Module:
+    """`CLIP(config).visual` alone."""
+    c = config
+    assert c.vision_heads is not None, "set by ClipConfig"
+    if not isinstance(c.vision_layers, int):
+        return ModifiedResNet(c.vision_layers, c.vision_width, c.vision_heads, c.image_size, c.embed_dim)
+    assert c.patch_size is not None, "checked by ClipConfig"
+    return VisionTransformer(
+        c.image_size,
+        c.patch_size,
+        c.vision_width,
+        c.vision_layers,
+        c.vision_heads,
+        c.vision_mlp_width,
+        c.embed_dim,
+        _activation(c),
+        eps=c.vision_eps,
+        ln_pre=c.vision_ln_pre,
+        pool=c.vision_pool,
+    )
 
 
 class CLIP(Pretrained):
@@ -249,22 +232,13 @@ class CLIP(Pretrained):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)
         c = self.config
-        activation = QuickGELU if c.quick_gelu else nn.GELU
-        assert c.vision_heads is not None, "set by ClipConfig"
         assert c.text_heads is not None, "set by ClipConfig"
-        self.visual: nn.Module
-        if isinstance(c.vision_layers, int):
-            assert c.patch_size is not None, "checked by ClipConfig"
-            sizes = (c.image_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads, c.embed_dim)
-            self.visual = VisionTransformer(*sizes, activation)
-        else:
-            self.visual = ModifiedResNet(
-                c.vision_layers, c.vision_width, c.vision_heads, c.image_size, c.embed_dim
-            )
+        self.visual = image_tower(c)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, activation)
-        self.ln_final = LayerNorm(c.text_width)
+        text_sizes = (c.text_width, c.text_layers, c.text_heads, c.text_mlp_width)
+        self.transformer = Transformer(*text_sizes, _activation(c), c.text_eps)
+        self.ln_final = LayerNorm(c.text_width, c.text_eps)
         self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(c.init_logit_scale))
         bias = None if c.init_logit_bias is None else nn.Parameter(torch.tensor(c.init_logit_bias))
@@ -294,30 +268,39 @@ class CLIP(Pretrained):
 
         Attention is causal, so padding after the end-of-text id changes nothing and may be cut off; on a CPU
         it costs nothing (the rows are packed; not in compiled code). A row without the id is a ValueError
-        (on accelerators and in compiled code: an asynchronous assertion).
+        (on accelerators and in compiled code: an asynchronous assertion). With `text_causal=False` or
+        `text_pool="last"` padding counts: rows have all `context_length` tokens.
         """
-        length = self.config.context_length
-        if tokens.ndim != 2 or tokens.shape[1] > length:
-            raise ValueError(f"tokens: wants [B, L] with L <= {length}, got {list(tokens.shape)}")
+        length, causal = self.config.context_length, self.config.text_causal
+        padding_counts = not causal or self.config.text_pool == "last"
+        if tokens.ndim != 2 or tokens.shape[1] > length or (padding_counts and tokens.shape[1] < length):
+            sign = "=" if padding_counts else "<="
+            raise ValueError(f"tokens: wants [B, L] with L {sign} {length}, got {list(tokens.shape)}")
+        last = self._pooled_places(tokens)
+        if not padding_counts and _padding.can_drop(tokens):
+            tokens, positions, bounds = _padding.drop(tokens, last + 1)
+            position_embeddings = F.embedding(positions, self.positional_embedding)
+            seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
+        else:
+            position_embeddings = self.positional_embedding[: tokens.shape[1]]
+            seen = (intervals.causal if causal else intervals.full)(tokens.shape[1], device=tokens.device)
+            wanted = last[:, None]
+        embeddings = self.token_embedding(tokens)
+        x = embeddings + position_embeddings.to(embeddings.dtype)
+        x = self.transformer(x, seen, wanted).flatten(0, 1)  # [B, D]
+        features = self.ln_final(x) @ self.text_projection
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def _pooled_places(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
+        if self.config.text_pool == "last":
+            return tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1, dtype=torch.int64)
         is_eot = tokens == self.config.eot_id
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(is_eot.any(dim=1).all(), "tokens: a row has no end-of-text id")
         elif not is_eot.any(dim=1).all():
             rows = (~is_eot.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"tokens: rows {rows} have no end-of-text id {self.config.eot_id}")
-        last = is_eot.int().argmax(dim=1)
-        if _padding.can_drop(tokens):
-            tokens, positions, bounds = _padding.drop(tokens, last + 1)
-            position_embeddings = F.embedding(positions, self.positional_embedding)
-            seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
-        else:
-            position_embeddings = self.positional_embedding[: tokens.shape[1]]
-            seen, wanted = intervals.causal(tokens.shape[1], device=tokens.device), last[:, None]
-        embeddings = self.token_embedding(tokens)
-        x = embeddings + position_embeddings.to(embeddings.dtype)
-        x = self.transformer(x, seen, wanted).flatten(0, 1)  # [B, D]
-        features = self.ln_final(x) @ self.text_projection
-        return F.normalize(features, dim=-1) if normalize else features
+        return is_eot.int().argmax(dim=1)
 
     def scale(self) -> Tensor:
         """exp(logit_scale), at most 100: what the similarities are multiplied by (0-dim)."""
@@ -370,103 +353,92 @@ class CLIP(Pretrained):
         """Puts logit_scale back into [0, ln 100]; to be called after each optimizer step."""
         self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
 
-    def load_openai_state_dict(
-        self, source: Mapping[str, Any] | str | os.PathLike[str], *, check_activation: bool = True
-    ) -> None:
+    def load_openai_state_dict(self, source: Source, *, check_activation: bool = True) -> None:
         """Loads weights of openai/CLIP or open_clip: a state dict or a file (.pt, TorchScript, .safetensors).
 
-        OpenAI's own checkpoints (known by their buffers input_resolution, context_length, vocab_size) were
-        trained with QuickGELU: with `quick_gelu=False` in the config they are refused, unless
-        `check_activation` is False. Raises ValueError as well for keys or shapes that do not fit.
+        What comes with the weights (`from_openai_state_dict`) has to be as in this model's config, or else
+        they would compute something else: ValueError, as for keys or shapes that do not fit. With
+        `check_activation=False` the activation may differ.
         """
-        self.load_weights(convert.from_openai(source, self.config.quick_gelu, check_activation))
+        weights, fields, origin = convert.from_openai(source)
+        if check_activation:
+            convert.check_activation(fields, self.config.quick_gelu, origin)
+        quick_gelu = {"quick_gelu": self.config.quick_gelu}
+        wanted = config_from_dict(ClipConfig, {**vars(self.config), **fields, **quick_gelu})
+        differing = [
+            f"{name} is {getattr(self.config, name)}, here {getattr(wanted, name)} is wanted"
+            for name in fields
+            if not name.startswith("init_") and getattr(self.config, name) != getattr(wanted, name)
+        ]
+        if differing:
+            raise ValueError(f"{origin} does not fit this config: " + "; ".join(differing))
+        self.load_weights(weights)
 
     @classmethod
     def from_openai_state_dict(
         cls,
-        source: Mapping[str, Any] | str | os.PathLike[str],
+        source: Source,
         *,
-        quick_gelu: bool,
+        quick_gelu: bool | None = None,
         check_activation: bool = True,
         **fields: Any,
     ) -> CLIP:
         """A CLIP with weights of openai/CLIP or open_clip, sized by their shapes, in evaluation mode.
 
-        `quick_gelu` cannot be seen in the weights and must be given; `fields` (vision_heads, text_heads,
-        eot_id, ...) override what is inferred: head width 64, end-of-text id vocab_size - 1. Raises as
-        `load_openai_state_dict`.
+        What shapes do not show is read from open_clip_config.json beside a file, and known of OpenAI's own
+        checkpoints (their buffers input_resolution, context_length, vocab_size tell): QuickGELU, heads of 64
+        channels. For other weights `quick_gelu`, `vision_heads` and `text_heads` have to be given, for
+        CLIPA's `vision_pool`, `text_pool` and `text_causal` too; ValueError names what is missing. Other
+        `fields` of ClipConfig are its defaults, and the end-of-text id is vocab_size - 1. What is given comes
+        first, but that another activation than the known one is a ValueError unless `check_activation` is
+        False. Raises as `load_openai_state_dict`.
         """
-        state_dict = convert.from_openai(source, quick_gelu, check_activation)
-        return cls._from_converted(state_dict, {"quick_gelu": quick_gelu, **fields})
+        given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
+        weights, known, origin = convert.from_openai(source)
+        if check_activation and quick_gelu is not None:
+            convert.check_activation(known, quick_gelu, origin)
+        return cls._from_converted(source, weights, {**known, **given})
 
     @classmethod
-    def from_hf_state_dict(
-        cls, source: Mapping[str, Any] | str | os.PathLike[str], *, quick_gelu: bool, **fields: Any
-    ) -> CLIP:
+    def from_open_clip_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
+        """A CLIP from a folder with open_clip_config.json and weights of open_clip, in evaluation mode.
+
+        `fields` of ClipConfig come before the config's. ValueError lists all that such a model has and a CLIP
+        here has not (timm's and Hugging Face's towers, LayerScale, ...).
+        """
+        if not (path := Path(folder) / convert.OPEN_CLIP_FILE).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls.from_openai_state_dict(folder, check_activation=False, **fields)
+
+    @classmethod
+    def from_hf_state_dict(cls, source: Source, *, quick_gelu: bool | None = None, **fields: Any) -> CLIP:
         """A CLIP with the weights of Hugging Face's CLIPModel (a state dict or file), in evaluation mode.
 
-        `quick_gelu` is True where the model's hidden_act is "quick_gelu". `fields` as in
-        `from_openai_state_dict`.
+        What shapes do not show is read from config.json beside a file; for a state dict `quick_gelu` (True
+        where hidden_act is "quick_gelu"), `vision_heads` and `text_heads` have to be given. Other `fields` as
+        in `from_openai_state_dict`.
         """
-        return cls._from_converted(convert.from_hf(source), {"quick_gelu": quick_gelu, **fields})
+        given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
+        weights, known, _ = convert.from_hf(source)
+        return cls._from_converted(source, weights, {**known, **given})
 
     @classmethod
-    def from_hf_folder(cls, folder: str | os.PathLike[str]) -> CLIP:
-        """A CLIP from a folder that Hugging Face's CLIPModel.save_pretrained wrote, in evaluation mode."""
-        state_dict, fields = convert.read_hf_folder(folder)
-        return cls._from_converted(state_dict, fields)
+    def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
+        """A CLIP from a folder that Hugging Face's CLIPModel.save_pretrained wrote, in evaluation mode.
+
+        `fields` of ClipConfig come before those of config.json. Dropout of attention, which acts in training
+        alone, is not taken over. ValueError lists all that a CLIP here has not.
+        """
+        if not (path := Path(folder) / convert.CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls.from_hf_state_dict(folder, **fields)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's CLIPModel names. ValueError for a ModifiedResNet or a bias."""
         return convert.to_hf(self.state_dict())
 
     @classmethod
-    def _from_converted(cls, state_dict: dict[str, Tensor], fields: dict[str, Any]) -> CLIP:
-        model = cls(ClipConfig(**{**convert.infer_sizes(state_dict), **fields}))
-        model.load_weights(state_dict)
-        return model.eval()
-
-
-def _vit(embed_dim: int, image_size: int, patch_size: int, layers: int, width: int, text: int) -> ClipConfig:
-    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": patch_size}
-    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision)
-
-
-def _resnet(
-    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text: int
-) -> ClipConfig:
-    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": None}
-    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision)
-
-
-PUBLISHED = {
-    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
-    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
-    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
-    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
-    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
-    "ViT-B-32": _vit(512, 224, 32, 12, 768, 512),
-    "ViT-B-16": _vit(512, 224, 16, 12, 768, 512),
-    "ViT-L-14": _vit(768, 224, 14, 24, 1024, 768),
-    "ViT-L-14-336": _vit(768, 336, 14, 24, 1024, 768),
-}
-
-# open_clip's names: OpenAI's own weights belong to the "-quickgelu" ones.
-CONFIGS: dict[str, ClipConfig] = {
-    **PUBLISHED,
-    **{f"{name}-quickgelu": replace(config, quick_gelu=True) for name, config in PUBLISHED.items()},
-    "emoji-tiny": ClipConfig(
-        embed_dim=128,
-        image_size=48,
-        vision_layers=4,
-        vision_width=128,
-        vision_heads=4,
-        patch_size=8,
-        context_length=32,
-        vocab_size=4096,
-        eot_id=4095,
-        text_width=128,
-        text_layers=2,
-        text_heads=4,
-    ),
-}
+    def _from_converted(cls, source: Source, weights: dict[str, Tensor], fields: dict[str, Any]) -> CLIP:
+        with naming(source):
+            config = config_from_dict(ClipConfig, convert.complete(weights, fields))
+            return cls.with_weights(config, weights)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.nn.dense import MLP, Linear
 
@@ -34,11 +34,7 @@ class DecoderConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {value}, wants at least 1"
-            for name, value in dataclasses.asdict(self).items()
-            if value < 1
-        ]
+        faults = below(self, 1, *(field.name for field in dataclasses.fields(self)))
         if self.heads > 0 and self.width % self.heads:
             faults.append(f"heads is {self.heads}, wants a divisor of the width {self.width}")
         if faults:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder, generation
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, read_state_dict
-from vlmkernels.models.clip import CLIP, ClipConfig
+from vlmkernels.models._files import read_state_dict
+from vlmkernels.models._pretrained import Pretrained, below, config_from_dict
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
+from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
+from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -87,9 +89,8 @@ class FlamingoConfig:
             elif own is not None and given not in (None, own):
                 faults.append(f"{name} is {given}, `{part}` says {own}")
         counts = ("cross_attn_every_n_layers", "num_latents", "resampler_depth", "heads", "dim_head")
-        for name in (*counts, "resampler_heads", "resampler_dim_head", "ff_mult"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} is {getattr(self, name)}, wants at least 1")
+        widths = ("vision_width", "language_width", "language_layers", "max_num_media", "max_num_frames")
+        faults += below(self, 1, *counts, "resampler_heads", "resampler_dim_head", "ff_mult", *widths)
         if faults:
             raise ValueError("FlamingoConfig: " + "; ".join(faults))
 
@@ -124,12 +125,15 @@ class Flamingo(Pretrained):
         if vision_encoder is None:
             if c.vision is None:
                 raise ValueError("Flamingo: config.vision is None, wants a vision_encoder")
-            vision_encoder = CLIP(c.vision).visual
+            vision_encoder = image_tower(c.vision)
         elif c.vision is not None:
             with torch.device("meta"):
-                wanted = CLIP(c.vision).visual.state_dict()
-            if _shapes(vision_encoder.state_dict()) != _shapes(wanted):
+                wanted = image_tower(c.vision)
+            if _shapes(vision_encoder.state_dict()) != _shapes(wanted.state_dict()):
                 raise ValueError("Flamingo: vision_encoder has other tensors than the tower of config.vision")
+            if _not_in_shapes(vision_encoder) != _not_in_shapes(wanted):
+                what = "heads, activations, epsilons or pooling"
+                raise ValueError(f"Flamingo: vision_encoder has other {what} than the tower of config.vision")
         if lang_encoder is None:
             if c.language is None:
                 raise ValueError("Flamingo: config.language is None, wants a lang_encoder")
@@ -415,6 +419,15 @@ class Flamingo(Pretrained):
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state_dict.items()}
+
+
+def _not_in_shapes(tower: nn.Module) -> list[Any]:
+    """Heads, epsilons, pooling and activation of each module that has them."""
+    names = ("heads", "eps", "pool")
+    found = [
+        (*(getattr(part, name, None) for name in names), activation_name(part)) for part in tower.modules()
+    ]
+    return [each for each in found if each != (None,) * 4]
 
 
 class _Decoding:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
@@ -66,6 +66,9 @@ class SimVLMConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conv_blocks", tuple(self.conv_blocks))
+        sizes = ("image_size", "conv_blocks", "conv_width", "width", "encoder_layers", "heads", "vocab_size")
+        if too_small := [*below(self, 1, *sizes), *below(self, 0, "decoder_layers")]:
+            raise ValueError("SimVLMConfig: " + "; ".join(too_small))
         heads = max(self.width // 64, 1) if self.heads is None else self.heads
         object.__setattr__(self, "heads", heads)
         stride = 16 if self.conv_pool else 8
@@ -156,7 +159,7 @@ class SimVLM(Pretrained):
                 nn.init.normal_(module.weight, std=(module.in_features * summed) ** -0.5)
                 nn.init.zeros_(module.bias)
 
-    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+    def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """As of every model here, with an error of its own for weights of the other form."""
         if "image_projection.weight" in state_dict:
             form = FORMS["cross_norm.weight" not in state_dict]
@@ -166,7 +169,7 @@ class SimVLM(Pretrained):
                     f"{self.config.form!r}. The weights of one form do not serve the other: a decoder is"
                     " trained with cross-attention or without"
                 )
-        super().load_weights(state_dict)
+        super().check_weights(state_dict)
 
     def encode_image(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, image_tokens, D]
         """Image tokens with their positions. ValueError for anything but a floating [B, 3, R, R]."""

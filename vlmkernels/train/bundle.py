@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,25 @@ from vlmkernels.data import (
     load_tokenizer,
 )
 from vlmkernels.models import align, clip, decoder, flamingo, simvlm
+from vlmkernels.models._files import check_content, read_json
+from vlmkernels.models._pretrained import config_from_dict, naming
 from vlmkernels.models._pretrained import read_config as read_model_config
 
 from .checkpoint import write_file
 from .config import CAPTIONERS, TrainConfig
 
 TRANSFORM_FILE = "transform.json"
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+LARGEST_SIDE = 8192  # of an image that a transform makes
+# Fields of a model's config, and of its tokenizer, that are one id.
+TOKEN_IDS = {
+    "eot_id": "eot_id",
+    "eos_id": "eot_id",
+    "bos_id": "sot_id",
+    "pad_id": "pad_id",
+    "media_token_id": "image_id",
+    "endofchunk_token_id": "endofchunk_id",
+}
 ALIGN_MEAN = ALIGN_STD = (0.5, 0.5, 0.5)
 SIGLIP_START = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}  # Zhai et al. 2023, section 3.2
 
@@ -72,25 +87,84 @@ class Bundle:
 def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Bundle:
     """Read what :meth:`Bundle.save` wrote, the model in eval mode on ``device``.
 
-    FileNotFoundError names a file that is missing, ValueError a model that is not known.
+    FileNotFoundError names a file that is missing, ValueError one that is damaged, holds what its model does
+    not take, or belongs to another model.
     """
     path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"model: {path} holds no config.json; a folder such as RUN/final is wanted")
-    kind = read_model_config(path).get("model_type")
-    if kind not in MODELS:
-        raise ValueError(f"model: {path} holds a model of type {kind!r}, expected one of {', '.join(MODELS)}")
-    transform = None if kind == decoder.CausalLM.model_type else _read_transform(path)
-    return Bundle(MODELS[kind].from_pretrained(path, device=device), load_tokenizer(path), transform)
+    with _of_a_model():
+        kind = _type_of(read_model_config(path))
+        if kind not in MODELS:
+            raise ValueError(f"{path} holds a model of type {kind!r}, expected one of {', '.join(MODELS)}")
+        tokenizer = _read_tokenizer(path)
+        transform = None if kind == decoder.CausalLM.model_type else _read_transform(path)
+        model = MODELS[kind].from_pretrained(path, device=device)
+        _check_parts(path, model.config, tokenizer, transform)
+    return Bundle(model, tokenizer, transform)
+
+
+@contextlib.contextmanager
+def _of_a_model() -> Iterator[None]:
+    """Says of an error that a model is wrong."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"model: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def _type_of(fields: dict[str, Any]) -> str:
+    """The "model_type" of config.json as text, whatever it is."""
+    return str(fields.get("model_type"))
+
+
+def _read_tokenizer(folder: Path) -> ClipTokenizer | WordPieceTokenizer:
+    files = [folder / name for name in TOKENIZER_FILES]
+    for file in files:
+        check_content(file)
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # the tokenizers package raises that for every fault
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        names = " and ".join(map(str, files))
+        raise ValueError(f"{names}: no tokenizer ({reason}); copy both from the trained model") from error
 
 
 def _read_transform(folder: Path) -> ImageTransform:
     path = folder / TRANSFORM_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"model: {folder} holds no {TRANSFORM_FILE}; a folder such as RUN/final is wanted"
-        )
-    return ImageTransform.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    fields = read_json(path)
+    with naming(path):
+        transform = config_from_dict(ImageTransform, fields)
+        for name in ("image_size", "resize_size"):
+            size = getattr(transform, name)
+            if max(size if isinstance(size, tuple) else (size or 0,)) > LARGEST_SIDE:
+                raise ValueError(f"{name} is {size}, wants at most {LARGEST_SIDE}")
+    return transform
+
+
+def _check_parts(folder: Path, config: Any, tokenizer: Any, transform: ImageTransform | None) -> None:
+    """ValueError unless the tokens and the images are those of the model."""
+    faults = []
+    text = getattr(config, "language", config)
+    for name in ("vocab_size", "context_length"):
+        if getattr(tokenizer, name) > getattr(text, name):
+            got, most = getattr(tokenizer, name), getattr(text, name)
+            faults.append(f"{name} of the tokenizer is {got}, of the model {most}")
+    largest = max(tokenizer._tokenizer.get_vocab().values(), default=0)
+    if largest >= tokenizer.vocab_size:
+        faults.append(f"tokenizer.json has the id {largest}, the tokenizer {tokenizer.vocab_size} ids")
+    for ours, theirs in TOKEN_IDS.items():
+        if hasattr(config, ours) and hasattr(tokenizer, theirs):
+            got, wanted = getattr(tokenizer, theirs), getattr(config, ours)
+            if got != wanted:
+                faults.append(f"{theirs} of the tokenizer is {got}, the model has {ours} {wanted}")
+    image = getattr(config, "vision", config)
+    if transform is not None and config.__class__ is not align.AlignConfig:  # which takes images of any size
+        side = image.image_size
+        if transform.image_size not in (side, (side, side)):
+            faults.append(f"{TRANSFORM_FILE} makes images of {transform.image_size}, the model wants {side}")
+    if faults:
+        raise ValueError(f"{folder}: parts of different models: " + "; ".join(faults))
 
 
 def check_model(kind: str, config: TrainConfig) -> None:
@@ -125,7 +199,7 @@ def check_model(kind: str, config: TrainConfig) -> None:
 
 def _kind_of(fields: dict[str, Any]) -> str:
     """The kind of training whose model has these fields of config.json."""
-    model_type = fields.get("model_type", "clip")
+    model_type = _type_of(fields)
     if model_type == "clip":
         return "clip" if fields.get("init_logit_bias") is None else "siglip"
     return {"decoder": "lm"}.get(model_type, model_type)
@@ -153,7 +227,7 @@ def build_tokenizer(kind: str, config: TrainConfig, source: Any) -> ClipTokenize
     """
     folder = config.init or (config.language_model if kind == "flamingo" else None)
     if folder is not None:
-        return load_tokenizer(folder)
+        return _read_tokenizer(Path(folder))
     model = model_config(kind, config)
     if kind in CAPTIONERS:
         return CaptionTokenizer(model.context_length, model.vocab_size)
@@ -211,12 +285,12 @@ def model_config(kind: str, config: TrainConfig) -> Any:
         raise ValueError(f"model: {kind} has no configuration {config.model!r}; it has {', '.join(known)}")
     base: Any = known[config.model]
     options: dict[str, Any] = dict(SIGLIP_START) if kind == "siglip" else {}
-    options |= {name: tuple(v) if isinstance(v, list) else v for name, v in config.model_options.items()}
+    options |= config.model_options
     fields = [field.name for field in dataclasses.fields(base)]
-    unknown = sorted(set(options) - set(fields))
+    unknown = sorted(str(name) for name in options if name not in fields)
     if unknown:
         raise ValueError(f"model_options: unknown fields {', '.join(unknown)}; known are {', '.join(fields)}")
     for name, place in (("eot_id", 1), ("eos_id", 1), ("bos_id", 2)):  # within a vocabulary of another size
-        if name in fields and "vocab_size" in options:
+        if name in fields and isinstance(options.get("vocab_size"), int):
             options.setdefault(name, options["vocab_size"] - place)
-    return dataclasses.replace(base, **options)
+    return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import CaptionTokenizer
-from vlmkernels.data.csv_pairs import BrokenImageError
 from vlmkernels.models.generation import generate
 
-from .embed import check_batch_size, find_images, inference, load_model, read_image
-
-log = logging.getLogger("vlmkernels.train.caption")
+from .embed import check_batch_size, find_images, inference, load_model, read_files
 
 CAPTION_MODELS = ("flamingo", "simvlm")
 MAX_NEW_TOKENS = 48
@@ -112,17 +108,8 @@ def caption(
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         options = {**options, "generator": generator}
     skipped: dict[str, str] = {}
-
-    def read() -> Iterator[tuple[Path, Tensor]]:
-        for file in files:
-            try:
-                yield file, transform(read_image(file))
-            except BrokenImageError as error:
-                log.warning("skipped %s: %s", file, error)
-                skipped[str(file)] = str(error)
-
     done: list[tuple[Path, str]] = []
-    pictures = read()
+    pictures = read_files(transform, files, skipped)
     while batch := list(itertools.islice(pictures, batch_size)):
         images = torch.stack([image for _, image in batch])
         texts = write_captions(model, tokenizer, images, **options)

@@ -81,9 +81,9 @@ def evaluate_captions(
     nll, hits, counted, seen = 0.0, 0, 0, 0
     captions: dict[str, str] = {}
     references: dict[str, list[str]] = {}
-    samples = readable(dataset)
+    skipped: dict[str, str] = {}
+    samples = readable(dataset, None if kind == "lm" else transform, skipped)
     while batch := list(itertools.islice(samples, batch_size)):
-        batch = [_prepared(sample, transform) for sample in batch] if kind != "lm" else batch
         if isinstance(dataset, IterableDataset):  # shards may count their keys from zero each
             batch = [Sample(**{**s, "key": f"{seen + i}"}) for i, s in enumerate(batch)]  # type: ignore[typeddict-item]
         seen += len(batch)
@@ -97,7 +97,7 @@ def evaluate_captions(
             captions.update(zip((sample["key"] for sample in new), texts, strict=True))
         for sample in batch:
             references.setdefault(sample["key"], []).append(sample["text"])
-    skipped = dict(getattr(dataset, "skipped", {}) or {})
+    skipped |= getattr(dataset, "skipped", None) or {}
     if not seen:
         raise ValueError(f"data: no sample can be read, {len(skipped)} skipped")
     try:
@@ -118,11 +118,6 @@ def evaluate_captions(
             {"key": key, "caption": text, "references": references[key]} for key, text in captions.items()
         ],
     }
-
-
-def _prepared(sample: Sample, transform: Any) -> Sample:
-    image = sample["image"]
-    return sample if isinstance(image, Tensor) else Sample(**{**sample, "image": transform(image)})  # type: ignore[typeddict-item]
 
 
 def _score(

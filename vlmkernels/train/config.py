@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import reprlib
 import typing
 from collections.abc import Mapping
 from importlib import resources
@@ -140,6 +141,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1, got {value}")
+        if "allow_pipe" in self.data_options:  # who starts the run allows that, not who wrote the file
+            faults.append("data_options must not hold allow_pipe, an argument of its own (--allow-pipe)")
         if self.streams and self.samples_per_epoch is None:
             faults.append(f"samples_per_epoch must be given for the tars {self.data!r}")
         choices = {
@@ -186,7 +189,7 @@ def _convert(value: Any, hint: Any) -> Any:
                 parsed = yaml.safe_load(value)
         if isinstance(parsed, Mapping):
             return dict(parsed)
-        raise ValueError(f"must be a mapping such as {{name: value}}, got {value!r}")
+        raise ValueError(f"must be a mapping such as {{name: value}}, got {reprlib.repr(value):.200}")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
@@ -197,7 +200,7 @@ def _convert(value: Any, hint: Any) -> Any:
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     names = {bool: "true or false", str: "text", int: "an integer", float: "a number"}
-    raise ValueError(f"must be {names[hint]}, got {value!r}")
+    raise ValueError(f"must be {names[hint]}, got {reprlib.repr(value):.200}")
 
 
 def shipped_configs() -> list[str]:

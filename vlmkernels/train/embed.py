@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy
 import torch
-from PIL import Image, ImageOps
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from vlmkernels.data import Sample
-from vlmkernels.data.csv_pairs import BrokenImageError
+from vlmkernels.data import BrokenImageError, Sample, read_image
+from vlmkernels.data.images import transformed
+from vlmkernels.data.samples import warn_skipped
 from vlmkernels.models._pretrained import write_atomic
-
-log = logging.getLogger("vlmkernels.train.embed")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 EMBEDDERS = ("clip", "align")
@@ -54,13 +54,22 @@ def load_model(
 
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"model: no folder {folder}; RUN/final of a training run is wanted")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load_bundle(folder, device)
+    bundle = load_bundle(folder, _usable(device))
     found = bundle.model.model_type
     if found not in kinds:
         raise ValueError(f"model: {folder} holds a model of type {found}, this takes {', '.join(kinds)}")
     return bundle.model, bundle.tokenizer, bundle.transform and bundle.transform.for_inference()
+
+
+def _usable(device: str) -> torch.device:
+    """ValueError unless tensors can be made and read on the device, "auto" being the best there is."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros((), device=found).item()
+    except Exception as error:  # its type depends on what is wrong with the device
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device: {str(device)!r} cannot be used here: {reason}") from error
+    return found
 
 
 @contextlib.contextmanager
@@ -114,52 +123,42 @@ def encode_files(
     skipped: dict[str, str] = {}
 
     def batches() -> Iterator[Tensor]:
-        waiting: list[Tensor] = []
-        for file in files:
-            try:
-                image = transform(read_image(file))
-            except BrokenImageError as error:
-                log.warning("skipped %s: %s", file, error)
-                skipped[str(file)] = str(error)
-                continue
-            kept.append(file)
-            waiting.append(image)
-            if len(waiting) == batch_size:
-                yield torch.stack(waiting)
-                waiting = []
-        if waiting:
-            yield torch.stack(waiting)
+        images = read_files(transform, files, skipped)
+        while batch := list(itertools.islice(images, batch_size)):
+            kept.extend(file for file, _ in batch)
+            yield torch.stack([image for _, image in batch])
 
     features = encode_images(model, batches())
     return features, kept, skipped
 
 
-def read_image(file: Path) -> Image.Image:
-    """An upright RGB image; what is transparent lies on white. BrokenImageError if it cannot be read."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        raise BrokenImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+def read_files(
+    transform: Callable[[Image.Image], Tensor], files: Iterable[Path], skipped: dict[str, str]
+) -> Iterator[tuple[Path, Tensor]]:
+    """The files with their transformed images; what cannot be read goes to ``skipped`` with the reason."""
+    for file in files:
+        try:
+            image = transformed(transform, read_image(file))
+        except BrokenImageError as error:
+            skipped[str(file)] = str(error)
+            warn_skipped(str(file), str(error))
+        else:
+            yield file, image
 
 
 def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The files named in ``inputs`` and the images below the folders in it, in a fixed order, each once.
 
-    FileNotFoundError for a path that does not exist, ValueError when there is no image at all.
+    Below a folder hidden files and folders are passed over; a folder that cannot be listed is given as if it
+    were an image, so that whoever reads it reports it. FileNotFoundError for a path that does not exist,
+    ValueError when there is no image at all.
     """
     found: dict[Path, None] = {}
     names = [Path(name) for name in inputs]
     for path in names:
-        if path.is_dir():
-            below = (
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
-            found.update(dict.fromkeys(sorted(below)))
-        elif path.is_file():
+        if os.path.isdir(path):
+            found.update(dict.fromkeys(sorted(_images_below(path))))
+        elif os.path.lexists(path):
             found[path] = None
         else:
             raise FileNotFoundError(f"inputs: no file or folder {path}")
@@ -169,14 +168,44 @@ def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def readable(dataset: Any) -> Iterator[Sample]:
-    """The samples in order, each once; a map-style data set raises BrokenImageError for those left out."""
-    if isinstance(dataset, IterableDataset):
-        yield from dataset
-        return
-    for index in range(len(dataset)):
-        with contextlib.suppress(BrokenImageError):
-            yield dataset[index]
+def _images_below(folder: Path) -> list[Path]:
+    found: list[Path] = []
+
+    def on_error(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for parent, folders, files in os.walk(folder, onerror=on_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = (name for name in files if not name.startswith("."))
+        found += [Path(parent, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
+    return found
+
+
+def readable(
+    dataset: Any, transform: Callable[[Image.Image], Any] | None, skipped: dict[str, str]
+) -> Iterator[Sample]:
+    """The samples in order, each once, their PIL images transformed unless ``transform`` is None.
+
+    Those that cannot be transformed, or for which a map-style data set raises BrokenImageError, go to
+    ``skipped`` with the reason.
+    """
+    streams = isinstance(dataset, IterableDataset)
+    items: Iterable[Any] = dataset if streams else range(len(dataset))
+    for item in items:
+        try:
+            sample = item if streams else dataset[item]
+        except BrokenImageError as error:
+            if error.key is not None:
+                skipped[error.key] = str(error)
+            continue
+        if transform is not None and isinstance(sample["image"], Image.Image):
+            try:
+                sample = Sample(**{**sample, "image": transformed(transform, sample["image"])})  # type: ignore[typeddict-item]
+            except BrokenImageError as error:
+                skipped[sample["key"]] = str(error)
+                warn_skipped(sample["key"], str(error))
+                continue
+        yield sample
 
 
 def embed(
@@ -194,7 +223,7 @@ def embed(
     ``out`` ends in .safetensors (tensor ``embeddings`` float32 [N, E], L2-normalised; metadata ``keys``, a
     JSON list of N paths or texts, and ``kind``) or .npz (arrays ``embeddings`` and ``keys``). It is whole or
     absent. An image that cannot be read is left out and named in the result. ValueError when nothing can be
-    embedded.
+    embedded or ``out`` cannot be written.
     """
     target = Path(out)
     if kind not in KINDS:
@@ -206,6 +235,7 @@ def embed(
     files = find_images(inputs) if kind == "images" else []
     if kind == "texts" and not inputs:
         raise ValueError("inputs: no text")
+    _check_writable(target)
     model, tokenizer, transform = load_model(model_folder, device)
     skipped: dict[str, str] = {}
     if kind == "images":
@@ -218,9 +248,20 @@ def embed(
     else:
         keys = [str(text) for text in inputs]
         features = encode_texts(model, tokenizer, keys, batch_size=batch_size)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_embeddings(target, features, keys, {"kind": kind})
     return Embedded(target, len(keys), features.shape[1], skipped)
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder of ``path``; ValueError where no file can be written there, before any work is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: {path} cannot be written: {error.strerror or error}") from error
 
 
 def write_embeddings(
@@ -229,7 +270,7 @@ def write_embeddings(
     keys: Sequence[str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write features and their keys, whole or not at all, as ``path``'s ending says."""
+    """Write features and keys, whole or not at all, in the format of ``path``'s ending; or OSError."""
     if path.suffix == ".npz":
 
         def write(temporary: Path) -> None:
@@ -238,11 +279,11 @@ def write_embeddings(
     else:
 
         def write(temporary: Path) -> None:
-            save_file(
-                {"embeddings": features.contiguous()},
-                temporary,
-                {"keys": json.dumps(list(keys)), **(metadata or {})},
-            )
+            values = {"embeddings": features.contiguous()}
+            try:
+                save_file(values, temporary, {"keys": json.dumps(list(keys)), **(metadata or {})})
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(f"{path}: {error}") from error
 
     write_atomic(path, write)
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from vlmkernels.data import Sample
-from vlmkernels.data.csv_pairs import BrokenImageError
+from vlmkernels.data import BrokenImageError, Sample, SkipLog, read_image
 
 from .caption import CAPTION_MODELS
 from .caption_scores import evaluate_captions
@@ -31,7 +30,6 @@ from .embed import (
     encode_texts,
     find_images,
     load_model,
-    read_image,
     readable,
 )
 
@@ -210,15 +208,24 @@ def emoji_class_texts(dataset: Any) -> dict[str, list[list[str]]]:
 
 
 class ClassFolders(Dataset):
-    """Images in one folder per class; the folder's name, "_" read as a blank, is the name of the class."""
+    """Images in one folder per class; the folder's name, "_" read as a blank, is the name of the class.
+
+    Hidden folders (.git, .ipynb_checkpoints) are no classes.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        folders = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+        visible = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
+        folders = sorted(path for path in visible if path.is_dir())
         if len(folders) < 2:
             raise ValueError(f"data: {folder} must hold a folder of images for each of two or more classes")
         self.class_names = [path.name.replace("_", " ") for path in folders]
         self.files = [(file, label) for label, path in enumerate(folders) for file in find_images([path])]
-        self.skipped: dict[str, str] = {}
+        self._skip_log = SkipLog()
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Reason by path of the images that were left out so far."""
+        return self._skip_log.items()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -229,7 +236,7 @@ class ClassFolders(Dataset):
         try:
             image = read_image(file)
         except BrokenImageError as error:
-            self.skipped[str(file)] = str(error)
+            self._skip_log.add(str(file), str(error))
             raise
         return Sample(image=image, text=self.class_names[label], key=str(file), label=label, concept=-1)
 
@@ -255,18 +262,18 @@ def evaluate_model(
     texts: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
+    skipped: dict[str, str] = {}
 
     def batches() -> Iterator[Tensor]:
-        samples = readable(dataset)
+        samples = readable(dataset, transform, skipped)
         while batch := list(itertools.islice(samples, batch_size)):
             texts.extend(sample["text"] for sample in batch)
             keys.extend(sample["key"] for sample in batch)
             labels.extend(int(sample["label"]) for sample in batch)
-            images = (sample["image"] for sample in batch)
-            yield torch.stack([image if isinstance(image, Tensor) else transform(image) for image in images])
+            yield torch.stack([sample["image"] for sample in batch])
 
     image_features = encode_images(model, batches())
-    skipped = dict(getattr(dataset, "skipped", {}) or {})
+    skipped |= getattr(dataset, "skipped", None) or {}
     if not texts:
         raise ValueError(f"data: no sample can be read, {len(skipped)} skipped")
     folders = isinstance(dataset, ClassFolders)
@@ -295,16 +302,16 @@ def evaluate_model(
     }
 
 
-def open_data(data: Any) -> Any:
+def open_data(data: Any, *, allow_pipe: bool = False) -> Any:
     """A data set: as it is, or opened from a specification (a folder of class folders, else as ``load_pairs``
     takes)."""
     if not isinstance(data, (str, os.PathLike)):
         return data
-    if Path(data).is_dir():
+    if os.path.isdir(data):
         return ClassFolders(data)
     from vlmkernels.data import load_pairs
 
-    return load_pairs(str(data))
+    return load_pairs(str(data), allow_pipe=allow_pipe)
 
 
 def evaluate(
@@ -315,6 +322,7 @@ def evaluate(
     device: str = "auto",
     templates: Sequence[str] | None = None,
     num_beams: int = 1,
+    allow_pipe: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a trained model (RUN/final) on ``data``.
 
@@ -322,11 +330,11 @@ def evaluate(
     "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
     one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
     data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search where
-    ``num_beams`` exceeds 1; no class folders. Raises FileNotFoundError or ValueError naming what does not
-    fit.
+    ``num_beams`` exceeds 1; no class folders. ``allow_pipe`` is ``load_pairs``'. Raises FileNotFoundError or
+    ValueError naming what does not fit.
     """
     check_batch_size(batch_size)
-    dataset = open_data(data)
+    dataset = open_data(data, allow_pipe=allow_pipe)
     loaded = load_model(model_folder, device, kinds=(*EMBEDDERS, *CAPTION_MODELS, "decoder"))
     if cast(Any, loaded[0]).model_type not in EMBEDDERS:
         if templates is not None or isinstance(dataset, ClassFolders):

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from vlmkernels.data import ImageTransform, load_pairs
+from vlmkernels.data._text import printable
 from vlmkernels.data.tokenizer import load_tokenizer
 
 from . import batches, checkpoint, course
@@ -52,11 +53,12 @@ class Summary:
     pairs_per_second: float
 
 
-def train(kind: str, config: TrainConfig) -> Summary:
+def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summary:
     """Train ``kind`` (clip, align, siglip, lm, flamingo or simvlm) as ``config`` says; write the run folder.
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
-    ``keep``, as step-00000120) and final/. ValueError or FileNotFoundError for a configuration that cannot
+    ``keep``, as step-00000120) and final/. ``allow_pipe`` lets ``config.data`` be a URL that runs a program
+    to read tars; no configuration can say so. ValueError or FileNotFoundError for a configuration that cannot
     run, FloatingPointError naming the step when the loss, its gradient or the weights are not finite: nothing
     of them is saved. A KeyboardInterrupt is raised again, as is an OSError, such as that of a full disk; the
     run can then be resumed from its last checkpoint.
@@ -85,7 +87,7 @@ def train(kind: str, config: TrainConfig) -> Summary:
     )
     try:
         with _deterministic(config.deterministic), contextlib.ExitStack() as held:
-            return Run(kind, config, accelerator, run, held).execute()
+            return Run(kind, config, accelerator, run, held, allow_pipe=allow_pipe).execute()
     finally:
         if own_group:
             accelerator.state.destroy_process_group()
@@ -165,6 +167,8 @@ class Run:
         accelerator: Accelerator,
         run: Path,
         held: contextlib.ExitStack,
+        *,
+        allow_pipe: bool = False,
     ) -> None:
         self.kind, self.config, self.accelerator, self.run = kind, config, accelerator, run
         set_seed(config.seed)
@@ -175,6 +179,7 @@ class Run:
             drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
         rank, world = accelerator.process_index, accelerator.num_processes
         options: dict[str, Any] = {"transform": drawn, "seed": config.seed, **config.data_options}
+        options["allow_pipe"] = allow_pipe
         self.plan: batches.BatchPlan | batches.StreamPlan
         if config.samples_per_epoch is not None and config.streams:
             size, pairs = config.samples_per_epoch, config.batch_size
@@ -202,7 +207,8 @@ class Run:
         inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
         self.course |= inputs
         course.refuse_other(run, earlier, inputs)
-        self.task = build_task(kind, config, tokenizer)
+        image_size = None if transform is None else transform.image_size
+        self.task = build_task(kind, config, tokenizer, image_size)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
@@ -279,9 +285,10 @@ class Run:
                 if main:
                     log.warning("%s", self._what_is_left(isinstance(error, FloatingPointError)))
                 raise
-            skipped = self.source.skipped if main else None
-            if skipped:
-                log.warning("%d samples were skipped: %s", len(skipped), ", ".join(list(skipped)[:10]))
+            skipped = self._skipped()
+            if main and skipped:
+                names = ", ".join(map(printable, list(skipped)[:10]))
+                log.warning("%d samples were skipped: %s", len(skipped), names)
         return Summary(self.run, self.run / FINAL, self.step, **recorder.totals())
 
     def _tidy(self) -> None:
@@ -306,11 +313,13 @@ class Run:
                 num_workers=config.num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
+            some_read = start > 0
             for batch in loaded:
                 logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.steps
                 values = self.one_step(batch, logged)
                 self.step += 1
-                if logged:
+                some_read = some_read or values is not None
+                if logged and values is not None:
                     recorder.record(self.step, epoch, values)
                 recorder.advance()
                 if self.step % save_every == 0 or self.step == self.steps:
@@ -318,9 +327,17 @@ class Run:
                     self._save()
                 if self.step == self.steps:
                     break
+            if not some_read:
+                skipped = self._skipped()
+                first = next(iter(skipped.items()), None)
+                raise ValueError(f"data: no sample can be read, {len(skipped)} were skipped, first {first}")
 
-    def one_step(self, batch: dict[str, Any], measured: bool) -> dict[str, Any]:
-        """Forward, backward and update on this process's part of a joint batch."""
+    def _skipped(self) -> dict[str, str]:
+        """Reason by key of what was left out so far on any process; all of them call it."""
+        return {key: reason for part in gather_object([self.source.skipped]) for key, reason in part.items()}
+
+    def one_step(self, batch: dict[str, Any], measured: bool) -> dict[str, Any] | None:
+        """Forward, backward and update on this process's part of a joint batch; None without any sample."""
         config, device = self.config, self.accelerator.device
         rate = learning_rate(self.step, self.span, config)
         for group in self.optimizer.param_groups:
@@ -330,7 +347,11 @@ class Run:
             for name, value in batch.items()
         }
         with self.accelerator.autocast():
-            loss, measure = self.task.loss(self.model, placed, self.step, measured)
+            found = self.task.loss(self.model, placed, self.step, measured)
+        if found is None:
+            self.gate.pass_over()
+            return None
+        loss, measure = found
         self.accelerator.backward(loss)
         norm = self._clip()
         self.gate.check(loss, norm)

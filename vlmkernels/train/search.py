@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vlmkernels._optional import cache_folder
+from vlmkernels.data._text import printable
 
 from .embed import encode_files, encode_texts, find_images, load_model, read_embeddings, write_embeddings
 
@@ -63,7 +64,7 @@ def search(
         try:
             store = cache_file(model_folder, folder)
         except OSError as error:
-            log.warning("no embeddings are kept: %s", error)
+            log.warning("no embeddings are kept: %s", printable(error))
     known = _read(store) if store else {}
     stamps = {file: _stamp(file) for file in files}
     new = [file for file in files if stamps[file] not in known]
@@ -87,9 +88,9 @@ def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[s
 
     The name is a hash of the model's files and the folder's path.
     """
-    digest = hashlib.sha256(str(Path(folder).resolve()).encode())
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(folder)))
     for file in sorted(path for path in Path(model_folder).iterdir() if path.is_file()):
-        digest.update(f"\0{file.name}\0".encode())
+        digest.update(os.fsencode(f"\0{file.name}\0"))
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
@@ -97,19 +98,22 @@ def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[s
 
 
 def _stamp(file: Path) -> str:
-    status = file.stat()
-    return f"{file.resolve()}\0{status.st_mtime_ns}\0{status.st_size}"
+    try:
+        status = file.stat()
+    except OSError:  # the file is reported when it is read
+        return f"{os.path.realpath(file)}\0"
+    return f"{os.path.realpath(file)}\0{status.st_mtime_ns}\0{status.st_size}"
 
 
 def _read(store: Path) -> dict[str, torch.Tensor]:
     try:
         features, keys = read_embeddings(store)
+        return dict(zip(keys, features, strict=True))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning("the cache %s is not used: %s", store, error)
+        log.warning("the cache %s is not used: %s", printable(store), error)
         return {}
-    return dict(zip(keys, features, strict=True))
 
 
 def _write(store: Path, features: torch.Tensor, keys: list[str]) -> None:
@@ -117,4 +121,4 @@ def _write(store: Path, features: torch.Tensor, keys: list[str]) -> None:
         store.parent.mkdir(parents=True, exist_ok=True)
         write_embeddings(store, features, keys)
     except OSError as error:
-        log.warning("the cache %s cannot be written: %s", store, error)
+        log.warning("the cache %s cannot be written: %s", printable(store), error)

@@ -25,7 +25,8 @@ class Task(Protocol):
     """The part of a training step that depends on the kind of model.
 
     ``loss`` gives the loss of this process, whose gradient averaged over the processes is that of the joint
-    batch, and a function that measures the joint batch; all processes call it, or none.
+    batch, and a function that measures the joint batch; all processes call it, or none. It is None, on all
+    processes, for a joint batch without samples; the part of one process may be empty.
     """
 
     @property
@@ -38,14 +39,14 @@ class Task(Protocol):
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
-    ) -> tuple[Tensor, Callable[[], Values]]: ...
+    ) -> tuple[Tensor, Callable[[], Values]] | None: ...
 
     def after_step(self, model: Any) -> None: ...
 
 
-def build_task(kind: str, config: TrainConfig, tokenizer: Any) -> Task:
-    """The task of a kind of model."""
-    return (Captioning if kind in CAPTIONERS else Contrastive)(kind, config, tokenizer)
+def build_task(kind: str, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Task:
+    """The task of a kind of model, with images of ``image_size``: an int, (H, W), or None for no images."""
+    return (Captioning if kind in CAPTIONERS else Contrastive)(kind, config, tokenizer, image_size)
 
 
 class Contrastive:
@@ -53,16 +54,18 @@ class Contrastive:
 
     scores = ("retrieval_at_1",)
 
-    def __init__(self, kind: str, config: TrainConfig, tokenizer: Any) -> None:
-        self.collate = Collate(tokenizer)
+    def __init__(self, kind: str, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> None:
+        self.collate = Collate(tokenizer, image_size)
         given = config.label_smoothing
         self.label_smoothing = objective.LABEL_SMOOTHING[kind] if given is None else given
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
-    ) -> tuple[Tensor, Callable[[], Values]]:
+    ) -> tuple[Tensor, Callable[[], Values]] | None:
         output = model(batch["images"], batch["tokens"])
         images, texts = objective.joint_features(output)
+        if not len(images):
+            return None
         scale, bias = output["logit_scale"], output.get("logit_bias")
         loss = objective.contrastive_loss(images, texts, scale, bias, label_smoothing=self.label_smoothing)
 
@@ -89,13 +92,15 @@ class Captioning:
 
     scores = ("perplexity", "token_accuracy")
 
-    def __init__(self, kind: str, config: TrainConfig, tokenizer: CaptionTokenizer) -> None:
+    def __init__(
+        self, kind: str, config: TrainConfig, tokenizer: CaptionTokenizer, image_size: Any = None
+    ) -> None:
         self.kind, self.seed, self.tokenizer = kind, config.seed, tokenizer
-        self.collate = CaptionCollate(tokenizer, LAYOUTS[kind], config.images_per_row)
+        self.collate = CaptionCollate(tokenizer, LAYOUTS[kind], config.images_per_row, image_size)
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
-    ) -> tuple[Tensor, Callable[[], Values]]:
+    ) -> tuple[Tensor, Callable[[], Values]] | None:
         prefixes = None
         if self.kind == "simvlm":
             lengths = self.tokenizer.lengths(batch["tokens"]).tolist()
@@ -105,6 +110,8 @@ class Captioning:
         )
         count = (labels[:, 1:] != IGNORE).sum()
         total = objective.sum_over_processes(count)
+        if not batch["keys"] and not total:  # asks the device only where this process has nothing
+            return None
         share = (count.double() / total).to(own_loss.dtype)
 
         def measure() -> Values:
