@@ -11,6 +11,46 @@
 
 namespace vlmk {
 
+// The most keys of a source: their indices, and those of the padding behind them, are int32.
+constexpr int64_t kMostKeys = INT32_MAX - 4096;
+
+// query [batch, heads, tq, dh], and of each source key [batch, kv_heads, tk, dh] and value [batch, kv_heads, tk, dv].
+struct NeedSource {
+  const char* key_name;
+  const at::Tensor& key;
+  const char* value_name;
+  const at::Tensor& value;
+};
+inline void need_attention(const Need& need, const at::Tensor& query, std::initializer_list<NeedSource> sources) {
+  need.tensor("query", query, {kAny, kAny, kAny, kAny}, kFloats);
+  const auto type = query.scalar_type();
+  const int64_t batch = query.size(0), heads = query.size(1), tq = query.size(2), dh = query.size(3);
+  int64_t kv_heads = kAny, dv = kAny;
+  for (const NeedSource& source : sources) {
+    need.tensor(source.key_name, source.key, {batch, kv_heads, kAny, dh}, type);
+    kv_heads = source.key.size(1);
+    const int64_t tk = source.key.size(2);
+    need.that(tk <= kMostKeys, source.key_name, " must have at most ", kMostKeys, " tokens, got ", tk);
+    need.tensor(source.value_name, source.value, {batch, kv_heads, tk, dv}, type);
+    dv = source.value.size(3);
+    need.countable({need.product({batch, kv_heads}), tk, std::max(dh, dv)});
+  }
+  need.that(kv_heads ? heads % kv_heads == 0 : heads == 0, "the heads of query must be a multiple of those of key, got ", heads,
+            " and ", kv_heads);
+  need.countable({need.product({batch, heads}), tq, std::max(dh, dv)});
+}
+
+// What the backward reads beside the inputs of the forward.
+inline void need_gradient(const Need& need, const at::Tensor& query, int64_t dv, const at::Tensor& dout,
+                          const std::optional<at::Tensor>& dlse, const at::Tensor& out, const at::Tensor& lse) {
+  const c10::DimVector sizes = with_last(query.sizes(), dv);
+  need.tensor("dout", dout, sizes, kFloats);
+  need.tensor("out", out, sizes, query.scalar_type());
+  const at::IntArrayRef rows = query.sizes().slice(0, 3);
+  need.tensor("lse", lse, rows, sum_type(query.scalar_type()));
+  need.tensor("dlse", dlse, rows, sum_type(query.scalar_type()));
+}
+
 // Keys and values of one source, and where each query sees them: int32 [1 or batch, tq], clipped to the keys there are.
 struct KeySource {
   at::Tensor key, value, begin, end;

@@ -12,16 +12,6 @@ constexpr int64_t kChunkRows = 2048, kTaskCols = 512;
 // Up to so many rows the weight is read as it is where it can be: packing would cost more than it saves.
 constexpr int64_t kFewRows = 128;
 
-inline at::ScalarType sum_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
-template <class F>
-void with_storage(at::ScalarType dtype, F f) {
-  if (dtype == at::kDouble) return f(double());
-  if (dtype == at::kFloat) return f(float());
-  if (dtype == at::kBFloat16) return f(bf16());
-  f(f16());
-}
-
 template <class P>
 int64_t depth_of(int64_t d) {
   return sizeof(P) == 2 ? ceil_div(d, 32) * 32 : d;

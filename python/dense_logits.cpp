@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, 
   const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
   DenseLogits<P> g{};
   g.pairs = p, g.ldx = ldx, g.ldt = ldt;
-  g.bias = bias ? bias->item().to<A>() : A(0), g.symmetric = symmetric, g.smoothing = static_cast<A>(smoothing);
+  g.bias = bias ? number<A>(*bias) : A(0), g.symmetric = symmetric, g.smoothing = static_cast<A>(smoothing);
   g.x = take(p.n * ldx), g.diagonal = take(p.n), g.row_max = take(p.n), g.row_log = take(p.n), g.col_max = take(column_part),
   g.col_log = take(column_part);
   g.part_max = take(blocks * column_part), g.part_sum = take(blocks * column_part), g.part_total = take(blocks * column_part);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dloss, const 
   const Pairs<P>& p = features.pairs;
   const Tensor slope = slope_.to(scalar_type<P>()), slope_t = slope_t_.to(scalar_type<P>());
   const auto operands = features.query.options();
-  const double incoming = dloss.item().toDouble();
+  const double incoming = number<double>(dloss);
   const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, operands), dkey = at::empty({need_key ? p.m : 0, p.d}, operands);
   const auto side = [&](const Tensor& slopes, const Tensor& x, const Tensor& y, const A* inv, const A* inv_y, const Tensor& dx,
                         const Tensor& operand) {
@@ -149,15 +149,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dloss, const 
     return need ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
   };
   const auto scalar = [&](const optional<Tensor>& x, int64_t which, bool need) {
-    return need ? at::full(x->sizes(), data<A>(dscalars)[which] * incoming, x->options())
-                : at::empty({0}, x ? x->options() : scale.options());
+    if (!need) return at::empty({0}, x ? x->options() : scale.options());
+    return at::full(x->sizes(), data<A>(dscalars)[which] * incoming, at::kDouble).to(x->scalar_type());
   };
   return {as_given(dquery, query, need_query), as_given(dkey, key, need_key), scalar(scale, 0, needs[2]),
           scalar(bias, 1, needs[3])};
 }
 
+void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& bias) {
+  need_features(need, query, key, scale);
+  if (bias) need.scalar("bias", *bias);
+  const int64_t n = query.size(0), m = key.size(0);
+  need.that(n > 0 && m >= n, "query and key must have rows, key as many or more, got ", n, " and ", m);
+}
+
 auto dense_loss(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& bias, bool symmetric,
                 double smoothing, bool normalize, bool need_query, bool need_key, bool need_scalars) {
+  const Need need(bias ? "sigmoid_loss (dense_loss)" : "info_nce (dense_loss)");
+  need_inputs(need, query, key, scale, bias);
+  need.that(!symmetric || query.size(0) == key.size(0), "a symmetric loss needs as many keys as queries, got ", key.size(0),
+            " and ", query.size(0));
   return with_operand(query.scalar_type(), [&](auto type) {
     return loss_of<decltype(type)>(query, key, scale, bias, symmetric, smoothing, normalize, need_query, need_key,
                                    need_scalars);
@@ -167,6 +178,16 @@ auto dense_loss(const Tensor& query, const Tensor& key, const Tensor& scale, con
 auto dense_loss_bwd(const Tensor& dloss, const Tensor& query, const Tensor& key, const Tensor& scale,
                     const optional<Tensor>& bias, const Tensor& slope, const Tensor& slope_t, const Tensor& positive,
                     const Tensor& dscalars, bool normalize, std::array<bool, 4> needs) {
+  const Need need(bias ? "sigmoid_loss (dense_loss_bwd)" : "info_nce (dense_loss_bwd)");
+  need_inputs(need, query, key, scale, bias);
+  const int64_t n = query.size(0), m = key.size(0);
+  const auto sums = sum_type(query.scalar_type());
+  need.scalar("dloss", dloss);
+  if (needs[0]) need.contiguous("slope", slope, {n, round_up(m)}, slope_type(query));
+  if (needs[1]) need.contiguous("slope_t", slope_t, {m, round_up(n)}, slope_type(query));
+  if (needs[0] || needs[1]) need.contiguous("positive", positive, n, sums);
+  if (needs[2] || needs[3]) need.contiguous("dscalars", dscalars, 2, sums);
+  need.that(bias || !needs[3], "bias must be given for its gradient");
   return with_operand(query.scalar_type(), [&](auto type) {
     return gradients<decltype(type)>(dloss, query, key, scale, bias, slope, slope_t, positive, dscalars, normalize, needs);
   });

@@ -28,7 +28,7 @@ void with_types(at::ScalarType out, at::ScalarType in, F f) {
   if (out == at::kDouble) return f(double(), double());
   if (out == at::kFloat) return narrow ? f(bf16(), float()) : f(float(), float());
   if (out == at::kBFloat16) return narrow ? f(bf16(), bf16()) : f(float(), bf16());
-  TORCH_CHECK(out == at::kHalf, "gated_linear_residual: unsupported dtype ", out);
+  if (out != at::kHalf) no_kernel(out);
   f(float(), f16());
 }
 
@@ -112,8 +112,25 @@ void forward(const Tensor& h_, const Tensor& weight_, const Tensor& x, const Ten
   });
 }
 
+// x: the residual stream, or the gradient of the result.
+void need_operands(const Need& need, const char* name, const Tensor& x, const Tensor& h, const Tensor& weight,
+                   const Tensor& gate, const optional<Tensor>& row_mask) {
+  need.tensor("h", h, {kLeading, kAny}, kFloats);
+  const int64_t k = h.size(-1);
+  need.tensor("weight", weight, {kAny, k}, h.scalar_type());
+  const int64_t d = weight.size(0);
+  need.tensor(name, x, with_last(h.sizes(), d), kFloats);
+  need.gate("gate", gate, d);
+  need.tensor("row_mask", row_mask, h.sizes().slice(0, h.dim() - 1), at::kBool);
+  const int64_t rows = need.rows(h);
+  need.countable({rows, d});
+  need.countable({rows, k});
+  need.countable({d, k});
+}
+
 Tensor gated_linear_residual(const Tensor& h, const Tensor& weight, const Tensor& x_, const Tensor& gate,
                              const optional<Tensor>& row_mask) {
+  need_operands(Need("gated_linear_residual"), "x", x_, h, weight, gate, row_mask);
   const auto dtype = c10::promoteTypes(x_.scalar_type(), h.scalar_type());
   const Tensor x = x_.to(dtype).contiguous(), out = on_huge_pages(at::empty(x.sizes(), x.options()));
   if (x.numel() == 0) return out;
@@ -216,6 +233,7 @@ void weight_gradient(const Tensor& dout_, const Tensor& h_, const Tensor& weight
 std::tuple<Tensor, Tensor, Tensor> gated_linear_residual_bwd(const Tensor& dout, const Tensor& h_, const Tensor& weight_,
                                                              const Tensor& gate, const optional<Tensor>& row_mask, bool need_h,
                                                              bool need_weight, bool need_gate) {
+  need_operands(Need("gated_linear_residual_bwd"), "dout", dout, h_, weight_, gate, row_mask);
   const auto dtype = c10::promoteTypes(dout.scalar_type(), h_.scalar_type()), in = h_.scalar_type();
   const auto storage = dtype == at::kDouble ? at::kDouble : in;  // of h, weight and their gradients
   const Tensor h = h_.to(storage).contiguous(), weight = weight_.to(storage).contiguous();

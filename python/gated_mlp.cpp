@@ -14,9 +14,14 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x_, const Tensor& w_g
                                              const optional<Tensor>& b_gate_, const optional<Tensor>& b_up_,
                                              const optional<Tensor>& b_down_, const optional<Tensor>& residual_,
                                              c10::string_view name, bool keep) {
-  const Activation activation = activation_of(name);
+  const Need need("gated_mlp");
+  const Activation activation = activation_of(need, name);
+  need.tensor("x", x_, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(x_), "w_gate", w_gate, {kAny, x_.size(-1)}, x_.scalar_type(), "b_gate", b_gate_);
+  need_layer(need, need.rows(x_), "w_up", w_up, w_gate.sizes(), x_.scalar_type(), "b_up", b_up_);
+  need_layer(need, need.rows(x_), "w_down", w_down, {kAny, w_gate.size(0)}, x_.scalar_type(), "b_down", b_down_);
+  need.tensor("residual", residual_, with_last(x_.sizes(), w_down.size(0)), kFloats);
   const int64_t h = w_gate.size(0), k = w_gate.size(1), o = w_down.size(0), rows = rows_of(x_);
-  TORCH_CHECK(x_.size(-1) == k && w_gate.sizes() == w_up.sizes() && w_down.size(1) == h, "x and the weights do not fit");
   const auto dtype = residual_ ? c10::promoteTypes(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
   const auto kept = [&] { return keep ? with_last(x_, h, x_.scalar_type()) : at::empty({0}, x_.options()); };
   const Tensor out = with_last(x_, o, dtype), gate = kept(), up = kept();
@@ -51,7 +56,17 @@ Results gated_mlp_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Ten
                       const Tensor& w_down, const optional<Tensor>& b_gate_, const optional<Tensor>& b_up_,
                       const optional<Tensor>& gate_, const optional<Tensor>& up_, c10::string_view name,
                       std::array<bool, 7> needs) {
-  const Activation activation = activation_of(name);
+  const Need need("gated_mlp_bwd");
+  const Activation activation = activation_of(need, name);
+  need.tensor("dout", dout_, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(dout_), "w_down", w_down, {dout_.size(-1), kAny}, kFloats, "b_down", std::nullopt);
+  need_layer(need, need.rows(dout_), "w_gate", w_gate, {w_down.size(1), kAny}, w_down.scalar_type(), "b_gate", b_gate_);
+  need_layer(need, need.rows(dout_), "w_up", w_up, w_gate.sizes(), w_down.scalar_type(), "b_up", b_up_);
+  need.tensor("x", x_, with_last(dout_.sizes(), w_gate.size(1)), w_gate.scalar_type());
+  need.tensor("gate", gate_, with_last(dout_.sizes(), w_gate.size(0)), w_gate.scalar_type());
+  need.tensor("up", up_, with_last(dout_.sizes(), w_gate.size(0)), w_gate.scalar_type());
+  need.that(x_ || !(needs[1] || needs[2]), "the gradients of w_gate and w_up need x");
+  need.that(x_ || (gate_ && up_), "x, or both gate and up, must be given");
   const int64_t h = w_gate.size(0), k = w_gate.size(1), o = w_down.size(0), rows = rows_of(dout_);
   const auto [need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, need_b_down] = needs;
   const Tensor dx = need_x ? with_last(dout_, k, w_gate.scalar_type()) : at::empty({0}, w_gate.options());

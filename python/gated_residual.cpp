@@ -1,7 +1,6 @@
 // vlmkernels::gated_residual and gated_residual_bwd for CPU tensors (contracts: vlmkernels/ops/gated_residual.py).
 #include "vlmkernels/gated_residual.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -10,6 +9,8 @@
 
 #include <optional>
 
+#include "dtypes.h"
+#include "gated_residual.h"
 #include "memory.h"
 
 namespace vlmk {
@@ -20,24 +21,6 @@ using std::optional;
 
 // Of x in one task: fixed sizes, so that sums do not depend on the threads; the rows are those that one float sum runs over.
 constexpr int64_t kBlockElements = 1 << 15, kBlockRows = 256;
-
-template <class F>
-auto with_storage(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kDouble:
-      return f(double());
-    case at::kFloat:
-      return f(float());
-    case at::kBFloat16:
-      return f(bf16());
-    case at::kHalf:
-      return f(f16());
-    default:
-      TORCH_CHECK(false, "gated_residual: unsupported dtype ", dtype);
-  }
-}
-
-at::ScalarType sum_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 // tanh(gate) for each of d channels.
 Tensor gates(const Tensor& gate, int64_t d, at::ScalarType type) {
@@ -59,6 +42,7 @@ T* data(const Tensor& t) {
 }
 
 Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, const optional<Tensor>& row_mask) {
+  need_gated_residual(Need("gated_residual"), "x", x_, y_, gate, row_mask);
   const auto dtype = c10::promoteTypes(x_.scalar_type(), y_.scalar_type());
   const Tensor x = x_.to(dtype).contiguous(), y = y_.to(dtype).contiguous();
   const Tensor out = on_huge_pages(at::empty(x.sizes(), x.options()));
@@ -79,6 +63,7 @@ Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, co
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor& y_, const Tensor& gate,
                                               const optional<Tensor>& row_mask, bool need_y, bool need_gate) {
+  need_gated_residual(Need("gated_residual_bwd"), "dout", dout_, y_, gate, row_mask);
   const auto dtype = c10::promoteTypes(dout_.scalar_type(), y_.scalar_type());
   const auto sums = sum_type(dtype);
   const Tensor dout = dout_.to(dtype).contiguous(), y = y_.to(dtype).contiguous();

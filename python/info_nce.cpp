@@ -183,8 +183,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
   return {as_given(dquery, query, need_query), as_given(dkey, key, need_key), query_dot, key_dot};
 }
 
+void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
+                 const optional<Tensor>& b, const Tensor& positives, int64_t store_bytes) {
+  need_features(need, query, key, scale, a, b);
+  need.that(query.size(0) > 0 && key.size(0) > 0, "query and key must have rows, got sizes ", query.sizes(), " and ",
+            key.sizes());
+  need.indices("positives", positives, query.size(0), key.size(0));
+  need.that(store_bytes >= 0, "store_bytes must not be negative, got ", store_bytes);
+}
+
 auto info_nce_stats(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
                     const optional<Tensor>& b, const Tensor& positives, bool columns, int64_t store_size) {
+  need_inputs(Need("info_nce_stats"), query, key, scale, a, b, positives, store_size);
   return with_operand(query.scalar_type(), [&](auto type) {
     return stats<decltype(type)>(query, key, scale, a, b, positives, columns, store_size);
   });
@@ -195,6 +205,22 @@ auto info_nce_grads(const Tensor& query, const Tensor& key, const Tensor& scale,
                     const Tensor& col_max, const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
                     const Tensor& positive_coef, const optional<Tensor>& query_extra, const optional<Tensor>& key_extra,
                     const Tensor& store, int64_t store_bytes, bool need_query, bool need_key) {
+  const Need need("info_nce_grads");
+  need_inputs(need, query, key, scale, a, b, positives, store_bytes);
+  const int64_t n = query.size(0), m = key.size(0), d = query.size(1), cols = col_max.numel() ? m : 0;
+  const auto sums = sum_type(query.scalar_type());
+  need.tensor("row_max", row_max, n, sums);
+  need.tensor("row_log", row_log, n, sums);
+  need.tensor("row_coef", row_coef, n, sums);
+  need.tensor("col_max", col_max, cols, sums);
+  need.tensor("col_log", col_log, cols, sums);
+  need.tensor("col_coef", col_coef, cols, sums);
+  need.tensor("positive_coef", positive_coef, n, sums);
+  need.tensor("query_extra", query_extra, {n, d}, sums);
+  need.tensor("key_extra", key_extra, {m, d}, sums);
+  need.contiguous("store", store, kAny, at::kByte);
+  need.that(reinterpret_cast<uintptr_t>(store.const_data_ptr()) % alignof(TileInfo) == 0, "store must be aligned to ",
+            alignof(TileInfo), " bytes");
   return with_operand(query.scalar_type(), [&](auto type) {
     return grads<decltype(type)>(query, key, scale, a, b, positives, row_max, row_log, col_max, col_log, row_coef, col_coef,
                                  positive_coef, query_extra, key_extra, store, store_bytes, need_query, need_key);

@@ -14,9 +14,25 @@ std::vector<KeySource> source(const Tensor& key, const Tensor& value, const Tens
   return {{key, value, clipped(start, key.size(2)), clipped(end, key.size(2))}};
 }
 
+void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& start,
+                 const Tensor& end, const optional<Tensor>& bias, int64_t grid_rows, int64_t grid_cols) {
+  need_attention(need, query, {{"key", key, "value", value}});
+  const int64_t batch = query.size(0), heads = query.size(1), tq = query.size(2);
+  start.dim() == 2 ? need.tensor("start", start, {batch, tq}, kInts) : need.tensor("start", start, tq, kInts);
+  need.tensor("end", end, start.sizes(), start.scalar_type());
+  if (!bias) return;
+  need.tensor("relative_bias", bias, {heads, kAny, kAny}, kFloats);
+  const auto half = [&](int64_t dim) { return bias->size(dim) % 2 ? bias->size(dim) / 2 + 1 : 0; };
+  need.that(grid_rows > 0 && grid_rows == half(1) && grid_cols > 0 && grid_cols == half(2),
+            "relative_bias must be [heads, 2 rows - 1, 2 columns - 1] of a grid of at least one row and column, got sizes ",
+            bias->sizes(), " for ", grid_rows, " rows and ", grid_cols, " columns");
+  need.countable({need.product({batch, heads}), bias->size(1), bias->size(2)});
+}
+
 std::tuple<Tensor, Tensor> interval_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& start,
                                               const Tensor& end, double scale, const optional<Tensor>& bias, int64_t grid_rows,
                                               int64_t grid_cols) {
+  need_inputs(Need("interval_attention"), query, key, value, start, end, bias, grid_rows, grid_cols);
   if (query.size(-1) == 0 || value.size(-1) == 0) {
     const auto [out, lse] = interval_attention(with_width(query), with_width(key), with_width(value), start, end, scale, bias,
                                                grid_rows, grid_cols);
@@ -35,6 +51,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(const Tensor& 
                                                                   const Tensor& lse, double scale, const optional<Tensor>& bias,
                                                                   int64_t grid_rows, int64_t grid_cols,
                                                                   const c10::List<bool>& needs) {
+  const Need need("interval_attention_bwd");
+  need_inputs(need, query, key, value, start, end, bias, grid_rows, grid_cols);
+  need_gradient(need, query, value.size(-1), dout, dlse, out, lse);
+  need.count("needs", needs.size(), 4);
+  need.that(bias || !needs[3], "relative_bias must be given for its gradient");
   if (query.size(-1) == 0 || value.size(-1) == 0) {
     const auto [dq, dk, dv, dbias] =
         interval_attention_bwd(with_width(dout), dlse, with_width(query), with_width(key), with_width(value), start, end,

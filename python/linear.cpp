@@ -10,12 +10,21 @@ TorchProducts& torch_products(at::ScalarType dtype) {
   return dtype == at::kFloat ? float32 : dtype == at::kBFloat16 ? bfloat16 : others;
 }
 
-Activation activation_of(std::string_view name) {
-  constexpr std::string_view names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"};
+void need_layer(const Need& need, int64_t rows, const char* name, const Tensor& weight, at::IntArrayRef sizes, DTypes types,
+                const char* bias_name, const optional<Tensor>& bias) {
+  need.tensor(name, weight, sizes, types);
+  need.tensor(bias_name, bias, weight.size(0), weight.scalar_type());
+  need.countable({rows, weight.size(0)});
+  need.countable({rows, weight.size(1)});
+  need.countable(weight.sizes());
+}
+
+Activation activation_of(const Need& need, std::string_view name) {
+  static const std::vector<std::string_view> names{"none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"};
   for (int i = 0; i < 7; ++i) {
     if (name == names[i]) return static_cast<Activation>(i);
   }
-  TORCH_CHECK(false, "unknown activation ", name);
+  need.refuse("activation must be one of ", c10::Join(", ", names), ", got '", name, "'");
 }
 
 Tensor with_last(const Tensor& x, int64_t size, at::ScalarType dtype) {
@@ -28,8 +37,11 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias_,
                                   const optional<Tensor>& residual, c10::string_view name, bool keep) {
-  TORCH_CHECK(x.size(-1) == weight.size(1), "x and weight do not fit");
-  const Activation activation = activation_of(name);
+  const Need need("linear");
+  const Activation activation = activation_of(need, name);
+  need.tensor("x", x, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(x), "weight", weight, {kAny, x.size(-1)}, x.scalar_type(), "bias", bias_);
+  need.tensor("residual", residual, with_last(x.sizes(), weight.size(0)), kFloats);
   const int64_t o = weight.size(0), k = weight.size(1), rows = rows_of(x);
   const auto dtype = residual ? c10::promoteTypes(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
   const Tensor out = with_last(x, o, dtype), plus = residual ? residual->contiguous() : Tensor();
@@ -47,7 +59,14 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const o
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const optional<Tensor>& x, const Tensor& weight,
                                               const optional<Tensor>& bias, const optional<Tensor>& y_, c10::string_view name,
                                               bool need_x, bool need_weight, bool need_bias) {
-  const Activation activation = activation_of(name);
+  const Need need("linear_bwd");
+  const Activation activation = activation_of(need, name);
+  need.tensor("dout", dout_, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(dout_), "weight", weight, {dout_.size(-1), kAny}, kFloats, "bias", bias);
+  need.tensor("x", x, with_last(dout_.sizes(), weight.size(1)), weight.scalar_type());
+  need.tensor("preactivation", y_, dout_.sizes(), weight.scalar_type());
+  need.that(x || !need_weight, "the gradient of weight needs x");
+  need.that(x || y_ || activation == Activation::none, "the activation needs x or its preactivation");
   const int64_t o = weight.size(0), k = weight.size(1), rows = rows_of(dout_);
   const Tensor dx = need_x ? with_last(dout_, k, weight.scalar_type()) : at::empty({0}, weight.options());
   const Tensor dweight = result(need_weight, weight.sizes(), weight), dbias = result(need_bias, {o}, weight);

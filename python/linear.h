@@ -32,17 +32,28 @@ inline bool torch_computes(bool TorchProducts::*product, at::ScalarType dtype, i
   return rows <= kFewRows ? by_torch.few : by_torch.*product;
 }
 
-Activation activation_of(std::string_view name);
+// The weight [outputs, inputs] and the bias of a layer that so many rows go through.
+void need_layer(const Need& need, int64_t rows, const char* name, const Tensor& weight, at::IntArrayRef sizes, DTypes types,
+                const char* bias_name, const optional<Tensor>& bias);
+
+Activation activation_of(const Need& need, std::string_view name);
 // An unwritten result with the rows of x and `size` columns.
 Tensor with_last(const Tensor& x, int64_t size, at::ScalarType dtype);
 
 inline Stored stored(const Tensor& t) {
   if (!t.defined() || t.numel() == 0) return {nullptr, Storage::f32};
-  const auto type = t.scalar_type();
-  return {t.data_ptr(), type == at::kDouble     ? Storage::f64
-                        : type == at::kFloat    ? Storage::f32
-                        : type == at::kBFloat16 ? Storage::bf16
-                                                : Storage::f16};
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return {t.data_ptr(), Storage::f64};
+    case at::kFloat:
+      return {t.data_ptr(), Storage::f32};
+    case at::kBFloat16:
+      return {t.data_ptr(), Storage::bf16};
+    case at::kHalf:
+      return {t.data_ptr(), Storage::f16};
+    default:
+      no_kernel(t.scalar_type());
+  }
 }
 inline Stored stored(const optional<Tensor>& t) { return t ? stored(*t) : Stored{nullptr, Storage::f32}; }
 

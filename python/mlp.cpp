@@ -11,9 +11,13 @@ namespace {
 std::tuple<Tensor, Tensor> mlp(const Tensor& x_, const Tensor& w1, const optional<Tensor>& b1_, const Tensor& w2,
                                const optional<Tensor>& b2_, const optional<Tensor>& residual_, c10::string_view name,
                                bool keep) {
-  const Activation activation = activation_of(name);
+  const Need need("mlp");
+  const Activation activation = activation_of(need, name);
+  need.tensor("x", x_, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(x_), "w1", w1, {kAny, x_.size(-1)}, x_.scalar_type(), "b1", b1_);
+  need_layer(need, need.rows(x_), "w2", w2, {kAny, w1.size(0)}, x_.scalar_type(), "b2", b2_);
+  need.tensor("residual", residual_, with_last(x_.sizes(), w2.size(0)), kFloats);
   const int64_t h = w1.size(0), k = w1.size(1), o = w2.size(0);
-  TORCH_CHECK(x_.size(-1) == k && w2.size(1) == h, "x, w1 and w2 do not fit");
   const auto dtype = residual_ ? c10::promoteTypes(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
   const Tensor out = with_last(x_, o, dtype), y = keep ? with_last(x_, h, x_.scalar_type()) : at::empty({0}, x_.options());
   const int64_t rows = rows_of(x_);
@@ -39,7 +43,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dout_, 
                                                            const optional<Tensor>& b1_, const Tensor& w2,
                                                            const optional<Tensor>& y_, c10::string_view name,
                                                            std::array<bool, 5> needs) {
-  const Activation activation = activation_of(name);
+  const Need need("mlp_bwd");
+  const Activation activation = activation_of(need, name);
+  need.tensor("dout", dout_, {kLeading, kAny}, kFloats);
+  need_layer(need, need.rows(dout_), "w2", w2, {dout_.size(-1), kAny}, kFloats, "b2", std::nullopt);
+  need_layer(need, need.rows(dout_), "w1", w1, {w2.size(1), kAny}, w2.scalar_type(), "b1", b1_);
+  need.tensor("x", x_, with_last(dout_.sizes(), w1.size(1)), w1.scalar_type());
+  need.tensor("preactivation", y_, with_last(dout_.sizes(), w1.size(0)), w1.scalar_type());
+  need.that(x_ || !needs[1], "the gradient of w1 needs x");
+  need.that(x_ || y_, "one of x and preactivation must be given");
   const int64_t h = w1.size(0), k = w1.size(1), o = w2.size(0), rows = rows_of(dout_);
   const Tensor dout = dout_.contiguous().view({rows, o}), x = x_ ? x_->contiguous().view({rows, k}) : Tensor();
   const bool need_x = needs[0], need_w1 = needs[1], need_b1 = needs[2], need_w2 = needs[3];

@@ -27,7 +27,7 @@ double measure(int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
   const auto product = vlmk::tile_product<P>();
   if (!product) return 0;
   const int64_t tasks = 4 * at::get_num_threads(), blocks = 16;
-  std::vector<P> a(tasks * rows * depth), b(blocks * depth * cols);
+  std::vector<P> a(tasks * rows * depth), b(blocks * (depth + 1) * cols);
   const auto run = [&](int64_t rounds) {
     vlmk::for_tasks(tasks, rows * cols * 4, [&](int64_t task, vlmk::Scratch& scratch) {
       auto* c = scratch.take<vlmk::acc_t<P>>(rows * cols);
@@ -47,6 +47,10 @@ double measure(int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
 }
 
 double tile_product_rate(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
+  for (const int64_t size : {rows, cols, depth, repeats}) {
+    if (size < 1 || size > 1 << 14)
+      throw py::value_error("sizes and repeats must be in [1, 16384], got " + std::to_string(size));
+  }
   if (dtype == "bfloat16") return measure<vlmk::bf16>(rows, cols, depth, repeats);
   if (dtype == "float32") return measure<float>(rows, cols, depth, repeats);
   throw py::value_error("dtype must be 'float32' or 'bfloat16', got '" + dtype + "'");

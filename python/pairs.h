@@ -10,7 +10,9 @@
 #include <memory>
 #include <optional>
 
+#include "dtypes.h"
 #include "memory.h"
+#include "need.h"
 #include "tile_gemm.h"
 #include "vlmkernels/pairwise.h"
 
@@ -29,12 +31,19 @@ P* data(const std::optional<at::Tensor>& t) {
   return t ? data<P>(*t) : nullptr;
 }
 
+// The only element of a tensor, infinite where it leaves the range of A.
+template <class A>
+A number(const at::Tensor& t) {
+  return static_cast<A>(t.item().toDouble());
+}
+
 // Calls f with a value of the operand type for features of this dtype: float16, and bfloat16 where the CPU has no product for
 // it, are widened to float.
 template <class F>
 auto with_operand(at::ScalarType dtype, F f) {
   if (dtype == at::kDouble) return f(double());
   if (dtype == at::kBFloat16 && tile_product<bf16>()) return f(bf16());
+  if (!kFloats.has(dtype)) no_kernel(dtype);
   return f(float());
 }
 
@@ -72,6 +81,22 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
   });
 }
 
+// query [n, d], key [m, d], the scale, and the inverse norms [n] and [m].
+inline void need_features(const Need& need, const at::Tensor& query, const at::Tensor& key, const at::Tensor& scale,
+                          const std::optional<at::Tensor>& a = {}, const std::optional<at::Tensor>& b = {}) {
+  need.tensor("query", query, {kAny, kAny}, kFloats);
+  const int64_t n = query.size(0), d = query.size(1);
+  need.tensor("key", key, {kAny, d}, query.scalar_type());
+  const int64_t m = key.size(0);
+  need.that(d > 0, "query and key must have a width, got sizes ", query.sizes(), " and ", key.sizes());
+  need.scalar("scale", scale);
+  const auto sums = sum_type(query.scalar_type());
+  need.tensor("query_inv_norm", a, n, sums);
+  need.tensor("key_inv_norm", b, m, sums);
+  need.countable({n, m});
+  need.countable({std::max(n, m), d});
+}
+
 // The features as kernels read them, owning the memory that Pairs points to.
 template <class P>
 struct Features {
@@ -87,7 +112,7 @@ struct Features {
     pairs.depth = sizeof(P) == 2 ? ceil_div(pairs.d, 32) * 32 : pairs.d;
     if (pairs.depth != pairs.d) padded = at::constant_pad_nd(query, {0, pairs.depth - pairs.d});
     pairs.q = data<P>(padded);
-    pairs.scale = scale.item().to<acc_t<P>>();
+    pairs.scale = number<acc_t<P>>(scale);
     if (a_) a = a_->contiguous();
     if (b_) b = b_->contiguous();
     pairs.a = a.defined() ? data<acc_t<P>>(a) : nullptr;

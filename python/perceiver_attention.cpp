@@ -25,9 +25,18 @@ std::vector<KeySource> sources(const Tensor& query, const Tensor& media_key, con
   return {{media_key, media_value, start, lengths}, {latent_key, latent_value, none, all(latents)}};
 }
 
+void need_inputs(const Need& need, const Tensor& query, const Tensor& media_key, const Tensor& media_value,
+                 const Tensor& latent_key, const Tensor& latent_value, const optional<Tensor>& media_lengths) {
+  need_attention(
+      need, query,
+      {{"media_key", media_key, "media_value", media_value}, {"latent_key", latent_key, "latent_value", latent_value}});
+  need.tensor("media_lengths", media_lengths, query.size(0), kInts);
+}
+
 std::tuple<Tensor, Tensor> perceiver_attention(const Tensor& query, const Tensor& media_key, const Tensor& media_value,
                                                const Tensor& latent_key, const Tensor& latent_value,
                                                const optional<Tensor>& media_lengths, double scale) {
+  need_inputs(Need("perceiver_attention"), query, media_key, media_value, latent_key, latent_value, media_lengths);
   if (query.size(-1) == 0 || media_value.size(-1) == 0) {
     const auto [out, lse] = perceiver_attention(with_width(query), with_width(media_key), with_width(media_value),
                                                 with_width(latent_key), with_width(latent_value), media_lengths, scale);
@@ -47,6 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(const
                                                                            const optional<Tensor>& media_lengths,
                                                                            const Tensor& out, const Tensor& lse, double scale,
                                                                            const c10::List<bool>& needs) {
+  const Need need("perceiver_attention_bwd");
+  need_inputs(need, query, media_key, media_value, latent_key, latent_value, media_lengths);
+  need_gradient(need, query, media_value.size(-1), dout, std::nullopt, out, lse);
+  need.count("needs", needs.size(), 5);
   const Tensor inputs_of[] = {query, media_key, media_value, latent_key, latent_value};
   if (query.size(-1) == 0 || media_value.size(-1) == 0) {
     const auto [dq, dmk, dmv, dlk, dlv] = perceiver_attention_bwd(

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   const auto ids = [](const Tensor& t) { return t.defined() ? data<int64_t>(t) : nullptr; };
   A* sums = data<A>(parts);
   SigmoidLoss<P> g{p,
-                   bias.item().to<A>(),
+                   number<A>(bias),
                    ids(index),
                    ids(row_ids),
                    ids(col_ids),
@@ -115,6 +115,16 @@ auto sigmoid_sweep(const Tensor& query, const Tensor& key, const Tensor& scale, 
                    const optional<Tensor>& b, const optional<Tensor>& positives, const optional<Tensor>& query_ids,
                    const optional<Tensor>& key_ids, const Tensor& row_coef, bool need_loss, bool need_query, bool need_key,
                    bool need_scalars) {
+  const Need need("sigmoid_loss (sigmoid_sweep)");
+  need_features(need, query, key, scale, a, b);
+  need.scalar("bias", bias);
+  const int64_t n = query.size(0), m = key.size(0);
+  if (positives) need.indices("positives", *positives, n, m);
+  need.tensor("query_ids", query_ids, n, at::kLong);
+  need.tensor("key_ids", key_ids, m, at::kLong);
+  need.that(query_ids.has_value() == key_ids.has_value() && positives.has_value() != query_ids.has_value(),
+            "either positives, or query_ids and key_ids must be given");
+  need.tensor("row_coef", row_coef, n, sum_type(query.scalar_type()));
   return with_operand(query.scalar_type(), [&](auto type) {
     return sweep<decltype(type)>(query, key, scale, bias, a, b, positives, query_ids, key_ids, row_coef, need_loss, need_query,
                                  need_key, need_scalars);

@@ -371,7 +371,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"weight": torch.zeros(4)}, r"weight must be \[D, K\] = \(4, 5\), got \(4,\)"),
         (
             {"weight": torch.zeros(4, 5, dtype=torch.float64)},
-            "one dtype, got torch.float32 and torch.float64",
+            "one dtype, got h torch.float32, weight torch.float64",
         ),
         ({"gate": torch.zeros(3)}, r"1 or D = 4 elements, got \(3,\)"),
         (
@@ -379,7 +379,10 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
             r"row_mask must be bool \(3,\), got torch.bool \(4,\)",
         ),
         ({"row_mask": torch.ones(3)}, "row_mask must be bool"),
-        ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "floating point, got torch.int64"),
+        (
+            {"x": torch.zeros(3, 4, dtype=torch.int64)},
+            "float32, float64, bfloat16 or float16, got x torch.int64",
+        ),
         ({"gate": torch.zeros(1, device="meta")}, r"one device, got \['cpu', 'meta'\]"),
     ],
 )

@@ -189,7 +189,10 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
             r"row_mask must be bool \(3,\), got torch.bool \(4,\)",
         ),
         ({"row_mask": torch.ones(3)}, r"row_mask must be bool"),
-        ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "floating point, got torch.int64"),
+        (
+            {"x": torch.zeros(3, 4, dtype=torch.int64)},
+            "float32, float64, bfloat16 or float16, got x torch.int64",
+        ),
         ({"x": torch.tensor(1.0), "y": torch.tensor(1.0)}, "one shape"),
     ],
 )

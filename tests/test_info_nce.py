@@ -392,7 +392,10 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
     ("change", "message"),
     [
         ({"key": torch.zeros(4, 6)}, r"query \(4, 5\) and key \(4, 6\)"),
-        ({"key": torch.zeros(4, 5, dtype=torch.float64)}, "one dtype, got torch.float32 and torch.float64"),
+        (
+            {"key": torch.zeros(4, 5, dtype=torch.float64)},
+            "one dtype, got query torch.float32, key torch.float64",
+        ),
         ({"key": torch.zeros(3, 5)}, "symmetric needs M == N, got N = 4 and M = 3"),
         ({"key": torch.zeros(3, 5), "symmetric": False}, "M >= N, got N = 4 and M = 3"),
         ({"positives": torch.zeros(4, dtype=torch.int64)}, "need symmetric=False"),
@@ -408,10 +411,13 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"weight": torch.ones(3)}, r"weight must be \[N\] = \(4,\), got \(3,\)"),
         ({"reduction": "avg"}, "'avg'"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
-        ({"store_bytes": -1}, "store_bytes must not be negative"),
+        ({"store_bytes": -1}, "store_bytes must be in"),
         ({"scale": torch.ones(2)}, r"scale must be a float or .* one element, got torch.float32 \(2,\)"),
         ({"key": torch.zeros(0, 5), "symmetric": False}, "key has no rows while query has 4"),
-        ({"query": torch.zeros(4, 5, dtype=torch.int64)}, "floating point"),
+        (
+            {"query": torch.zeros(4, 5, dtype=torch.int64)},
+            "float32, float64, bfloat16 or float16, got query torch.int64",
+        ),
         ({"query": torch.zeros(5)}, r"query must be \[N, D\]"),
     ],
 )

@@ -401,7 +401,10 @@ def good():
         ({"value": torch.zeros(2, 4, 6, 3)}, "heads of query must be a multiple"),
         ({"key": torch.zeros(3, 2, 6, 8)}, "one batch size"),
         ({"key": torch.zeros(2, 2, 6, 8).double()}, "one dtype, got query torch.float32, key torch.float64"),
-        ({"query": torch.zeros(2, 4, 5, 8).int()}, "floating point"),
+        (
+            {"query": torch.zeros(2, 4, 5, 8).int()},
+            "float32, float64, bfloat16 or float16, got query torch.int32",
+        ),
         ({"start": torch.zeros(4).int()}, r"\[Tq\] = \(5,\) or \[B, Tq\] = \(2, 5\), got start \(4,\)"),
         ({"end": torch.zeros(5)}, "int32 or int64, got torch.int32 and torch.float32"),
         ({"relative_bias": torch.zeros(4, 3, 3)}, r"relative_bias needs grid = \(rows, columns\)"),

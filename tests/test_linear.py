@@ -322,7 +322,10 @@ def test_large_op_uses_more_than_one_thread(busy_threads, products):
         ({"bias": torch.zeros(5)}, r"bias must be \[4\], got \(5,\)"),
         ({"residual": torch.zeros(4)}, r"residual must be \(3, 4\), got \(4,\)"),
         ({"activation": "tanh"}, "activation must be one of none, gelu, .*, got 'tanh'"),
-        ({"x": torch.zeros(3, 5, dtype=torch.int64)}, "floating point, got x torch.int64"),
+        (
+            {"x": torch.zeros(3, 5, dtype=torch.int64)},
+            "float32, float64, bfloat16 or float16, got x torch.int64",
+        ),
         ({"residual": torch.zeros(3, 4, device="meta")}, r"one device, got \['cpu', 'meta'\]"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlmkernels import _native
+from vlmkernels._arguments import dense, known
 
 LIB = torch.library.Library("vlmkernels", "DEF")
 try:
@@ -36,7 +37,7 @@ def define(
     name = schema.split("(", 1)[0]
     LIB.define(schema)
     if reference is not None:
-        LIB.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
+        LIB.impl(name, torch.no_grad()(_checked(name, reference)), "CompositeExplicitAutograd")
         OPS.append(name)
     torch.library.register_fake(f"vlmkernels::{name}", fake, lib=LIB)
 
@@ -55,6 +56,18 @@ def define(
     for device in ("CPU", "CUDA") if autocast else ():
         LIB.impl(name, _under_autocast(op, device, autocast), f"Autocast{device}")
     return op
+
+
+def _checked(name: str, kernel: Callable) -> Callable:
+    """A kernel in Python: what it computes on tensors of other layouts and dtypes is not defined."""
+
+    def checked(*args: Any) -> Any:
+        for x in args:
+            if isinstance(x, torch.Tensor) and not (dense(x) and known(x.dtype)):
+                raise ValueError(f"{name}: there is no kernel for {x.layout} tensors of {x.dtype}")
+        return kernel(*args)
+
+    return checked
 
 
 def _under_autocast(op: Any, device: str, operands: int) -> Callable:
@@ -78,5 +91,5 @@ def has_kernel(name: str, device: str) -> bool:
 def kernel(name: str, device: str, fn: Callable, label: str) -> None:
     """Run op `name` with `fn` on `device` unless the extension has a kernel for it; info() shows `label`."""
     if not has_kernel(name, device):
-        LIB.impl(name, torch.no_grad()(fn), device)
+        LIB.impl(name, torch.no_grad()(_checked(name, fn)), device)
         KERNELS[name, device] = label

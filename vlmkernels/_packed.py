@@ -21,8 +21,7 @@ FUSED = {  # what oneDNN applies to the product itself: its name and form
 @dataclass(frozen=True)
 class Packed:
     weight: "weakref.ref[Tensor]"
-    version: int
-    pointer: int
+    state: tuple[object, ...]  # of the weight
     packed: Tensor  # oneDNN's layout
 
 
@@ -55,8 +54,13 @@ def why_not(weight: Tensor) -> str:
 def pack(weight: Tensor) -> None:
     with torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-    PACKED[id(weight)] = Packed(weakref.ref(weight), weight._version, weight.data_ptr(), packed)
+    PACKED[id(weight)] = Packed(weakref.ref(weight), _state(weight), packed)
     weakref.finalize(weight, PACKED.pop, id(weight), None)
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """What changes with the weight, as far as it can be seen."""
+    return weight._version, weight.data_ptr(), weight.shape, weight.dtype
 
 
 def packed_linear(
@@ -76,7 +80,7 @@ def packed_linear(
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    if (weight._version, weight.data_ptr()) != (entry.version, entry.pointer):
+    if _state(weight) != entry.state:
         raise RuntimeError(
             "a weight has changed since prepare_for_inference packed it: undo, and prepare the model again"
         )

@@ -1,4 +1,6 @@
 // vlmkernels::gated_residual and gated_residual_bwd for CUDA tensors (contracts: vlmkernels/ops/gated_residual.py).
+#include "../gated_residual.h"
+
 #include <ATen/TensorUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -28,7 +30,7 @@ cuda::DType type_of(at::ScalarType dtype) {
     case at::kHalf:
       return cuda::DType::f16;
     default:
-      TORCH_CHECK(false, "gated_residual: unsupported dtype ", dtype);
+      C10_THROW_ERROR(ValueError, c10::str("gated_residual: there is no kernel for ", dtype));
   }
 }
 
@@ -68,6 +70,7 @@ struct Mask {
 void check(const char* failure) { TORCH_CHECK(!failure, "vlmkernels.gated_residual on CUDA: ", failure); }
 
 Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate_, const optional<Tensor>& row_mask) {
+  need_gated_residual(Need("gated_residual", x_.device()), "x", x_, y_, gate_, row_mask);
   const auto dtype = c10::promoteTypes(x_.scalar_type(), y_.scalar_type());
   const Tensor out = at::empty(x_.sizes(), x_.options().dtype(dtype));
   if (out.numel() == 0) return out;
@@ -82,6 +85,7 @@ Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate_, c
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor& y_, const Tensor& gate_,
                                               const optional<Tensor>& row_mask, bool need_y, bool need_gate) {
+  need_gated_residual(Need("gated_residual_bwd", dout_.device()), "dout", dout_, y_, gate_, row_mask);
   const auto dtype = c10::promoteTypes(dout_.scalar_type(), y_.scalar_type());
   const auto empty_like = [](bool needed, const Tensor& like) {
     return at::empty(needed ? like.sizes() : at::IntArrayRef{0}, like.options());

@@ -152,7 +152,8 @@ def _bridge() -> tuple[Path, list[str]]:
     folder = Path(torch.__file__).parent
     flags = ["-O0", "-Wno-unused-parameter", f"-I{CSRC}/include", f"-I{ROOT}/python/cuda"]
     command = [*compiler(), *flags, "-isystem", f"{folder}/include", "-c", HOST / "bridge.cpp"]
-    sources = [*_files(CSRC / "include", ROOT / "python" / "cuda"), HOST / "bridge.cpp"]
+    headers = ROOT.glob("python/*.h")
+    sources = [*_files(CSRC / "include", ROOT / "python" / "cuda"), *headers, HOST / "bridge.cpp"]
     return _built("bridge.o", command, sources, CSRC), [f"-L{folder}/lib", "-ltorch_cpu", "-lc10"]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
+
 
 def laid_out(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for [B, heads, T, D] in the order [B, T, heads, D]."""
@@ -16,41 +18,38 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
     """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}
 
-    def got(what: str) -> str:
-        return ", ".join(
-            f"{name} {tuple(t.shape) if what == 'shape' else getattr(t, what)}" for name, t in tensors.items()
-        )
+    def got() -> str:
+        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
 
     faults = []
     if any(t.dim() != 4 for t in tensors.values()):
-        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {got('shape')}")
+        faults.append(f"all must have four dimensions, [batch, heads, tokens, width], got {got()}")
     else:
         (b, h, _, dh), *key_shapes = (t.shape for t in (query, *keys.values()))
         value_shapes = [v.shape for v in values.values()]
         hkv, dv = key_shapes[0][1], value_shapes[0][3]
         others = (*key_shapes, *value_shapes)
         if any(shape[0] != b for shape in others):
-            faults.append(f"all must have one batch size, got {got('shape')}")
+            faults.append(f"all must have one batch size, got {got()}")
         if any(shape[3] != dh for shape in key_shapes):
-            faults.append(f"query and key must have one width, got {got('shape')}")
+            faults.append(f"query and key must have one width, got {got()}")
         if any(shape[1] != hkv for shape in others) or (h % hkv if hkv else h):
-            faults.append(
-                f"the heads of query must be a multiple of those of key and value, got {got('shape')}"
-            )
+            faults.append(f"the heads of query must be a multiple of those of key and value, got {got()}")
         if any(shape[3] != dv for shape in value_shapes):
-            faults.append(f"values must have one width, got {got('shape')}")
+            faults.append(f"values must have one width, got {got()}")
         for name, of, k, v in zip(keys, values, key_shapes, value_shapes, strict=True):
             if k[2] != v[2]:
-                faults.append(f"{name} and {of} must have as many tokens, got {got('shape')}")
-    if any(t.device != query.device for t in tensors.values()):
-        faults.append(f"all must be on one device, got {got('device')}")
-    if not all(t.is_floating_point() for t in tensors.values()):
-        faults.append(f"all must be floating point, got {got('dtype')}")
-    elif any(t.dtype != query.dtype for t in tensors.values()) and not torch.is_autocast_enabled(
-        query.device.type
-    ):
-        faults.append(f"all must have one dtype, got {got('dtype')}")
-    return faults
+                faults.append(f"{name} and {of} must have as many tokens, got {got()}")
+    faults += arguments.device_faults(tensors)
+    return faults + arguments.dtype_faults(tensors, tensors)
+
+
+def scale_of(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return max(query.shape[-1], 1) ** -0.5
+    if not arguments.is_number(scale):  # float() takes tensors, whose gradient would be lost
+        raise TypeError("scale must be a number")
+    return float(scale)
 
 
 def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:
@@ -78,8 +77,5 @@ def bias_faults(query: Tensor, bias: Tensor | None, grid: tuple[int, int] | None
     wanted = (query.shape[1] if query.dim() == 4 else -1, 2 * grid[0] - 1, 2 * grid[1] - 1)
     if tuple(bias.shape) != wanted:
         faults.append(f"relative_bias must be [H, 2R-1, 2C-1] = {wanted}, got {tuple(bias.shape)}")
-    if not bias.is_floating_point() or bias.device != query.device:
-        faults.append(
-            f"relative_bias must be floating point on {query.device}, got {bias.dtype} on {bias.device}"
-        )
-    return faults
+    faults += arguments.dtype_faults({"relative_bias": bias})
+    return faults + arguments.device_faults({"query": query, "relative_bias": bias})

@@ -1,8 +1,11 @@
 """What the contrastive ops share: checks of the arguments, targets, norms."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels.reference.info_nce import check_indices
 
 # One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
@@ -28,13 +31,19 @@ def feature_faults(query: Tensor, key: Tensor) -> list[str]:
         faults.append(
             f"query must be [N, D] and key [M, D], got query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
-    if query.device != key.device:
-        faults.append(f"query and key must be on one device, got {query.device} and {key.device}")
-    if query.dtype != key.dtype and not torch.is_autocast_enabled(query.device.type):
-        faults.append(f"query and key must have one dtype, got {query.dtype} and {key.dtype}")
-    if not (query.is_floating_point() and key.is_floating_point()):
-        faults.append(f"query and key must be floating point, got {query.dtype} and {key.dtype}")
-    return faults
+    tensors = {"query": query, "key": key}
+    faults += arguments.device_faults(tensors)
+    return faults + arguments.dtype_faults(tensors, tensors)
+
+
+def as_targets(positives: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The two forms of `positives`: indices and no ids of the keys, or the ids of queries and of keys."""
+    if not isinstance(positives, tuple):
+        return positives, None
+    query_ids, key_ids = positives
+    if query_ids is None or key_ids is None:
+        raise TypeError("positives must be indices, or query_ids and key_ids")
+    return query_ids, key_ids
 
 
 def positives_faults(
@@ -58,20 +67,34 @@ def positives_faults(
 
 def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
     if not isinstance(value, Tensor):
+        if not arguments.is_number(value):
+            raise TypeError(f"{name} must be a number or a tensor")
         return []
-    if value.numel() != 1 or not value.is_floating_point():
-        wanted = "a float or a floating-point tensor with one element"
+    if value.numel() != 1 or value.dtype not in arguments.FLOATS:
+        wanted = f"a float or a {arguments.FLOATS_LISTED} tensor with one element"
         return [f"{name} must be {wanted}, got {value.dtype} {tuple(value.shape)}"]
-    if value.device != query.device:
-        return [f"{name} must be on {query.device}, got {value.device}"]
-    return []
+    return arguments.device_faults({"query": query, name: value})
 
 
-def as_scalar(value: float | Tensor, query: Tensor) -> Tensor:
+def weight_faults(query: Tensor, weight: Tensor) -> list[str]:
+    faults = arguments.device_faults({"query": query, "weight": weight})
+    wanted = tuple(query.shape[:1])
+    if weight.shape != wanted:
+        faults.append(f"weight must be [N] = {wanted}, got {tuple(weight.shape)}")
+    if not arguments.known(weight.dtype):
+        faults.append(f"weight must be {arguments.FLOATS_LISTED}, or integers, got {weight.dtype}")
+    return faults
+
+
+def as_scalar(op: str, name: str, value: float | Tensor, query: Tensor) -> Tensor:
     """A float as a tensor in the dtype of the sums; a tensor as it is."""
     if isinstance(value, Tensor):
         return value
-    return query.new_full((), value, dtype=torch.promote_types(query.dtype, torch.float32))
+    work = torch.promote_types(query.dtype, torch.float32)
+    try:
+        return query.new_full((), value, dtype=work)
+    except (OverflowError, RuntimeError):
+        raise ValueError(f"{op}: {name} must be in the range of {work}, got {value}")
 
 
 def with_width(x: Tensor) -> Tensor:

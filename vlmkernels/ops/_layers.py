@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels.reference._activations import ACTIVATIONS
 
 
@@ -41,19 +42,10 @@ def check(
     operands = {"x": x, **{name: weight for name, weight, _, _ in weights}}
     operands |= {name: bias for name, bias, _ in biases if bias is not None}
     everything = operands if residual is None else {**operands, "residual": residual}
-    if not all(t.is_floating_point() for t in everything.values()):
-        faults.append(f"all tensors must be floating point, got {dtypes(everything)}")
-    elif len({t.dtype for t in operands.values()}) > 1 and not torch.is_autocast_enabled(x.device.type):
-        faults.append(f"{', '.join(operands)} must have one dtype, got {dtypes(operands)}")
-    devices = {t.device for t in everything.values()}
-    if len(devices) > 1:
-        faults.append(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    faults += arguments.dtype_faults(everything, operands)
+    faults += arguments.device_faults(everything)
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
-
-
-def dtypes(tensors: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
 
 
 def size(t: Tensor, dim: int) -> int:

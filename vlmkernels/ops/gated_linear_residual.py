@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd, gated_linear_residual_fwd
 
 
+@arguments.public
 def gated_linear_residual(
     x: Tensor,  # [..., D]
     h: Tensor,  # [..., K]
@@ -36,6 +38,7 @@ def gated_linear_residual(
     Raises:
         ValueError: naming every argument whose shape, dtype or device does not fit.
     """
+    tensors = {"x": x, "h": h, "weight": weight, "gate": gate}
     faults = []
     if x.dim() == 0 or h.dim() == 0 or x.shape[:-1] != h.shape[:-1]:
         faults.append(
@@ -50,14 +53,8 @@ def gated_linear_residual(
         faults.append(
             f"row_mask must be bool {tuple(x.shape[:-1])}, got {row_mask.dtype} {tuple(row_mask.shape)}"
         )
-    if not all(t.is_floating_point() for t in (x, h, weight, gate)):
-        dtypes = ", ".join(str(t.dtype) for t in (x, h, weight, gate))
-        faults.append(f"x, h, weight and gate must be floating point, got {dtypes}")
-    elif h.dtype != weight.dtype and not torch.is_autocast_enabled(h.device.type):
-        faults.append(f"h and weight must have one dtype, got {h.dtype} and {weight.dtype}")
-    devices = {t.device for t in (x, h, weight, gate, row_mask) if t is not None}
-    if len(devices) > 1:
-        faults.append(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    faults += arguments.dtype_faults(tensors, {"h": h, "weight": weight})
+    faults += arguments.device_faults({**tensors, "row_mask": row_mask})
     if faults:
         raise ValueError("gated_linear_residual: " + "; ".join(faults))
     return _op(h, weight, x, gate, row_mask)

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 
 
+@arguments.public
 def gated_mlp(
     x: Tensor,  # [..., K]
     w_gate: Tensor,  # [H, K]

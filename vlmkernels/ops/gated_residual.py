@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.gated_residual import gated_residual_bwd, gated_residual_fwd
 
 
+@arguments.public
 def gated_residual(
     x: Tensor,  # [..., D]
     y: Tensor,  # [..., D]
@@ -33,6 +35,7 @@ def gated_residual(
     Raises:
         ValueError: naming every argument whose shape, dtype or device does not fit.
     """
+    tensors = {"x": x, "y": y, "gate": gate}
     faults = []
     if x.dim() == 0 or x.shape != y.shape:
         faults.append(f"x and y must have one shape [..., D], got x {tuple(x.shape)} and y {tuple(y.shape)}")
@@ -42,11 +45,8 @@ def gated_residual(
         faults.append(
             f"row_mask must be bool {tuple(x.shape[:-1])}, got {row_mask.dtype} {tuple(row_mask.shape)}"
         )
-    if not all(t.is_floating_point() for t in (x, y, gate)):
-        faults.append(f"x, y and gate must be floating point, got {x.dtype}, {y.dtype} and {gate.dtype}")
-    devices = {t.device for t in (x, y, gate, row_mask) if t is not None}
-    if len(devices) > 1:
-        faults.append(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    faults += arguments.dtype_faults(tensors)
+    faults += arguments.device_faults({**tensors, "row_mask": row_mask})
     if faults:
         raise ValueError("gated_residual: " + "; ".join(faults))
     return _op(x, y, gate, row_mask)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, has_kernel, kernel
 from vlmkernels.ops import _contrastive as contrastive
 from vlmkernels.ops import _dense
@@ -10,6 +11,7 @@ from vlmkernels.ops import _info_nce_sweeps as sweeps
 from vlmkernels.reference.info_nce import info_nce_bwd, info_nce_fwd
 
 
+@arguments.public
 def info_nce(
     query: Tensor,  # [N, D]
     key: Tensor,  # [M, D]
@@ -60,9 +62,7 @@ def info_nce(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    key_ids = None
-    if isinstance(positives, tuple):
-        positives, key_ids = positives
+    positives, key_ids = contrastive.as_targets(positives)
     faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
         query, key, positives, key_ids
     )
@@ -75,23 +75,21 @@ def info_nce(
         faults.append(
             "positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)"
         )
-    if weight is not None and weight.shape != (n,):
-        faults.append(f"weight must be [N] = ({n},), got {tuple(weight.shape)}")
-    if weight is not None and weight.device != query.device:
-        faults.append(f"weight must be on {query.device}, got {weight.device}")
+    if weight is not None:
+        faults += contrastive.weight_faults(query, weight)
     if symmetric and n != m and (weight is not None or reduction == "none"):
         faults.append(f"weight and reduction='none' need M == N when symmetric, got N = {n} and M = {m}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0 <= label_smoothing < 1:
         faults.append(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if store_bytes < 0:
-        faults.append(f"store_bytes must not be negative, got {store_bytes}")
+    if not 0 <= store_bytes < 2**63:
+        faults.append(f"store_bytes must be in [0, 2**63), got {store_bytes}")
     if n > 0 and m == 0:
         faults.append(f"key has no rows while query has {n}")
     if faults:
         raise ValueError("info_nce: " + "; ".join(faults))
-    scale = contrastive.as_scalar(scale, query)
+    scale = contrastive.as_scalar("info_nce", "scale", scale, query)
     if positives is None and weight is None and reduction == "mean" and _dense.serves(query, key):
         return _dense.loss(query, key, scale, None, symmetric, label_smoothing, normalize)
     weight = weight.detach() if weight is not None else None

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
@@ -36,6 +37,7 @@ def interval_attention(
     relative_bias: Tensor | None = ...,
     grid: tuple[int, int] | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@arguments.public
 def interval_attention(
     query: Tensor,  # [B, H, Tq, Dh]
     key: Tensor,  # [B, Hkv, Tk, Dh]
@@ -82,7 +84,7 @@ def interval_attention(
     if faults:
         raise ValueError("interval_attention: " + "; ".join(faults))
     rows, cols = grid if grid is not None and relative_bias is not None else (0, 0)
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    scale = attention.scale_of(scale, query)
     out, lse = _op(query, key, value, start, end, scale, relative_bias, rows, cols)
     return (out, lse) if return_lse else out
 

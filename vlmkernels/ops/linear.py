@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
 
+@arguments.public
 def linear(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [O, K]

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
 from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
 
 
+@arguments.public
 def mlp(
     x: Tensor,  # [..., K]
     w1: Tensor,  # [H, K]

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
 from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
 
 
+@arguments.public
 def perceiver_attention(
     query: Tensor,  # [B, H, n, Dh]
     media_key: Tensor,  # [B, Hkv, S, Dh]
@@ -38,11 +40,9 @@ def perceiver_attention(
     Raises:
         ValueError: naming every argument that does not fit.
     """
-    faults = attention.attention_faults(
-        query,
-        {"media_key": media_key, "latent_key": latent_key},
-        {"media_value": media_value, "latent_value": latent_value},
-    )
+    keys = {"media_key": media_key, "latent_key": latent_key}
+    values = {"media_value": media_value, "latent_value": latent_value}
+    faults = attention.attention_faults(query, keys, values)
     if media_lengths is not None and query.dim() == 4:
         fits = media_lengths.shape == query.shape[:1] and media_lengths.device == query.device
         if not fits or media_lengths.dtype not in (torch.int32, torch.int64):
@@ -52,7 +52,7 @@ def perceiver_attention(
             )
     if faults:
         raise ValueError("perceiver_attention: " + "; ".join(faults))
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    scale = attention.scale_of(scale, query)
     return _op(query, media_key, media_value, latent_key, latent_value, media_lengths, scale)[0]
 
 

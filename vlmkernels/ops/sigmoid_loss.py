@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, has_kernel, kernel
 from vlmkernels.ops import _contrastive as contrastive
 from vlmkernels.ops import _dense
@@ -10,6 +11,7 @@ from vlmkernels.ops import _sigmoid_sweep as sweep
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss_bwd, sigmoid_loss_fwd
 
 
+@arguments.public
 def sigmoid_loss(
     query: Tensor,  # [N, D]
     key: Tensor,  # [M, D]
@@ -44,9 +46,7 @@ def sigmoid_loss(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    key_ids = None
-    if isinstance(positives, tuple):
-        positives, key_ids = positives
+    positives, key_ids = contrastive.as_targets(positives)
     faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
         query, key, positives, key_ids
     )
@@ -59,7 +59,8 @@ def sigmoid_loss(
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
-    scale, bias = contrastive.as_scalar(scale, query), contrastive.as_scalar(bias, query)
+    scale = contrastive.as_scalar("sigmoid_loss", "scale", scale, query)
+    bias = contrastive.as_scalar("sigmoid_loss", "bias", bias, query)
     if positives is None and reduction == "mean" and _dense.serves(query, key):
         return _dense.loss(query, key, scale, bias, False, 0.0, normalize)
     # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without

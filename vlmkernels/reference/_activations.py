@@ -22,6 +22,7 @@ def activate(y: Tensor, activation: str) -> Tensor:
         return F.relu(y)
     if activation == "squared_relu":
         return F.relu(y).square()
+    _check(activation)
     return y
 
 
@@ -41,4 +42,10 @@ def activate_bwd(grad: Tensor, y: Tensor, activation: str) -> Tensor:
         return torch.where(y > 0, grad, 0)
     if activation == "squared_relu":
         return grad * (2 * F.relu(y))
+    _check(activation)
     return grad
+
+
+def _check(activation: str) -> None:
+    if activation != "none":
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

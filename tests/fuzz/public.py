@@ -1,0 +1,196 @@
+"""Valid arguments of every public op, `vlmkernels.ops.__all__`, by name, and what a call may end in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+import vlmkernels
+from vlmkernels import ops, reference
+
+from . import raw
+from .children import Wrong
+from .damage import damaged, shown
+from .draw import Draw
+from .memory import guarded
+
+ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {}
+OF_OTHER_KINDS = (
+    None,
+    "x",
+    0,
+    1,
+    2.5,
+    True,
+    -1,
+    (),
+    [],
+    {},
+    object(),
+    b"",
+    numpy.ones(3),
+    range(3),
+    complex(1),
+)
+
+
+def arguments(make: Callable[[Draw], dict[str, Any]]) -> Callable[[Draw], dict[str, Any]]:
+    ARGUMENTS[make.__name__] = make
+    return make
+
+
+def named(op: str, values: list) -> dict[str, Any]:
+    """Arguments of the raw op of that name."""
+    names = (argument.name for argument in getattr(torch.ops.vlmkernels, op).default._schema.arguments)
+    return dict(zip(names, values, strict=True))
+
+
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+@arguments
+def gated_residual(draw: Draw) -> dict[str, Any]:
+    return named("gated_residual", raw.gated_residual(draw))
+
+
+@arguments
+def gated_linear_residual(draw: Draw) -> dict[str, Any]:
+    return named("gated_linear_residual", raw.gated_linear_residual(draw))
+
+
+@arguments
+def linear(draw: Draw) -> dict[str, Any]:
+    return without(named("linear", raw.linear(draw)), "keep")
+
+
+@arguments
+def mlp(draw: Draw) -> dict[str, Any]:
+    return without(named("mlp", raw.mlp(draw)), "keep")
+
+
+@arguments
+def gated_mlp(draw: Draw) -> dict[str, Any]:
+    return without(named("gated_mlp", raw.gated_mlp(draw)), "keep")
+
+
+@arguments
+def interval_attention(draw: Draw) -> dict[str, Any]:
+    values = named("interval_attention", raw.interval_attention(draw))
+    grid = (values["grid_rows"], values["grid_cols"]) if values["relative_bias"] is not None else None
+    scale = draw.maybe(values["scale"])
+    return {
+        **without(values, "grid_rows", "grid_cols"),
+        **{"grid": grid, "scale": scale, "return_lse": draw.flag()},
+    }
+
+
+@arguments
+def perceiver_attention(draw: Draw) -> dict[str, Any]:
+    values = named("perceiver_attention", raw.perceiver_attention(draw))
+    return {**values, "scale": draw.maybe(0.5)}
+
+
+def with_targets(draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+    positives, key_ids = values["positives"], values["key_ids"]
+    both = positives if key_ids is None else (positives, key_ids)
+    return {**without(values, "key_ids"), "positives": both, "scale": draw.choice((values["scale"], 10.0))}
+
+
+@arguments
+def info_nce(draw: Draw) -> dict[str, Any]:
+    return with_targets(draw, named("info_nce", raw.info_nce(draw)))
+
+
+@arguments
+def sigmoid_loss(draw: Draw) -> dict[str, Any]:
+    values = with_targets(draw, named("sigmoid_loss", raw.sigmoid_loss(draw)))
+    return without(values, "need_query", "need_key", "need_scalars")
+
+
+def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
+    """A function, its arguments, and which of them are damaged."""
+    draw = Draw(seed)
+    name = draw.choice(ops.__all__)
+    values = ARGUMENTS[name](draw)
+    which = sorted(draw.sample(sorted(values), draw.choice((0, 1, 1, 1, 2, 3))))
+    for each in which:
+        values[each] = _damaged(draw, values[each], list(values.values()))
+    kept = guarded(list(values.values()), at_end=draw.flag())
+    values = dict(zip(values, kept, strict=True))
+    for value in values.values():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf and draw.flag():
+            value.requires_grad_()
+    return name, values, which
+
+
+def _damaged(draw: Draw, value: Any, others: list) -> Any:
+    if draw.random() < 0.1:
+        return draw.choice(OF_OTHER_KINDS)
+    if not isinstance(value, tuple):
+        return damaged(draw, value, others)
+    i = draw.randrange(len(value))
+    return (*value[:i], _damaged(draw, value[i], others), *value[i + 1 :][: draw.choice((9, 9, 9, 0))])
+
+
+def call(seed: int) -> bool:
+    name, values, which = drawn(seed)
+    try:
+        results = getattr(vlmkernels, name)(**values)
+    except (ValueError, IndexError, TypeError) as error:
+        if not which:
+            raise Wrong(f"{name} refuses valid arguments: {error}")
+        if name not in str(error):
+            raise Wrong(f"{name}: {type(error).__name__} without the name of the op: {error}")
+        return False
+    except Exception as error:
+        if _without_memory(error):
+            return False
+        raise Wrong(f"{name}: {type(error).__name__}: {error}")
+    _check(name, values, results)
+    return True
+
+
+def _without_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _check(name: str, values: dict[str, Any], results: Any) -> None:
+    """Results are of the reference's shape and dtype, gradients of those of what they belong to."""
+    results = results if isinstance(results, tuple) else (results,)
+    try:
+        with torch.no_grad():
+            wanted = getattr(reference, name)(**values)
+    except Exception as error:
+        if _without_memory(error):
+            return
+        raise
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    for ours, theirs in zip(results, wanted, strict=True):
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            raise Wrong(f"{name} gives {shown(ours)}, the reference {shown(theirs)}")
+    inputs = {
+        each: value for each, value in values.items() if isinstance(value, Tensor) and value.requires_grad
+    }
+    if not any(result.requires_grad for result in results):
+        return
+    try:
+        grads = torch.autograd.grad(
+            sum(result.double().sum() for result in results), list(inputs.values()), allow_unused=True
+        )
+    except Exception as error:
+        raise Wrong(f"{name}, backward: {type(error).__name__}: {error}")
+    for (each, value), grad in zip(inputs.items(), grads, strict=True):
+        if grad is not None and (grad.shape, grad.dtype) != (value.shape, value.dtype):
+            raise Wrong(f"{name}: gradient of {each} {shown(value)} is {shown(grad)}")
+
+
+def told(seed: int) -> str:
+    """The call as text."""
+    name, values, which = drawn(seed)
+    lines = [
+        f"  {each} = {shown(value)}{' (damaged)' if each in which else ''}" for each, value in values.items()
+    ]
+    return "\n".join([f"vlmkernels.{name}", *lines])

@@ -1,0 +1,200 @@
+"""Raw ops refuse, by name, every argument whose memory a kernel would read or write beyond its end."""
+
+import itertools
+
+import pytest
+import torch
+
+from vlmkernels import _native
+
+from .fuzz import raw
+
+ops = torch.ops.vlmkernels
+native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
+COMPOSED = {"info_nce", "info_nce_bwd", "sigmoid_loss", "sigmoid_loss_bwd"}  # of others, in Python
+ones, zeros = torch.ones, torch.zeros
+ALL = [True] * 7
+X = H = F = ones(4, 3)
+GATED = ones(4, 2), None, ones(6, 3), ones(6, 3), ones(2, 6)
+IDS = zeros(4, dtype=torch.int64)
+Q = ones(1, 2, 5, 4)
+LONG = ones(1, 2, 1, 4).expand(1, 2, 2**31, 4)
+BOUNDS = zeros(5, dtype=torch.int32)
+SCALE = 1.0, None, 0, 0
+LSE = zeros(1, 2, 5)
+SAVED = Q, None, Q, Q, Q, BOUNDS, BOUNDS, Q
+PAIR = F, F, ones(1), None, None
+PAIR_AND_BIAS = F, F, ones(1), ones(1), None, None
+MANY = ones(200_000, 1), ones(2, 1), ones(1)
+STATS = *[ones(4)] * 7, None, None
+NO_BIAS = None, None
+CALLS = [  # the op, its arguments, and what the error says
+    (
+        "gated_residual",
+        [ones(4096, 4096), ones(1), ones(1), None],
+        r"y must be .*\[4096, 4096\].*got float32 \[1\]",
+    ),
+    (
+        "gated_residual",
+        [ones(4, 3), ones(4, 3), ones(2), None],
+        r"gate must have 1 or 3 elements, got sizes \[2\]",
+    ),
+    ("gated_residual", [ones(4, 3), ones(4, 3), ones(1), ones(4)], r"row_mask must be .*\[4\] of bool"),
+    ("gated_residual", [ones(()), ones(()), ones(1), None], r"x must be .*\[\.\.\., \*\]"),
+    ("gated_residual_bwd", [ones(4, 3), ones(4, 2), ones(1), None, True, True], r"y must be .*\[4, 3\]"),
+    ("gated_linear_residual", [H, ones(2, 4), ones(4, 2), ones(1), None], r"weight must be .*\[\*, 3\]"),
+    ("gated_linear_residual", [H, ones(2, 3), ones(3, 2), ones(1), None], r"x must be .*\[4, 2\]"),
+    ("gated_linear_residual_bwd", [H, H, ones(2, 3), ones(1), None, *ALL[:3]], r"dout must be .*\[4, 2\]"),
+    ("linear", [X, ones(4096, 3), None, ones(1), "none", False], r"residual must be .*\[4, 4096\]"),
+    ("linear", [X.char(), X.char(), *NO_BIAS, "none", False], r"x must be .*float32.*got int8 \[4, 3\]"),
+    ("linear", [X, X.char(), *NO_BIAS, "none", False], r"weight must be .*float32.*got int8 \[4, 3\]"),
+    ("linear", [X, X, ones(3), None, "none", False], r"bias must be .*\[4\]"),
+    ("linear", [X, X, *NO_BIAS, "GELU", False], r"activation must be one of none, gelu, .*got 'GELU'"),
+    ("linear", [zeros(2**40, 0), zeros(2**40, 0), *NO_BIAS, "none", False], r"too large for one call"),
+    ("linear_bwd", [ones(4, 5), X, ones(5, 2), *NO_BIAS, "none", *ALL[:3]], r"x must be .*\[4, 2\]"),
+    ("linear_bwd", [ones(4, 5), None, ones(5, 2), *NO_BIAS, "none", *ALL[:3]], r"gradient of weight needs x"),
+    (
+        "linear_bwd",
+        [ones(4, 5), None, ones(5, 2), *NO_BIAS, "gelu", True, False, False],
+        r"activation needs x",
+    ),
+    ("linear_bwd", [X, X, ones(3, 3), None, ones(3), "none", *ALL[:3]], r"preactivation must be .*\[4, 3\]"),
+    ("mlp", [X, ones(6, 3), None, ones(2, 5), *NO_BIAS, "none", True], r"w2 must be .*\[\*, 6\]"),
+    (
+        "mlp_bwd",
+        [ones(4, 2), None, ones(6, 3), None, ones(2, 6), None, "none", ALL[:5]],
+        r"gradient of w1 needs x",
+    ),
+    (
+        "gated_mlp",
+        [X, ones(6, 3), ones(6, 2), ones(2, 6), *[None] * 4, "silu", True],
+        r"w_up must be .*\[6, 3\]",
+    ),
+    (
+        "gated_mlp_bwd",
+        [*GATED, *NO_BIAS, ones(4, 6), None, "silu", [False] * 7],
+        r"x, or both gate and up, must",
+    ),
+    ("interval_attention", [Q, Q, Q, BOUNDS, BOUNDS[:4], *SCALE], r"end must be .*\[5\] of int32"),
+    ("interval_attention", [Q, Q, Q, BOUNDS * 1.0, BOUNDS, *SCALE], r"start must be .*int32"),
+    ("interval_attention", [ones(1, 3, 5, 4), Q, Q, BOUNDS, BOUNDS, *SCALE], r"a multiple of those of key"),
+    ("interval_attention", [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**31, 2], r"for 2147483648 rows"),
+    (
+        "interval_attention",
+        [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**62, 2],
+        r"for 4611686018427387904",
+    ),
+    (
+        "interval_attention",
+        [Q, LONG, LONG, BOUNDS, BOUNDS, *SCALE],
+        r"key must have at most .*, got 2147483648",
+    ),
+    ("interval_attention_bwd", [*SAVED, LSE, *SCALE, ALL[:3]], r"needs must have 4 elements, got 3"),
+    (
+        "interval_attention_bwd",
+        [*SAVED, LSE, *SCALE, ALL[:4]],
+        r"relative_bias must be given for its gradient",
+    ),
+    (
+        "interval_attention_bwd",
+        [*SAVED, LSE[:, :1], *SCALE, [False] * 4],
+        r"lse must be .*\[1, 2, 5\] of float32",
+    ),
+    ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
+    ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
+    ("perceiver_attention_bwd", [*[Q] * 6, None, Q, LSE, 1.0, ALL[:4]], r"needs must have 5 elements, got 4"),
+    ("dense_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
+    ("dense_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
+    (
+        "dense_loss_bwd",
+        [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],
+        r"slope must be .*\[4, 64\]",
+    ),
+    ("info_nce_stats", [*MANY, ones(1), ones(1), IDS[:1], True, 0], r"query_inv_norm must be .*\[200000\]"),
+    ("info_nce_stats", [*MANY, *NO_BIAS, IDS[:1], True, 0], r"positives must be .*\[200000\] of int64"),
+    (
+        "info_nce_stats",
+        [F, F, ones(2), *NO_BIAS, IDS, True, 0],
+        r"scale must have one element, got sizes \[2\]",
+    ),
+    (
+        "info_nce_stats",
+        [*PAIR, IDS + 4, True, 0],
+        r"positives must be in \[0, 4\) or -1, got values from 4 to 4",
+    ),
+    ("info_nce_stats", [*PAIR, IDS, True, -1], r"store_bytes must not be negative, got -1"),
+    ("info_nce_stats", [F, zeros(0, 3), ones(1), *NO_BIAS, IDS - 1, True, 0], r"must have rows"),
+    (
+        "info_nce_grads",
+        [*PAIR, IDS - 2, *STATS, zeros(0).byte(), 0, True, True],
+        r"positives must be in \[0, 4\)",
+    ),
+    (
+        "info_nce_grads",
+        [*PAIR, IDS[:3], *STATS, zeros(0).byte(), 0, True, True],
+        r"positives must be .*\[4\]",
+    ),
+    (
+        "info_nce_grads",
+        [*PAIR, IDS, *STATS, zeros(65).byte()[1:], 0, True, True],
+        r"store must be aligned to 8",
+    ),
+    (
+        "sigmoid_sweep",
+        [*PAIR_AND_BIAS, None, IDS, None, ones(4), *ALL[:4]],
+        r"positives, or query_ids and key_ids",
+    ),
+    (
+        "sigmoid_sweep",
+        [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
+        r"row_coef must be .*\[4\] of float32",
+    ),
+]
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    memory = torch.zeros(t.nbytes + 1, dtype=torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=1).view(t.dtype).view(t.shape)
+
+
+@native
+@pytest.mark.parametrize(
+    ("op", "values", "message"), CALLS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_arguments_that_do_not_fit(op, values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        getattr(ops, op)(*values)
+    assert op in str(error.value)
+
+
+def called(op: str) -> list:
+    """Arguments of which none is empty and that ask for everything."""
+    for seed in itertools.count():
+        values = raw.ARGUMENTS[op](raw.Draw(seed))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if all(t.numel() for t in tensors) and all(all(v) for v in values if isinstance(v, list)):
+            return values
+    raise AssertionError
+
+
+@native
+@pytest.mark.parametrize("op", sorted(raw.ARGUMENTS.keys() - COMPOSED))
+def test_every_tensor_is_plain_memory_of_a_known_dtype(op):
+    """In its place: other dtypes, another layout, a storage that is gone, memory off its alignment."""
+    values = called(op)
+    for i, value in enumerate(values):
+        if not isinstance(value, torch.Tensor):
+            continue
+        bytes_of = torch.zeros(value.shape, dtype=torch.uint8)
+        others = [
+            value.to(torch.complex64),
+            bytes_of.view(torch.float8_e4m3fn),
+            bytes_of.char(),
+            value.to_sparse(),
+        ]
+        gone = value.clone()
+        gone.untyped_storage().resize_(0)
+        others += [gone, misaligned(value)] if value.itemsize > 1 else [gone]
+        for other in others:
+            with pytest.raises((ValueError, NotImplementedError), match=op):
+                getattr(ops, op)(*values[:i], other, *values[i + 1 :])

@@ -1,0 +1,130 @@
+"""What all public functions ask of their arguments: of which kinds they are, and dtypes that kernels take."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGRAL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS_LISTED = "float32, float64, bfloat16 or float16"
+
+_Function = TypeVar("_Function", bound=Callable)
+_ALSO: dict[type, tuple[type, ...]] = {  # what counts as a type
+    int: (Integral, torch.SymInt),
+    float: (Real, torch.SymInt, torch.SymFloat),
+    bool: (int, numpy.bool_, torch.SymBool),
+}
+
+
+def public(op: _Function) -> _Function:
+    """Has a failing call of `op` name the arguments that are not what their annotations say."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except Exception as error:
+            faults = [] if str(error).startswith(f"{op.__name__}: ") else _kind_faults(op, args, kwargs)
+            if not faults:
+                raise
+            raise TypeError(f"{op.__name__}: " + "; ".join(faults))
+
+    return call  # type: ignore[return-value]
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (float, *_ALSO[float]))
+
+
+def dense(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_nested
+
+
+def known(dtype: torch.dtype) -> bool:
+    """Whether kernels take it for some argument."""
+    return dtype in FLOATS or dtype in INTEGRAL
+
+
+def dtype_faults(tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor] | None = None) -> list[str]:
+    """What is wrong unless kernels take all dtypes, and `operands` have one or get one from autocast."""
+    for t in tensors.values():
+        if t.dtype not in FLOATS:
+            return [f"{_listed(tensors)} must be {FLOATS_LISTED}, got {_dtypes(tensors)}"]
+    first = None
+    for t in operands.values() if operands else ():
+        if first is None:
+            first = t
+        elif t.dtype != first.dtype and not _under_autocast(t.device.type):
+            return [f"{_listed(operands or {})} must have one dtype, got {_dtypes(operands or {})}"]
+    return []
+
+
+def device_faults(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    first = None
+    for t in tensors.values():
+        if t is None:
+            continue
+        if first is None:
+            first = t.device
+        elif t.device != first:
+            devices = sorted({str(t.device) for t in tensors.values() if t is not None})
+            return [f"all tensors must be on one device, got {devices}"]
+    return []
+
+
+def _listed(names: Mapping[str, object]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+
+
+def _under_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _kind_faults(op: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    try:
+        given = inspect.signature(op).bind(*args, **kwargs).arguments
+    except TypeError:  # Python's own message names them
+        return []
+    hints = get_type_hints(op)
+    return [
+        f"{name} must be {_said(hints[name])}, got {_got(value)}"
+        for name, value in given.items()
+        if not _is_of(value, hints[name])
+    ]
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
+    return isinstance(value, (hint, *_ALSO.get(hint, ()))) and (not isinstance(value, Tensor) or dense(value))
+
+
+def _said(hint: Any) -> str:
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_said, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"({', '.join(map(_said, get_args(hint)))})"
+    return {Tensor: "dense Tensor", NoneType: "None"}.get(hint, hint.__name__)
+
+
+def _got(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_got, value))})"
+    if isinstance(value, Tensor) and not dense(value):
+        return f"a tensor that is {'nested' if value.is_nested else value.layout}"
+    return type(value).__name__
