@@ -314,7 +314,7 @@ def _norm_backward(dy, dtype, stats, gain, shift, needs):
         )
     else:
         unit = wide * rstd
-        dgain = (g * unit).flatten(0, -2).sum(0)
+        dgain = (g * unit).reshape(-1, g.shape[-1]).sum(0)
         g = g * wide_gain
         dx, dshift = rstd * (g - unit * (g * unit).mean(-1, keepdim=True)), None
     return (

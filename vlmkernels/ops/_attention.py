@@ -12,6 +12,26 @@ def laid_out(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty((b, t, h, d)).transpose(1, 2)
 
 
+def flops(query: torch.Size, keys: int, dv: int) -> int:
+    """Of the products of a query [B, H, Tq, Dh] with so many keys [.., Dh] and values [.., Dv]."""
+    return 2 * query[:-1].numel() * keys * (query[-1] + dv)
+
+
+def flops_bwd(
+    query: torch.Size,
+    keys: int,
+    dv: int,
+    *,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_logits: bool,
+) -> int:
+    """Of the logits, made again, and of the gradients that are needed."""
+    width = query[-1] * (1 + need_query + need_key) + dv * (need_value + need_logits)
+    return 2 * query[:-1].numel() * keys * width
+
+
 def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
     """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}

@@ -95,6 +95,17 @@ def _fake_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation,
     return tuple(w_gate.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
+def _flops(x, w_gate, w_up, w_down, *_, **__):
+    return 2 * x[:-1].numel() * (w_gate.numel() + w_up.numel() + w_down.numel())
+
+
+def _flops_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation, needs, **_):
+    need_x, need_gate, need_up, need_down, need_b_gate, need_b_up, _ = needs
+    first = 2 * need_x + need_gate + need_up
+    second = need_down + (need_x or need_gate or need_up or need_b_gate or need_b_up)
+    return 2 * dout[:-1].numel() * (w_gate.numel() * first + w_down.numel() * second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, w_gate, w_up, w_down, b_gate, b_up, _, residual, activation, keep = inputs
     _, gate, up = output
@@ -119,6 +130,7 @@ _op = define(
     " Tensor? b_down, Tensor? residual, str activation, bool keep) -> (Tensor out, Tensor gate, Tensor up)",
     reference=gated_mlp_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=7,
@@ -129,4 +141,5 @@ _bwd = define(
     " Tensor dw_up, Tensor dw_down, Tensor db_gate, Tensor db_up, Tensor db_down)",
     reference=gated_mlp_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -158,6 +158,7 @@ _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
     reference=info_nce_fwd,
     fake=_fake,
+    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
     setup_context=_setup_context,
     backward=_backward,
     autocast=2,
@@ -167,6 +168,7 @@ _bwd = define(
     " -> (Tensor dquery, Tensor dkey, Tensor dscale)",
     reference=info_nce_bwd,
     fake=_fake_bwd,
+    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("info_nce_stats", _device):

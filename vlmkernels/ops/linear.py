@@ -73,6 +73,14 @@ def _fake_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bi
     )
 
 
+def _flops(x, weight, *_, **__):
+    return 2 * x.numel() * weight[0]
+
+
+def _flops_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bias, **_):
+    return 2 * dout.numel() * weight[1] * (need_x + need_weight)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, residual, activation, keep = inputs
     _, y = output
@@ -100,6 +108,7 @@ _op = define(
     " -> (Tensor out, Tensor preactivation)",
     reference=linear_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=3,
@@ -109,4 +118,5 @@ _bwd = define(
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=linear_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -82,6 +82,16 @@ def _fake_bwd(dout, x, w1, b1, w2, y, activation, needs):
     return tuple(w1.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
+def _flops(x, w1, b1, w2, *_, **__):
+    return 2 * x[:-1].numel() * (w1.numel() + w2.numel())
+
+
+def _flops_bwd(dout, x, w1, b1, w2, y, activation, needs, **_):
+    need_x, need_w1, need_b1, need_w2, _ = needs
+    first, second = need_x + need_w1, need_w2 + (need_x or need_w1 or need_b1)
+    return 2 * dout[:-1].numel() * (w1.numel() * first + w2.numel() * second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, w1, b1, w2, _, residual, activation, keep = inputs
     _, y = output
@@ -105,6 +115,7 @@ _op = define(
     " -> (Tensor out, Tensor preactivation)",
     reference=mlp_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=5,
@@ -114,4 +125,5 @@ _bwd = define(
     " bool[5] needs) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     reference=mlp_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -96,6 +96,11 @@ def _fake_bwd(dloss, query, key, scale, bias, *rest):
     )
 
 
+def _flops(query, key, *_, out_shape):
+    formed = sum(grad == x for grad, x in zip(out_shape[1:], (query, key), strict=False))
+    return contrastive.flops(query, key, 1 + formed)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.normalize, ctx.reduction, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
@@ -127,6 +132,7 @@ _op = define(
     f" -> (Tensor loss, {_GRADS})",
     reference=sigmoid_loss_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=2,
@@ -135,6 +141,7 @@ _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
+    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("sigmoid_sweep", _device):
