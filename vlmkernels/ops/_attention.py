@@ -73,6 +73,12 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
     return faults
 
 
+def scale_faults(scale: object) -> list[str]:
+    if not isinstance(scale, Tensor):
+        return []
+    return ["scale must be a float, got a tensor, which would get no gradient: multiply query by it"]
+
+
 def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:
     faults = []
     if query.dim() == 4:

@@ -1,5 +1,7 @@
 """What the contrastive ops share: checks of the arguments, targets, norms."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,17 @@ def feature_faults(query: Tensor, key: Tensor) -> list[str]:
     if not (query.is_floating_point() and key.is_floating_point()):
         faults.append(f"query and key must be floating point, got {query.dtype} and {key.dtype}")
     return faults
+
+
+def split_positives(positives: Any) -> tuple[Tensor | None, Tensor | None, list[str]]:
+    """Indices or ids of the queries, ids of the keys, faults."""
+    if positives is None or isinstance(positives, Tensor):
+        return positives, None, []
+    both = positives if isinstance(positives, tuple) else ()
+    if len(both) == 2 and all(isinstance(ids, Tensor) for ids in both):
+        return *both, []
+    got = f"({', '.join(type(ids).__name__ for ids in both)})" if both else type(positives).__name__
+    return None, None, [f"positives must be None, a tensor, or a tuple of two tensors, got {got}"]
 
 
 def positives_faults(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmkernels._library import LIB, TRITON, declare
 from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.reference.info_nce import check_pair
 
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
@@ -71,6 +72,7 @@ class _Targets:
 
     @classmethod
     def of(cls, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device) -> "_Targets":
+        check_pair("info_nce", positives, key_ids)
         if positives is None:
             return cls(torch.arange(n, device=device), all_rows=True)
         if key_ids is None:

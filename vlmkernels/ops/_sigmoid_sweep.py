@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmkernels._library import LIB, TRITON, declare
 from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.reference.info_nce import check_pair
 
 # z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; u = row_coef; t_ij = +1 on positives,
 # -1 elsewhere. One form is given: j = positives_i (-1: none), or query_ids_i = key_ids_j.
@@ -46,6 +47,7 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
 def _sweep(
     query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
 ) -> list[Tensor]:
+    check_pair("sigmoid_loss", positives, key_ids)
     index = query_ids = None
     if key_ids is not None:
         query_ids = positives

@@ -60,15 +60,12 @@ def info_nce(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    key_ids = None
-    if isinstance(positives, tuple):
-        positives, key_ids = positives
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
-        query, key, positives, key_ids
-    )
+    positives, key_ids, unknown = contrastive.split_positives(positives)
+    faults = contrastive.feature_faults(query, key) + unknown
+    faults += contrastive.positives_faults(query, key, positives, key_ids)
     faults += contrastive.scalar_faults("scale", scale, query)
     n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
-    if positives is None and (n != m if symmetric else m < n):
+    if positives is None and not unknown and (n != m if symmetric else m < n):
         wanted = "symmetric needs M == N" if symmetric else "M >= N"
         faults.append(f"without positives, {wanted}, got N = {n} and M = {m}")
     if symmetric and positives is not None and key_ids is None:
@@ -83,7 +80,9 @@ def info_nce(
         faults.append(f"weight and reduction='none' need M == N when symmetric, got N = {n} and M = {m}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if not 0 <= label_smoothing < 1:
+    if isinstance(label_smoothing, Tensor):
+        faults.append("label_smoothing must be a float, got a tensor, which would get no gradient")
+    elif not 0 <= label_smoothing < 1:
         faults.append(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if store_bytes < 0:
         faults.append(f"store_bytes must not be negative, got {store_bytes}")

@@ -78,7 +78,7 @@ def interval_attention(
     """
     faults = attention.attention_faults(query, {"key": key}, {"value": value})
     faults += attention.interval_faults(query, start, end)
-    faults += attention.bias_faults(query, relative_bias, grid)
+    faults += attention.bias_faults(query, relative_bias, grid) + attention.scale_faults(scale)
     if faults:
         raise ValueError("interval_attention: " + "; ".join(faults))
     rows, cols = grid if grid is not None and relative_bias is not None else (0, 0)

@@ -43,6 +43,7 @@ def perceiver_attention(
         {"media_key": media_key, "latent_key": latent_key},
         {"media_value": media_value, "latent_value": latent_value},
     )
+    faults += attention.scale_faults(scale)
     if media_lengths is not None and query.dim() == 4:
         fits = media_lengths.shape == query.shape[:1] and media_lengths.device == query.device
         if not fits or media_lengths.dtype not in (torch.int32, torch.int64):

@@ -44,16 +44,13 @@ def sigmoid_loss(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    key_ids = None
-    if isinstance(positives, tuple):
-        positives, key_ids = positives
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
-        query, key, positives, key_ids
-    )
-    faults += contrastive.scalar_faults("scale", scale, query) + contrastive.scalar_faults(
-        "bias", bias, query
-    )
-    if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
+    positives, key_ids, unknown = contrastive.split_positives(positives)
+    faults = contrastive.feature_faults(query, key) + unknown
+    faults += contrastive.positives_faults(query, key, positives, key_ids)
+    faults += contrastive.scalar_faults("scale", scale, query)
+    faults += contrastive.scalar_faults("bias", bias, query)
+    few = query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]
+    if positives is None and not unknown and few:
         faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
