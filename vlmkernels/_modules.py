@@ -51,9 +51,10 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether calls are recorded by `torch.jit.trace` or run under torch.func or forward-mode derivatives."""
+    """Whether torch.func or forward-mode derivatives are at work, or a recorder that knows only ops."""
     return (
         torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder, generation
 from vlmkernels.models._pretrained import Pretrained, config_from_dict, read_state_dict
@@ -311,7 +312,7 @@ class Flamingo(Pretrained):
             if not fits or shape[:1] != list(lang_x.shape[:1]):
                 faults.append(f"vision_x: wants {wanted} with B of lang_x {list(lang_x.shape)}, got {shape}")
         images = 0 if vision_x is None else vision_x.shape[1]
-        if not faults and lang_x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not faults and lang_x.device.type == "cpu" and not is_traced():
             counts = (lang_x == self.config.media_token_id).sum(1)
             if (counts > images).any():
                 faults.append(
@@ -441,7 +442,7 @@ class _Decoding:
         return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        mask = None if self.mask is None else self.mask.new_ones((len(tokens), 1))
+        mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
         return self.read(tokens[:, None], mask)
 
     def reorder(self, rows: Tensor) -> None:  # [M]

@@ -73,6 +73,15 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
     return faults
 
 
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The scale, 1 / sqrt(Dh) unless given."""
+    if scale is not None:
+        return float(scale)
+    width = query.shape[-1]
+    width = int(width) if torch.jit.is_tracing() else width  # a tensor of float32 would be recorded
+    return max(width, 1) ** -0.5
+
+
 def scale_faults(scale: object) -> list[str]:
     if not isinstance(scale, Tensor):
         return []
@@ -83,7 +92,8 @@ def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:
     faults = []
     if query.dim() == 4:
         b, tq = query.shape[0], query.shape[2]
-        if start.shape != end.shape or (start.shape != (tq,) and start.shape != (b, tq)):
+        wanted = (tq,) if start.dim() == 1 else (b, tq)
+        if start.shape != wanted or end.shape != wanted:
             faults.append(
                 f"start and end must both be [Tq] = {(tq,)} or [B, Tq] = {(b, tq)}, "
                 f"got start {tuple(start.shape)} and end {tuple(end.shape)}"

@@ -82,7 +82,7 @@ def interval_attention(
     if faults:
         raise ValueError("interval_attention: " + "; ".join(faults))
     rows, cols = grid if grid is not None and relative_bias is not None else (0, 0)
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    scale = attention.scale_of(query, scale)
     out, lse = _op(query, key, value, start, end, scale, relative_bias, rows, cols)
     return (out, lse) if return_lse else out
 

@@ -53,7 +53,7 @@ def perceiver_attention(
             )
     if faults:
         raise ValueError("perceiver_attention: " + "; ".join(faults))
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    scale = attention.scale_of(query, scale)
     return _op(query, media_key, media_value, latent_key, latent_value, media_lengths, scale)[0]
 
 
