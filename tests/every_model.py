@@ -1,9 +1,11 @@
 """Every model and module of layers, tiny, in float64, away from its initial weights, with a batch for it."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests import flamingo_tiny, simvlm_tiny
@@ -99,7 +101,7 @@ def decoder() -> Case:
 def resampler(family: str, **options) -> Case:
     sizes = {"depth": 2, "dim_head": 8, "heads": 4, "num_latents": 5}
     model = randomize(PerceiverResampler(24, **sizes, **RESAMPLER_PRESETS[family], **options))
-    return Case(model, lambda rows=3, length=10: (numbers(rows, 2, 1, length, 24),))
+    return Case(model, lambda rows=3, length=10: (numbers(rows, 4, 1, length, 24),))
 
 
 def block(family: str) -> Case:
@@ -125,7 +127,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "decoder": decoder,
     "resampler": lambda: resampler("open_flamingo"),
     "resampler-rms": lambda: resampler("idefics2", qk_norm=True),
-    "resampler-squared_relu": lambda: resampler("flamingo", max_num_media=3, max_num_frames=2),
+    "resampler-squared_relu": lambda: resampler("flamingo", max_num_media=4, max_num_frames=2),
     "block": lambda: block("open_flamingo"),
     "block-swiglu": lambda: block("mllama_meta"),
     "block-all": lambda: block("mllama"),
@@ -137,3 +139,13 @@ def build(name: str) -> Case:
     case = CASES[name]()
     case.model.eval()
     return case
+
+
+@contextlib.contextmanager
+def one_process():
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

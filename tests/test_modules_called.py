@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
-from tests.every_model import CASES, build
+from tests.every_model import CASES, build, one_process
 
 every = pytest.mark.parametrize("name", CASES)
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -214,3 +215,22 @@ def test_offloaded_weights_are_fetched(name):
     wanted = case.run().detach()
     accelerate.cpu_offload(case.model, torch.device("cpu"))
     close(case.run().detach(), wanted)
+
+
+@every
+def test_weights_are_gathered_from_the_shards_of_every_part(name):
+    case, sharded = build(name), build(name)
+    wanted = case.run()
+    grads = gradients(case.model, wanted)
+    model = sharded.model
+    with one_process() as mesh:
+        for module in [m for m in called(model).values() if any(True for _ in m.parameters())][::-1]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
+        got = sharded.run()
+        close(got, wanted)
+        got.sum().backward()
+        for weight, grad in zip((p for p in model.parameters() if p.requires_grad), grads, strict=True):
+            assert (weight.grad is None) == (grad is None)
+            if grad is not None:
+                close(weight.grad.full_tensor() if weight.dim() else weight.grad, grad)

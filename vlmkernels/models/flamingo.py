@@ -168,13 +168,14 @@ class Flamingo(Pretrained):
         self.lang_encoder = lang_encoder.requires_grad_(False)
         lm.insert_blocks(lang_encoder, blocks, self._condition)
         if c.train_embeddings:
-            lm.input_embeddings(lang_encoder).requires_grad_(True)
-            self._mask_embedding_gradient()
+            lm.input_embeddings(lang_encoder).weight.requires_grad_(True)
+        self._train_two_rows()
+        self.register_load_state_dict_post_hook(Flamingo._train_two_rows)
 
     def _check_language_model(self, model: nn.Module) -> int:
         c = self.config
         _, layers = lm.decoder_layers(model)
-        width, rows = lm.language_width(model), len(lm.input_embeddings(model))
+        width, rows = lm.language_width(model), len(lm.input_embeddings(model).weight)
         faults = []
         if any(isinstance(layer, lm.FlamingoLayer) for layer in layers):
             faults.append("it already belongs to a Flamingo")
@@ -197,14 +198,14 @@ class Flamingo(Pretrained):
             raise ValueError(f"Flamingo: lang_encoder {type(model).__name__}: " + "; ".join(faults))
         return width
 
-    def _mask_embedding_gradient(self) -> None:
-        tokens = (self.config.media_token_id, self.config.endofchunk_token_id)
-        lm.keep_gradient_of_rows(lm.input_embeddings(self.lang_encoder), tokens)
+    def _train_two_rows(self, *loaded: Any) -> None:
+        if self.config.train_embeddings:
+            tokens = (self.config.media_token_id, self.config.endofchunk_token_id)
+            lm.TrainedRows.of(lm.input_embeddings(self.lang_encoder), tokens)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.config.train_embeddings:  # copies and pickles of a tensor have no hooks
-            self._mask_embedding_gradient()
+        self._train_two_rows()
 
     def train(self, mode: bool = True) -> Flamingo:
         super().train(mode)
@@ -268,6 +269,8 @@ class Flamingo(Pretrained):
             ValueError: naming every argument that does not fit; on the CPU also for more image tokens than
                 images.
         """
+        if not torch.compiler.is_compiling():
+            self._train_two_rows()
         media = self._checked_media(vision_x, lang_x, attention_mask, labels)
         locations = lang_x == self.config.media_token_id
         attend = "immediate" if self.config.only_attend_immediate_media else "all_previous"
@@ -379,7 +382,7 @@ class Flamingo(Pretrained):
 
     def openflamingo_state_dict(self) -> dict[str, Tensor]:
         """What is trained, under the names of an OpenFlamingo checkpoint: all that such a file needs."""
-        embedding = lm.input_embeddings(self.lang_encoder)
+        embedding = lm.input_embeddings(self.lang_encoder).weight
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
         return {
             key: tensor

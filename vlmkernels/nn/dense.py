@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import passable, unheard
+from vlmkernels._modules import are_plain, passable, unheard
 
 
 class QuickGELU(nn.Module):
@@ -120,6 +120,6 @@ def tied_logits(
 ) -> Tensor:  # [..., V]
     """``hidden E^T`` for the table E [V, D] of an embedding."""
     table = cast(nn.Embedding, embedding).weight
-    if table.device != hidden.device:  # offloaded until the embedding is called
+    if table.device != hidden.device or not are_plain(table):  # offloaded, sharded, quantized: a call has it
         table = embedding(torch.arange(table.shape[0], device=hidden.device))
     return vlmkernels.linear(hidden, table)
