@@ -28,9 +28,10 @@ def unheard(module: nn.Module) -> bool:
 def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether the module is of one of these classes and no subclass, patched or not."""
     cls = type(module)
-    if getattr(cls, "patch_class", None) is cls:  # made by `integrations.patch` from the class it replaced
-        cls = cls.patch_origin[0]
-    return cls in classes
+    if cls in classes:
+        return True
+    # A class that `integrations.patch` made from the one it replaced.
+    return getattr(cls, "patch_class", None) is cls and cls.patch_origin[0] in classes
 
 
 def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -67,13 +67,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
     """Whether none has to be called: torch's own norm, with weights, and linear layers without bias."""
-    return (
-        passable(norm, nn.LayerNorm, nn.RMSNorm)
-        and all(parameter is not None for parameter in norm._parameters.values())
-        and norm.eps is not None
-        and all(passable(linear, nn.Linear) and linear.bias is None for linear in linears)
-        and not is_transformed()
-    )
+    if is_transformed() or not passable(norm, nn.LayerNorm, nn.RMSNorm) or norm.eps is None:
+        return False
+    for parameter in norm._parameters.values():
+        if parameter is None:
+            return False
+    for linear in linears:
+        if not passable(linear, nn.Linear) or linear._parameters.get("bias", True) is not None:
+            return False
+    return True
 
 
 def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
