@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
+from torch._ops import OpOverloadPacket
 
 import vlmkernels as vk
 from tests.every_model import build
-from vlmkernels import intervals
+from vlmkernels import _native, intervals
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -56,6 +57,30 @@ def test_forward_mode_of_raw_ops_and_of_backwards_is_refused():
         dual = forward_ad.make_dual(torch.ones(4, 6), torch.ones(4, 6))
         with pytest.raises(RuntimeError, match=r"vlmkernels\.linear has no forward-mode derivative"):
             torch.ops.vlmkernels.linear(dual, W, None, None, "none", False)
+
+
+@pytest.mark.skipif(
+    _native.extension is None, reason="the ops that others are made of have C++ kernels alone"
+)
+def test_no_raw_op_loses_a_derivative_in_silence():
+    names = [name for name in dir(torch.ops.vlmkernels) if not name.startswith("_")]
+    packets = [name for name in names if isinstance(getattr(torch.ops.vlmkernels, name), OpOverloadPacket)]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [name for name in packets if not has_kernel(f"vlmkernels::{name}", "Autograd")] == []
+    x, scale, rows = torch.randn(4, 5), torch.tensor(2.0), torch.ones(4)
+    at, ops = torch.arange(4), torch.ops.vlmkernels
+    calls = [
+        lambda q: ops.dense_loss(q, x, scale, None, True, 0.0, False, True, True, True),
+        lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0),
+        lambda q: ops.sigmoid_sweep(
+            q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True
+        ),
+    ]
+    for call in calls:
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD"):
+            call(forward_ad.make_dual(x, x))
+        with pytest.raises(RuntimeError, match=r"derivative for vlmkernels::\w+ is not implemented"):
+            call(x.clone().requires_grad_())[0].sum().backward()
 
 
 def test_ops_on_constants_run_inside_of_forward_mode():
