@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from tests.every_model import CASES, build, numbers
+from tests.every_model import CASES, EOT, build, numbers
 from vlmkernels.nn import ClipLoss, InfoNCELoss, SigLipLoss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -72,6 +72,26 @@ def test_trace_holds_for_other_batches_and_lengths(name):
     module = OneTensor(name).eval()
     recorded = torch.jit.trace(module, module.batch(3, 10), check_trace=False)
     assert_recorded(recorded, module)
+
+
+@torch.no_grad()
+def test_texts_without_an_end_are_found_in_recorded_code():
+    module = TextTower(build("clip").model)
+    good = build("clip").batch()[1]
+    bad = good.masked_fill(good == EOT, 1)
+    with pytest.raises(RuntimeError, match="index 10 is out of bounds"):
+        torch.jit.trace(module, good, check_trace=False)(bad)
+    with pytest.raises(RuntimeError, match="a row has no end-of-text id"):
+        torch.export.export(module, (good,)).module()(bad)
+
+
+class TextTower(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.encode_text(tokens)
 
 
 @pytest.mark.parametrize("padding", ["same", "fixed"])

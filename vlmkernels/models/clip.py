@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models import _padding
@@ -305,18 +304,21 @@ class CLIP(Pretrained):
 
         Attention is causal, so padding after the end-of-text id changes nothing and may be cut off; on a CPU
         it costs nothing (the rows are packed; not in compiled or traced code). A row without the id is a
-        ValueError (on accelerators, in compiled and in traced code: an asynchronous assertion).
+        ValueError (on accelerators and in compiled code an asynchronous assertion, in a trace an index that is
+        out of bounds).
         """
         length = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > length:
             raise ValueError(f"tokens: wants [B, L] with L <= {length}, got {list(tokens.shape)}")
         is_eot = tokens == self.config.eot_id
-        if tokens.device.type != "cpu" or is_traced():
-            torch._assert_async(is_eot.any(dim=1).all(), "tokens: a row has no end-of-text id")
-        elif not is_eot.any(dim=1).all():
-            rows = (~is_eot.any(dim=1)).nonzero().flatten().tolist()
+        ended, last = is_eot.any(dim=1), is_eot.int().argmax(dim=1)
+        if torch.jit.is_tracing():  # which records no assertions: such a row reads behind its end
+            last = last.where(ended, tokens.shape[1])
+        elif tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            torch._assert_async(ended.all(), "tokens: a row has no end-of-text id")
+        elif not ended.all():
+            rows = (~ended).nonzero().flatten().tolist()
             raise ValueError(f"tokens: rows {rows} have no end-of-text id {self.config.eot_id}")
-        last = is_eot.int().argmax(dim=1)
         if _padding.can_drop(tokens):
             tokens, positions, bounds = _padding.drop(tokens, last + 1)
             position_embeddings = F.embedding(positions, self.positional_embedding)
