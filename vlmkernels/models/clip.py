@@ -304,8 +304,8 @@ class CLIP(Pretrained):
 
         Attention is causal, so padding after the end-of-text id changes nothing and may be cut off; on a CPU
         it costs nothing (the rows are packed; not in compiled or traced code). A row without the id is a
-        ValueError (on accelerators and in compiled code an asynchronous assertion, in a trace an index that is
-        out of bounds).
+        ValueError, on accelerators and in compiled code an asynchronous assertion, in a trace an index that
+        is out of bounds.
         """
         length = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > length:
