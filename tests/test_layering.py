@@ -76,6 +76,13 @@ def test_only_the_registry_talks_to_torch_library():
             assert "torch.library" not in path.read_text(), path.relative_to(ROOT)
 
 
+def test_only_the_registry_defines_ops():
+    """What it defines has a formula of its FLOPs, and refuses derivatives that it does not have."""
+    for path in ROOT.glob("vlmkernels/**/*.py"):
+        if path.name != "_library.py":
+            assert "LIB.define" not in path.read_text(), path.relative_to(ROOT)
+
+
 def test_references_stand_alone():
     for path in ROOT.glob("vlmkernels/reference/*.py"):
         others = [

@@ -159,7 +159,8 @@ def measure(rounds: int = 7) -> dict[str, dict[str, dict[str, float]]]:
 
 def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[str, dict[str, float]]:
     rows, inner, outputs = shape
-    x, weight, dout = (torch.randn(s).to(dtype) for s in ((rows, inner), (outputs, inner), (rows, outputs)))
+    shapes = (rows, inner), (outputs, inner), (rows, outputs)
+    x, weight, dout = (torch.randn(shape, device="cpu").to(dtype) for shape in shapes)
     ops = torch.ops.vlmkernels
 
     def few() -> None:

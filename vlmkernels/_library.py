@@ -5,11 +5,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from vlmkernels import _native
 from vlmkernels._arguments import dense, known
 
-LIB = torch.library.Library("vlmkernels", "DEF")
+
+class _Library(torch.library.Library):
+    """A library of ops whose derivatives are those of torch.autograd, in reverse: others are refused."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = _in_reverse_only(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _in_reverse_only(name: str, kernel: Callable) -> Callable:
+    """Refuses what `kernel` would silently give no derivative for, or with a message that names no op."""
+    transforms_active = torch._C._are_functorch_transforms_active
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or transforms_active():
+            _refuse_transforms(name.removesuffix("_bwd"), args)
+        return kernel(keyset, *args)
+
+    return autograd
+
+
+def _refuse_transforms(name: str, args: tuple) -> None:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"vlmkernels.{name} has no forward-mode derivative (jvp, dual tensors)")
+    if torch._C._are_functorch_transforms_active() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(f"vlmkernels.{name} has no derivative under torch.func; use torch.autograd")
+
+
+LIB = _Library("vlmkernels", "DEF")
 try:
     importlib.import_module("vlmkernels.triton._contrastive")  # the kernels that others are made of
     TRITON, WHY_NO_TRITON = True, ""
@@ -23,6 +56,7 @@ def define(
     schema: str,
     *,
     fake: Callable,
+    flops: Callable[..., int],
     reference: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
@@ -32,10 +66,9 @@ def define(
 
     `reference` runs on every device that has no kernel of its own. Without `backward` the op raises when a
     gradient through it is asked for. Under autocast the first `autocast` arguments, operands of matrix
-    products, are cast; float64 never is.
+    products, are cast; float64 never is. `flops`: see `declare`.
     """
-    name = schema.split("(", 1)[0]
-    LIB.define(schema)
+    name = declare(schema, flops)
     if reference is not None:
         LIB.impl(name, torch.no_grad()(_checked(name, reference)), "CompositeExplicitAutograd")
         OPS.append(name)
@@ -63,11 +96,24 @@ def _checked(name: str, kernel: Callable) -> Callable:
 
     def checked(*args: Any) -> Any:
         for x in args:
-            if isinstance(x, torch.Tensor) and not (dense(x) and known(x.dtype)):
+            if isinstance(x, Tensor) and not (dense(x) and known(x.dtype)):
                 raise ValueError(f"{name}: there is no kernel for {x.layout} tensors of {x.dtype}")
         return kernel(*args)
 
     return checked
+
+
+def declare(schema: str, flops: Callable[..., int]) -> str:
+    """Declare an op without a fake, a reference and a gradient; returns its name.
+
+    `flops` gets the arguments of a call, shapes in place of tensors, and gives what
+    `torch.utils.flop_counter.FlopCounterMode` counts for the plain composition in PyTorch: 2 m n k for each
+    product of matrices and nothing else. Attention counts as scaled dot-product attention of all keys.
+    """
+    name = schema.split("(", 1)[0]
+    LIB.define(schema)
+    register_flop_formula(getattr(torch.ops.vlmkernels, name))(flops)
+    return name
 
 
 def _under_autocast(op: Any, device: str, operands: int) -> Callable:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmkernels._modules import is_transformed
 from vlmkernels.reference._activations import activate
 
 FUSED = {  # what oneDNN applies to the product itself: its name and form
@@ -71,7 +72,7 @@ def packed_linear(
     Raises:
         RuntimeError: the weight has changed since it was packed.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return None
     entry = entry_of(weight)
     if entry is None or torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """The masks of vision-language models as intervals: query i sees the keys start_i <= j < end_i.
 
 Every builder works on the device of its arguments without waiting for it and returns ``(start, end)``, int32,
-``[T]`` or ``[B, T]``, non-decreasing along the queries.
+``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions stands for a number.
 """
 
 import torch
@@ -34,7 +34,7 @@ def prefix_lm(
     The prefix language model of SimVLM (Wang et al. 2022, section 3.1). Each result is [T] for one length,
     [B, T] for a length per sample.
     """
-    if isinstance(prefix_len, Tensor):
+    if isinstance(prefix_len, Tensor) and prefix_len.dim():
         start, end = causal(T, offset, device=prefix_len.device if device is None else device)
         end = torch.maximum(end, prefix_len.to(end)[:, None])
         return start.expand_as(end), end
@@ -65,9 +65,9 @@ def packed(
     bounds = cu_seqlens.to(torch.int32)
     position = torch.arange(T, dtype=torch.int32, device=bounds.device)
     after = torch.searchsorted(bounds, position, right=True)  # the first bound past i
-    inside = after < len(bounds)
-    start = bounds[(after - 1).clamp(0, len(bounds) - 1)]
-    end = position + 1 if causal else bounds[after.clamp_max(len(bounds) - 1)]
+    inside = after < bounds.shape[0]
+    start = bounds[(after - 1).clamp(0, bounds.shape[0] - 1)]
+    end = position + 1 if causal else bounds[after.clamp_max(bounds.shape[0] - 1)]
     return start, torch.where(inside, end, start)
 
 
@@ -90,7 +90,9 @@ def media(
     if attend not in ("immediate", "all_previous"):
         raise ValueError(f"media: attend must be 'immediate' or 'all_previous', got {attend!r}")
     time = text_time.to(torch.int32)
-    most = num_media.to(time)[:, None] if isinstance(num_media, Tensor) else num_media
+    most = num_media
+    if isinstance(most, Tensor) and most.dim():
+        most = most.to(time)[:, None]
     end = time.clamp_max(most) * tokens_per_media
     if attend == "all_previous":
         return torch.zeros_like(end), end

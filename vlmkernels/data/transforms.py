@@ -101,13 +101,13 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             raise ValueError(f"image is a {type(image).__name__}, expected a PIL.Image")
         if self.train:
-            rng = rng or random.Random(int(torch.randint(2**62, ())))
+            rng = rng or random.Random(int(torch.randint(2**62, (), device="cpu")))
             image = self._augment(image, rng).convert("RGB")
             image = self._colour(image, rng)
         else:
             image = self._resize_and_crop(image).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
-        mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return pixels.sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vlmkernels._modules import is_exactly as is_exactly
+from vlmkernels._modules import unheard as unheard
+
 
 class Rule(nn.Module):
     """What is put before a class: the methods that differ, and which modules can have them."""
@@ -95,24 +98,6 @@ def rule_of(module: nn.Module) -> type[Rule] | None:
 def own(module: nn.Module) -> type[nn.Module]:
     """The class that the module has without a patch."""
     return module.patch_origin[0] if isinstance(module, Rule) else type(module)
-
-
-def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the module is of this class and no subclass, patched or not."""
-    if isinstance(module, Rule):
-        return module.patch_origin[0] is cls and type(module) is module.patch_class
-    return type(module) is cls
-
-
-def unheard(module: nn.Module) -> bool:
-    """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def cannot_swap(module: nn.Module) -> str | None:

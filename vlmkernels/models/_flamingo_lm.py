@@ -6,6 +6,7 @@ The model is any module called like a decoder of transformers (which is not impo
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,10 +93,12 @@ def language_width(language_model: nn.Module) -> int:
     )
 
 
-def input_embeddings(language_model: nn.Module) -> nn.Parameter:
-    """The token embedding's weight [V, D]."""
+def input_embeddings(language_model: nn.Module) -> nn.Embedding:
+    """The token embedding, with its weight [V, D]."""
     try:
-        return language_model.get_input_embeddings().weight  # type: ignore[operator, return-value]
+        embedding: Any = language_model.get_input_embeddings()  # type: ignore[operator]
+        embedding.weight  # noqa: B018
+        return embedding
     except (AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"lang_encoder: {type(language_model).__name__} does not give its input embeddings"
@@ -114,18 +117,38 @@ def insert_blocks(
     setattr(language_model.get_submodule(parent), name, wrapped)
 
 
-def keep_gradient_of_rows(
-    weight: nn.Parameter,  # [V, D]
-    rows: Sequence[int],
-) -> None:
-    """From now on the gradient of `weight` is 0 outside `rows`."""
+class TrainedRows:
+    """Before every call of an embedding: from then on the gradient of its weight is 0 outside `rows`.
 
-    def mask(gradient: Tensor) -> Tensor:  # [V, D]
-        kept = torch.zeros_like(gradient)
-        kept[list(rows)] = gradient[list(rows)]
-        return kept
+    A hook of the module, since those of tensors stay behind where the weight becomes another tensor: assigned
+    by `load_state_dict`, copied, moved off the meta device, or gathered from its shards.
+    """
 
-    weight.register_hook(mask)
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = list(rows)
+
+    def __call__(self, embedding: Any, inputs: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        weight = embedding.weight
+        known = (weight._backward_hooks or {}).values()
+        if weight.requires_grad and not any(getattr(hook, "func", None) is _keep_rows for hook in known):
+            weight.register_hook(functools.partial(_keep_rows, self.rows))
+
+    @classmethod
+    def of(cls, embedding: nn.Module, rows: Sequence[int]) -> None:
+        """Sees to it for this embedding, whose weight may belong to compiled code."""
+        known = [hook for hook in embedding._forward_pre_hooks.values() if isinstance(hook, cls)]
+        if not known:
+            known = [cls(rows)]
+            embedding.register_forward_pre_hook(known[0])
+        known[0](embedding)
+
+
+def _keep_rows(rows: list[int], gradient: Tensor) -> Tensor:  # [V, D]
+    kept = torch.zeros_like(gradient)
+    kept[rows] = gradient[rows]
+    return kept
 
 
 class LanguageModelCall:

@@ -27,7 +27,7 @@ import vlmkernels
 from vlmkernels.models._align_sources import hf_fields
 from vlmkernels.models._files import Source, read_json, read_state_dict
 from vlmkernels.models._pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
-from vlmkernels.models.bert import Bert
+from vlmkernels.models.bert import ACTIVATIONS, Bert
 from vlmkernels.models.efficientnet import (
     CHANNELS,
     COEFFICIENTS,
@@ -40,7 +40,6 @@ from vlmkernels.models.efficientnet import (
 )
 from vlmkernels.nn.dense import Linear
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 SIZES = (
     *("embed_dim", "image_size", "image_strides", "vocab_size", "context_length", "max_positions"),
     *("text_width", "text_layers", "text_heads", "text_mlp_width"),
@@ -112,7 +111,7 @@ class AlignConfig:
             wanted = f"want {features}, the image channels, or image_projection=True"
             faults.append(f"embed_dim: got {self.embed_dim}, {wanted}")
         if self.text_activation not in ACTIVATIONS:
-            faults.append(f"text_activation: got {self.text_activation!r}, want one of {ACTIVATIONS}")
+            faults.append(f"text_activation: got {self.text_activation!r}, want one of {tuple(ACTIVATIONS)}")
         if self.text_width % heads:
             faults.append(f"text_heads: got {heads}, want a divisor of text_width {self.text_width}")
         if not 1 <= self.context_length <= self.max_positions:
@@ -259,7 +258,7 @@ class ALIGN(Pretrained):
         attention_mask: Tensor | None = None,  # [B, L], non-zero = attend; None: tokens != pad_id
     ) -> Tensor:  # [B, E]
         """Text embeddings. ValueError for another shape or dtype, or more tokens than positions."""
-        features = self.text_projection(self.text_model.cls(tokens, attention_mask))
+        features = self.text_projection(self.text_model(tokens, attention_mask, cls_only=True))
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(

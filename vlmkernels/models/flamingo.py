@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder, generation
 from vlmkernels.models._files import read_state_dict
@@ -171,13 +172,14 @@ class Flamingo(Pretrained):
         self.lang_encoder = lang_encoder.requires_grad_(False)
         lm.insert_blocks(lang_encoder, blocks, self._condition)
         if c.train_embeddings:
-            lm.input_embeddings(lang_encoder).requires_grad_(True)
-            self._mask_embedding_gradient()
+            lm.input_embeddings(lang_encoder).weight.requires_grad_(True)
+        self._train_two_rows()
+        self.register_load_state_dict_post_hook(Flamingo._train_two_rows)
 
     def _check_language_model(self, model: nn.Module) -> int:
         c = self.config
         _, layers = lm.decoder_layers(model)
-        width, rows = lm.language_width(model), len(lm.input_embeddings(model))
+        width, rows = lm.language_width(model), len(lm.input_embeddings(model).weight)
         faults = []
         if any(isinstance(layer, lm.FlamingoLayer) for layer in layers):
             faults.append("it already belongs to a Flamingo")
@@ -200,14 +202,14 @@ class Flamingo(Pretrained):
             raise ValueError(f"Flamingo: lang_encoder {type(model).__name__}: " + "; ".join(faults))
         return width
 
-    def _mask_embedding_gradient(self) -> None:
-        tokens = (self.config.media_token_id, self.config.endofchunk_token_id)
-        lm.keep_gradient_of_rows(lm.input_embeddings(self.lang_encoder), tokens)
+    def _train_two_rows(self, *loaded: Any) -> None:
+        if self.config.train_embeddings:
+            tokens = (self.config.media_token_id, self.config.endofchunk_token_id)
+            lm.TrainedRows.of(lm.input_embeddings(self.lang_encoder), tokens)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.config.train_embeddings:  # copies and pickles of a tensor have no hooks
-            self._mask_embedding_gradient()
+        self._train_two_rows()
 
     def train(self, mode: bool = True) -> Flamingo:
         super().train(mode)
@@ -271,6 +273,8 @@ class Flamingo(Pretrained):
             ValueError: naming every argument that does not fit; on the CPU also for more image tokens than
                 images.
         """
+        if not torch.compiler.is_compiling():
+            self._train_two_rows()
         media = self._checked_media(vision_x, lang_x, attention_mask, labels)
         locations = lang_x == self.config.media_token_id
         attend = "immediate" if self.config.only_attend_immediate_media else "all_previous"
@@ -315,7 +319,7 @@ class Flamingo(Pretrained):
             if not fits or shape[:1] != list(lang_x.shape[:1]):
                 faults.append(f"vision_x: wants {wanted} with B of lang_x {list(lang_x.shape)}, got {shape}")
         images = 0 if vision_x is None else vision_x.shape[1]
-        if not faults and lang_x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not faults and lang_x.device.type == "cpu" and not is_traced():
             counts = (lang_x == self.config.media_token_id).sum(1)
             if (counts > images).any():
                 faults.append(
@@ -325,7 +329,7 @@ class Flamingo(Pretrained):
             raise ValueError("Flamingo: " + "; ".join(faults))
         if vision_x is None:
             latents = self.perceiver.latents
-            return latents.new_empty((len(lang_x), 0, *latents.shape))
+            return lang_x.new_empty((lang_x.shape[0], 0, *latents.shape), dtype=latents.dtype)
         return self.encode_media(vision_x)
 
     @torch.no_grad()
@@ -382,7 +386,7 @@ class Flamingo(Pretrained):
 
     def openflamingo_state_dict(self) -> dict[str, Tensor]:
         """What is trained, under the names of an OpenFlamingo checkpoint: all that such a file needs."""
-        embedding = lm.input_embeddings(self.lang_encoder)
+        embedding = lm.input_embeddings(self.lang_encoder).weight
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
         return {
             key: tensor
@@ -454,7 +458,7 @@ class _Decoding:
         return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        mask = None if self.mask is None else self.mask.new_ones((len(tokens), 1))
+        mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
         return self.read(tokens[:, None], mask)
 
     def reorder(self, rows: Tensor) -> None:  # [M]

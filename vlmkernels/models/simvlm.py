@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import is_traced
 from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.generation import generate
-from vlmkernels.nn.dense import Linear
+from vlmkernels.nn.dense import Linear, tied_logits
 
 FORMS = ("encoder_decoder", "prefix_lm")
 
@@ -240,7 +240,7 @@ class SimVLM(Pretrained):
         return {"loss": _mean_loss(rows[counted[asked]], targets), "logits": logits}
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return vlmkernels.linear(hidden, self.token_embedding.weight)
+        return tied_logits(hidden, self.token_embedding)
 
     def _checked_lengths(
         self,
@@ -259,18 +259,19 @@ class SimVLM(Pretrained):
         if not 1 <= tokens.shape[1] <= self.config.context_length:
             limit = self.config.context_length
             faults.append(f"{rows}: got rows of {tokens.shape[1]}, wants 1 to context_length {limit}")
-        if images is not None and len(images) != len(tokens):
-            faults.append(f"images, {rows}: got {len(images)} and {len(tokens)} rows, wants as many of each")
+        if images is not None and images.shape[0] != tokens.shape[0]:
+            got = f"{images.shape[0]} and {tokens.shape[0]} rows"
+            faults.append(f"images, {rows}: got {got}, wants as many of each")
         for name, value in ((counts, lengths), ("prefix_length", prefix)):
             if isinstance(value, Tensor):
                 if value.shape != tokens.shape[:1] or value.is_floating_point():
                     got = f"{value.dtype} of shape {list(value.shape)}"
-                    faults.append(f"{name}: got {got}, wants {len(tokens)} integers")
+                    faults.append(f"{name}: got {got}, wants {tokens.shape[0]} integers")
             elif value is not None and not (name == "prefix_length" and isinstance(value, int)):
-                faults.append(f"{name}: got {value!r}, wants a tensor of {len(tokens)} integers")
+                faults.append(f"{name}: got {value!r}, wants a tensor of {tokens.shape[0]} integers")
         if lengths is None:
             lengths = self.text_lengths(tokens)
-        if not faults and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not faults and tokens.device.type == "cpu" and not is_traced():
             if not ((lengths >= 1) & (lengths <= tokens.shape[1])).all():
                 faults.append(f"{counts}: got {lengths.tolist()}, wants 1 to {tokens.shape[1]}")
             given = lengths.new_tensor(prefix) if isinstance(prefix, int) else prefix
@@ -292,7 +293,7 @@ class SimVLM(Pretrained):
     def _encode(self, images: Tensor | None, text: Tensor, prefix: int | Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's result [B, N + P, D] of image and P text tokens, and how much of it counts [B]."""
         x = self._encoder_input(images, text)
-        length = torch.as_tensor(x.shape[1] - text.shape[1] + prefix, device=x.device).expand(len(x))
+        length = torch.as_tensor(x.shape[1] - text.shape[1] + prefix, device=x.device).expand(x.shape[0])
         interval = intervals.padding(length, x.shape[1])
         for block in self.encoder:
             x = block(x, interval, has_image=images is not None)
@@ -320,7 +321,7 @@ class SimVLM(Pretrained):
         memory_interval = start, start + memory_length[sample]
         memory = memory.flatten(0, 1)[None]
         for block in _blocks(self.decoder):
-            y = block(y, interval, memory=(block.cross.keys_values(memory), memory_interval))
+            y = block(y, interval, memory=(memory, memory_interval))
         return self.ln_final(y[0])
 
     @torch.no_grad()
@@ -362,7 +363,7 @@ class SimVLM(Pretrained):
         if prefix_tokens is None:
             if images is None:
                 raise ValueError("generate: wants images, prefix_tokens or both")
-            prefix_tokens = torch.full((len(images), 1), self.config.bos_id, device=images.device)
+            prefix_tokens = torch.full((images.shape[0], 1), self.config.bos_id, device=images.device)
         length = prefix_tokens.shape[-1]
         if prefix_lengths is None:
             prefix_lengths = torch.full(prefix_tokens.shape[:1], length, device=prefix_tokens.device)
@@ -399,7 +400,7 @@ class _Decoding:
         self.model = model
         self.memories: list[KeysValues] = []
         self.memory_length = lengths
-        text, rows = model._embed(tokens), torch.arange(len(tokens), device=tokens.device)
+        text, rows = model._embed(tokens), torch.arange(tokens.shape[0], device=tokens.device)
         if model.config.form == "encoder_decoder":
             memory, self.memory_length = model._encode(images, text, lengths)
             self.blocks = _blocks(model.decoder)
@@ -415,14 +416,14 @@ class _Decoding:
             # New tokens follow their own prefix and overwrite its padding.
             self.slot, self.position = x.shape[1] - text.shape[1] + lengths, lengths
             interval = intervals.prefix_lm(self.slot, x.shape[1])
-            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
             for block, cache in zip(self.blocks, self.caches, strict=True):
                 x = block(x, interval, has_image=images is not None, cache=(cache, slots))
             self.first_logits = model._logits(model.ln_final(x[rows, self.slot - 1]))
 
     def _empty_caches(self, x: Tensor, capacity: int) -> list[KeysValues]:
         heads = self.blocks[0].attn.heads
-        shape = len(x), capacity, heads, x.shape[-1] // heads
+        shape = x.shape[0], capacity, heads, x.shape[-1] // heads
         return [KeysValues(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.blocks]
 
     def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
@@ -451,7 +452,7 @@ def _blocks(*stacks: nn.ModuleList) -> list[Block]:
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:  # [R, V], [R]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, targets.long(), reduction="sum")
-    return total / max(len(targets), 1)
+    return total / torch.ones_like(targets).sum().clamp_min(1)
 
 
 CONFIGS: dict[str, SimVLMConfig] = {

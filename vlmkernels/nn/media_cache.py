@@ -58,7 +58,7 @@ class MediaCache:
         if media.dim() != 4:
             faults.append(f"media must be [B, M, n, Dv], got {tuple(media.shape)}")
         elif num_media is not None and num_media.shape != media.shape[:1]:
-            faults.append(f"num_media must be [B] = ({len(media)},), got {tuple(num_media.shape)}")
+            faults.append(f"num_media must be [B] = ({media.shape[0]},), got {tuple(num_media.shape)}")
         if faults:
             raise ValueError("MediaCache: " + "; ".join(faults))
         self._attentions = attentions
@@ -66,7 +66,7 @@ class MediaCache:
         self._intervals: Intervals | None = None
         self.num_slots, self.tokens_per_media = media.shape[1:3]
         self.num_media: int | Tensor = self.num_slots if num_media is None else num_media.to(torch.int32)
-        self.seen = torch.zeros(len(media), dtype=torch.int32, device=media.device)
+        self.seen = torch.zeros(media.shape[0], dtype=torch.int32, device=media.device)
 
     def step(
         self,
@@ -85,9 +85,9 @@ class MediaCache:
         """
         if media_locations is None:
             time = self.seen[:, None].expand(-1, length)
-        elif media_locations.dim() != 2 or len(media_locations) != len(self.seen):
-            shape = tuple(media_locations.shape)
-            raise ValueError(f"MediaCache: media_locations must be [B = {len(self.seen)}, t], got {shape}")
+        elif media_locations.dim() != 2 or media_locations.shape[0] != self.seen.shape[0]:
+            rows, shape = self.seen.shape[0], tuple(media_locations.shape)
+            raise ValueError(f"MediaCache: media_locations must be [B = {rows}, t], got {shape}")
         else:
             time = self.seen[:, None] + build.text_time(media_locations)
             self.seen = self.seen + media_locations.sum(1, dtype=torch.int32)
@@ -102,8 +102,8 @@ class MediaCache:
     ) -> None:
         """Puts m more images after those of each sample; it has `num_media` of them, all when None."""
         new = MediaCache(self._attentions, media, num_media=num_media)
-        if len(new.seen) != len(self.seen) or new.tokens_per_media != self.tokens_per_media:
-            wanted = f"[B = {len(self.seen)}, m, n = {self.tokens_per_media}, Dv]"
+        if new.seen.shape[0] != self.seen.shape[0] or new.tokens_per_media != self.tokens_per_media:
+            wanted = f"[B = {self.seen.shape[0]}, m, n = {self.tokens_per_media}, Dv]"
             raise ValueError(f"MediaCache: media must be {wanted}, got {tuple(media.shape)}")
         slots = self.num_slots + new.num_slots
         order = None  # which slot of both follows which, where samples have numbers of their own

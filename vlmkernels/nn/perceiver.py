@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels._modules import is_exactly, unheard
 from vlmkernels.nn import _layers as layers
 
 
 class PerceiverAttention(nn.Module):
-    """Parameters of one attention layer of the resampler, which runs it."""
+    """One attention layer of the resampler."""
 
     def __init__(
         self, dim: int, *, dim_head: int, heads: int, kv_heads: int, norm: str, eps: float, qk_norm: bool
@@ -37,17 +38,21 @@ class PerceiverAttention(nn.Module):
     def forward(
         self,
         latents: Tensor,  # [N or 1, n, D]
-        media_key: Tensor,  # [N, S, Hkv, Dh]
-        media_value: Tensor,  # [N, S, Hkv, Dh]
+        media: Tensor | tuple[Tensor, Tensor],  # [N, S, D], or keys and values [N, S, Hkv, Dh] each
         media_lengths: Tensor | None,  # [N]
     ) -> Tensor:  # [N, n, D]
         """The branch alone; latents with a batch of 1 are those of every image."""
+        if isinstance(media, Tensor):
+            (both,) = layers.norm_linear(media, self.norm_media, self.to_kv)
+            media_key, media_value = both.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(2)
+        else:
+            media_key, media_value = media
         query, both = layers.norm_linear(latents, self.norm_latents, self.to_q, self.to_kv)
         query = layers.head_norm(self.q_norm, query.unflatten(-1, (self.heads, self.dim_head)))
         key, value = both.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(2)
         key, media_key = layers.head_norm(self.k_norm, key), layers.head_norm(self.k_norm, media_key)
         query, key, value = (
-            t.transpose(1, 2).expand(len(media_key), -1, -1, -1) for t in (query, key, value)
+            t.transpose(1, 2).expand(media_key.shape[0], -1, -1, -1) for t in (query, key, value)
         )
         out = vlmkernels.perceiver_attention(
             query,
@@ -147,27 +152,30 @@ class PerceiverResampler(nn.Module):
             x = x + self.media_time_embs[:images, None]
         lengths = None if media_lengths is None else media_lengths.flatten()
         latents = self.latents[None]
-        keys_values = self._media_keys_values(x.flatten(0, 1).flatten(1, 2))
-        for (attention, feed_forward), (key, value) in zip(self._pairs(), keys_values, strict=True):
-            latents = latents + attention(latents, key, value, lengths)
-            latents = feed_forward.add_to(latents)
+        media = self._media_of_layers(x.flatten(0, 1).flatten(1, 2))
+        for (attention, feed_forward), seen in zip(self._pairs(), media, strict=True):
+            latents = latents + attention(latents, seen, lengths)
+            latents = layers.add_feed_forward(latents, feed_forward)
         return self.norm(latents).unflatten(0, x.shape[:2])
 
-    def _media_keys_values(
+    def _media_of_layers(
         self,
         x: Tensor,  # [N, S, D]
-    ) -> list[tuple[Tensor, Tensor]]:  # for each layer two [N, S, Hkv, Dh]
-        """Keys and values of all layers, with x^ the media normalised without gains:
+    ) -> list[Any]:  # for each layer two [N, S, Hkv, Dh], or x
+        """What each layer gets: where there is much of it, keys and values from one product for all layers.
 
-        norm_l(x) W_l^T = x^ (W_l diag(g_l))^T + W_l b_l
+        With x^ the media normalised without gains: norm_l(x) W_l^T = x^ (W_l diag(g_l))^T + W_l b_l
         """
         attentions = [attention for attention, _ in self._pairs()]
-        first = attentions[0]
-        shape = (2, first.kv_heads, first.dim_head)
-        plain = all(layers.is_plain(a.norm_media, a.to_kv) for a in attentions)
-        if not plain or x.shape[:-1].numel() < first.to_kv.out_features:  # few rows: the fold costs more
-            products = (layers.norm_linear(x, a.norm_media, a.to_kv)[0] for a in attentions)
-            return [product.unflatten(-1, shape).unbind(2) for product in products]
+        foldable = all(
+            is_exactly(a, PerceiverAttention) and unheard(a) and layers.are_passable(a.norm_media, a.to_kv)
+            for a in attentions
+        )
+        foldable = foldable and len({(type(a.norm_media), a.norm_media.eps) for a in attentions}) == 1
+        if (
+            not foldable or x.shape[:-1].numel() < attentions[0].to_kv.out_features
+        ):  # few: the fold costs more
+            return [x] * len(attentions)
         norms = [a.norm_media for a in attentions]
         weights = [a.to_kv.weight for a in attentions]
         bias = None
@@ -177,7 +185,8 @@ class PerceiverResampler(nn.Module):
         else:
             x = F.rms_norm(x, (self.dim,), eps=norms[0].eps)
         weight = torch.cat([w * norm.weight for w, norm in zip(weights, norms, strict=True)])
-        parts = F.linear(x, weight, bias).unflatten(-1, (2 * len(norms), *shape[1:])).unbind(2)
+        heads = attentions[0].kv_heads, attentions[0].dim_head
+        parts = F.linear(x, weight, bias).unflatten(-1, (2 * len(norms), *heads)).unbind(2)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def _pairs(self) -> list[Any]:

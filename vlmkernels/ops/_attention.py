@@ -14,6 +14,26 @@ def laid_out(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty((b, t, h, d)).transpose(1, 2)
 
 
+def flops(query: torch.Size, keys: int, dv: int) -> int:
+    """Of the products of a query [B, H, Tq, Dh] with so many keys [.., Dh] and values [.., Dv]."""
+    return 2 * query[:-1].numel() * keys * (query[-1] + dv)
+
+
+def flops_bwd(
+    query: torch.Size,
+    keys: int,
+    dv: int,
+    *,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_logits: bool,
+) -> int:
+    """Of the logits, made again, and of the gradients that are needed."""
+    width = query[-1] * (1 + need_query + need_key) + dv * (need_value + need_logits)
+    return 2 * query[:-1].numel() * keys * width
+
+
 def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
     """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}
@@ -45,8 +65,11 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
 
 
 def scale_of(scale: float | None, query: Tensor) -> float:
+    """The scale, 1 / sqrt(Dh) unless given."""
     if scale is None:
-        return max(query.shape[-1], 1) ** -0.5
+        width = query.shape[-1]
+        width = int(width) if torch.jit.is_tracing() else width  # a tensor of float32 would be recorded
+        return max(width, 1) ** -0.5
     if not arguments.is_number(scale):  # float() takes tensors, whose gradient would be lost
         raise TypeError("scale must be a number")
     return float(scale)
@@ -56,7 +79,8 @@ def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:
     faults = []
     if query.dim() == 4:
         b, tq = query.shape[0], query.shape[2]
-        if start.shape != end.shape or (start.shape != (tq,) and start.shape != (b, tq)):
+        wanted = (tq,) if start.dim() == 1 else (b, tq)
+        if start.shape != wanted or end.shape != wanted:
             faults.append(
                 f"start and end must both be [Tq] = {(tq,)} or [B, Tq] = {(b, tq)}, "
                 f"got start {tuple(start.shape)} and end {tuple(end.shape)}"

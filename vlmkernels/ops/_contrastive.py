@@ -25,6 +25,11 @@ def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     return (tiles if tiles <= fit else fit // 2) * tile
 
 
+def flops(query: torch.Size, key: torch.Size, products: int = 1) -> int:
+    """Of the logits of queries [N, D] and keys [M, D], and as much again for each gradient of theirs."""
+    return products * 2 * query.numel() * key[0]
+
+
 def feature_faults(query: Tensor, key: Tensor) -> list[str]:
     faults = []
     if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:

@@ -8,7 +8,9 @@ without the layers of a registered op, which is why traced code does not come he
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, has_kernel
+from vlmkernels._library import declare, has_kernel
+from vlmkernels._modules import is_transformed
+from vlmkernels.ops import _contrastive as contrastive
 
 # Queries or keys up to which this is faster than the streaming kernels.
 LIMIT = 512
@@ -19,15 +21,17 @@ LIMIT = 512
 #   slope_ij = G_ij b_j [N, M]    slope_t_ji = G_ij a_i [M, N]    0 at positives, rows padded to 64
 #   positive_i = G_ii             dscalars: the derivatives by scale and bias
 # Outputs that are not needed are empty.
-LIB.define(
+declare(
     "dense_loss(Tensor query, Tensor key, Tensor scale, Tensor? bias, bool symmetric, float label_smoothing,"
     " bool normalize, bool need_query, bool need_key, bool need_scalars)"
-    " -> (Tensor loss, Tensor slope, Tensor slope_t, Tensor positive, Tensor dscalars)"
+    " -> (Tensor loss, Tensor slope, Tensor slope_t, Tensor positive, Tensor dscalars)",
+    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
 )
-LIB.define(
+declare(
     "dense_loss_bwd(Tensor dloss, Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor slope,"
     " Tensor slope_t, Tensor positive, Tensor dscalars, bool normalize, bool[4] needs)"
-    " -> (Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias)",
+    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
 )
 _fwd = torch.ops.vlmkernels.dense_loss.default
 _bwd = torch.ops.vlmkernels.dense_loss_bwd.default
@@ -35,8 +39,10 @@ _HERE = has_kernel("dense_loss", "CPU")
 
 
 def serves(query: Tensor, key: Tensor) -> bool:
-    """Whether the problem is small, on a CPU, and not traced: a traced size must not decide the path."""
-    if not _HERE or query.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether the problem is small, on a CPU, and neither traced, whose sizes must not decide the path, nor
+    under transforms, which the op refuses.
+    """
+    if not _HERE or query.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return False
     if torch.is_autocast_enabled("cpu") or not _PLAIN.issuperset((type(query), type(key))):
         return False

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON
+from vlmkernels._library import LIB, TRITON, declare
 from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.reference.info_nce import check_pair
 
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
 # positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
-LIB.define(
+declare(
     "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, bool columns, int store_bytes)"
     " -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
-    " Tensor col_max, Tensor col_sum, Tensor col_moment, Tensor store)"
+    " Tensor col_max, Tensor col_sum, Tensor col_moment, Tensor store)",
+    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
 )
 # With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there
 # are no columns), and the log-sum-exps in two parts, r_i = row_max_i + row_log_i, c_j = col_max_j + col_log_j
@@ -32,12 +34,13 @@ LIB.define(
 #   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i)
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
 # The second terms of the gradients only when normalised.
-LIB.define(
+declare(
     "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef,"
     " Tensor col_coef, Tensor positive_coef, Tensor? query_extra, Tensor? key_extra, Tensor store,"
     " int store_bytes, bool need_query, bool need_key)"
-    " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)"
+    " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)",
+    flops=lambda query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-2:])),
 )
 _stats = torch.ops.vlmkernels.info_nce_stats
 _grads = torch.ops.vlmkernels.info_nce_grads
@@ -69,6 +72,7 @@ class _Targets:
 
     @classmethod
     def of(cls, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device) -> "_Targets":
+        check_pair("info_nce", positives, key_ids)
         if positives is None:
             return cls(torch.arange(n, device=device), all_rows=True)
         if key_ids is None:

@@ -7,8 +7,9 @@ look at the logits.
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON
+from vlmkernels._library import LIB, TRITON, declare
 from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.reference.info_nce import check_pair
 
 # z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; u = row_coef; t_ij = +1 on positives,
 # -1 elsewhere. One form is given: j = positives_i (-1: none), or query_ids_i = key_ids_j.
@@ -17,11 +18,12 @@ from vlmkernels.ops import _contrastive as contrastive
 #   D_i = sum_j g_ij b_j k_j                      dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i); dk likewise
 # The second term of dq only when normalised.
 # Outputs that are not needed have size 0.
-LIB.define(
+declare(
     "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm,"
     " Tensor? key_inv_norm, Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef,"
     " bool need_loss, bool need_query, bool need_key, bool need_scalars)"
-    " -> (Tensor row_loss, Tensor dquery, Tensor dkey, Tensor row_dscale, Tensor row_dbias)"
+    " -> (Tensor row_loss, Tensor dquery, Tensor dkey, Tensor row_dscale, Tensor row_dbias)",
+    flops=lambda query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-4:-1])),
 )
 
 
@@ -45,6 +47,7 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
 def _sweep(
     query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
 ) -> list[Tensor]:
+    check_pair("sigmoid_loss", positives, key_ids)
     index = query_ids = None
     if key_ids is not None:
         query_ids = positives

@@ -72,6 +72,14 @@ def _fake_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate):
     )
 
 
+def _flops(h, weight, *_, **__):
+    return 2 * h.numel() * weight[0]
+
+
+def _flops_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate, **_):
+    return 2 * h.numel() * weight[0] * (need_h + need_weight)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     h, weight, x, gate, row_mask = inputs
     ctx.save_for_backward(h, weight, gate, row_mask)
@@ -90,6 +98,7 @@ _op = define(
     "gated_linear_residual(Tensor h, Tensor weight, Tensor x, Tensor gate, Tensor? row_mask) -> Tensor",
     reference=gated_linear_residual_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=2,
@@ -99,6 +108,7 @@ _bwd = define(
     " bool need_h, bool need_weight, bool need_gate) -> (Tensor dh, Tensor dweight, Tensor dgate)",
     reference=gated_linear_residual_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )
 
 if TRITON:

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import gated_mlp as composition
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 
 
@@ -42,6 +44,8 @@ def gated_mlp(
         float64 inputs). The backward keeps ``x`` and the two products before the activation, in the dtype of
         ``x``; without one they exist for some rows at a time. Autocast casts all but ``residual``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -55,6 +59,11 @@ def gated_mlp(
         residual,
         outputs,
     )
+    if not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
+        return composition(
+            x, w_gate, w_up, w_down, b_gate=b_gate, b_up=b_up, b_down=b_down, activation=activation,
+            residual=residual,
+        )  # fmt: skip
     if PACKED and not torch.is_grad_enabled():
 
         def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -88,6 +97,17 @@ def _fake_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation,
     return tuple(w_gate.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
+def _flops(x, w_gate, w_up, w_down, *_, **__):
+    return 2 * x[:-1].numel() * (w_gate.numel() + w_up.numel() + w_down.numel())
+
+
+def _flops_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation, needs, **_):
+    need_x, need_gate, need_up, need_down, need_b_gate, need_b_up, _ = needs
+    first = 2 * need_x + need_gate + need_up
+    second = need_down + (need_x or need_gate or need_up or need_b_gate or need_b_up)
+    return 2 * dout[:-1].numel() * (w_gate.numel() * first + w_down.numel() * second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, w_gate, w_up, w_down, b_gate, b_up, _, residual, activation, keep = inputs
     _, gate, up = output
@@ -112,6 +132,7 @@ _op = define(
     " Tensor? b_down, Tensor? residual, str activation, bool keep) -> (Tensor out, Tensor gate, Tensor up)",
     reference=gated_mlp_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=7,
@@ -122,4 +143,5 @@ _bwd = define(
     " Tensor dw_up, Tensor dw_down, Tensor db_gate, Tensor db_up, Tensor db_down)",
     reference=gated_mlp_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -87,6 +87,7 @@ _op = define(
     "gated_residual(Tensor x, Tensor y, Tensor gate, Tensor? row_mask) -> Tensor",
     reference=gated_residual_fwd,
     fake=_fake,
+    flops=lambda *_, **__: 0,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -95,6 +96,7 @@ _bwd = define(
     " -> (Tensor dy, Tensor dgate)",
     reference=gated_residual_bwd,
     fake=_fake_bwd,
+    flops=lambda *_, **__: 0,
 )
 
 if TRITON:

@@ -63,9 +63,8 @@ def info_nce(
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
     positives, key_ids = contrastive.as_targets(positives)
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
-        query, key, positives, key_ids
-    )
+    faults = contrastive.feature_faults(query, key)
+    faults += contrastive.positives_faults(query, key, positives, key_ids)
     faults += contrastive.scalar_faults("scale", scale, query)
     n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
     if positives is None and (n != m if symmetric else m < n):
@@ -81,6 +80,8 @@ def info_nce(
         faults.append(f"weight and reduction='none' need M == N when symmetric, got N = {n} and M = {m}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not arguments.is_number(label_smoothing):  # a tensor would get no gradient
+        raise TypeError("label_smoothing must be a number")
     if not 0 <= label_smoothing < 1:
         faults.append(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if not 0 <= store_bytes < 2**63:
@@ -156,6 +157,7 @@ _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
     reference=info_nce_fwd,
     fake=_fake,
+    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
     setup_context=_setup_context,
     backward=_backward,
     autocast=2,
@@ -165,6 +167,7 @@ _bwd = define(
     " -> (Tensor dquery, Tensor dkey, Tensor dscale)",
     reference=info_nce_bwd,
     fake=_fake_bwd,
+    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("info_nce_stats", _device):

@@ -106,6 +106,18 @@ def _fake_bwd(
     return *grads, bias.new_empty(bias.shape if needs[3] else 0)
 
 
+def _flops(query, key, value, *_, **__):
+    return attention.flops(query, key[2], value[3])
+
+
+def _flops_bwd(dout, dlse, query, key, value, *rest, **_):
+    need_query, need_key, need_value, need_bias = rest[-1]
+    return attention.flops_bwd(
+        query, key[2], value[3], need_query=need_query, need_key=need_key, need_value=need_value,
+        need_logits=need_query or need_key or need_bias,
+    )  # fmt: skip
+
+
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, start, end, ctx.scale, relative_bias, ctx.rows, ctx.cols = inputs
     ctx.save_for_backward(query, key, value, start, end, *output, relative_bias)
@@ -130,6 +142,7 @@ _op = define(
     f"interval_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     reference=interval_attention_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=3,
@@ -139,6 +152,7 @@ _bwd = define(
     " bool[] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drelative_bias)",
     reference=interval_attention_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )
 
 if TRITON:

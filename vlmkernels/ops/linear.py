@@ -5,8 +5,10 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import linear as composition
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
 
@@ -34,6 +36,8 @@ def linear(
         float64 inputs). The backward keeps ``x`` and, if there is an activation, ``x @ weight.T + bias`` in
         the dtype of ``x``. Autocast casts ``x``, ``weight`` and ``bias``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -47,6 +51,8 @@ def linear(
         residual,
         outputs,
     )
+    if not are_plain(x, weight, bias, residual):
+        return composition(x, weight, bias, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
         out = packed_linear(x, weight, bias, activation, residual)
         if out is not None:
@@ -67,6 +73,14 @@ def _fake_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bi
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     )
+
+
+def _flops(x, weight, *_, **__):
+    return 2 * x.numel() * weight[0]
+
+
+def _flops_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bias, **_):
+    return 2 * dout.numel() * weight[1] * (need_x + need_weight)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -96,6 +110,7 @@ _op = define(
     " -> (Tensor out, Tensor preactivation)",
     reference=linear_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=3,
@@ -105,4 +120,5 @@ _bwd = define(
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=linear_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import mlp as composition
 from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
 
 
@@ -37,6 +39,8 @@ def mlp(
         float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without one the
         hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -50,6 +54,8 @@ def mlp(
         residual,
         outputs,
     )
+    if not are_plain(x, w1, b1, w2, b2, residual):
+        return composition(x, w1, b1, w2, b2, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
 
         def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -78,6 +84,16 @@ def _fake_bwd(dout, x, w1, b1, w2, y, activation, needs):
     return tuple(w1.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
+def _flops(x, w1, b1, w2, *_, **__):
+    return 2 * x[:-1].numel() * (w1.numel() + w2.numel())
+
+
+def _flops_bwd(dout, x, w1, b1, w2, y, activation, needs, **_):
+    need_x, need_w1, need_b1, need_w2, _ = needs
+    first, second = need_x + need_w1, need_w2 + (need_x or need_w1 or need_b1)
+    return 2 * dout[:-1].numel() * (w1.numel() * first + w2.numel() * second)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, w1, b1, w2, _, residual, activation, keep = inputs
     _, y = output
@@ -101,6 +117,7 @@ _op = define(
     " -> (Tensor out, Tensor preactivation)",
     reference=mlp_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=5,
@@ -110,4 +127,5 @@ _bwd = define(
     " bool[5] needs) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     reference=mlp_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )

@@ -72,6 +72,26 @@ def _fake_bwd(
     )
 
 
+def _flops(query, media_key, media_value, latent_key, *_, **__):
+    return attention.flops(query, media_key[2] + latent_key[2], media_value[3])
+
+
+def _flops_bwd(dout, query, media_key, media_value, latent_key, *rest, **_):
+    need_query, need_media_key, need_media_value, need_latent_key, need_latent_value = rest[-1]
+    sources = (
+        (media_key, need_media_key, need_media_value),
+        (latent_key, need_latent_key, need_latent_value),
+    )
+    need_logits = need_query or need_media_key or need_latent_key
+    return sum(
+        attention.flops_bwd(
+            query, key[2], media_value[3], need_query=need_query, need_key=need_key, need_value=need_value,
+            need_logits=need_logits,
+        )
+        for key, need_key, need_value in sources
+    )  # fmt: skip
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -93,6 +113,7 @@ _op = define(
     f"perceiver_attention({_INPUTS}, float scale) -> (Tensor out, Tensor lse)",
     reference=perceiver_attention_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=5,
@@ -102,6 +123,7 @@ _bwd = define(
     " -> (Tensor dquery, Tensor dmedia_key, Tensor dmedia_value, Tensor dlatent_key, Tensor dlatent_value)",
     reference=perceiver_attention_bwd,
     fake=_fake_bwd,
+    flops=_flops_bwd,
 )
 
 if TRITON:

@@ -47,12 +47,10 @@ def sigmoid_loss(
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
     positives, key_ids = contrastive.as_targets(positives)
-    faults = contrastive.feature_faults(query, key) + contrastive.positives_faults(
-        query, key, positives, key_ids
-    )
-    faults += contrastive.scalar_faults("scale", scale, query) + contrastive.scalar_faults(
-        "bias", bias, query
-    )
+    faults = contrastive.feature_faults(query, key)
+    faults += contrastive.positives_faults(query, key, positives, key_ids)
+    faults += contrastive.scalar_faults("scale", scale, query)
+    faults += contrastive.scalar_faults("bias", bias, query)
     if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
         faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
     if reduction not in ("mean", "sum", "none"):
@@ -97,6 +95,11 @@ def _fake_bwd(dloss, query, key, scale, bias, *rest):
     )
 
 
+def _flops(query, key, *_, out_shape):
+    formed = sum(grad == x for grad, x in zip(out_shape[1:], (query, key), strict=False))
+    return contrastive.flops(query, key, 1 + formed)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.normalize, ctx.reduction, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
@@ -128,6 +131,7 @@ _op = define(
     f" -> (Tensor loss, {_GRADS})",
     reference=sigmoid_loss_fwd,
     fake=_fake,
+    flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
     autocast=2,
@@ -136,6 +140,7 @@ _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
+    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("sigmoid_sweep", _device):

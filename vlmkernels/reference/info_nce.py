@@ -117,6 +117,12 @@ def _feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
     return x.new_empty(x.shape).copy_(grad)
 
 
+def check_pair(op: str, positives: Tensor | None, key_ids: Tensor | None) -> None:
+    """The raw ops get the two of (query_ids, key_ids) one by one."""
+    if positives is None and key_ids is not None:
+        raise ValueError(f"{op}: key_ids want the ids of the queries in positives, got None")
+
+
 def check_indices(op: str, positives: Tensor, m: int) -> None:
     """Indices of positives are -100 or in [0, M); a device assertion where waiting for the device is dear."""
     valid = ((positives == -100) | ((positives >= 0) & (positives < m))).all()
@@ -131,6 +137,7 @@ def _matches(
     op: str, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device: torch.device
 ) -> Tensor:
     """Which pairs are positive, [N, M] bool."""
+    check_pair(op, positives, key_ids)
     if positives is None:
         return torch.eye(n, m, dtype=torch.bool, device=device)
     if key_ids is None:

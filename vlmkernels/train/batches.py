@@ -49,7 +49,7 @@ class BatchPlan:
         """The indices of this process's part of each joint batch of an epoch, from batch ``start`` on."""
         # 32 bits: torch's generator on the CPU ignores the higher ones.
         seed = sample_rng(self.seed, epoch, "order").getrandbits(32)
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed), device="cpu")
         for step in range(start, self.steps_per_epoch):
             joint = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield torch.tensor_split(joint, self.world_size)[self.rank].tolist()

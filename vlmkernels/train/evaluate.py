@@ -169,10 +169,11 @@ def classification(
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(weights):
         raise ValueError(f"labels must be in [0, {len(weights)}) and not empty, got {len(labels)} labels")
-    places = ranks(image_features, weights, torch.stack([torch.arange(len(labels)), labels], dim=1))
+    rows = torch.arange(len(labels), device=labels.device)
+    places = ranks(image_features, weights, torch.stack([rows, labels], dim=1))
     right = (places == 1).float()
     sizes = labels.bincount(minlength=len(weights))
-    per_class = torch.zeros(len(weights)).scatter_add_(0, labels, right)[sizes > 0] / sizes[sizes > 0]
+    per_class = right.new_zeros(len(weights)).scatter_add_(0, labels, right)[sizes > 0] / sizes[sizes > 0]
     return {
         "top1": right.mean().item(),
         "top5": (places <= 5).float().mean().item(),

@@ -1,0 +1,9 @@
+// The ops that others are made of have no derivatives: asked for one, in reverse or forward mode, they say so.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY_IMPL(vlmkernels, Autograd, m) {
+  for (const char* op : {"dense_loss", "dense_loss_bwd", "info_nce_grads", "info_nce_stats", "sigmoid_sweep"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}

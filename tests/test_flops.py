@@ -1,0 +1,117 @@
+"""What torch's FlopCounterMode counts for the ops: as much as for their composition in plain PyTorch."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+import vlmkernels
+from tests.every_model import build
+from vlmkernels import _library, intervals, reference
+
+
+def counted(fn, tensors) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward."""
+    with FlopCounterMode(display=False) as forward:
+        out = fn(*tensors)
+    with FlopCounterMode(display=False) as backward:
+        if out.requires_grad:
+            out.backward(torch.ones_like(out))
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def trained_in_turn(*shapes):
+    """Tensors of these shapes, of which every combination requires a gradient."""
+    for needs in itertools.product((True, False), repeat=len(shapes)):
+        yield [torch.randn(shape).requires_grad_(need) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def by_name(library, op):
+    """The op, and what else it needs, as a function of the tensors whose gradients are asked for in turn."""
+    fn = getattr(library, op)
+    return {
+        "linear": lambda x, w, b: fn(x, w, b, activation="gelu"),
+        "mlp": lambda x, w1, b1, w2: fn(x, w1, b1, w2, None, activation="relu"),
+        "gated_mlp": lambda x, gate, up, down: fn(x, gate, up, down),
+        "gated_residual": lambda x, y, gate: fn(x, y, gate),
+        "gated_linear_residual": lambda x, h, w, gate: fn(x, h, w, gate),
+        "info_nce": lambda q, k, scale: fn(q, k, scale, label_smoothing=0.1),
+        "sigmoid_loss": lambda q, k, scale: fn(q, k, scale, -1.0, normalize=True),
+    }[op]
+
+
+SHAPES = {
+    "linear": ((2, 3, 5), (7, 5), (7,)),
+    "mlp": ((2, 3, 5), (11, 5), (11,), (7, 11)),
+    "gated_mlp": ((2, 3, 5), (11, 5), (11, 5), (7, 11)),
+    "gated_residual": ((2, 3, 5), (2, 3, 5), (1,)),
+    "gated_linear_residual": ((2, 3, 5), (2, 3, 7), (5, 7), (5,)),
+    "info_nce": ((6, 5), (6, 5), ()),
+    "sigmoid_loss": ((6, 5), (6, 5), ()),
+}
+
+
+@pytest.mark.parametrize("op", SHAPES)
+def test_products_count_as_in_the_composition(op):
+    ours, plain = by_name(vlmkernels, op), by_name(reference, op)
+    for tensors in trained_in_turn(*SHAPES[op]):
+        assert counted(ours, tensors) == counted(plain, tensors)
+
+
+def test_losses_too_large_to_hold_count_alike():
+    for n, m in ((600, 600), (6, 700)):
+        options = {"symmetric": n == m}
+        for tensors in trained_in_turn((n, 5), (m, 5)):
+            plain = counted(lambda q, k, o=options: reference.info_nce(q, k, 2.0, **o), tensors)
+            assert counted(lambda q, k, o=options: vlmkernels.info_nce(q, k, 2.0, **o), tensors) == plain
+            plain = sum(counted(lambda q, k: reference.sigmoid_loss(q, k, 2.0, 0.0), tensors))
+            # formed in the forward, where it is known how the backward ends
+            assert sum(counted(lambda q, k: vlmkernels.sigmoid_loss(q, k, 2.0, 0.0), tensors)) == plain
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_counts_as_scaled_dot_product_attention_of_all_keys(kv_heads):
+    query, key, value = (2, 4, 5, 8), (2, kv_heads, 7, 8), (2, kv_heads, 7, 3)
+    start, end = intervals.causal(5)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in (query, key, value)]
+    got = counted(lambda q, k, v: vlmkernels.interval_attention(q, k, v, start, end), tensors)
+    out = (2, 4, 5, 3)
+    assert got == (sdpa_flop_count(query, key, value), sdpa_backward_flop_count(out, query, key, value))
+    frozen = [tensors[0].detach(), tensors[1].detach(), tensors[2]]
+    products = 2 * 2 * 4 * 5 * 7
+    got = counted(lambda q, k, v: vlmkernels.interval_attention(q, k, v, start, end), frozen)
+    assert got == (products * (8 + 3), products * (8 + 3))
+
+
+def test_perceiver_attention_counts_the_keys_of_both_sources():
+    query, media, latents = (2, 4, 3, 8), (2, 4, 7, 8), (2, 4, 3, 8)
+    both = (2, 4, 10, 8)
+    tensors = [torch.randn(s, requires_grad=True) for s in (query, media, media, latents, latents)]
+    got = counted(vlmkernels.perceiver_attention, tensors)
+    assert got == (sdpa_flop_count(query, both, both), sdpa_backward_flop_count(query, query, both, both))
+
+
+def test_every_op_has_a_formula():
+    declared = {name for name in dir(torch.ops.vlmkernels) if not name.startswith("_")} | set(_library.OPS)
+    packets = [getattr(torch.ops.vlmkernels, name) for name in declared]
+    packets = [packet for packet in packets if isinstance(packet, torch._ops.OpOverloadPacket)]
+    assert len(packets) >= 18
+    assert [packet for packet in packets if packet not in flop_registry] == []
+
+
+@pytest.mark.parametrize("name", ["clip", "align", "simvlm", "flamingo", "decoder", "resampler", "block"])
+def test_every_linear_layer_of_a_model_has_its_line(name):
+    case = build(name)
+    with FlopCounterMode(display=False) as counter:
+        case.run()
+    counts = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
+    root = type(case.model).__name__
+    linears = [path for path, module in case.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert [path for path in linears if not counts.get(f"{root}.{path}")] == []
+    assert counts["Global"] == counts[root]
