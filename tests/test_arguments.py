@@ -120,6 +120,12 @@ def test_weights_of_info_nce_are_numbers():
     assert vlmkernels.info_nce(x, x, 1.0, weight=torch.tensor([True, False, True, True])).isfinite()
 
 
+def test_contrastive_ops_take_no_tensor_as_label_smoothing():
+    x = torch.randn(4, 5)
+    with pytest.raises(TypeError, match="info_nce: label_smoothing must be float, got Tensor"):
+        vlmkernels.info_nce(x, x, 1.0, label_smoothing=torch.tensor(0.1))
+
+
 def test_complex_numbers_are_no_scales():
     x = torch.randn(4, 3)
     with pytest.raises(TypeError, match=r"info_nce: scale must be float or dense Tensor, got complex"):

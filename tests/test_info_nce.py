@@ -411,7 +411,6 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"weight": torch.ones(3)}, r"weight must be \[N\] = \(4,\), got \(3,\)"),
         ({"reduction": "avg"}, "'avg'"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
-        ({"label_smoothing": torch.tensor(0.1)}, "label_smoothing must be float, got Tensor"),
         ({"store_bytes": -1}, "store_bytes must be in"),
         ({"scale": torch.ones(2)}, r"scale must be a float or .* one element, got torch.float32 \(2,\)"),
         ({"key": torch.zeros(0, 5), "symmetric": False}, "key has no rows while query has 4"),
@@ -435,15 +434,15 @@ def test_bad_input(change, message):
         ((torch.arange(4), None), "(Tensor, NoneType)"),
         ((torch.arange(4),), "(Tensor)"),
         ([torch.arange(4), torch.arange(4)], "list"),
-        ((), "tuple"),
+        ((), "()"),
     ],
     ids=str,
 )
 def test_targets_of_which_one_is_missing(positives, got):
     x = torch.randn(4, 5)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TypeError) as error:
         vlmkernels.info_nce(x, x, 1.0, positives=positives)
-    assert str(error.value).endswith(f"must be None, a tensor, or a tuple of two tensors, got {got}")
+    assert str(error.value).endswith(f"(dense Tensor, dense Tensor) or None, got {got}")
     with pytest.raises(
         ValueError, match="info_nce: key_ids want the ids of the queries in positives, got None"
     ):

@@ -410,7 +410,6 @@ def good():
         ({"relative_bias": torch.zeros(4, 3, 3)}, r"relative_bias needs grid = \(rows, columns\)"),
         ({"relative_bias": torch.zeros(4, 3, 3), "grid": (2, 3)}, r"= \(4, 3, 5\), got \(4, 3, 3\)"),
         ({"grid": (2, 3)}, r"grid \(2, 3\) needs relative_bias"),
-        ({"scale": torch.nn.Parameter(torch.ones(()))}, "scale must be a float, got a tensor"),
     ],
 )
 def test_bad_input(change, message):
