@@ -7,12 +7,16 @@ name (checkpoints, transformers' registries) finds the same.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 
 
 class Rule(nn.Module):
@@ -20,6 +24,7 @@ class Rule(nn.Module):
 
     patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding", what it takes
     patch_runs: ClassVar[str]  # what the report says of a patched module
+    patch_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the class that this one puts its own before
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
     patch_class: ClassVar[type[nn.Module]]  # the swapped class itself, also in its subclasses
 
@@ -66,25 +71,60 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     """The subclass of `original` with the methods of `rule`, always the same one."""
     if (original, rule) in _SWAPPED:
         return _SWAPPED[original, rule]
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace = {**names, **rule.patch_facts(original), "patch_origin": (original, rule)}
-    if rule.forward is not nn.Module.forward:
-        namespace["forward"] = _with_signature(rule.forward, original.forward)
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace: dict[str, Any] = {name: getattr(original, name) for name in names}
+    annotated = (vars(c)["__annotations__"] for c in original.__mro__ if "__annotations__" in vars(c))
+    namespace["__annotations__"] = next(annotated, {})  # TorchScript reads them
+    namespace |= rule.patch_facts(original) | {"patch_origin": (original, rule)}
+    namespace |= {name: _before(getattr(rule, name), getattr(original, name)) for name in rule.patch_methods}
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
     cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
-def _with_signature(forward: Any, original: Any) -> types.FunctionType:
-    """A copy that shows the arguments of the original: trainers choose the columns of a data set by them."""
-    copy = types.FunctionType(
-        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+def _before(ours: Callable, own: Callable) -> Callable:
+    """The method that runs ours, and in transformed calls the class's own.
+
+    It passes for the own one: trainers that choose the columns of a data set by its arguments, torch.fx and
+    TorchScript find the own signature, source and names through it.
+    """
+    both = zip(_arguments(own), _arguments(ours), strict=False)
+    patch_names = {theirs: mine for theirs, mine in both if theirs != mine}
+    patch_ours, patch_own, patch_transformed = ours, own, transformed  # no name of the other module
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if patch_transformed():
+            return patch_own(self, *args, **kwargs)
+        if patch_names and kwargs:
+            kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
+        return patch_ours(self, *args, **kwargs)
+
+    known = getattr(own, "__globals__", globals())  # where TorchScript looks up the names in the own source
+    return functools.wraps(own)(types.FunctionType(method.__code__, known, closure=method.__closure__))
+
+
+def _arguments(method: Callable) -> list[str]:
+    """The names of the arguments that can be given by position."""
+    parameters = inspect.signature(method).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def transformed() -> bool:
+    """Whether the call is looked at by more than its caller, and a module's own code has to run.
+
+    Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, under transforms of
+    torch.func, and in forward-mode automatic differentiation. In the graphs of torch.compile our ops run.
+    """
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if isinstance(transform, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_dynamo_compiling() and (
+        torch._C._is_tracing()
+        or _symbolic_trace.is_fx_symbolic_tracing()
+        or torch.compiler.is_compiling()  # an export that is not strict
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    copy.__doc__ = original.__doc__
-    copy.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return copy
 
 
 def rule_of(module: nn.Module) -> type[Rule] | None:
@@ -113,6 +153,11 @@ def unheard(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def is_plain(*tensors: Any) -> bool:
+    """Whether these are tensors, or None, and of no subclass that computes in a way of its own."""
+    return all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
 
 
 def cannot_swap(module: nn.Module) -> str | None:

@@ -161,7 +161,9 @@ class _BertAttention(_Named):
         if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or not unheard(self.dropout):
             return None
         if attention_mask is not None:
-            seen = _masks.intervals_of(attention_mask, tokens, tokens)
+            seen = _masks.intervals_of(
+                attention_mask, (len(hidden_states), self.num_attention_heads, tokens, tokens)
+            )
             if seen is None:
                 return None
         query, key, value = (
