@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import vlmkernels
 from vlmkernels import _packed
@@ -175,6 +177,14 @@ def test_what_is_not_packed_says_why():
     with vlmkernels.prepare_for_inference(net) as prepared:
         assert prepared.packed == []
         assert prepared.skipped == {"f16": "torch.float16 is not packed", "meta": "on meta"}
+
+
+@needs_onednn
+def test_weights_that_are_made_anew_in_every_call_are_not_packed():
+    net = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)).eval()
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    with vlmkernels.prepare_for_inference(net) as prepared:
+        assert prepared.skipped == {"0": "not a plain parameter", "1": "not a plain parameter"}
 
 
 @needs_onednn

@@ -340,7 +340,7 @@ def test_cls_is_the_first_row_of_the_whole_encoder():
     model = ALIGN(CONFIGS["emoji-tiny"]).eval()
     _, tokens, _ = batch(model.config)
     with torch.no_grad():
-        torch.testing.assert_close(model.text_model.cls(tokens), model.text_model(tokens)[:, 0])
+        torch.testing.assert_close(model.text_model(tokens, cls_only=True), model.text_model(tokens)[:, 0])
 
 
 # Saving, loading, bad input

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.parity import assert_same, close, peer, randomize
 from vlmkernels.nn import PerceiverResampler
+from vlmkernels.nn._layers import add_feed_forward
 from vlmkernels.nn.families import RESAMPLER_PRESETS
 from vlmkernels.testing import saved_activation_bytes
 
@@ -124,7 +125,7 @@ def test_squared_relu():
     normed = F.layer_norm(x, (24,), feed_forward[0].weight, feed_forward[0].bias)
     wanted = (normed @ feed_forward[1].weight.T).clamp_min(0).square() @ feed_forward[3].weight.T
     torch.testing.assert_close(feed_forward(x), wanted)
-    torch.testing.assert_close(feed_forward.add_to(x), x + wanted)
+    torch.testing.assert_close(add_feed_forward(x, feed_forward), x + wanted)
 
 
 def test_padding_is_never_seen_and_latents_remain():
@@ -233,7 +234,7 @@ def test_second_derivatives_are_refused():
     with pytest.raises(RuntimeError):
         grad.sum().backward()
     latents = torch.randn(5, 24, requires_grad=True)
-    out = resampler.layers[0][1].add_to(latents)
+    out = add_feed_forward(latents, resampler.layers[0][1])
     (grad,) = torch.autograd.grad(out.square().sum(), latents, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()

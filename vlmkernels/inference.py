@@ -80,7 +80,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
     packed: dict[str, tuple[nn.Module, Tensor]] = {}
     skipped: dict[str, str] = {}
     for name, (module, weight) in layers.items():
-        reason = _packed.why_not(weight)
+        reason = _packed.why_not(weight) if type(weight) is nn.Parameter else "not a plain parameter"
         if reason:
             skipped[name] = reason
             continue

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import nn
 from torch.fx import _symbolic_trace
+
+from vlmkernels._modules import is_transformed
 
 
 class Rule(nn.Module):
@@ -91,10 +92,10 @@ def _before(ours: Callable, own: Callable) -> Callable:
     """
     both = zip(_arguments(own), _arguments(ours), strict=False)
     patch_names = {theirs: mine for theirs, mine in both if theirs != mine}
-    patch_ours, patch_own, patch_transformed = ours, own, transformed  # no name of the other module
+    patch_ours, patch_own, patch_own_runs = ours, own, own_code_runs  # names that no other module has
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if patch_transformed():
+        if patch_own_runs():
             return patch_own(self, *args, **kwargs)
         if patch_names and kwargs:
             kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
@@ -110,20 +111,19 @@ def _arguments(method: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
-def transformed() -> bool:
-    """Whether the call is looked at by more than its caller, and a module's own code has to run.
+def own_code_runs() -> bool:
+    """Whether a call is looked at by more than its caller, so that a module's own code has to run.
 
     Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, under transforms of
     torch.func, and in forward-mode automatic differentiation. In the graphs of torch.compile our ops run.
     """
-    transform = torch._C._functorch.peek_interpreter_stack()
-    if isinstance(transform, torch._C._functorch.CInterpreter) or forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_dynamo_compiling() and (
-        torch._C._is_tracing()
-        or _symbolic_trace.is_fx_symbolic_tracing()
-        or torch.compiler.is_compiling()  # an export that is not strict
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return is_transformed() or (
+        not torch.compiler.is_dynamo_compiling()
+        and (
+            _symbolic_trace.is_fx_symbolic_tracing()
+            or torch.compiler.is_compiling()  # an export that is not strict
+            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        )
     )
 
 
@@ -135,29 +135,6 @@ def rule_of(module: nn.Module) -> type[Rule] | None:
 def own(module: nn.Module) -> type[nn.Module]:
     """The class that the module has without a patch."""
     return module.patch_origin[0] if isinstance(module, Rule) else type(module)
-
-
-def is_exactly(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the module is of this class and no subclass, patched or not."""
-    if isinstance(module, Rule):
-        return module.patch_origin[0] is cls and type(module) is module.patch_class
-    return type(module) is cls
-
-
-def unheard(module: nn.Module) -> bool:
-    """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
-def is_plain(*tensors: Any) -> bool:
-    """Whether these are tensors, or None, and of no subclass that computes in a way of its own."""
-    return all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
 
 
 def cannot_swap(module: nn.Module) -> str | None:

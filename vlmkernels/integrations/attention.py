@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import are_plain, is_exactly
 from vlmkernels.integrations import _masks
 from vlmkernels.integrations._masks import Intervals
-from vlmkernels.integrations._swap import Rule, is_exactly, is_plain, transformed
+from vlmkernels.integrations._swap import Rule, own_code_runs
 
 
 def attend(
@@ -45,7 +46,7 @@ def attend(
 def fits(query: Tensor, key: Tensor, value: Tensor, scale: Any = None) -> bool:
     """Whether these are operands of one batch on the CPU, none of them empty."""
     return (
-        is_plain(query, key, value)
+        are_plain(query, key, value)
         and query.device.type == "cpu"
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -102,7 +103,7 @@ class TorchMultiheadAttention(AttentionRule):
             and query.device.type == "cpu"
             and type(self) is self.patch_class  # no parametrization
             and is_exactly(out_proj := self.out_proj, nn.modules.linear.NonDynamicallyQuantizableLinear)
-            and is_plain(query, key, value, *self._parameters.values(), *out_proj._parameters.values())
+            and are_plain(query, key, value, *self._parameters.values(), *out_proj._parameters.values())
             and query.dim() == key.dim() == value.dim() == 3
             and not any(x.is_nested for x in (query, key, value))
             and min(query.numel(), key.numel()) > 0
@@ -191,7 +192,7 @@ def _transformers_attention(
     """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
     options = ("position_bias", "cache", "softcap", "output_attentions")
     exact = (
-        not transformed()
+        not own_code_runs()
         and dropout == 0
         and all(kwargs.get(name) is None or kwargs[name] is False for name in options)
         and fits(query, key, value, scaling)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import is_exactly, unheard
 from vlmkernels.integrations import _masks
-from vlmkernels.integrations._swap import is_exactly, qualified_name, unheard
+from vlmkernels.integrations._swap import qualified_name
 from vlmkernels.integrations.attention import AttentionRule, attend
 
 

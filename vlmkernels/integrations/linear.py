@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 import vlmkernels
+from vlmkernels._modules import are_plain, passable, unheard
 from vlmkernels.integrations._chains import chain_of, gated_of
-from vlmkernels.integrations._swap import Rule, is_exactly, is_plain, qualified_name, unheard
+from vlmkernels.integrations._swap import Rule, qualified_name
 
 _ALL = ("*",)  # every child, in order
 _ACTIVATIONS = {
@@ -46,7 +46,7 @@ def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether x can go through layers of these weights and biases on the CPU, all of one dtype."""
     plain = (
         x is not None
-        and is_plain(x, weight, *others)
+        and are_plain(x, weight, *others)
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not x.is_nested
@@ -81,7 +81,7 @@ class TorchLinear(LinearRule):
     def patch_refuses(cls, module: Any) -> str | None:
         if type(module) is not nn.Linear:
             return "a subclass of torch.nn.Linear with code of its own"
-        return None if is_plain(module.weight) else "its weight is a subclass of Tensor"
+        return None if are_plain(module.weight) else "its weight is a subclass of Tensor"
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # read once: a parametrization computes them
@@ -119,8 +119,6 @@ class Perceptron(LinearRule):
 
     def forward(self, x: Any) -> Any:  # type: ignore[override]
         steps = _steps(self)
-        if torch_module._has_any_global_hook():
-            return super().forward(x)
         while steps:
             layer, activation, second = (*steps[:3], None, None)[:3]
             word, first, then = _word(activation), _tensors(layer), _tensors(second)
@@ -164,7 +162,7 @@ class GatedPerceptron(LinearRule):
     def forward(self, x: Any) -> Any:  # type: ignore[override]
         down, activation, gate, up = (getattr(self, name) for name in self.patch_steps)
         word, layers = _word(activation), [_tensors(layer) for layer in (gate, up, down)]
-        if word is None or None in layers or torch_module._has_any_global_hook():
+        if word is None or None in layers:
             return super().forward(x)
         weights, biases = zip(*layers, strict=True)
         if not fits(x, *weights, *biases):
@@ -192,7 +190,7 @@ def _passes(step: Any) -> bool:
 
 def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer that need not be called; None for all other steps."""
-    free = isinstance(step, nn.Linear) and is_exactly(step, nn.Linear) and unheard(step)
+    free = isinstance(step, nn.Linear) and passable(step, nn.Linear)
     return (step.weight, step.bias) if free else None
 
 

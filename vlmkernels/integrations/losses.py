@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import nn as ours
-from vlmkernels.integrations._swap import Rule, qualified_name, transformed
+from vlmkernels.integrations._swap import Rule, own_code_runs, qualified_name
 
 
 class LossRule(Rule):
@@ -26,7 +26,7 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
     """The forward of our loss, which outside autocast has the dtype of the features, as open_clip's has."""
 
     def forward(self: Any, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if transformed():
+        if own_code_runs():
             return self.patch_own.forward(self, image_features, *args, **kwargs)
         result = ours.forward(self, image_features, *args, **kwargs)
         if torch.is_autocast_enabled(image_features.device.type):

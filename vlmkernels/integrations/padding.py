@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.integrations._swap import Rule, is_exactly, own, qualified_name, unheard
+from vlmkernels._modules import is_exactly, unheard
+from vlmkernels.integrations._swap import Rule, own, qualified_name
 
 _POOLED_AT_THE_END = ("argmax", "eos")
 

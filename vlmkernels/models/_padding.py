@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkernels import _native
+from vlmkernels._modules import is_traced
 
 
 class Texts(NamedTuple):
@@ -18,16 +19,16 @@ class Texts(NamedTuple):
 
 
 def can_drop(tokens: Tensor) -> bool:
-    """Whether padding can be dropped: how much there is must be known, which on accelerators and in compiled
-    code it is not, and attention must cost what is seen, which without the C++ kernels it does not.
+    """Whether padding can be dropped: how much there is must be known, which on accelerators, in compiled and
+    in traced code it is not, and attention must cost what is seen, which without the C++ kernels it does not.
     """
-    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and _native.extension is not None
+    return tokens.device.type == "cpu" and not is_traced() and _native.extension is not None
 
 
 def drop(
     tokens: Tensor,  # [B, L]
     lengths: Tensor,  # [B], of each row without its padding
 ) -> Texts:
-    position = torch.arange(tokens.shape[1]).expand_as(tokens)
+    position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     inside = position < lengths[:, None]
     return Texts(tokens[inside][None], position[inside][None], F.pad(lengths.cumsum(0), (1, 0)))

@@ -13,7 +13,7 @@ import vlmkernels
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.efficientnet import drop_branch
-from vlmkernels.nn.dense import MLP, Linear
+from vlmkernels.nn.dense import MLP, Linear, add
 
 
 class KeysValues(NamedTuple):
@@ -35,6 +35,7 @@ class SelfAttention(nn.Module):
     """
 
     linear_weights: ClassVar = ("in_proj_weight",)
+    adds_residual: ClassVar = True
 
     def __init__(self, width: int, heads: int, grid: tuple[int, int] | None) -> None:
         super().__init__()
@@ -58,16 +59,19 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.unbind(2)  # each [B, T, heads, Dh]
         if cache is not None:
             kept, slots = cache
-            rows = torch.arange(len(x), device=x.device)[:, None]
+            rows = torch.arange(x.shape[0], device=x.device)[:, None]
             kept.key[rows, slots] = key.to(kept.key.dtype)
             kept.value[rows, slots] = value.to(kept.value.dtype)
             key, value = kept
         table, grid = (self.relative_bias, self.grid) if has_image else (None, None)
-        return self.out_proj(_attend(query, key, value, interval, relative_bias=table, grid=grid), residual)
+        out = _attend(query, key, value, interval, relative_bias=table, grid=grid)
+        return add(residual, self.out_proj, out)
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from the decoder to the encoder's result."""
+
+    adds_residual: ClassVar = True
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -82,12 +86,13 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        memory: KeysValues,
+        memory: KeysValues | Tensor,  # [B', T', D], B' = 1 for texts in one row
         interval: Intervals,
         residual: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, T, D]
         query = self.q_proj(x).unflatten(-1, (self.heads, -1))
-        return self.out_proj(_attend(query, *memory, interval), residual)
+        memory = self.keys_values(memory) if isinstance(memory, Tensor) else memory
+        return add(residual, self.out_proj, _attend(query, *memory, interval))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, interval: Intervals, **relative: Any) -> Tensor:
@@ -127,7 +132,7 @@ class Block(nn.Module):
         interval: Intervals,
         *,
         has_image: bool = False,
-        memory: tuple[KeysValues, Intervals] | None = None,
+        memory: tuple[KeysValues | Tensor, Intervals] | None = None,
         cache: tuple[KeysValues, Tensor] | None = None,
     ) -> Tensor:  # [B, T, D]
         x = self._add(x, self.attn, self.ln_1(x), interval, has_image, cache)
@@ -137,6 +142,6 @@ class Block(nn.Module):
 
     def _add(self, x: Tensor, branch: nn.Module, *inputs: Any) -> Tensor:  # [B, T, D]
         if not self.training or self.dropout == self.stochastic_depth == 0:
-            return branch(*inputs, residual=x)
+            return add(x, branch, *inputs)
         out = F.dropout(branch(*inputs), self.dropout)
         return x + drop_branch(out, self.stochastic_depth, True)

@@ -239,7 +239,7 @@ class ALIGN(Pretrained):
         attention_mask: Tensor | None = None,  # [B, L], non-zero = attend; None: tokens != pad_id
     ) -> Tensor:  # [B, E]
         """Text embeddings. ValueError for another shape or dtype, or more tokens than positions."""
-        features = self.text_projection(self.text_model.cls(tokens, attention_mask))
+        features = self.text_projection(self.text_model(tokens, attention_mask, cls_only=True))
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(

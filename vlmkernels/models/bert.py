@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models import _padding
-from vlmkernels.nn.dense import Linear, mlp
+from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
 
 
 class SelfAttention(nn.Module):
@@ -36,7 +37,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:  # [B, n or L, D]
         asking = x
         if wanted is not None:
-            asking = x.take_along_dim(wanted[..., None], 1)
+            asking = take_rows(x, wanted)
             seen = seen and (seen[0].gather(1, wanted), seen[1].gather(1, wanted))
         query, key, value = (
             self.self[name](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, Dh]
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
             mixed = vlmkernels.interval_attention(query, key, value, *seen)
         mixed = mixed.transpose(1, 2).flatten(2)
         if not p:
-            return self.output["LayerNorm"](self.output["dense"](mixed, asking))
+            return self.output["LayerNorm"](add(asking, self.output["dense"], mixed))
         return self.output["LayerNorm"](F.dropout(self.output["dense"](mixed), p) + asking)
 
 
@@ -58,7 +59,7 @@ class Layer(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.attention = SelfAttention(width, heads, dropout, eps)
-        self.intermediate = nn.ModuleDict({"dense": Linear(width, mlp_width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, mlp_width), "activation": nn.GELU()})
         self.output = nn.ModuleDict(
             {"dense": Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
         )
@@ -67,10 +68,10 @@ class Layer(nn.Module):
         self, x: Tensor, mask: Tensor, seen: Intervals | None, wanted: Tensor | None = None
     ) -> Tensor:  # [B, L, D] -> [B, n or L, D]
         x = self.attention(x, mask, seen, wanted)
-        layers = self.intermediate["dense"], self.output["dense"]
+        layers = *self.intermediate.values(), self.output["dense"]
         if self.training and self.dropout:
-            return self.output["LayerNorm"](F.dropout(mlp(x, *layers, "gelu"), self.dropout) + x)
-        return self.output["LayerNorm"](mlp(x, *layers, "gelu", x))
+            return self.output["LayerNorm"](F.dropout(perceptron(x, *layers), self.dropout) + x)
+        return self.output["LayerNorm"](perceptron(x, *layers, residual=x))
 
 
 class Embeddings(nn.Module):
@@ -93,7 +94,7 @@ class Embeddings(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
-        return self.LayerNorm(words + self.token_type_embeddings.weight[0] + places)
+        return self.LayerNorm(words + self.token_type_embeddings(tokens.new_zeros(1, 1)) + places)
 
 
 class Encoder(nn.Module):
@@ -119,11 +120,11 @@ def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
 
     It is looked up on the CPU alone: elsewhere that would wait for the device.
     """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if mask.device.type != "cpu" or is_traced():
         return None
     start = mask.int().argmax(1, keepdim=True)
     end = start + mask.sum(1, keepdim=True)
-    place = torch.arange(mask.shape[1])
+    place = torch.arange(mask.shape[1], device=mask.device)
     if not torch.equal((place >= start) & (place < end), mask) or not bool((end > start).all()):
         return None
     return start.expand_as(mask), end.expand_as(mask)
@@ -200,25 +201,26 @@ class Bert(nn.Module):
         x = F.dropout(self.embeddings(tokens, positions), self.dropout, self.training)
         return self.encoder(x, mask, seen, wanted)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, L, D]
-        """Hidden states of the last layer. attention_mask [B, L]: non-zero = attend; None: tokens != pad_id.
+    def forward(
+        self,
+        tokens: Tensor,  # [B, L]
+        attention_mask: Tensor | None = None,  # [B, L], non-zero = attend; None: tokens != pad_id
+        *,
+        cls_only: bool = False,
+    ) -> Tensor:  # [B, L, D], or [B, D]
+        """Hidden states of the last layer, or of [CLS] alone, which then is all that the last layer computes.
 
-        Without a mask the first token, [CLS], is attended whatever its id. ValueError for a wrong shape or
-        dtype.
-        """
-        mask = self._mask(tokens, attention_mask)
-        return self._encode(tokens, mask, _runs(mask))
-
-    def cls(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, L] -> [B, D]
-        """The [CLS] row of `forward`; the last layer computes that row alone.
-
-        On a CPU padding costs nothing (the rows are packed; not in compiled code, nor with dropout).
+        Without a mask the first token, [CLS], is attended whatever its id. With `cls_only` padding costs
+        nothing on a CPU (the rows are packed; not in compiled or traced code, nor with dropout). ValueError
+        for a wrong shape or dtype.
         """
         mask = self._mask(tokens, attention_mask)
         seen = _runs(mask)
+        if not cls_only:
+            return self._encode(tokens, mask, seen)
         dropout = self.training and self.dropout
         if seen is None or dropout or not _padding.can_drop(tokens) or bool(seen[0].any()):
-            first = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+            first = torch.zeros(tokens.shape[0], 1, dtype=torch.int64, device=tokens.device)
             return self._encode(tokens, mask, seen, first)[:, 0]
         tokens, positions, bounds = _padding.drop(tokens, seen[1][:, 0])
         start, end = intervals.packed(bounds, tokens.shape[1], causal=False)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models import _padding
 from vlmkernels.models._clip_resnet import ModifiedResNet
 from vlmkernels.models._pretrained import Pretrained
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU
+from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -108,6 +109,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; parameter names of nn.MultiheadAttention (one projection for q, k, v)."""
 
     linear_weights: ClassVar = ("in_proj_weight",)
+    adds_residual: ClassVar = True
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -119,20 +121,19 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        residual: Tensor,  # [B, T, D]
         seen: Intervals,
         wanted: Tensor | None,  # [B, n] int64
+        residual: Tensor | None = None,  # [B, n or T, D]
     ) -> Tensor:  # [B, n or T, D]
         weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if wanted is None:
             query, key, value = self._heads(vlmkernels.linear(x, weight, bias), 3)
         else:
-            asking, residual = (rows.take_along_dim(wanted[..., None], 1) for rows in (x, residual))
-            (query,) = self._heads(vlmkernels.linear(asking, weight[:width], bias[:width]), 1)
+            (query,) = self._heads(vlmkernels.linear(take_rows(x, wanted), weight[:width], bias[:width]), 1)
             key, value = self._heads(vlmkernels.linear(x, weight[width:], bias[width:]), 2)
             seen = seen[0][wanted], seen[1][wanted]
         out = vlmkernels.interval_attention(query, key, value, *seen)
-        return self.out_proj(out.transpose(1, 2).flatten(2), residual)
+        return add(residual, self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:  # [B, T, parts D] -> [parts, B, heads, T, Dh]
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -155,8 +156,9 @@ class Block(nn.Module):
         seen: Intervals,
         wanted: Tensor | None = None,  # [B, n] int64
     ) -> Tensor:  # [B, n or T, D]
-        x = self.attn(self.ln_1(x), x, seen, wanted)
-        return self.mlp(self.ln_2(x), x)
+        residual = x if wanted is None else take_rows(x, wanted)
+        x = add(residual, self.attn, self.ln_1(x), seen, wanted)
+        return add(x, self.mlp, self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, activation: type[nn.Module]) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads, activation) for _ in range(layers)))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
         branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
         for block in self.resblocks:
             assert isinstance(block, Block)
@@ -215,7 +217,7 @@ class VisionTransformer(nn.Module):
         wanted: Tensor | None = None,  # [B, n] int64
     ) -> Tensor:  # [B, n or 1 + (R / P)^2, D], class token first
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         return self.transformer(self.ln_pre(x), intervals.full(x.shape[1], device=x.device), wanted)
 
@@ -225,11 +227,20 @@ class VisionTransformer(nn.Module):
         normalize: bool = False,
     ) -> Tensor:  # [B, (R / P)^2, D]
         """The last layer's output at the patches, row by row, through `ln_post` if `normalize`."""
-        x = self._tokens(images)[:, 1:]
-        return self.ln_post(x) if normalize else x
+        return self(images, patches=True, normalize=normalize)
 
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, output_dim]
-        class_token = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, R, R]
+        *,
+        patches: bool = False,
+        normalize: bool = False,
+    ) -> Tensor:  # [B, output_dim]
+        """The embeddings, or with `patches` what `patch_tokens` says."""
+        if patches:
+            tokens = self._tokens(images)[:, 1:]
+            return self.ln_post(tokens) if normalize else tokens
+        class_token = torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device)
         return self.ln_post(self._tokens(images, class_token)[:, 0]) @ self.proj
 
 
@@ -293,14 +304,14 @@ class CLIP(Pretrained):
         """Text embeddings [B, E]: the top layer at the first `config.eot_id` of each row, projected.
 
         Attention is causal, so padding after the end-of-text id changes nothing and may be cut off; on a CPU
-        it costs nothing (the rows are packed; not in compiled code). A row without the id is a ValueError
-        (on accelerators and in compiled code: an asynchronous assertion).
+        it costs nothing (the rows are packed; not in compiled or traced code). A row without the id is a
+        ValueError (on accelerators, in compiled and in traced code: an asynchronous assertion).
         """
         length = self.config.context_length
         if tokens.ndim != 2 or tokens.shape[1] > length:
             raise ValueError(f"tokens: wants [B, L] with L <= {length}, got {list(tokens.shape)}")
         is_eot = tokens == self.config.eot_id
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        if tokens.device.type != "cpu" or is_traced():
             torch._assert_async(is_eot.any(dim=1).all(), "tokens: a row has no end-of-text id")
         elif not is_eot.any(dim=1).all():
             rows = (~is_eot.any(dim=1)).nonzero().flatten().tolist()

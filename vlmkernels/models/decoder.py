@@ -17,7 +17,7 @@ import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.models.clip import LayerNorm
-from vlmkernels.nn.dense import MLP, Linear
+from vlmkernels.nn.dense import MLP, Linear, add, tied_logits
 
 IGNORE = -100
 
@@ -82,6 +82,8 @@ class KVCache:
 
 
 class DecoderAttention(nn.Module):
+    adds_residual: ClassVar = True
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -91,17 +93,17 @@ class DecoderAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        residual: Tensor,  # [B, T, D]
         start: Tensor,  # [T] or [B, T]
         end: Tensor,  # as start
         past_key_values: KVCache | None,
         layer: int,
+        residual: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:
         query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, layer)
         out = vlmkernels.interval_attention(query, key, value, start, end)  # [B, heads, T, Dh]
-        return self.to_out(out.transpose(1, 2).flatten(2), residual)
+        return add(residual, self.to_out, out.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -121,8 +123,8 @@ class DecoderLayer(nn.Module):
         past_key_values: KVCache | None,
         layer: int,
     ) -> Tensor:
-        x = self.attn(self.norm_attn(x), x, start, end, past_key_values, layer)
-        return self.mlp(self.norm_mlp(x), x)
+        x = add(x, self.attn, self.norm_attn(x), start, end, past_key_values, layer)
+        return add(x, self.mlp, self.norm_mlp(x))
 
 
 class CausalLM(Pretrained):
@@ -168,8 +170,8 @@ class CausalLM(Pretrained):
         faults = []
         if input_ids.ndim != 2:
             faults.append(f"input_ids: wants [B, T], got {list(input_ids.shape)}")
-        elif attention_mask is not None and attention_mask.shape != (len(input_ids), length):
-            wanted, got = [len(input_ids), length], list(attention_mask.shape)
+        elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length):
+            wanted, got = [input_ids.shape[0], length], list(attention_mask.shape)
             faults.append(f"attention_mask: wants {wanted} with the cached tokens, got {got}")
         if length > self.config.context_length:
             faults.append(f"input_ids: {length} tokens, context_length is {self.config.context_length}")
@@ -190,7 +192,7 @@ class CausalLM(Pretrained):
             x = layer(x, start=start, end=end, past_key_values=past_key_values, layer=index)
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
-        return CausalLMOutput(vlmkernels.linear(self.norm(x), self.embed_tokens.weight), past_key_values)
+        return CausalLMOutput(tied_logits(self.norm(x), self.embed_tokens), past_key_values)
 
     def loss(
         self,

@@ -321,7 +321,7 @@ class Flamingo(Pretrained):
             raise ValueError("Flamingo: " + "; ".join(faults))
         if vision_x is None:
             latents = self.perceiver.latents
-            return latents.new_empty((len(lang_x), 0, *latents.shape))
+            return lang_x.new_empty((lang_x.shape[0], 0, *latents.shape), dtype=latents.dtype)
         return self.encode_media(vision_x)
 
     @torch.no_grad()

@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.models._pretrained import Pretrained
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.generation import generate
-from vlmkernels.nn.dense import Linear
+from vlmkernels.nn.dense import Linear, tied_logits
 
 FORMS = ("encoder_decoder", "prefix_lm")
 
@@ -237,7 +236,7 @@ class SimVLM(Pretrained):
         return {"loss": _mean_loss(rows[counted[asked]], targets), "logits": logits}
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return vlmkernels.linear(hidden, self.token_embedding.weight)
+        return tied_logits(hidden, self.token_embedding)
 
     def _checked_lengths(
         self,
@@ -317,7 +316,7 @@ class SimVLM(Pretrained):
         memory_interval = start, start + memory_length[sample]
         memory = memory.flatten(0, 1)[None]
         for block in _blocks(self.decoder):
-            y = block(y, interval, memory=(block.cross.keys_values(memory), memory_interval))
+            y = block(y, interval, memory=(memory, memory_interval))
         return self.ln_final(y[0])
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Norms, projections and feed-forward layers that keep their input for the backward and little else.
 
 What a norm gives, and what an activation gives, is made again in the backward from tensors that are kept
-anyway. Modules that are not plain ones (a linear layer wrapped for low-rank adaptation, say) are called as
-they are, and then keep what PyTorch keeps.
+anyway. Modules that have to be called (a linear layer wrapped for low-rank adaptation, say, or one with a
+hook) are called as they are, and then keep what PyTorch keeps.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import vlmkernels
-
-
-class SquaredReLU(nn.Module):
-    """max(x, 0)^2, the activation of Flamingo (Alayrac et al. 2022, appendix A.1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+from vlmkernels._modules import is_exactly, is_transformed, passable, unheard
+from vlmkernels.nn.dense import SquaredReLU, activation_name
+from vlmkernels.reference._activations import activate
 
 
 class SwiGLU(nn.Module):
@@ -33,7 +29,6 @@ class SwiGLU(nn.Module):
         return F.silu(a) * b
 
 
-_NAMES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", SquaredReLU: "squared_relu"}
 NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -70,21 +65,28 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def is_plain(norm: nn.Module, *linears: nn.Module) -> bool:
-    """Whether these are torch's own norm, with weights, and linear layers without bias."""
-    return type(norm) in (nn.LayerNorm, nn.RMSNorm) and all(
-        type(linear) is nn.Linear and linear.bias is None for linear in linears
+def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
+    """Whether none has to be called: torch's own norm, with weights, and linear layers without bias."""
+    return (
+        passable(norm, nn.LayerNorm, nn.RMSNorm)
+        and all(parameter is not None for parameter in norm._parameters.values())
+        and norm.eps is not None
+        and all(passable(linear, nn.Linear) and linear.bias is None for linear in linears)
+        and not is_transformed()
     )
 
 
 def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
     """The norm of a query or key, if it has one, in the dtype of `x`; under autocast it runs in its own."""
-    return x if isinstance(norm, nn.Identity) else norm(x.to(norm.weight.dtype)).to(x.dtype)
+    if is_exactly(norm, nn.Identity) and unheard(norm):
+        return x
+    weight = getattr(norm, "weight", x)
+    return norm(x.to(weight.dtype)).to(x.dtype)
 
 
 def norm_linear(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
     """``linear(norm(x))`` of each linear layer; `x` is kept for the backward, the normalised x is not."""
-    if not is_plain(norm, *linears):
+    if not are_passable(norm, *linears):
         normed = norm(x)
         return tuple(linear(normed) for linear in linears)
     dtype = product_dtype(x)
@@ -96,20 +98,30 @@ def add_linear(
     x: Tensor,  # [..., D]
     h: Tensor,  # [..., K]
     linear: nn.Module,
-    gate: Tensor,  # 1 or D elements
+    gate: Tensor | None,  # 1 or D elements
     row_mask: Tensor | None = None,  # [...] bool
 ) -> Tensor:  # [..., D]
     """``x + tanh(gate) * linear(h)``; what the linear layer gives is not stored."""
-    if type(linear) is not nn.Linear or linear.bias is not None:
-        return vlmkernels.gated_residual(x, linear(h), gate, row_mask=row_mask)
+    if gate is None or not passable(linear, nn.Linear) or linear.bias is not None:
+        return add_gated(x, linear(h), gate, row_mask)
     weight, h = linear.weight.to(product_dtype(x)), h.to(product_dtype(x))
     return vlmkernels.gated_linear_residual(x, h, weight, gate, row_mask=row_mask)
+
+
+def add_gated(
+    x: Tensor,  # [..., D]
+    y: Tensor,  # [..., D]
+    gate: Tensor | None,  # 1 or D elements
+    row_mask: Tensor | None = None,  # [...] bool
+) -> Tensor:  # [..., D]
+    """``x + tanh(gate) * y``, or ``x + y`` without a gate."""
+    return x + y if gate is None else vlmkernels.gated_residual(x, y, gate, row_mask=row_mask)
 
 
 class FeedForward(nn.Sequential):
     """norm, linear, activation, linear, without biases; the names of open_flamingo's: 0, 1 and 3.
 
-    Called, it is the branch alone; `add_to` adds it to the residual stream.
+    Called, it is the branch alone; `add_feed_forward` adds it to the residual stream.
     """
 
     def __init__(self, dim: int, hidden: int, *, activation: str, norm: str, eps: float) -> None:
@@ -121,35 +133,44 @@ class FeedForward(nn.Sequential):
             nn.Linear(hidden, dim, bias=False),
         )
 
-    def add_to(
-        self,
-        x: Tensor,  # [..., D]
-        gate: Tensor | None = None,  # 1 or D elements
-        *,
-        branch: tuple[Tensor, nn.Module, Tensor] | None = None,  # h [..., K], linear layer, its gate
-        row_mask: Tensor | None = None,  # [...] bool
-        recompute: bool = False,
-    ) -> Tensor:  # [..., D]
-        """``x + tanh(gate) * self(x)``, without the tanh when there is no gate; rows masked out keep x.
 
-        With ``branch = (h, linear, gate_h)`` it goes on from ``x + tanh(gate_h) * linear(h)``, which it makes
-        again in the backward. Kept for the backward: x, h, and the pre-activation unless `recompute`.
-        """
-        norm, w1, activation, w2 = self
-        linears = (w1, w2) if branch is None else (w1, w2, branch[1])
-        if not is_plain(norm, *linears):
-            if branch is not None:
-                x = add_linear(x, *branch)
-            hidden = activation(w1(norm(x)))
-            return x + w2(hidden) if gate is None else add_linear(x, hidden, w2, gate, row_mask)
-        dtype = product_dtype(x)
-        first: tuple[Any, ...] = (None, None, None)
-        if branch is not None:
-            h, linear, gate_h = branch
-            first = h.to(dtype), linear.weight.to(dtype), gate_h
-        weights = (norm.weight, getattr(norm, "bias", None), w1.weight.to(dtype), w2.weight.to(dtype))
-        options = (norm.eps, type(activation), recompute)
-        return _AddFeedForward.apply(x, *first, *weights, gate, row_mask, *options)
+def add_feed_forward(
+    x: Tensor,  # [..., D]
+    feed_forward: Any,
+    gate: Tensor | None = None,  # 1 or D elements
+    *,
+    branch: tuple[Tensor, nn.Module, Tensor] | None = None,  # h [..., K], linear layer, its gate
+    row_mask: Tensor | None = None,  # [...] bool
+    recompute: bool = False,
+) -> Tensor:  # [..., D]
+    """``x + tanh(gate) * feed_forward(x)``, without the tanh when there is no gate; masked rows keep x.
+
+    With ``branch = (h, linear, gate_h)`` it goes on from ``x + tanh(gate_h) * linear(h)``, which it makes
+    again in the backward. Kept for the backward: x, h, and the pre-activation unless `recompute`.
+    """
+    if not is_exactly(feed_forward, FeedForward) or len(feed_forward) != 4 or not unheard(feed_forward):
+        x = x if branch is None else add_linear(x, *branch)
+        return add_gated(x, feed_forward(x), gate, row_mask)
+    norm, w1, activation, w2 = feed_forward
+    name = _name(activation)
+    linears = (w1, w2) if branch is None else (w1, w2, branch[1])
+    if name is None or not are_passable(norm, *linears):
+        x = x if branch is None else add_linear(x, *branch)
+        return add_linear(x, activation(w1(norm(x))), w2, gate, row_mask)
+    dtype = product_dtype(x)
+    first: tuple[Any, ...] = (None, None, None)
+    if branch is not None:
+        h, linear, gate_h = branch
+        first = h.to(dtype), linear.weight.to(dtype), gate_h
+    weights = (norm.weight, getattr(norm, "bias", None), w1.weight.to(dtype), w2.weight.to(dtype))
+    return _AddFeedForward.apply(x, *first, *weights, gate, row_mask, norm.eps, name, recompute)
+
+
+def _name(activation: nn.Module) -> str | None:
+    """The name of an activation of `ACTIVATIONS` or of the ops; None where it has to be called."""
+    if type(activation) is SwiGLU:
+        return "swiglu" if unheard(activation) else None
+    return activation_name(activation)
 
 
 def _linear(
@@ -235,14 +256,14 @@ class _AddFeedForward(torch.autograd.Function):
         if pre is None:
             hidden, pre = _hidden(normed, w1, ctx.activation)
         else:
-            hidden = ctx.activation()(pre)
+            hidden = _activate(pre, ctx.activation)
         needs = (need_w1 or any(need_norm), need_w2, need_gate)
         dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, *needs)
         dx = dgain = dshift = dw1 = None
         if dhidden is not None:
-            name = _NAMES.get(ctx.activation, "none")
-            if name == "none":
-                dhidden, pre = _swiglu_backward(dhidden, pre), None
+            name = ctx.activation
+            if name == "swiglu":
+                dhidden, pre, name = _swiglu_backward(dhidden, pre), None, "none"
             dnormed, dw1 = _linear_grads(dhidden, normed, w1, any(need_norm), need_w1, pre, name)
             if any(need_norm):
                 dx, dgain, dshift = _norm_backward(dnormed, y.dtype, stats, gain, shift, need_norm)
@@ -303,12 +324,16 @@ def _norm_backward(dy, dtype, stats, gain, shift, needs):
     )
 
 
-def _hidden(normed: Tensor, w1: Tensor, activation: type[nn.Module]) -> tuple[Tensor, Tensor]:
+def _hidden(normed: Tensor, w1: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """act(normed W1^T) and what the activation reads."""
-    if activation in _NAMES:
-        return _linear(normed, w1, _NAMES[activation])
+    if activation != "swiglu":
+        return _linear(normed, w1, activation)
     pre = _linear(normed, w1)[0]
-    return activation()(pre), pre
+    return _activate(pre, activation), pre
+
+
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    return SwiGLU()(pre) if activation == "swiglu" else activate(pre, activation)
 
 
 def _swiglu_backward(dy: Tensor, pre: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ the options of the other families.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals as build
+from vlmkernels._modules import is_exactly, unheard
 from vlmkernels.nn import _layers as layers
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class MaskedCrossAttention(nn.Module):
         )  # fmt: skip
         if faults:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
-        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
+        self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.only_attend_immediate_media = only_attend_immediate_media
         self.empty_row = empty_row
         self.norm = layers.NORMS[norm](dim, eps=eps)
@@ -127,37 +128,73 @@ class MaskedCrossAttention(nn.Module):
         self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         if cache is not None:
             key, value = cache.keys_values(self)
-            if intervals is None and mask is None:
-                intervals = cache.intervals_for(x)
         else:
             assert media is not None
             key, value = self.keys_values(media)
-            if media_locations is not None:
-                time = build.text_time(media_locations)
-                if use_cached_media:
-                    time = media_locations.sum(1, dtype=torch.int32)[:, None].expand(x.shape[:2])
-                most = media.shape[1] if num_media is None else num_media
-                intervals = build.media(time, media.shape[2], most, attend=self.attend)
+        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         (query,) = layers.norm_linear(x, self.norm, self.to_q)
         query = query.unflatten(-1, (self.heads, self.dim_head))
         query = layers.head_norm(self.q_norm, query).transpose(1, 2)
         if mask is not None:
             out, empty = self._by_mask(query, key, value, mask)
         else:
-            out, empty = self._by_intervals(query, key, value, intervals)
+            out, empty = self._by_intervals(query, key, value, seen)
         return out.transpose(1, 2).flatten(2), empty
+
+    def empty_rows(
+        self,
+        x: Tensor,  # [B, T, D]
+        media: Tensor | None,
+        media_locations: Tensor | None,
+        use_cached_media: bool,
+        *,
+        num_media: Tensor | None,
+        intervals: Intervals | None,
+        mask: Tensor | None,
+        cache: MediaCache | None,
+    ) -> Tensor | None:  # [B, T] or [T]
+        """Which rows see nothing; None: every row sees everything."""
+        self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        if mask is not None:
+            return mask.sum(-1) == 0
+        if cache is not None:
+            return _empty(seen, cache.num_slots * cache.tokens_per_media)
+        assert media is not None
+        return _empty(seen, media.shape[1] * media.shape[2])
+
+    def _seen(
+        self,
+        x: Tensor,
+        media: Tensor | None,
+        media_locations: Tensor | None,
+        use_cached_media: bool,
+        num_media: Tensor | None,
+        intervals: Intervals | None,
+        mask: Tensor | None,
+        cache: MediaCache | None,
+    ) -> Intervals | None:
+        """What the rows see as intervals; None where a mask says it, or they see everything."""
+        if cache is not None and intervals is None and mask is None:
+            return cache.intervals_for(x)
+        if media is None or media_locations is None:
+            return intervals
+        time = build.text_time(media_locations)
+        if use_cached_media:
+            time = media_locations.sum(1, dtype=torch.int32)[:, None].expand(x.shape[:2])
+        most = media.shape[1] if num_media is None else num_media
+        return build.media(time, media.shape[2], most, attend=self.attend)
 
     def _by_intervals(
         self, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals | None
     ) -> tuple[Tensor, Tensor | None]:
-        tokens, empty = key.shape[2], None
+        tokens = key.shape[2]
+        empty = _empty(intervals, tokens)
         if intervals is None:
-            start = torch.zeros(query.shape[2], dtype=torch.int32, device=query.device)
-            end = start + tokens
+            start, end = build.full(query.shape[2], tokens, device=query.device)
         else:
             start, end = intervals
-            empty = end.clamp_max(tokens) <= start.clamp_min(0)
-            if self.empty_row == "all":
+            if empty is not None and self.empty_row == "all":
                 start, end = start.where(~empty, 0), end.where(~empty, tokens)
         out = vlmkernels.interval_attention(query, key, value, start, end)
         if empty is not None and self.empty_row == "uniform":
@@ -199,12 +236,12 @@ class MaskedCrossAttention(nn.Module):
         cache: MediaCache | None,
     ) -> None:
         faults = []
-        if x.dim() != 3 or x.shape[-1] != self.norm.normalized_shape[0]:
-            faults.append(f"x must be [B, T, {self.norm.normalized_shape[0]}], got {tuple(x.shape)}")
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            faults.append(f"x must be [B, T, {self.dim}], got {tuple(x.shape)}")
         if (media is None) == (cache is None):
             faults.append("wants either media or a cache")
-        if media is not None and (media.dim() != 4 or len(media) != len(x)):
-            faults.append(f"media must be [B = {len(x)}, M, n, Dv], got {tuple(media.shape)}")
+        if media is not None and (media.dim() != 4 or media.shape[0] != x.shape[0]):
+            faults.append(f"media must be [B = {x.shape[0]}, M, n, Dv], got {tuple(media.shape)}")
         ways = {"media_locations": media_locations, "intervals": intervals, "mask": mask}
         given = [name for name, way in ways.items() if way is not None]
         if len(given) > 1:
@@ -231,6 +268,11 @@ class MaskedCrossAttention(nn.Module):
                 )
         if faults:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
+
+
+def _empty(seen: Intervals | None, tokens: int) -> Tensor | None:
+    """Which rows see none of the tokens; None: every row sees everything."""
+    return None if seen is None else seen[1].clamp_max(tokens) <= seen[0].clamp_min(0)
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -323,12 +365,19 @@ class GatedCrossAttentionBlock(nn.Module):
         Raises:
             ValueError: naming every argument that does not fit.
         """
-        out, empty = self.attn.attention(
-            x, media, media_locations, use_cached_media,
-            num_media=num_media, intervals=intervals, mask=mask, cache=cache,
-        )  # fmt: skip
+        given: Any = (x, media, media_locations, use_cached_media)
+        ways: Any = {"num_media": num_media, "intervals": intervals, "mask": mask, "cache": cache}
+        branch = empty = None
+        if is_exactly(self.attn, MaskedCrossAttention) and unheard(self.attn):
+            out, empty = self.attn.attention(*given, **ways)
+            branch = (out, self.attn.to_out, self.attn_gate)
+        else:
+            if not self.ffn_on_empty:
+                empty = self.attn.empty_rows(*given, **ways)
+            x = layers.add_gated(x, self.attn(*given, **ways), self.attn_gate)
         row_mask = None
         if not self.ffn_on_empty and empty is not None:
             row_mask = (~empty).expand(x.shape[:2])
-        branch = (out, self.attn.to_out, self.attn_gate)
-        return self.ff.add_to(x, self.ff_gate, branch=branch, row_mask=row_mask, recompute=self.recompute_ffn)
+        return layers.add_feed_forward(
+            x, self.ff, self.ff_gate, branch=branch, row_mask=row_mask, recompute=self.recompute_ffn
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, ClassVar, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels.nn._layers import SquaredReLU
+from vlmkernels._modules import passable, unheard
 
 
 class QuickGELU(nn.Module):
@@ -15,6 +17,13 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.702 * x).sigmoid()
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2, the activation of Flamingo (Alayrac et al. 2022, appendix A.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
 
 _NAMES: dict[type[nn.Module], str] = {
@@ -26,24 +35,18 @@ _NAMES: dict[type[nn.Module], str] = {
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The name under which the ops know an activation; None where they do not."""
+    """The name under which the ops know an activation; None where they do not, or it has to be called."""
+    if not unheard(module):
+        return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return _NAMES.get(type(module))
 
 
-def is_observed(module: nn.Module) -> bool:
-    """Whether a hook waits for the call of this module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class Linear(nn.Linear):
     """``x W^T + b``, plus `residual` in the same pass."""
+
+    adds_residual: ClassVar = True
 
     def forward(
         self,
@@ -56,35 +59,67 @@ class Linear(nn.Linear):
 class MLP(nn.Sequential):
     """linear, activation, linear: ``act(x W1^T + b1) W2^T + b2``, plus `residual` in the same pass.
 
-    Its three children may have any names. Where one of them is replaced (by low-rank adaptation, say) or has
-    a hook, the children are called one after the other.
+    Its three children may have any names. Where one of them has to be called (it is replaced, by low-rank
+    adaptation say, or has a hook), or there are more of them, they are called one after the other.
     """
+
+    adds_residual: ClassVar = True
 
     def forward(  # type: ignore[override]
         self,
         x: Tensor,  # [..., K]
         residual: Tensor | None = None,  # [..., O]
     ) -> Tensor:  # [..., O]
-        first, activation, last = self
-        name = activation_name(activation)
-        if name is None or is_observed(activation) or not (_is_plain(first) and _is_plain(last)):
-            out = super().forward(x)
-            return out if residual is None else residual + out
-        return mlp(x, first, last, name, residual)
+        if len(self) == 3:
+            first, activation, last = self
+            return perceptron(x, first, activation, last, residual=residual)
+        out = super().forward(x)
+        return out if residual is None else residual + out
 
 
-def mlp(
+def perceptron(
     x: Tensor,  # [..., K]
     first: nn.Module,
+    activation: nn.Module,
     last: nn.Module,
-    activation: str,
+    *,
     residual: Tensor | None = None,  # [..., O]
 ) -> Tensor:  # [..., O]
-    """``vlmkernels.mlp`` with the weights of two linear layers."""
+    """``last(activation(first(x))) + residual``, in one op where none of the three has to be called."""
+    name = activation_name(activation)
+    if name is None or not (passable(first, Linear, nn.Linear) and passable(last, Linear, nn.Linear)):
+        return add(residual, last, activation(first(x)))
     first, last = cast(nn.Linear, first), cast(nn.Linear, last)
     weights = (first.weight, first.bias, last.weight, last.bias)
-    return vlmkernels.mlp(x, *weights, activation=activation, residual=residual)
+    return vlmkernels.mlp(x, *weights, activation=name, residual=residual)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) in (Linear, nn.Linear) and not is_observed(layer)
+def add(residual: Tensor | None, branch: nn.Module, *inputs: Any) -> Tensor:
+    """``residual + branch(*inputs)``, in the branch's own pass where nobody waits for what it gives alone.
+
+    That is so for modules whose very class has `adds_residual`; a subclass may have a forward of its own.
+    """
+    if residual is None:
+        return branch(*inputs)
+    if "adds_residual" in type(branch).__dict__ and unheard(branch):
+        return branch(*inputs, residual=residual)
+    return residual + branch(*inputs)
+
+
+def take_rows(
+    x: Tensor,  # [B, T, D]
+    wanted: Tensor,  # [B, n] int64
+) -> Tensor:  # [B, n, D]
+    """The wanted rows of each sample."""
+    return x.gather(1, wanted[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def tied_logits(
+    hidden: Tensor,  # [..., D]
+    embedding: nn.Module,
+) -> Tensor:  # [..., V]
+    """``hidden E^T`` for the table E [V, D] of an embedding."""
+    table = cast(nn.Embedding, embedding).weight
+    if table.device != hidden.device:  # offloaded until the embedding is called
+        table = embedding(torch.arange(table.shape[0], device=hidden.device))
+    return vlmkernels.linear(hidden, table)

@@ -47,7 +47,7 @@ class PerceiverAttention(nn.Module):
         key, value = both.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(2)
         key, media_key = layers.head_norm(self.k_norm, key), layers.head_norm(self.k_norm, media_key)
         query, key, value = (
-            t.transpose(1, 2).expand(len(media_key), -1, -1, -1) for t in (query, key, value)
+            t.transpose(1, 2).expand(media_key.shape[0], -1, -1, -1) for t in (query, key, value)
         )
         out = vlmkernels.perceiver_attention(
             query,
@@ -150,7 +150,7 @@ class PerceiverResampler(nn.Module):
         keys_values = self._media_keys_values(x.flatten(0, 1).flatten(1, 2))
         for (attention, feed_forward), (key, value) in zip(self._pairs(), keys_values, strict=True):
             latents = latents + attention(latents, key, value, lengths)
-            latents = feed_forward.add_to(latents)
+            latents = layers.add_feed_forward(latents, feed_forward)
         return self.norm(latents).unflatten(0, x.shape[:2])
 
     def _media_keys_values(
@@ -164,8 +164,9 @@ class PerceiverResampler(nn.Module):
         attentions = [attention for attention, _ in self._pairs()]
         first = attentions[0]
         shape = (2, first.kv_heads, first.dim_head)
-        plain = all(layers.is_plain(a.norm_media, a.to_kv) for a in attentions)
-        if not plain or x.shape[:-1].numel() < first.to_kv.out_features:  # few rows: the fold costs more
+        foldable = all(layers.are_passable(a.norm_media, a.to_kv) for a in attentions)
+        foldable = foldable and len({(type(a.norm_media), a.norm_media.eps) for a in attentions}) == 1
+        if not foldable or x.shape[:-1].numel() < first.to_kv.out_features:  # few rows: the fold costs more
             products = (layers.norm_linear(x, a.norm_media, a.to_kv)[0] for a in attentions)
             return [product.unflatten(-1, shape).unbind(2) for product in products]
         norms = [a.norm_media for a in attentions]

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import gated_mlp as composition
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 
 
@@ -40,6 +42,8 @@ def gated_mlp(
         float64 inputs). The backward keeps ``x`` and the two products before the activation, in the dtype of
         ``x``; without one they exist for some rows at a time. Autocast casts all but ``residual``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -53,6 +57,11 @@ def gated_mlp(
         residual,
         outputs,
     )
+    if not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
+        return composition(
+            x, w_gate, w_up, w_down, b_gate=b_gate, b_up=b_up, b_down=b_down, activation=activation,
+            residual=residual,
+        )  # fmt: skip
     if PACKED and not torch.is_grad_enabled():
 
         def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import linear as composition
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
 
@@ -32,6 +34,8 @@ def linear(
         float64 inputs). The backward keeps ``x`` and, if there is an activation, ``x @ weight.T + bias`` in
         the dtype of ``x``. Autocast casts ``x``, ``weight`` and ``bias``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -45,6 +49,8 @@ def linear(
         residual,
         outputs,
     )
+    if not are_plain(x, weight, bias, residual):
+        return composition(x, weight, bias, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
         out = packed_linear(x, weight, bias, activation, residual)
         if out is not None:

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from vlmkernels._library import define
+from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.reference import mlp as composition
 from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
 
 
@@ -35,6 +37,8 @@ def mlp(
         float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without one the
         hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
 
+    On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
+
     Raises:
         ValueError: naming every argument that does not fit.
     """
@@ -48,6 +52,8 @@ def mlp(
         residual,
         outputs,
     )
+    if not are_plain(x, w1, b1, w2, b2, residual):
+        return composition(x, w1, b1, w2, b2, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
 
         def packed(x: Tensor, residual: Tensor | None) -> Tensor | None:

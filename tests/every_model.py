@@ -1,0 +1,139 @@
+"""Every model and module of layers, tiny, in float64, away from its initial weights, with a batch for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tests import flamingo_tiny, simvlm_tiny
+from tests.parity import randomize
+from vlmkernels.models.align import ALIGN, AlignConfig
+from vlmkernels.models.clip import CLIP, ClipConfig
+from vlmkernels.models.decoder import CausalLM
+from vlmkernels.nn import GatedCrossAttentionBlock, PerceiverResampler
+from vlmkernels.nn.families import BLOCK_PRESETS, RESAMPLER_PRESETS
+
+EOT = 96
+TEXT = {"vocab_size": EOT + 1, "context_length": 12, "text_width": 24, "text_layers": 2, "text_heads": 3}
+VIT = ClipConfig(
+    embed_dim=16, image_size=16, patch_size=8, vision_width=24, vision_layers=2, vision_heads=3, eot_id=EOT,
+    **TEXT,
+)  # fmt: skip
+RESNET = ClipConfig(
+    embed_dim=16, image_size=32, patch_size=None, vision_width=4, vision_layers=(1, 1, 1, 1), vision_heads=2,
+    eot_id=EOT, quick_gelu=True, **TEXT,
+)  # fmt: skip
+ALIGN_TINY = AlignConfig(
+    embed_dim=24, image_size=32, image_width=0.25, image_depth=0.3, image_projection=True, drop_rate=0.0,
+    vocab_size=97, max_positions=16, context_length=12, text_width=24, text_heads=3, text_layers=2,
+    text_mlp_width=40, text_dropout=0.0, text_pooler=False,
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    batch: Callable[..., tuple]  # (rows=3, length=10) -> the arguments of the model
+    tensor: Callable[[object], Tensor] = lambda out: out  # one tensor that depends on every output
+
+    def run(self, *arguments) -> Tensor:
+        return self.tensor(self.model(*(arguments or self.batch())))
+
+
+def texts(rows: int, length: int, end: int) -> Tensor:
+    """Texts of different lengths that end with `end`, padded with 0; the first one is the longest."""
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(1, end, (rows, length), generator=generator)
+    last = (length - 1 - torch.arange(rows) * 3 % (length - 2))[:, None]
+    place = torch.arange(length)
+    return tokens.masked_fill(place == last, end).masked_fill(place > last, 0)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def features(out) -> Tensor:
+    return torch.cat([out["image_features"], out["text_features"]], 1) * out["logit_scale"]
+
+
+def clip(config: ClipConfig) -> Case:
+    side = config.image_size
+    model = randomize(CLIP(config))
+    return Case(
+        model, lambda rows=3, length=10: (numbers(rows, 3, side, side), texts(rows, length, EOT)), features
+    )
+
+
+def align() -> Case:
+    def batch(rows=3, length=10):
+        return numbers(rows, 3, 32, 32), texts(rows, length, EOT)
+
+    return Case(randomize(ALIGN(ALIGN_TINY)), batch, features)
+
+
+def simvlm(form: str) -> Case:
+    def batch(rows=3, length=10):
+        tokens = texts(rows, length, 2 + 20) % 29 + 1
+        return numbers(rows, 3, 24, 24), tokens, torch.ones(rows, dtype=torch.int64)
+
+    return Case(simvlm_tiny.tiny_model(form), batch, lambda out: out["loss"])
+
+
+def flamingo() -> Case:
+    def batch(rows=3, length=14):
+        vision_x, lang_x = flamingo_tiny.inputs(rows=rows, length=length)
+        return vision_x.double(), lang_x, None, lang_x
+
+    return Case(flamingo_tiny.flamingo().double(), batch, lambda out: out["logits"] + out["loss"])
+
+
+def decoder() -> Case:
+    def batch(rows=3, length=10):
+        return (texts(rows, length, 39),)
+
+    return Case(randomize(CausalLM(flamingo_tiny.OURS)), batch, lambda out: out.logits)
+
+
+def resampler(family: str, **options) -> Case:
+    sizes = {"depth": 2, "dim_head": 8, "heads": 4, "num_latents": 5}
+    model = randomize(PerceiverResampler(24, **sizes, **RESAMPLER_PRESETS[family], **options))
+    return Case(model, lambda rows=3, length=10: (numbers(rows, 2, 1, length, 24),))
+
+
+def block(family: str) -> Case:
+    model = randomize(
+        GatedCrossAttentionBlock(24, 16, dim_head=8, heads=4, kv_heads=2, **BLOCK_PRESETS[family])
+    )
+
+    def batch(rows=3, length=10):
+        places = torch.zeros(rows, length, dtype=torch.bool)
+        places[:, 2] = places[1:, 4] = True
+        return numbers(rows, length, 24), numbers(rows, 2, 3, 16), places
+
+    return Case(model, batch)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "clip": lambda: clip(VIT),
+    "clip-resnet": lambda: clip(RESNET),
+    "align": align,
+    "simvlm": lambda: simvlm("encoder_decoder"),
+    "simvlm-prefix_lm": lambda: simvlm("prefix_lm"),
+    "flamingo": flamingo,
+    "decoder": decoder,
+    "resampler": lambda: resampler("open_flamingo"),
+    "resampler-rms": lambda: resampler("idefics2", qk_norm=True),
+    "resampler-squared_relu": lambda: resampler("flamingo", max_num_media=3, max_num_frames=2),
+    "block": lambda: block("open_flamingo"),
+    "block-swiglu": lambda: block("mllama_meta"),
+    "block-all": lambda: block("mllama"),
+}
+
+
+def build(name: str) -> Case:
+    torch.manual_seed(0)
+    case = CASES[name]()
+    case.model.eval()
+    return case

@@ -1,0 +1,61 @@
+"""Which modules may be passed over: their weights used without a call of theirs, and nobody notices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+
+# Other subclasses (distributed, quantized) say themselves what an operation of torch's on them is.
+_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+
+
+def unheard(module: nn.Module) -> bool:
+    """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )
+
+
+def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether the module is of one of these classes and no subclass, patched or not."""
+    cls = type(module)
+    if getattr(cls, "patch_class", None) is cls:  # made by `integrations.patch` from the class it replaced
+        cls = cls.patch_origin[0]
+    return cls in classes
+
+
+def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether what a module of one of these classes computes can be computed from its weights instead.
+
+    Not so where it is a subclass or a wrapper, where hooks, a replaced forward, a parametrization or an
+    offloading library wait for its call, or where its weights are no plain tensors.
+    """
+    return is_exactly(module, *classes) and unheard(module) and are_plain(*module._parameters.values())
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether none of the tensors is a subclass that computes in a way of its own."""
+    return all(type(tensor) in _TENSORS for tensor in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether calls are recorded by `torch.jit.trace` or run under torch.func or forward-mode derivatives."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_traced() -> bool:
+    """Whether the code runs to be recorded: what the data holds must not decide what is done."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
