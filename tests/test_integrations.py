@@ -224,6 +224,15 @@ class TestMultiheadAttention:
         assert "append keys" in entry.why
 
 
+@pytest.mark.parametrize("mask", [{}, {"attn_mask": causal(5)}, {"key_padding_mask": torch.ones(2, 5) == 0}])
+def test_another_default_device(mask):
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    wanted = module(x, x, x, need_weights=False, **mask)[0]
+    patch(module)
+    with torch.device("meta"):
+        torch.testing.assert_close(module(x, x, x, need_weights=False, **mask)[0], wanted)
+
+
 class SelfAttention(nn.Module):
     """As timm and many others write it."""
 

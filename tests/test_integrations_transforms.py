@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -130,6 +131,23 @@ def test_symbolic_trace(models):
         torch.testing.assert_close(traced(x), build(x))
 
 
+@needs("timm")
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_convnext2", "test_coatnet"])
+def test_timm(name):
+    """What timm's own tests do with its models."""
+    torch.manual_seed(0)
+    plain = peers.load("timm").create_model(name, num_classes=5).eval()
+    ours, x = copy.deepcopy(plain), torch.randn(3, *plain.default_cfg["input_size"])
+    assert patch(ours).patched
+    with torch.no_grad():
+        wanted = plain(x)
+        torch.testing.assert_close(ours(x), wanted)
+        torch.testing.assert_close(torch.jit.script(ours)(x), wanted)
+        torch.testing.assert_close(torch.jit.trace(ours, x[:1], check_trace=False)(x), wanted)
+        if name != "test_vit":  # which asks for the size of an image
+            torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), wanted)
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(mode, models):
     plain, ours = models
@@ -146,6 +164,22 @@ def test_make_fx_of_texts():
     patch(model)
     traced = make_fx(lambda tokens: model.encode_text(tokens))(texts()[:1])
     torch.testing.assert_close(traced(texts()[1:2]), wanted[1:2])
+
+
+def test_fake_tensors(models):
+    """Memory is planned with them: every shape is known, no number is."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 5, 6)
+        for model in models:
+            assert model(x).shape == (2, 4)
+
+
+@needs("open_clip")
+def test_fake_texts():
+    model = clip()
+    patch(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model.encode_text(mode.from_tensor(texts())).shape == (3, 24)
 
 
 @pytest.mark.parametrize("strict", [False, True])

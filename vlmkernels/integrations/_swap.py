@@ -19,6 +19,8 @@ from torch.fx import _symbolic_trace
 
 from vlmkernels._modules import is_transformed
 
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+
 
 class Rule(nn.Module):
     """What is put before a class: the methods that differ, and which modules can have them."""
@@ -114,15 +116,16 @@ def _arguments(method: Callable) -> list[str]:
 def own_code_runs() -> bool:
     """Whether a call is looked at by more than its caller, so that a module's own code has to run.
 
-    Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, under transforms of
-    torch.func, and in forward-mode automatic differentiation. In the graphs of torch.compile our ops run.
+    Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, on fake tensors, under
+    transforms of torch.func, and in forward-mode differentiation. In graphs of torch.compile our ops run.
     """
     return is_transformed() or (
         not torch.compiler.is_dynamo_compiling()
         and (
             _symbolic_trace.is_fx_symbolic_tracing()
             or torch.compiler.is_compiling()  # an export that is not strict
-            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+            or torch._C._get_dispatch_mode(_PROXY) is not None
+            or torch._C._get_dispatch_mode(_FAKE) is not None
         )
     )
 

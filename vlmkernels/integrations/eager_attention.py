@@ -163,7 +163,7 @@ class _BertAttention(_Named):
             return None
         if attention_mask is not None:
             seen = _masks.intervals_of(
-                attention_mask, (len(hidden_states), self.num_attention_heads, tokens, tokens)
+                attention_mask, (hidden_states.shape[0], self.num_attention_heads, tokens, tokens)
             )
             if seen is None:
                 return None

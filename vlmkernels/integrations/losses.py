@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ class LossRule(Rule):
 def _forward_of(ours: type[nn.Module]) -> Callable:
     """The forward of our loss, which outside autocast has the dtype of the features, as open_clip's has."""
 
+    @functools.wraps(ours.forward)
     def forward(self: Any, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         if own_code_runs():
             return self.patch_own.forward(self, image_features, *args, **kwargs)

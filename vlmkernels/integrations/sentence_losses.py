@@ -63,7 +63,7 @@ class RankingLoss(LossRule):
 
     def ranking_loss(self, queries: Tensor, docs: list[Tensor]) -> Tensor:
         """The loss of queries [n, D] with their documents, the positive first, each [n, D]."""
-        n, rank = len(queries), 0
+        n, rank = queries.shape[0], 0
         if self.gather_across_devices:
             util = sys.modules["sentence_transformers.util"]
             queries, rank = util.all_gather_with_grad(queries), util.get_rank()
