@@ -152,9 +152,10 @@ def test_timm(name):
 def test_make_fx(mode, models):
     plain, ours = models
     x = torch.randn(2, 5, 6)
-    traced = make_fx(ours, None, mode, _allow_non_fake_inputs=True)(torch.randn(2, 5, 6))
-    assert not ops_of(traced)
-    torch.testing.assert_close(traced(x), plain(x))
+    for early in (False, True):
+        traced = make_fx(ours, None, mode, True, pre_dispatch=early)(torch.randn(2, 5, 6))
+        assert not ops_of(traced)
+        torch.testing.assert_close(traced(x), plain(x))
 
 
 @needs("open_clip")
@@ -285,7 +286,7 @@ def test_transforms_inside_compiled_code(which):
     ours, x = copy.deepcopy(plain), torch.randn(4, 6)
     patch(ours)
     run = {
-        "vmap": lambda model: vmap(model)(x),
+        "vmap": lambda model: vmap(lambda row: model(row))(x),
         "jvp": lambda model: jvp(model, (x,), (x,))[1],
         "grad": lambda model: grad(lambda y: model(y).sum())(x),
     }[which]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Intervals = tuple[Tensor, Tensor]  # start and end, each [Tq] or [B, Tq]
 
+_ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
+_LOWEST = {torch.bool: None} | {dtype: torch.finfo(dtype).min for dtype in _ADDED}
 _READ = WeakIdKeyDictionary()  # mask -> (what was asked, the bytes of the mask included; the answer)
 
 
@@ -35,48 +38,53 @@ def intervals_of(
         return None
     if mask.requires_grad or mask.is_nested or mask.layout != torch.strided:
         return None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype not in _LOWEST:
         return None
     owner = mask if owner is None else owner
     for dim, stride in enumerate(mask.stride()):
         if stride == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
-    bits = mask.view(torch.int16) if mask.dtype == torch.bfloat16 else mask  # which numpy does not have
-    asked = shape, true_is_seen, mask.dtype, mask.shape, bits.numpy().tobytes()
+    values = (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy()  # which does not have bfloat16
+    asked = shape, true_is_seen, mask.dtype, mask.shape, values.tobytes()
     known = _READ.get(owner)
     if known is not None and known[0] == asked:
         return known[1]
     with torch.inference_mode(False):  # the answer may be saved for a backward later
-        answer = _read(mask, shape, true_is_seen)
+        answer = _read(values, shape, true_is_seen, _LOWEST[mask.dtype])
     _READ[owner] = asked, answer
     return answer
 
 
-def _read(mask: Tensor, shape: tuple[int, int, int, int], true_is_seen: bool) -> Intervals | None:
-    if mask.dim() not in (2, 3, 4) or mask.numel() == 0:
+def _read(
+    mask: numpy.ndarray,
+    shape: tuple[int, int, int, int],
+    true_is_seen: bool,
+    lowest: float | None,  # the smallest number of the dtype, None for a boolean mask
+) -> Intervals | None:
+    if mask.ndim not in (2, 3, 4) or mask.size == 0:
         return None
-    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if any(n not in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)):
         return None
-    if not torch.equal(mask[:, 1:], mask[:, :-1]):  # heads that see different keys
+    if mask.shape[1] > 1 and not (mask[:, 1:] == mask[:, :-1]).all():  # heads that see different keys
         return None
     *_, queries, keys = shape
-    mask = mask[:, 0].expand(-1, -1, keys)  # [B or 1, Tq or 1, Tk]
-    if mask.dtype == torch.bool:
+    mask = mask[:, 0]  # [B or 1, Tq or 1, Tk or 1]
+    if lowest is None:
         seen = mask if true_is_seen else ~mask
     else:
-        seen = mask == 0
-        hidden = mask <= torch.finfo(mask.dtype).min
-        finite = hidden & (mask > -torch.inf)
-        if not torch.equal(seen, ~hidden) or (~seen.any(-1) & finite.any(-1)).any():
+        seen, hidden = mask == 0, mask <= lowest
+        uniform = ~seen.any(-1) & (mask > -numpy.inf).any(-1)
+        if (seen == hidden).any() or uniform.any():
             return None
-    start = seen.to(torch.uint8).argmax(-1)
-    end = start + seen.sum(-1)
-    j = torch.arange(keys, device=mask.device)
-    if not torch.equal(seen, (j >= start[..., None]) & (j < end[..., None])):
+    seen = numpy.broadcast_to(seen, (*seen.shape[:-1], keys))
+    start = seen.argmax(-1).astype(numpy.int32)
+    end = start + seen.sum(-1, dtype=numpy.int32)
+    j = numpy.arange(keys, dtype=numpy.int32)
+    if not numpy.array_equal(seen, (j >= start[..., None]) & (j < end[..., None])):
         return None
-    start, end = (x.to(torch.int32).expand(-1, queries) for x in (start, end))
-    return (start, end) if len(mask) > 1 else (start[0], end[0])
+    first, last = (torch.from_numpy(x).expand(-1, queries) for x in (start, end))
+    return (first, last) if len(mask) > 1 else (first[0], last[0])
 
 
 def both(a: Intervals | None, b: Intervals | None) -> Intervals | None:

@@ -20,6 +20,7 @@ from torch.fx import _symbolic_trace
 from vlmkernels._modules import is_transformed
 
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+_PRE = torch._C.DispatchKey.PreDispatch
 
 
 class Rule(nn.Module):
@@ -119,15 +120,14 @@ def own_code_runs() -> bool:
     Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, on fake tensors, under
     transforms of torch.func, and in forward-mode differentiation. In graphs of torch.compile our ops run.
     """
-    return is_transformed() or (
-        not torch.compiler.is_dynamo_compiling()
-        and (
-            _symbolic_trace.is_fx_symbolic_tracing()
-            or torch.compiler.is_compiling()  # an export that is not strict
-            or torch._C._get_dispatch_mode(_PROXY) is not None
-            or torch._C._get_dispatch_mode(_FAKE) is not None
-        )
-    )
+    if is_transformed():
+        return True
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if _symbolic_trace.is_fx_symbolic_tracing() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE):
+        return True
+    modes = torch._C._len_torch_dispatch_stack() > 0
+    return modes and any(torch._C._get_dispatch_mode(kind) is not None for kind in (_PROXY, _FAKE))
 
 
 def rule_of(module: nn.Module) -> type[Rule] | None:

@@ -35,11 +35,10 @@ def attend(
     scale: float | None = None,
 ) -> Tensor:  # [B, H, Tq, Dv]
     if seen is None:
-        device = query.device
         if causal:
-            seen = intervals.causal(query.shape[2], device=device)
+            seen = intervals.causal(query.shape[2], device=query.device)
         else:
-            seen = intervals.full(query.shape[2], key.shape[2], device=device)
+            seen = intervals.full(query.shape[2], key.shape[2], device=query.device)
     return vlmkernels.interval_attention(query, key, value, *seen, scale=scale)
 
 
@@ -228,7 +227,7 @@ class _Config:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return type(self.behind) if hasattr(self, "behind") else _Config
+        return type(self.behind) if hasattr(self, "behind") else _Config  # torch.compile asks before __init__
 
     @property
     def _attn_implementation(self) -> str:
