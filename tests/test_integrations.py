@@ -484,23 +484,6 @@ class TestTransformers:
         model(**inputs)
         assert len(calls) == 4
 
-    def test_the_configuration_is_that_of_the_model(self):
-        model, _ = tiny_clip()
-        module = (
-            model.text_model.encoder.layers[0].self_attn if hasattr(model.text_model, "encoder") else None
-        )
-        module = module or next(m for m in model.modules() if type(m).__name__ == "CLIPAttention")
-        config = module.config
-        patch(model)
-        assert module.config.hidden_size == 16
-        assert module.config._attn_implementation == "vlmkernels"
-        assert config._attn_implementation == "sdpa"
-        module.config.some_note = 3
-        assert config.some_note == 3
-        module.config = module.config
-        unpatch(model)
-        assert module.config is config
-
     def test_eager_is_refused_with_a_reason(self):
         model, _ = tiny_clip(attn_implementation="eager")
         refused = patch(model, linear=False).refused

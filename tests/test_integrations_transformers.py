@@ -17,6 +17,8 @@ from vlmkernels.integrations import patch, unpatch
 pytestmark = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=f"transformers: {peers.why_not('transformers')}"
 )
+if peers.why_not("transformers") is None:
+    ALL_ATTENTION_FUNCTIONS = peers.load("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
 calls = test_integrations.calls
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -38,56 +40,52 @@ def attention_of(model):
     return next(m for m in model.modules() if type(m).__name__ == "CLIPAttention")
 
 
-@pytest.fixture
-def config():
-    """The configuration that a patched module shows, and that of the model."""
-    model, _ = tiny_clip()
+def test_the_configuration_of_a_module_is_that_of_the_model(tmp_path, calls):
+    model, inputs = tiny_clip()
     module = attention_of(model)
-    plain = module.config
+    config = module.config
+    plain = copy.deepcopy(config)
     patch(model)
-    assert module.config._attn_implementation == "vlmkernels"
-    return module.config, plain
-
-
-def test_a_configuration_can_be_copied_and_pickled(config):
-    shown, plain = config
-    pickled = (pickle.loads(pickle.dumps(shown, protocol)) for protocol in (2, 5))
-    for other in (copy.deepcopy(shown), copy.copy(shown), *pickled):
+    model(**inputs)
+    assert len(calls) == 2
+    assert module.config is config
+    assert isinstance(config, type(plain))
+    for other in (
+        copy.deepcopy(module.config), copy.copy(module.config), pickle.loads(pickle.dumps(module.config)),
+    ):  # fmt: skip
         assert type(other) is type(plain)
         assert other == plain
-        assert other is not plain
-        assert other._attn_implementation == "sdpa"
-        other.hidden_size = 99
-        assert plain.hidden_size == 16
+        assert (other.to_dict(), other._attn_implementation) == (plain.to_dict(), "sdpa")
+    module.config.save_pretrained(tmp_path)
+    assert type(plain).from_pretrained(tmp_path).to_dict() == plain.to_dict()
+    assert not patch(peers.load("transformers").AutoModel.from_config(module.config), linear=False).refused
+    module.config = copy.deepcopy(config)
+    module.config._attn_implementation = "eager"  # of this module alone
+    model(**inputs)
+    assert len(calls) == 3
+    unpatch(model)
+    assert module.config._attn_implementation == "eager"
 
 
-def test_a_pickled_configuration_does_not_need_us(config, tmp_path):
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config[0]))
-    assert b"vlmkernels" not in (tmp_path / "config.pkl").read_bytes()
+def test_an_attention_module_finds_itself_in_its_call(calls):
+    """What its forward reads, calls and sets is its own."""
 
+    class Attention(peers.load("transformers.models.clip.modeling_clip").CLIPAttention):
+        def forward(self, x):
+            self.count = getattr(self, "count", 0) + self.step()
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+            return attend(self, *[x.view(2, 5, 2, 8).transpose(1, 2)] * 3, None, scaling=self.scale)[0]
 
-def test_a_configuration_is_what_it_shows(config, tmp_path):
-    shown, plain = config
-    assert isinstance(shown, type(plain))
-    assert isinstance(shown, peers.load("transformers").PreTrainedConfig)
-    assert shown == plain
-    assert plain == shown
-    assert shown.to_dict() == plain.to_dict()
-    assert shown.to_json_string() == plain.to_json_string()
-    assert (repr(shown), str(shown), list(shown), set(dir(plain)) - set(dir(shown))) == (
-        repr(plain), str(plain), list(plain), set(),
-    )  # fmt: skip
-    shown.save_pretrained(tmp_path / "shown")
-    plain.save_pretrained(tmp_path / "plain")
-    assert (tmp_path / "shown/config.json").read_text() == (tmp_path / "plain/config.json").read_text()
-    shown.note = 3
-    assert plain.note == 3
-    del shown.note
-    assert not hasattr(plain, "note")
-    with pytest.raises(AttributeError, match="nothing_of_that_name"):
-        shown.nothing_of_that_name  # noqa: B018
-    model = peers.load("transformers").CLIPTextModel(shown)
-    assert model.config is shown
+        def step(self):
+            assert type(self) is not Attention  # the patched module
+            return self.config.hidden_size
+
+    module = Attention(build("CLIPText").config)
+    assert [entry.status for entry in patch(module, linear=False)] == ["patched"]
+    module(torch.randn(2, 5, 16))
+    module(torch.randn(2, 5, 16))
+    assert module.count == 32
+    assert len(calls) == 2
 
 
 def test_whole_models_are_copied_and_pickled(calls):
@@ -107,7 +105,7 @@ def test_whole_models_are_copied_and_pickled(calls):
         assert torch.equal(got.logits_per_image, wanted.logits_per_image)
         other.set_attn_implementation("eager")  # its own configuration
         assert attention_of(other).config._attn_implementation == "eager"
-        assert attention_of(model).config._attn_implementation == "vlmkernels"
+        assert attention_of(model).config._attn_implementation == "sdpa"
 
 
 MODELS = {

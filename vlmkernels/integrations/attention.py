@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from vlmkernels import intervals
 from vlmkernels._modules import are_plain, is_exactly
 from vlmkernels.integrations import _masks
 from vlmkernels.integrations._masks import Intervals
-from vlmkernels.integrations._swap import Rule, own_code_runs
+from vlmkernels.integrations._swap import Rule, own, own_code_runs
 
 
 def attend(
@@ -214,58 +214,43 @@ def _transformers_attention(
 
 
 class _Config:
-    """A configuration that names our function where it says "sdpa"; in all else the one that is behind it.
-
-    A copy or a pickle of it is one of that.
-    """
-
-    __slots__ = ("behind",)
-    behind: Any
+    """A configuration that names our function where it says "sdpa"."""
 
     def __init__(self, behind: Any) -> None:
-        object.__setattr__(self, "behind", behind)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self.behind) if hasattr(self, "behind") else _Config  # torch.compile asks before __init__
+        self._behind = behind
 
     @property
     def _attn_implementation(self) -> str:
-        name = self.behind._attn_implementation
+        name = self._behind._attn_implementation
         return "vlmkernels" if name == "sdpa" else name
 
     def __getattr__(self, name: str) -> Any:
-        if name == "behind":
-            raise AttributeError(name)
-        return getattr(self.behind, name)
+        return getattr(self._behind, name)
+
+
+class _Call:
+    """A module in a call of its forward, which finds our function in its configuration."""
+
+    def __init__(self, module: nn.Module) -> None:
+        object.__setattr__(self, "_module", module)
+
+    @property
+    def config(self) -> _Config:
+        return _Config(self._module.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.behind, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.behind, name)
-
-    def __eq__(self, other: object) -> bool:
-        return self.behind == other
-
-    def __repr__(self) -> str:
-        return repr(self.behind)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.behind)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.behind.__reduce_ex__(protocol)
+        setattr(self._module, name, value)
 
 
 class TransformersAttention(AttentionRule):
     """Attention modules of transformers that ask its registry for the function that computes it.
 
-    The model's configuration, and with it the masks that are made, stay those of "sdpa"; after
+    Configurations, and with them the masks that are made, stay those of "sdpa"; after
     ``model.set_attn_implementation("eager")`` the module does what transformers does.
     """
-
-    patch_methods = ()
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:
@@ -291,13 +276,8 @@ class TransformersAttention(AttentionRule):
         masks = sys.modules["transformers.masking_utils"].ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
         masks.register("vlmkernels", masks["sdpa"])
 
-    @property
-    def config(self) -> Any:
-        return _Config(self.__dict__["config"])
-
-    @config.setter
-    def config(self, config: Any) -> None:
-        self.__dict__["config"] = config.behind if isinstance(config, _Config) else config
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return own(self).forward(_Call(self), *args, **kwargs)
 
 
 def _registry() -> Any:
