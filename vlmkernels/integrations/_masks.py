@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 Intervals = tuple[Tensor, Tensor]  # start and end, each [Tq] or [B, Tq]
 
 _ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
 _LOWEST = {torch.bool: None} | {dtype: torch.finfo(dtype).min for dtype in _ADDED}
-_READ = WeakIdKeyDictionary()  # mask -> (what was asked, the bytes of the mask included; the answer)
+_READ: dict[int, tuple] = {}  # id of a mask -> (what was asked, the bytes of the mask included; the answer)
 
 
 def intervals_of(
@@ -34,24 +35,23 @@ def intervals_of(
 
     In compiled code and on accelerators nothing can be read without waiting: None.
     """
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.dtype not in _LOWEST:
         return None
-    if mask.requires_grad or mask.is_nested or mask.layout != torch.strided:
-        return None
-    if mask.dtype not in _LOWEST:
+    if not mask.is_cpu or mask.requires_grad or mask.is_nested or mask.layout != torch.strided:
         return None
     owner = mask if owner is None else owner
-    for dim, stride in enumerate(mask.stride()):
-        if stride == 0 and mask.shape[dim] > 1:
-            mask = mask.narrow(dim, 0, 1)
+    if 0 in mask.stride():
+        mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
     values = (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy()  # which does not have bfloat16
     asked = shape, true_is_seen, mask.dtype, mask.shape, values.tobytes()
-    known = _READ.get(owner)
+    known = _READ.get(id(owner))
     if known is not None and known[0] == asked:
         return known[1]
     with torch.inference_mode(False):  # the answer may be saved for a backward later
         answer = _read(values, shape, true_is_seen, _LOWEST[mask.dtype])
-    _READ[owner] = asked, answer
+    if known is None:
+        weakref.finalize(owner, _READ.pop, id(owner), None)
+    _READ[id(owner)] = asked, answer
     return answer
 
 

@@ -44,20 +44,24 @@ def activation_of(module: nn.Module) -> str | None:
 
 def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether x can go through layers of these weights and biases on the CPU, all of one dtype."""
-    plain = (
+    if not (
         x is not None
         and are_plain(x, weight, *others)
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.layout == torch.strided
         and not x.is_nested
         and x.dim() > 0
         and x.is_floating_point()
         and x.shape[-1] == weight.shape[-1]
-    )
-    if not plain or torch.is_autocast_enabled("cpu"):
-        return plain
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return True
     dtype = x.dtype
-    return weight.dtype == dtype and all(other is None or other.dtype == dtype for other in others)
+    for tensor in (weight, *others):  # noqa: SIM110 - a generator takes as long as all that is above
+        if tensor is not None and tensor.dtype != dtype:
+            return False
+    return True
 
 
 class LinearRule(Rule):
