@@ -20,7 +20,6 @@ from torch.fx import _symbolic_trace
 from vlmkernels._modules import is_transformed
 
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
-_PRE = torch._C.DispatchKey.PreDispatch
 
 
 class Rule(nn.Module):
@@ -124,7 +123,7 @@ def own_code_runs() -> bool:
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
-    if _symbolic_trace.is_fx_symbolic_tracing() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE):
+    if _symbolic_trace._is_fx_tracing_flag:
         return True
     modes = torch._C._len_torch_dispatch_stack() > 0
     return modes and any(torch._C._get_dispatch_mode(kind) is not None for kind in (_PROXY, _FAKE))

@@ -191,7 +191,7 @@ def _transformers_attention(
     """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
     options = ("position_bias", "cache", "softcap", "output_attentions")
     exact = (
-        not own_code_runs()
+        (type(module) is _Call or not own_code_runs())  # which a patched module has asked
         and dropout == 0
         and all(kwargs.get(name) is None or kwargs[name] is False for name in options)
         and fits(query, key, value, scaling)
