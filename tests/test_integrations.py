@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -49,63 +50,88 @@ def causal(tokens, dtype=torch.bool):
 
 
 class TestMasks:
-    def check(self, mask, seen, **options):
-        start, end = intervals_of(mask, *seen.shape[-2:], **options)
+    def check(self, mask, seen, **options):  # seen is [B, Tq, Tk]
+        start, end = intervals_of(mask, (len(seen), 4, *seen.shape[1:]), **options)
         assert start.dtype == end.dtype == torch.int32
-        assert torch.equal(visible(start, end, seen.shape[-1]), seen)
+        assert torch.equal(visible(start, end, seen.shape[-1]).expand_as(seen[:, None]), seen[:, None])
 
-    @pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)])
-    def test_random_intervals_in_every_form(self, shape):
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_random_intervals_in_every_form(self, batch):
         torch.manual_seed(0)
-        start = torch.randint(0, 6, shape[:-1])
-        end = torch.maximum(torch.randint(0, 7, shape[:-1]), start)
-        rows = visible(start, end, 6)
-        mask = rows if rows.dim() == 2 else rows[:, 0]
-        self.check(mask, rows)
-        self.check(~mask, rows, true_is_seen=False)
-        self.check(torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), rows)
-        if mask.dim() == 3:
-            self.check(mask[:, None], rows)
-            self.check(mask[:, None].expand(3, 4, 6, 6), rows)
-            self.check(mask[:, None].repeat(1, 4, 1, 1), rows)
+        start = torch.randint(0, 6, (batch, 5))
+        end = torch.maximum(torch.randint(0, 7, (batch, 5)), start)
+        seen = visible(start, end, 6).squeeze(1)
+        mask = seen[:, None]
+        self.check(mask, seen)
+        self.check(~mask, seen, true_is_seen=False)
+        self.check(torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), seen)
+        self.check(mask.expand(batch, 4, 5, 6), seen)
+        self.check(mask.repeat(1, 4, 1, 1), seen)
+
+    @pytest.mark.parametrize("shape", [(5, 6), (1, 6), (5, 1), (1, 5, 6), (4, 5, 6), (1, 1, 6)])
+    def test_few_dimensions_are_broadcast_from_the_right(self, shape):
+        mask = ~causal(6)[1:].expand(4, 5, 6)[(0,) * (3 - len(shape))]
+        mask = mask[tuple(slice(-n, None) for n in shape)].clone()
+        self.check(mask, mask.broadcast_to(3, 4, 5, 6)[:, 0])
+
+    def test_what_does_not_broadcast_is_left_to_torch(self):
+        for shape in [(3, 5, 6), (2, 1, 5, 6), (5, 5), (4, 6), (1, 1, 1, 5, 6), (0, 6), (6,), ()]:
+            assert intervals_of(torch.ones(shape, dtype=torch.bool), (3, 4, 5, 6)) is None, shape
 
     def test_padding_and_finite_masks(self):
         seen = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
         mask = torch.zeros(2, 1, 1, 4).masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
-        self.check(mask, seen[:, None, None].expand(2, 1, 3, 4))
+        self.check(mask, seen[:, None].expand(2, 3, 4))
 
     def test_what_is_no_interval(self):
-        hole = torch.tensor([[True, False, True]])
-        assert intervals_of(hole, 1, 3) is None
-        assert intervals_of(torch.tensor([[0.0, -1.0, 0.0]]), 1, 3) is None
-        assert intervals_of(torch.tensor([[0.0, float("nan"), 0.0]]), 1, 3) is None
-        assert intervals_of(torch.tensor([[1, 0, 0]]), 1, 3) is None
-        assert intervals_of(torch.ones(1, 4, dtype=torch.bool), 1, 3) is None
-        assert intervals_of(torch.zeros(1, 3, requires_grad=True), 1, 3) is None
+        shape = 1, 2, 1, 3
+        assert intervals_of(torch.tensor([[True, False, True]]), shape) is None
+        assert intervals_of(torch.tensor([[0.0, -1.0, 0.0]]), shape) is None
+        assert intervals_of(torch.tensor([[0.0, float("nan"), 0.0]]), shape) is None
+        assert intervals_of(torch.tensor([[1, 0, 0]]), shape) is None
+        assert intervals_of(torch.zeros(1, 3, requires_grad=True), shape) is None
         uniform = torch.full((1, 3), torch.finfo(torch.float32).min)
-        assert intervals_of(uniform, 1, 3) is None
+        assert intervals_of(uniform, shape) is None
         heads = torch.ones(1, 2, 3, 3, dtype=torch.bool)
         heads[:, 1] = causal(3)
-        assert intervals_of(heads, 3, 3) is None
+        assert intervals_of(heads, (1, 2, 3, 3)) is None
 
-    def test_a_mask_is_read_again_when_it_changes(self):
-        mask = torch.ones(1, 4, dtype=torch.bool)
-        assert intervals_of(mask, 1, 4)[1].tolist() == [4]
-        mask[0, 2:] = False
-        assert intervals_of(mask, 1, 4)[1].tolist() == [2]
-        assert intervals_of(mask, 1, 4, true_is_seen=False)[0].tolist() == [2]
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_a_mask_is_read_again_when_it_changes(self, inference):
+        def changes(mask):
+            yield
+            mask[0, 2:] = False
+            yield
+            mask.data[0, 1:] = False
+            yield
+            mask.numpy()[0, :3] = True
+
+        shape, array = (1, 1, 1, 4), numpy.ones((1, 4), dtype=bool)
+        with torch.inference_mode(inference):
+            for mask in (torch.ones(1, 4, dtype=torch.bool), torch.from_numpy(array)):
+                for _ in changes(mask):
+                    seen = mask.clone()
+                    self.check(mask, seen[None])
+                    self.check(mask, ~seen[None], true_is_seen=False)
+        array[:] = [[False, True, True, True]]
+        self.check(mask, mask.clone()[None])
+        array[:] = [[True, False, True, True]]
+        assert intervals_of(mask, shape) is None
+
+    def test_a_mask_read_without_gradients_serves_a_training_step(self):
+        module, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 5, 8)
+        patch(module)
+        options = {"attn_mask": causal(5), "need_weights": False}
         with torch.inference_mode():
-            mask = torch.ones(1, 4, dtype=torch.bool)
-            assert intervals_of(mask, 1, 4)[1].tolist() == [4]
-            mask[0, 1] = False
-            assert intervals_of(mask, 1, 4) is None
+            module(x, x, x, **options)
+        module(x, x, x, **options)[0].sum().backward()
 
 
-def both(module, *args, **kwargs):
+def both(module, *args, linear=True, **kwargs):
     """Results and gradients: of the patched module, of the plain one, of the plain one in float64."""
     results = []
     plain = copy.deepcopy(module)
-    patch(module)
+    patch(module, linear=linear)
     for each in (module, plain, copy.deepcopy(plain).double()):
         dtype = next(each.parameters()).dtype
         leaves = {id(x): x.detach().to(dtype, copy=True).requires_grad_() for x in args}
@@ -198,6 +224,15 @@ class TestMultiheadAttention:
         assert "append keys" in entry.why
 
 
+@pytest.mark.parametrize("mask", [{}, {"attn_mask": causal(5)}, {"key_padding_mask": torch.ones(2, 5) == 0}])
+def test_another_default_device(mask):
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    wanted = module(x, x, x, need_weights=False, **mask)[0]
+    patch(module)
+    with torch.device("meta"):
+        torch.testing.assert_close(module(x, x, x, need_weights=False, **mask)[0], wanted)
+
+
 class SelfAttention(nn.Module):
     """As timm and many others write it."""
 
@@ -220,6 +255,38 @@ def test_modules_that_call_scaled_dot_product_attention(calls):
     hole[:, 2] = False
     assert_both(SelfAttention(), x, mask=hole)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])  # of four heads
+@pytest.mark.parametrize("shape", [(6, 6), (1, 6), (6, 1), (1, 6, 6), (4, 6, 6), (4, 1, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_scaled_dot_product_attention_are_aligned_from_the_right(batch, shape, dtype, calls):
+    x = torch.randn(batch, 6, 16)
+    one, several = torch.ones(6, 6).tril().bool(), torch.ones(4, 6, 6).tril().bool()
+    several[1] = torch.ones(6, 6).tril(2).bool()  # heads differ
+    seen = several if len(shape) == 3 and shape[0] == 4 else one.expand(4, 6, 6)
+    seen = seen[(0,) * (3 - len(shape))][tuple(slice(-n, None) for n in shape)].clone()
+    mask = seen if dtype == torch.bool else torch.zeros(shape).masked_fill(~seen, -torch.inf)
+    assert_both(SelfAttention(), x, mask=mask, linear=False)
+    differ = shape[0] == 4 and not torch.equal(seen[:1].expand_as(seen), seen)
+    assert len(calls) == (0 if differ else 1)
+
+
+def test_masks_of_each_text_and_head(calls):
+    x, seen = torch.randn(3, 6, 16), (torch.arange(6) < torch.tensor([6, 4, 2])[:, None])[:, None, None]
+    for count, mask in enumerate([seen, seen.expand(3, 4, 6, 6), seen.repeat(1, 4, 6, 1)], 1):
+        assert_both(SelfAttention(), x, mask=mask)
+        assert len(calls) == count
+    mask = seen.repeat(1, 4, 6, 1)
+    mask[1, 2] = True
+    assert_both(SelfAttention(), x, mask=mask)
+    assert len(calls) == 3
+    plain, ours = SelfAttention(), SelfAttention()
+    patch(ours)
+    for module in (plain, ours):  # a batch of its own, or too many heads
+        for shape in ((2, 1, 6, 6), (3, 6, 6), (5, 6)):
+            with pytest.raises(RuntimeError, match=r"expand|must match"):
+                module(x, mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_attention_by_name_alone_is_reported():
@@ -324,6 +391,23 @@ class TestOpenClipLosses:
             assert type(pickle.loads(pickle.dumps(made))) is ours
             assert type(copy.deepcopy(made)) is ours
 
+    @pytest.mark.parametrize("name", ["ClipLoss", "CoCaLoss", "SigLipLoss"])
+    def test_our_op_computes_the_loss(self, name, monkeypatch):
+        cls = getattr(peers.load("open_clip.loss"), name)
+        op = "sigmoid_loss" if name == "SigLipLoss" else "info_nce"
+        ours, count = getattr(vlmkernels, op), []
+        monkeypatch.setattr(vlmkernels, op, lambda *a, **k: count.append(1) or ours(*a, **k))
+        image, text, scale = self.features()
+        caption = (torch.randn(6, 3, 7), torch.randint(7, (6, 3))) if name == "CoCaLoss" else ()
+        loss = cls(2.0, 1.0) if caption else cls()
+        more = {"logit_bias": torch.tensor(-3.0)} if name == "SigLipLoss" else {}
+        wanted = loss(image, text, *caption, logit_scale=scale, output_dict=True, **more)
+        for patched in (drop_in(cls)(2.0, 1.0) if caption else drop_in(cls)(), loss):
+            patch(patched)
+            got = patched(image, text, *caption, logit_scale=scale, output_dict=True, **more)
+            torch.testing.assert_close(got, wanted)
+        assert count == [1, 1]
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_results_have_the_dtype_of_theirs(self, dtype):
         loss = peers.load("open_clip.loss")
@@ -399,23 +483,6 @@ class TestTransformers:
         model.set_attn_implementation("sdpa")
         model(**inputs)
         assert len(calls) == 4
-
-    def test_the_configuration_is_that_of_the_model(self):
-        model, _ = tiny_clip()
-        module = (
-            model.text_model.encoder.layers[0].self_attn if hasattr(model.text_model, "encoder") else None
-        )
-        module = module or next(m for m in model.modules() if type(m).__name__ == "CLIPAttention")
-        config = module.config
-        patch(model)
-        assert module.config.hidden_size == 16
-        assert module.config._attn_implementation == "vlmkernels"
-        assert config._attn_implementation == "sdpa"
-        module.config.some_note = 3
-        assert config.some_note == 3
-        module.config = module.config
-        unpatch(model)
-        assert module.config is config
 
     def test_eager_is_refused_with_a_reason(self):
         model, _ = tiny_clip(attn_implementation="eager")

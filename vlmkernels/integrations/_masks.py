@@ -1,80 +1,90 @@
-"""Mask tensors read as intervals: on the CPU, in eager code, once per tensor."""
+"""Mask tensors read as intervals: on the CPU, in eager code."""
 
 from __future__ import annotations
 
+import weakref
+
+import numpy
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 Intervals = tuple[Tensor, Tensor]  # start and end, each [Tq] or [B, Tq]
 
-_READ = WeakIdKeyDictionary()  # mask -> (its version when it was read, what was asked, the answer)
+_ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
+_LOWEST = {torch.bool: None} | {dtype: torch.finfo(dtype).min for dtype in _ADDED}
+_READ: dict[int, tuple] = {}  # id of a mask -> (what was asked, the bytes of the mask included; the answer)
 
 
 def intervals_of(
-    mask: Tensor,  # [Tq, Tk], [B, Tk], [B, Tq, Tk] or [B, 1 or H, 1 or Tq, Tk]
-    queries: int,
-    keys: int,
+    mask: Tensor,
+    shape: tuple[int, int, int, int],  # B, H, Tq, Tk
     *,
     true_is_seen: bool = True,
     owner: Tensor | None = None,
 ) -> Intervals | None:
     """What each query sees, where that is one run of keys and nothing else; None where it is not.
 
-    Boolean masks say what is seen, or with ``true_is_seen=False`` what is hidden; floating-point masks are
-    added to the logits: 0 is seen, the smallest number of the dtype or -inf is hidden, anything else is a
-    bias and no interval. A query that sees nothing gets an empty interval, unless the mask is finite there:
-    all keys are then equally far away, and the softmax is uniform. `owner` is the tensor that the answer is
-    remembered by, where the mask is made from it for the question alone.
+    The mask is broadcast to the shape as torch does, from the right. Boolean masks say what is seen, or with
+    ``true_is_seen=False`` what is hidden; floating-point masks are added to the logits: 0 is seen, the
+    smallest number of the dtype or -inf is hidden, anything else is a bias and no interval. A query that sees
+    nothing gets an empty interval, unless the mask is finite there: all keys are then equally far away, and
+    the softmax is uniform.
 
-    In compiled code, under tracing and on accelerators nothing can be read without waiting: None.
+    The answer is remembered with the mask, or with `owner` where the mask is a view made for the question,
+    beside a copy of its bytes: memory that numpy or ``mask.data`` writes to shows no other sign of a change.
+
+    In compiled code and on accelerators nothing can be read without waiting: None.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(mask) is not Tensor:
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.dtype not in _LOWEST:
         return None
-    if mask.device.type != "cpu" or mask.requires_grad or mask.is_nested or mask.is_sparse:
+    if not mask.is_cpu or mask.requires_grad or mask.is_nested or mask.layout != torch.strided:
         return None
     owner = mask if owner is None else owner
-    asked = (queries, keys, true_is_seen, tuple(mask.shape))
-    version = None if owner.is_inference() else owner._version
-    known = _READ.get(owner)
-    if known is not None and version is not None and known[:2] == (version, asked):
-        return known[2]
-    answer = _read(mask, queries, keys, true_is_seen)
-    if version is not None:
-        _READ[owner] = version, asked, answer
+    if 0 in mask.stride():
+        mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
+    values = (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy()  # which does not have bfloat16
+    asked = shape, true_is_seen, mask.dtype, mask.shape, values.tobytes()
+    known = _READ.get(id(owner))
+    if known is not None and known[0] == asked:
+        return known[1]
+    with torch.inference_mode(False):  # the answer may be saved for a backward later
+        answer = _read(values, shape, true_is_seen, _LOWEST[mask.dtype])
+    if known is None:
+        weakref.finalize(owner, _READ.pop, id(owner), None)
+    _READ[id(owner)] = asked, answer
     return answer
 
 
-def _read(mask: Tensor, queries: int, keys: int, true_is_seen: bool) -> Intervals | None:
-    mask = _without_heads(mask)
-    if mask.dim() not in (2, 3) or mask.shape[-1] != keys or mask.shape[-2] not in (1, queries) or keys == 0:
+def _read(
+    mask: numpy.ndarray,
+    shape: tuple[int, int, int, int],
+    true_is_seen: bool,
+    lowest: float | None,  # the smallest number of the dtype, None for a boolean mask
+) -> Intervals | None:
+    if mask.ndim not in (2, 3, 4) or mask.size == 0:
         return None
-    if mask.dtype == torch.bool:
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if any(n not in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)):
+        return None
+    if mask.shape[1] > 1 and not (mask[:, 1:] == mask[:, :-1]).all():  # heads that see different keys
+        return None
+    *_, queries, keys = shape
+    mask = mask[:, 0]  # [B or 1, Tq or 1, Tk or 1]
+    if lowest is None:
         seen = mask if true_is_seen else ~mask
-    elif mask.is_floating_point():
-        seen = mask == 0
-        hidden = mask <= torch.finfo(mask.dtype).min
-        finite = hidden & (mask > -torch.inf)
-        if not torch.equal(seen, ~hidden) or (~seen.any(-1) & finite.any(-1)).any():
-            return None
     else:
+        seen, hidden = mask == 0, mask <= lowest
+        uniform = ~seen.any(-1) & (mask > -numpy.inf).any(-1)
+        if (seen == hidden).any() or uniform.any():
+            return None
+    seen = numpy.broadcast_to(seen, (*seen.shape[:-1], keys))
+    start = seen.argmax(-1).astype(numpy.int32)
+    end = start + seen.sum(-1, dtype=numpy.int32)
+    j = numpy.arange(keys, dtype=numpy.int32)
+    if not numpy.array_equal(seen, (j >= start[..., None]) & (j < end[..., None])):
         return None
-    start = seen.to(torch.uint8).argmax(-1)
-    end = start + seen.sum(-1)
-    j = torch.arange(keys)
-    if not torch.equal(seen, (j >= start[..., None]) & (j < end[..., None])):
-        return None
-    shape = (*mask.shape[:-2], queries)
-    return start.to(torch.int32).expand(shape), end.to(torch.int32).expand(shape)
-
-
-def _without_heads(mask: Tensor) -> Tensor:
-    """[B, Tq, Tk] of a mask of four dimensions whose heads see the same; others as they are."""
-    if mask.dim() != 4 or mask.shape[1] == 0:
-        return mask
-    if mask.stride(1) != 0 and not torch.equal(mask[:, 1:], mask[:, :-1]):
-        return mask
-    return mask[0, 0] if mask.shape[0] == 1 else mask[:, 0]
+    first, last = (torch.from_numpy(x).expand(-1, queries) for x in (start, end))
+    return (first, last) if len(mask) > 1 else (first[0], last[0])
 
 
 def both(a: Intervals | None, b: Intervals | None) -> Intervals | None:

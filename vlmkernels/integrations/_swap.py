@@ -7,15 +7,19 @@ name (checkpoints, transformers' registries) finds the same.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
-from vlmkernels._modules import is_exactly as is_exactly
-from vlmkernels._modules import unheard as unheard
+from vlmkernels._modules import is_transformed
+
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 class Rule(nn.Module):
@@ -23,6 +27,7 @@ class Rule(nn.Module):
 
     patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding", what it takes
     patch_runs: ClassVar[str]  # what the report says of a patched module
+    patch_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the class that this one puts its own before
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
     patch_class: ClassVar[type[nn.Module]]  # the swapped class itself, also in its subclasses
 
@@ -69,25 +74,59 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     """The subclass of `original` with the methods of `rule`, always the same one."""
     if (original, rule) in _SWAPPED:
         return _SWAPPED[original, rule]
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace = {**names, **rule.patch_facts(original), "patch_origin": (original, rule)}
-    if rule.forward is not nn.Module.forward:
-        namespace["forward"] = _with_signature(rule.forward, original.forward)
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace: dict[str, Any] = {name: getattr(original, name) for name in names}
+    annotated = (vars(c)["__annotations__"] for c in original.__mro__ if "__annotations__" in vars(c))
+    namespace["__annotations__"] = next(annotated, {})  # TorchScript reads them
+    namespace |= rule.patch_facts(original) | {"patch_origin": (original, rule)}
+    namespace |= {name: _before(getattr(rule, name), getattr(original, name)) for name in rule.patch_methods}
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
     cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
-def _with_signature(forward: Any, original: Any) -> types.FunctionType:
-    """A copy that shows the arguments of the original: trainers choose the columns of a data set by them."""
-    copy = types.FunctionType(
-        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    copy.__doc__ = original.__doc__
-    copy.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return copy
+def _before(ours: Callable, own: Callable) -> Callable:
+    """The method that runs ours, and in transformed calls the class's own.
+
+    It passes for the own one: trainers that choose the columns of a data set by its arguments, torch.fx and
+    TorchScript find the own signature, source and names through it.
+    """
+    both = zip(_arguments(own), _arguments(ours), strict=False)
+    patch_names = {theirs: mine for theirs, mine in both if theirs != mine}
+    patch_ours, patch_own, patch_own_runs = ours, own, own_code_runs  # names that no other module has
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if patch_own_runs():
+            return patch_own(self, *args, **kwargs)
+        if patch_names and kwargs:
+            kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
+        return patch_ours(self, *args, **kwargs)
+
+    known = getattr(own, "__globals__", globals())  # where TorchScript looks up the names in the own source
+    return functools.wraps(own)(types.FunctionType(method.__code__, known, closure=method.__closure__))
+
+
+def _arguments(method: Callable) -> list[str]:
+    """The names of the arguments that can be given by position."""
+    parameters = inspect.signature(method).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def own_code_runs() -> bool:
+    """Whether a call is looked at by more than its caller, so that a module's own code has to run.
+
+    Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, on fake tensors, under
+    transforms of torch.func, and in forward-mode differentiation. In graphs of torch.compile our ops run.
+    """
+    if is_transformed():
+        return True
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if _symbolic_trace._is_fx_tracing_flag:
+        return True
+    modes = torch._C._len_torch_dispatch_stack() > 0
+    return modes and any(torch._C._get_dispatch_mode(kind) is not None for kind in (_PROXY, _FAKE))
 
 
 def rule_of(module: nn.Module) -> type[Rule] | None:

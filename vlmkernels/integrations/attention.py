@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import are_plain, is_exactly
 from vlmkernels.integrations import _masks
 from vlmkernels.integrations._masks import Intervals
-from vlmkernels.integrations._swap import Rule
+from vlmkernels.integrations._swap import Rule, own, own_code_runs
 
 
 def attend(
@@ -34,15 +35,18 @@ def attend(
     scale: float | None = None,
 ) -> Tensor:  # [B, H, Tq, Dv]
     if seen is None:
-        start, end = intervals.causal(query.shape[2], device=query.device)
-        seen = start, end if causal else torch.full_like(end, key.shape[2])
+        if causal:
+            seen = intervals.causal(query.shape[2], device=query.device)
+        else:
+            seen = intervals.full(query.shape[2], key.shape[2], device=query.device)
     return vlmkernels.interval_attention(query, key, value, *seen, scale=scale)
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, scale: Any = None) -> bool:
     """Whether these are operands of one batch on the CPU, none of them empty."""
     return (
-        query.device.type == "cpu"
+        are_plain(query, key, value)
+        and query.device.type == "cpu"
         and query.dim() == key.dim() == value.dim() == 4
         and query.shape[0] == key.shape[0] == value.shape[0]
         and query.shape[1] % max(key.shape[1], 1) == 0
@@ -96,6 +100,9 @@ class TorchMultiheadAttention(AttentionRule):
             not need_weights
             and not (self.training and self.dropout > 0)
             and query.device.type == "cpu"
+            and type(self) is self.patch_class  # no parametrization
+            and is_exactly(out_proj := self.out_proj, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            and are_plain(query, key, value, *self._parameters.values(), *out_proj._parameters.values())
             and query.dim() == key.dim() == value.dim() == 3
             and not any(x.is_nested for x in (query, key, value))
             and min(query.numel(), key.numel()) > 0
@@ -103,20 +110,17 @@ class TorchMultiheadAttention(AttentionRule):
         )
         seen, causal = None, False
         if exact:
-            tokens = query.shape[self.batch_first], key.shape[self.batch_first]
+            batch, queries = query.shape[1 - self.batch_first], query.shape[self.batch_first]
+            shape = batch, self.num_heads, queries, key.shape[self.batch_first]
             if attn_mask is not None and is_causal and key_padding_mask is None:
                 causal = True  # torch trusts the hint and does not look at the mask
             elif attn_mask is not None:
-                per_head = attn_mask.dim() == 3  # [B H, Tq, Tk]
-                mask = attn_mask.unflatten(0, (-1, self.num_heads)) if per_head else attn_mask
-                seen = _masks.intervals_of(mask, *tokens, true_is_seen=False, owner=attn_mask)
+                seen = self._seen(attn_mask, shape)
                 exact = seen is not None
             else:
                 exact = not is_causal
         if exact and key_padding_mask is not None:
-            padding = _masks.intervals_of(
-                key_padding_mask[:, None], *tokens, true_is_seen=False, owner=key_padding_mask
-            )
+            padding = self._not_padding(key_padding_mask, shape)
             seen, exact = _masks.both(seen, padding), padding is not None
         if not exact:
             return super().forward(
@@ -129,7 +133,19 @@ class TorchMultiheadAttention(AttentionRule):
         out = attend(q, k, v, seen, causal=causal).transpose(1, 2).flatten(2)
         if not self.batch_first:
             out = out.transpose(0, 1)
-        return self.patch_linear(out, self.out_proj.weight, self.out_proj.bias), None
+        return self.patch_linear(out, out_proj.weight, out_proj.bias), None
+
+    def _seen(self, attn_mask: Tensor, shape: tuple[int, int, int, int]) -> Intervals | None:
+        batch, heads, *tokens = shape
+        if attn_mask.shape not in ((*tokens,), (batch * heads, *tokens)):
+            return None
+        mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+        return _masks.intervals_of(mask, shape, true_is_seen=False, owner=attn_mask)
+
+    def _not_padding(self, mask: Tensor, shape: tuple[int, int, int, int]) -> Intervals | None:
+        if mask.shape != (shape[0], shape[3]):
+            return None
+        return _masks.intervals_of(mask[:, None, None], shape, true_is_seen=False, owner=mask)
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.in_proj_weight, self.in_proj_bias
@@ -175,13 +191,14 @@ def _transformers_attention(
     """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
     options = ("position_bias", "cache", "softcap", "output_attentions")
     exact = (
-        dropout == 0
+        (type(module) is _Call or not own_code_runs())  # which a patched module has asked
+        and dropout == 0
         and all(kwargs.get(name) is None or kwargs[name] is False for name in options)
         and fits(query, key, value, scaling)
     )
     seen, causal = None, False
     if exact and attention_mask is not None:
-        seen = _masks.intervals_of(attention_mask, query.shape[2], key.shape[2])
+        seen = _masks.intervals_of(attention_mask, (*query.shape[:3], key.shape[2]))
         exact = seen is not None
     elif exact:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -197,27 +214,41 @@ def _transformers_attention(
 
 
 class _Config:
-    """A configuration that names our function where it says "sdpa"; in all else the one that is behind it."""
+    """A configuration that names our function where it says "sdpa"."""
 
     def __init__(self, behind: Any) -> None:
-        object.__setattr__(self, "behind", behind)
+        self._behind = behind
 
     @property
     def _attn_implementation(self) -> str:
-        name = self.behind._attn_implementation
+        name = self._behind._attn_implementation
         return "vlmkernels" if name == "sdpa" else name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.behind, name)
+        return getattr(self._behind, name)
+
+
+class _Call:
+    """A module in a call of its forward, which finds our function in its configuration."""
+
+    def __init__(self, module: nn.Module) -> None:
+        object.__setattr__(self, "_module", module)
+
+    @property
+    def config(self) -> _Config:
+        return _Config(self._module.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.behind, name, value)
+        setattr(self._module, name, value)
 
 
 class TransformersAttention(AttentionRule):
     """Attention modules of transformers that ask its registry for the function that computes it.
 
-    The model's configuration, and with it the masks that are made, stay those of "sdpa"; after
+    Configurations, and with them the masks that are made, stay those of "sdpa"; after
     ``model.set_attn_implementation("eager")`` the module does what transformers does.
     """
 
@@ -230,10 +261,11 @@ class TransformersAttention(AttentionRule):
         if inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"] is not _registry():
             return "its file has attention functions of its own"
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation == "sdpa":
+        if implementation in ("sdpa", "vlmkernels"):
             return None
         if implementation == "eager":
-            return "attn_implementation='eager' returns the attention weights; 'sdpa' can be patched"
+            why = "attn_implementation='eager' returns the attention weights"
+            return f"{why}; 'sdpa' can be patched" if _has_sdpa(module) else why
         return f"attn_implementation={implementation!r} is not 'sdpa'"
 
     @classmethod
@@ -241,18 +273,23 @@ class TransformersAttention(AttentionRule):
         global _sdpa
         _sdpa = _registry()["sdpa"]
         _registry().register("vlmkernels", _transformers_attention)
+        masks = sys.modules["transformers.masking_utils"].ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
+        masks.register("vlmkernels", masks["sdpa"])
 
-    @property
-    def config(self) -> Any:
-        return _Config(self.__dict__["config"])
-
-    @config.setter
-    def config(self, config: Any) -> None:
-        self.__dict__["config"] = config.behind if isinstance(config, _Config) else config
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return own(self).forward(_Call(self), *args, **kwargs)
 
 
 def _registry() -> Any:
     return sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+
+
+def _has_sdpa(module: nn.Module) -> bool:
+    """Whether all models of the file that the module comes from can switch to "sdpa"."""
+    names = inspect.unwrap(type(module).forward).__globals__
+    classes = [x for x in names.values() if isinstance(x, type) and x.__module__ == names["__name__"]]
+    models = [cls for cls in classes if hasattr(cls, "_supports_sdpa")]
+    return bool(models) and all(cls._supports_sdpa for cls in models)  # type: ignore[attr-defined]
 
 
 class _Redirect(TorchFunctionMode):
@@ -279,7 +316,7 @@ def _scaled_dot_product_attention(
     exact = exact and (enable_gqa or query.shape[1] == key.shape[1])
     seen = None
     if exact and attn_mask is not None:
-        seen = _masks.intervals_of(attn_mask, query.shape[2], key.shape[2])
+        seen = _masks.intervals_of(attn_mask, (*query.shape[:3], key.shape[2]))
         exact = seen is not None
     if exact:
         return attend(query, key, value, seen, causal=is_causal, scale=scale)

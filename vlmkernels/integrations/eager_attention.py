@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._modules import is_exactly, unheard
 from vlmkernels.integrations import _masks
-from vlmkernels.integrations._swap import is_exactly, qualified_name, unheard
+from vlmkernels.integrations._swap import qualified_name
 from vlmkernels.integrations.attention import AttentionRule, attend
 
 
@@ -161,7 +162,9 @@ class _BertAttention(_Named):
         if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or not unheard(self.dropout):
             return None
         if attention_mask is not None:
-            seen = _masks.intervals_of(attention_mask, tokens, tokens)
+            seen = _masks.intervals_of(
+                attention_mask, (hidden_states.shape[0], self.num_attention_heads, tokens, tokens)
+            )
             if seen is None:
                 return None
         query, key, value = (

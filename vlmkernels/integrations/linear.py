@@ -10,15 +10,15 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 import vlmkernels
+from vlmkernels._modules import are_plain, passable, unheard
 from vlmkernels.integrations._chains import chain_of, gated_of
-from vlmkernels.integrations._swap import Rule, is_exactly, qualified_name, unheard
+from vlmkernels.integrations._swap import Rule, qualified_name
 
 _ALL = ("*",)  # every child, in order
-_TENSORS = (Tensor, nn.Parameter)
 _ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.ReLU": "relu",
@@ -42,19 +42,26 @@ def activation_of(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get(qualified_name(type(module)))
 
 
-def fits(x: Any, *layers: Any) -> bool:
-    """Whether x can go through the layers on the CPU, all of one dtype."""
-    return (
-        type(x) in _TENSORS
-        and x.device.type == "cpu"
+def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether x can go through layers of these weights and biases on the CPU, all of one dtype."""
+    if not (
+        x is not None
+        and are_plain(x, weight, *others)
+        and x.is_cpu
         and x.layout == torch.strided
         and not x.is_nested
         and x.dim() > 0
         and x.is_floating_point()
-        and x.shape[-1] == layers[0].in_features
-        and all(type(layer.weight) in _TENSORS for layer in layers)
-        and (torch.is_autocast_enabled("cpu") or all(layer.weight.dtype == x.dtype for layer in layers))
-    )
+        and x.shape[-1] == weight.shape[-1]
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return True
+    dtype = x.dtype
+    for tensor in (weight, *others):  # noqa: SIM110 - a generator takes as long as all that is above
+        if tensor is not None and tensor.dtype != dtype:
+            return False
+    return True
 
 
 class LinearRule(Rule):
@@ -78,12 +85,13 @@ class TorchLinear(LinearRule):
     def patch_refuses(cls, module: Any) -> str | None:
         if type(module) is not nn.Linear:
             return "a subclass of torch.nn.Linear with code of its own"
-        return None if type(module.weight) in _TENSORS else "its weight is a subclass of Tensor"
+        return None if are_plain(module.weight) else "its weight is a subclass of Tensor"
 
     def forward(self, x: Tensor) -> Tensor:
-        if fits(x, self):
-            return vlmkernels.linear(x, self.weight, self.bias)
-        return super().forward(x)
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them
+        if fits(x, weight, bias):
+            return vlmkernels.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 class Perceptron(LinearRule):
@@ -115,19 +123,15 @@ class Perceptron(LinearRule):
 
     def forward(self, x: Any) -> Any:  # type: ignore[override]
         steps = _steps(self)
-        if torch_module._has_any_global_hook():
-            return super().forward(x)
         while steps:
             layer, activation, second = (*steps[:3], None, None)[:3]
-            word = _word(activation)
-            if word is None or not _taken(layer) or not fits(x, layer):
-                x, steps = layer(x), steps[1:]
-            elif _taken(second) and fits(x, layer, second):
-                x = vlmkernels.mlp(x, layer.weight, layer.bias, second.weight, second.bias, activation=word)
-                steps = steps[3:]
+            word, first, then = _word(activation), _tensors(layer), _tensors(second)
+            if word is not None and first is not None and then is not None and fits(x, *first, *then):
+                x, steps = vlmkernels.mlp(x, *first, *then, activation=word), steps[3:]
+            elif word is not None and first is not None and fits(x, *first):
+                x, steps = vlmkernels.linear(x, *first, activation=word), steps[2:]
             else:
-                x = vlmkernels.linear(x, layer.weight, layer.bias, activation=word)
-                steps = steps[2:]
+                x, steps = layer(x), steps[1:]
         return x
 
 
@@ -161,14 +165,14 @@ class GatedPerceptron(LinearRule):
 
     def forward(self, x: Any) -> Any:  # type: ignore[override]
         down, activation, gate, up = (getattr(self, name) for name in self.patch_steps)
-        word = _word(activation)
-        free = all(map(_taken, (down, gate, up))) and not torch_module._has_any_global_hook()
-        if word is None or not free or not fits(x, gate, up, down):
+        word, layers = _word(activation), [_tensors(layer) for layer in (gate, up, down)]
+        if word is None or None in layers:
             return super().forward(x)
-        return vlmkernels.gated_mlp(
-            x, gate.weight, up.weight, down.weight, b_gate=gate.bias, b_up=up.bias, b_down=down.bias,
-            activation=word,
-        )  # fmt: skip
+        weights, biases = zip(*layers, strict=True)
+        if not fits(x, *weights, *biases):
+            return super().forward(x)
+        b_gate, b_up, b_down = biases
+        return vlmkernels.gated_mlp(x, *weights, b_gate=b_gate, b_up=b_up, b_down=b_down, activation=word)
 
 
 def _steps(module: nn.Module) -> list[Any]:
@@ -188,9 +192,10 @@ def _passes(step: Any) -> bool:
     return idle and unheard(step)
 
 
-def _taken(step: Any) -> bool:
-    """Whether the step is a linear layer whose weights can be taken out of it."""
-    return isinstance(step, nn.Linear) and is_exactly(step, nn.Linear) and unheard(step)
+def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer that need not be called; None for all other steps."""
+    free = isinstance(step, nn.Linear) and passable(step, nn.Linear)
+    return (step.weight, step.bias) if free else None
 
 
 def _word(step: Any) -> str | None:

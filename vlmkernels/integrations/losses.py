@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import nn as ours
-from vlmkernels.integrations._swap import Rule, qualified_name
+from vlmkernels.integrations._swap import Rule, own_code_runs, qualified_name
 
 
 class LossRule(Rule):
@@ -21,30 +23,36 @@ class LossRule(Rule):
         return False
 
 
-class _InTheirDtype(nn.Module):
-    """Outside autocast open_clip's losses have the dtype of the features, ours are float32 at least."""
+def _forward_of(ours: type[nn.Module]) -> Callable:
+    """The forward of our loss, which outside autocast has the dtype of the features, as open_clip's has."""
 
-    def forward(self, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = super().forward(image_features, *args, **kwargs)  # type: ignore[misc]
+    @functools.wraps(ours.forward)
+    def forward(self: Any, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if own_code_runs():
+            return self.patch_own.forward(self, image_features, *args, **kwargs)
+        result = ours.forward(self, image_features, *args, **kwargs)
         if torch.is_autocast_enabled(image_features.device.type):
             return result
         if isinstance(result, dict):
             return {name: loss.to(image_features.dtype) for name, loss in result.items()}
         return result.to(image_features.dtype)
 
-
-class ClipLoss(_InTheirDtype, ours.ClipLoss):
-    pass
+    return forward
 
 
-class SigLipLoss(_InTheirDtype, ours.SigLipLoss):
-    pass
+class ClipLoss(ours.ClipLoss):
+    forward = _forward_of(ours.ClipLoss)  # not in a base, which would stand behind open_clip's class
+
+
+class SigLipLoss(ours.SigLipLoss):
+    forward = _forward_of(ours.SigLipLoss)
 
 
 class OpenClipLoss(LossRule):
     """open_clip's ClipLoss, and CoCaLoss, whose contrastive part is ClipLoss.forward."""
 
     patch_runs = "vlmkernels.info_nce"
+    patch_methods = ()
     names: ClassVar[tuple[str, ...]] = ("open_clip.loss.ClipLoss", "open_clip.loss.CoCaLoss")
     ours: ClassVar[type[nn.Module]] = ClipLoss
 
@@ -69,8 +77,16 @@ class OpenClipLoss(LossRule):
     @classmethod
     def patch_bases(cls, original: type[nn.Module]) -> tuple[type, ...]:
         """Our forward stands directly before that of the base class, behind what a subclass adds to it."""
-        *added, base = [c for c in original.__mro__ if qualified_name(c) in cls.names]
+        *added, base = cls._known(original)
         return (cls, *added, cls.ours, base)
+
+    @classmethod
+    def patch_facts(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"patch_own": cls._known(original)[-1]}
+
+    @classmethod
+    def _known(cls, original: type[nn.Module]) -> list[type[nn.Module]]:
+        return [c for c in original.__mro__ if qualified_name(c) in cls.names]
 
 
 class OpenSigLipLoss(OpenClipLoss):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.integrations._swap import Rule, is_exactly, own, qualified_name, unheard
+from vlmkernels._modules import is_exactly, unheard
+from vlmkernels.integrations._swap import Rule, own, qualified_name
 
 _POOLED_AT_THE_END = ("argmax", "eos")
 
@@ -33,6 +34,7 @@ class OpenClipText(Rule):
 
     patch_needs = frozenset({"padding"})
     patch_runs = "texts cut after the longest of the batch"
+    patch_methods = ("encode_text",)
 
     positional_embedding: Tensor  # [L, D]
     attn_mask: Tensor  # [L, L]
@@ -52,13 +54,16 @@ class OpenClipText(Rule):
         if module.text_pool_type not in _POOLED_AT_THE_END:
             return f"its texts are not pooled at their end, but by {module.text_pool_type!r}"
         mask = module.attn_mask
+        if mask is not None and mask.is_meta:
+            return "whether its text tower is causal cannot be read on the meta device"
         if mask is None or not torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1)):
             return "its text tower is not causal"
         return None
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:  # [B, L] -> [B, E]
         model: Any = self
-        if text.device.type == "cpu" and text.numel() and not torch.compiler.is_compiling() and self._quiet():
+        readable = type(text) is Tensor and text.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and text.numel() and self._quiet():
             ends = text.eq(self.text_eos_id).int() if self.text_pool_type == "eos" else text
             length = int(ends.argmax(dim=-1).max()) + 1
             text, model = text[:, :length], _Shorter(self, length)

@@ -23,7 +23,7 @@ class RankingLoss(LossRule):
 
     patch_runs = "vlmkernels.info_nce"
     name: ClassVar = "MultipleNegativesRankingLoss"
-    method: ClassVar = "compute_loss_from_embeddings"
+    patch_methods = ("compute_loss_from_embeddings",)
     folder: ClassVar = "sentence_transformers.sentence_transformer.losses."
 
     scale: float
@@ -37,7 +37,8 @@ class RankingLoss(LossRule):
     @classmethod
     def takes_class(cls, original: type[nn.Module]) -> bool:
         name = qualified_name(original)
-        return name.startswith(cls.folder) and name.endswith("." + cls.name) and hasattr(original, cls.method)
+        known = name.startswith(cls.folder) and name.endswith("." + cls.name)
+        return known and hasattr(original, *cls.patch_methods)
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:
@@ -62,7 +63,7 @@ class RankingLoss(LossRule):
 
     def ranking_loss(self, queries: Tensor, docs: list[Tensor]) -> Tensor:
         """The loss of queries [n, D] with their documents, the positive first, each [n, D]."""
-        n, rank = len(queries), 0
+        n, rank = queries.shape[0], 0
         if self.gather_across_devices:
             util = sys.modules["sentence_transformers.util"]
             queries, rank = util.all_gather_with_grad(queries), util.get_rank()
@@ -92,7 +93,7 @@ class CachedRankingLoss(RankingLoss):
     """Its form with cached gradients: the embeddings are made in small batches, the loss here in one go."""
 
     name = "CachedMultipleNegativesRankingLoss"
-    method = "calculate_loss"
+    patch_methods = ("calculate_loss",)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
