@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# The CPU build of a torch asks for no Triton of its own, and budgets of the kernels are kept for this one.
+TRITON := $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1)
+EXTRAS ?= dev
 BUILD := build/cmake
 NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
 SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.* python/cuda/*.* cmake/*.*) CMakeLists.txt setup.py
@@ -16,9 +19,9 @@ setup: $(VENV)/$(if $(NATIVE),native,packages)
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlmkernels needs Python 3.10 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" setuptools wheel cmake ninja pybind11
-	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]' "$(TORCH)"
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps open-flamingo==2.0.1  # it asks for torch 2.0.1
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
+	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[$(EXTRAS)]' "$(TORCH)" $(TRITON)
+	$(if $(filter dev,$(EXTRAS)),$(BIN)/pip install -q --disable-pip-version-check --no-deps open-flamingo==2.0.1)  # it asks for torch 2.0.1
 	touch $@
 
 $(VENV)/native: $(VENV)/packages $(SOURCES)
@@ -46,6 +49,17 @@ test-native: setup
 	  VLMKERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS); done
 	if test -d $(BUILD); then $(BIN)/cmake --build $(BUILD) --target test_csrc && $(BIN)/ctest --test-dir $(BUILD) --output-on-failure; fi
 
+# The suite without the peers under another torch, in a copy of the tree with an environment of its own:
+# `make test-torch TORCH=torch==2.9.1`.
+OTHER = build/$(subst ==,-,$(TORCH))
+.PHONY: test-torch
+test-torch:
+	rm -rf $(OTHER)/tree $(OTHER)/venv/native
+	mkdir -p $(OTHER)/tree
+	git ls-files -co --exclude-standard | tar -cf - -T - | tar -xf - -C $(OTHER)/tree
+	$(MAKE) -C $(OTHER)/tree setup VENV=../venv EXTRAS=test
+	cd $(OTHER)/tree && OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 ../venv/bin/python -m pytest -q -n 2 --dist loadfile
+
 test-all: setup $(VENV)/nvcc
 	$(PYTEST) -m "slow or not slow"
 	$(if $(NATIVE),$(MAKE) test-native)
@@ -70,4 +84,4 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cc' '*.cu' '*.cuh')
 
 clean:
-	rm -rf build $(VENV) vlmkernels/_C*.so vlmkernels/_build.json
+	rm -rf build $(VENV) vlmkernels/_C*.so

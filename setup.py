@@ -1,13 +1,11 @@
 """Builds the C++ extension with CMake against the installed torch; without a compiler there is none."""
 
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,15 +60,6 @@ class CMakeBuild(build_ext):
             )
         subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure], env=env)
         subprocess.check_call([cmake, "--build", str(build), "--target", "_C"], env=env)
-        facts = {"torch": torch.__version__, "vlmkernels": VERSION, "python": sysconfig.get_python_version()}
-        (out / "_build.json").write_text(json.dumps(facts))
-
-    def copy_extensions_to_source(self) -> None:
-        """For an editable install: the extension, and beside it what it was built for."""
-        super().copy_extensions_to_source()
-        shutil.copyfile(
-            Path(self.build_lib) / "vlmkernels" / "_build.json", ROOT / "vlmkernels" / "_build.json"
-        )
 
 
 setup(

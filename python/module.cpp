@@ -14,6 +14,9 @@ namespace py = pybind11;
 
 namespace {
 
+// vlmkernels/_native.py reads this in the file: what was built for another torch is not even loaded.
+[[gnu::used]] const char kBuiltFor[] = "vlmkernels " VLMK_VERSION " for torch " VLMK_TORCH;
+
 std::map<std::string, std::string> build() {
   return {{"isa", vlmk::isa_name(vlmk::isa())}, {"tile_gemm", vlmk::tile_product_name()},
           {"compiler", VLMK_COMPILER},          {"cuda", VLMK_CUDA},

@@ -98,7 +98,7 @@ def repository(tmp_path):
     """A copy of what an extension-free tree needs, committed."""
     root = tmp_path / "repository"
     for folder in ("benchmarks", "vlmkernels"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "results")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
         shutil.copytree(measure.ROOT / folder, root / folder, ignore=ignored)
     who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "a tree"]):

@@ -163,15 +163,25 @@ def test_a_user_without_a_home():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 50_000, b"\xff", b'{"torch": ["2"]}', None])
-def test_a_broken_build_file_is_one_warning_and_the_reference(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x7fELF", b"vlmkernels 0.0 for torch 2.0\0", b"vlmkernels \xff for torch \xff\0", bytes(4096)],
+)
+def test_a_broken_extension_is_one_warning_and_the_reference(tmp_path, monkeypatch, content):
     monkeypatch.delenv("VLMKERNELS_NATIVE", raising=False)
-    monkeypatch.setattr(_native, "_BUILD", tmp_path / "_build.json")
-    _native._BUILD.mkdir() if content is None else _native._BUILD.write_bytes(content)
-    with pytest.warns(RuntimeWarning, match="The reference kernels run instead"):
+    monkeypatch.delenv("VLMKERNELS_CPU_ISA", raising=False)
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / _native._LIBRARY.name)
+    _native._LIBRARY.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="C\\+\\+ extension .*The reference kernels run instead"):
         extension, reason = _native._load()
     assert extension is None
-    assert "reinstall vlmkernels" in reason
+    assert "the C++ extension" in reason
+
+
+def test_a_folder_in_place_of_the_extension_is_none(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLMKERNELS_NATIVE", raising=False)
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path)
+    assert _native._load() == (None, _native._NOT_BUILT)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """`vlmkernels.info()`, and the two environment variables that choose what runs."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import vlmkernels
 from vlmkernels import _native
@@ -38,7 +40,7 @@ def test_an_instruction_set_that_does_not_exist_is_an_error():
     assert "VLMKERNELS_CPU_ISA must be baseline, avx2 or avx512, got avx9" in done.stderr
 
 
-@pytest.mark.skipif(not _native._BUILD.exists(), reason="no C++ extension")
+@pytest.mark.skipif(not _native._LIBRARY.exists(), reason="no C++ extension")
 def test_an_extension_that_does_not_load_is_one_warning_and_the_reference():
     code = "import sys; sys.modules['vlmkernels._C'] = None; import vlmkernels; print(vlmkernels.info())"
     done = python(code, VLMKERNELS_NATIVE="1", VLMKERNELS_CPU_ISA="", PYTHONWARNINGS="default")
@@ -49,11 +51,23 @@ def test_an_extension_that_does_not_load_is_one_warning_and_the_reference():
     assert "C++ sweeps" not in done.stdout
 
 
-def test_an_extension_for_another_torch_is_not_loaded(tmp_path, monkeypatch):
-    monkeypatch.delenv("VLMKERNELS_NATIVE", raising=False)
-    monkeypatch.setattr(_native, "_BUILD", tmp_path / "_build.json")
-    _native._BUILD.write_text(f'{{"torch": "2.0.0", "vlmkernels": "{vlmkernels.__version__}"}}')
-    with pytest.warns(RuntimeWarning, match=r"built for torch 2\.0\.0, this is torch .*; reinstall"):
-        extension, reason = _native._load()
-    assert extension is None
-    assert "built for torch 2.0.0" in reason
+@pytest.mark.skipif(not _native._LIBRARY.exists(), reason="no C++ extension")
+def test_an_extension_for_another_torch_is_not_loaded(tmp_path):
+    """Its file tells what it was built for; the ops run the reference, and info() says why."""
+    package = tmp_path / "vlmkernels"
+    shutil.copytree(_native._LIBRARY.parent, package, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    library = package / _native._LIBRARY.name
+    here, other = f" for torch {torch.__version__}".encode(), b" for torch 2.0.0"
+    content = library.read_bytes()
+    assert content.count(here) == 1
+    library.write_bytes(content.replace(here, other.ljust(len(here), b"\0")))
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import vlmkernels; i = vlmkernels.info()\n"
+        "print({w['CPU'] for w in i['ops'].values()}, i)"
+    )
+    done = python(code, VLMKERNELS_NATIVE="", VLMKERNELS_CPU_ISA="")
+    assert done.returncode == 0, done.stderr
+    reason = f"the C++ extension was built for torch 2.0.0, this is torch {torch.__version__}; reinstall"
+    assert done.stderr.count(f"RuntimeWarning: vlmkernels: {reason}") == 1
+    assert done.stdout.startswith("{'reference'}")
+    assert f"C++ kernels: {reason}" in done.stdout

@@ -2,17 +2,29 @@
 
 import importlib
 import os
+import re
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from vlmkernels._optional import read_object
 from vlmkernels._version import __version__
 
-_BUILD = Path(__file__).with_name("_build.json")
+_LIBRARY = Path(__file__).with_name(f"_C{EXTENSION_SUFFIXES[0]}")
 _NOT_BUILT = "installed without its C++ extension (no compiler, or VLMKERNELS_NATIVE=0 at build time)"
+
+
+def _foreign() -> str:
+    """What else than this the extension was built for, as its file says."""
+    here = {"vlmkernels": __version__, "torch": torch.__version__}
+    pattern = rb"vlmkernels (?P<vlmkernels>[^\s\0]+) for torch (?P<torch>[^\s\0]+)\0"
+    found = re.search(pattern, _LIBRARY.read_bytes())
+    if found is None:
+        return "something else"
+    built = {name: there.decode() for name, there in found.groupdict().items()}
+    return " and ".join(f"{k} {built[k]}, this is {k} {v}" for k, v in here.items() if built[k] != v)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -22,24 +34,17 @@ def _load() -> tuple[ModuleType | None, str]:
     if wanted not in ("", "1"):
         message = f"VLMKERNELS_NATIVE must be 0 or 1, got {wanted!r}: ignored"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if not _LIBRARY.is_file():
+        return None, _NOT_BUILT
     try:
-        built = read_object(_BUILD)
-        if built is None:
-            return None, _NOT_BUILT
-        here = {"torch": torch.__version__, "vlmkernels": __version__}
-        other = [f"{k} {built.get(k)}, this is {k} {v}" for k, v in here.items() if built.get(k) != v]
-        reason = f"the C++ extension was built for {' and '.join(other)}" if other else ""
-    except ValueError as error:
-        reason = f"{_BUILD} {error}"
-    if reason:
-        reason += "; reinstall vlmkernels"
-    else:
-        try:
+        other = _foreign()
+        if not other:
             return importlib.import_module("vlmkernels._C"), ""
-        except Exception as error:  # whatever stops a foreign library must not stop `import vlmkernels`
-            if os.environ.get("VLMKERNELS_CPU_ISA"):  # asked for by name, and its kernels may be registered
-                raise
-            reason = f"the C++ extension does not load: {error}"
+        reason = f"the C++ extension was built for {other}; reinstall vlmkernels"
+    except Exception as error:  # whatever stops a foreign library must not stop `import vlmkernels`
+        if os.environ.get("VLMKERNELS_CPU_ISA"):  # asked for by name, and its kernels may be registered
+            raise
+        reason = f"the C++ extension does not load: {error}"
     warnings.warn(f"vlmkernels: {reason}. The reference kernels run instead.", RuntimeWarning, stacklevel=2)
     return None, reason
 

@@ -9,11 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+if dist.is_available():  # by their names since torch 2.13, or those before
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def shard_sizes(rows: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
     """How many rows each rank of `group` has, in rank order; every rank calls it. Waits for the device."""
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_single(sizes, torch.tensor([rows], device=device), group=group)
+    all_gather(sizes, torch.tensor([rows], device=device), group=group)
     return sizes.tolist()
 
 
@@ -57,7 +61,7 @@ class _AllGather(torch.autograd.Function):
         shard = x.new_zeros(longest, *x.shape[1:])
         shard[: x.shape[0]] = x
         gathered = x.new_empty(len(sizes) * longest, *x.shape[1:])
-        dist.all_gather_single(gathered, shard, group=group)
+        all_gather(gathered, shard, group=group)
         if min(sizes) == longest:
             return gathered
         return torch.cat([gathered[i * longest : i * longest + size] for i, size in enumerate(sizes)])
@@ -72,5 +76,5 @@ class _AllGather(torch.autograd.Function):
             for i, part in enumerate(grad.split(ctx.sizes)):
                 padded[i * longest : i * longest + len(part)] = part
         own = grad.new_empty(longest, *grad.shape[1:])
-        dist.reduce_scatter_single(own, padded, group=ctx.group)
+        reduce_scatter(own, padded, group=ctx.group)
         return own[: ctx.sizes[ctx.rank]], None, None

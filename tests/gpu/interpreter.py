@@ -153,14 +153,36 @@ def _reductions():
 
 
 def _scalars_as_indices():
-    """Loop bounds from tensors of one element, which numpy 2.4 refuses to Triton 3.6."""
+    """Loop bounds from tensors of one element, which numpy 2.4 refuses to Triton 3.6 and before."""
     original = stock._patch_lang_tensor
 
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch(tensor, *scope):
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
 
     return patch
+
+
+@contextlib.contextmanager
+def _language() -> Iterator[None]:
+    """Triton's language as the interpreter patches it, until the end of the context.
+
+    Triton takes back what it patches at a launch from release 3.6 on, and nowhere what it patches for device
+    functions.
+    """
+    types_of = ("tensor", "dtype", "condition", "tensor_descriptor_base")
+    places = [tl, tl.core, tl.math, *(getattr(tl.core, name) for name in types_of if hasattr(tl.core, name))]
+    before = [(place, dict(vars(place))) for place in places]
+    try:
+        stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        yield
+    finally:
+        for place, names in before:
+            for name in set(vars(place)) - set(names):
+                delattr(place, name)
+            for name, value in names.items():
+                if vars(place)[name] is not value:
+                    setattr(place, name, value)
 
 
 _compiled_run = JITFunction.run
@@ -213,10 +235,7 @@ def interpreting(*, sanitize: bool = False, tf32: bool = True) -> Iterator[None]
             stack.enter_context(mock.patch.object(Builder, name, method))
         stack.enter_context(mock.patch.object(stock.ReduceScanOpInterface, "apply", _reductions()))
         stack.enter_context(mock.patch.object(stock, "_patch_lang_tensor", _scalars_as_indices()))
-        # Triton patches its language at a launch, and for device functions without undoing it: once is enough
-        stack.callback(
-            stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore
-        )
+        stack.enter_context(_language())
         stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         if sanitizer:

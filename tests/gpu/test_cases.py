@@ -153,6 +153,12 @@ def test_float32_products_of_attention_run_in_both_precisions(launches):
         assert found == {(p, width) for p in ("tf32", "tf32x3") for width in (64, 128)}
 
 
+def test_every_launch_says_whether_a_product_and_a_sum_are_fused(launches):
+    """The default is Triton's, and its release 3.9 announces another."""
+    for name, made in launches[0].items():
+        assert all("enable_fp_fusion" in launch.kwargs for launch in made), name
+
+
 def test_every_optional_argument_is_given_and_is_absent(launches):
     for name, kernel in kernels().items():
         optional = set(re.findall(r"^\s+(\w+),  # .*\bor None\b", kernel.src, re.MULTILINE))

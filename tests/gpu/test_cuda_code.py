@@ -156,8 +156,6 @@ def test_the_extension_with_cuda(tmp_path):
 
     package = tmp_path / "vlmkernels"
     shutil.copytree(cuda.ROOT / "vlmkernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    facts = f'{{"torch": "{torch.__version__}", "vlmkernels": "{_native.__version__}"}}'
-    (package / "_build.json").write_text(facts)
     folder = os.path.dirname(torch.__file__)
     build = cuda.ROOT / "build" / "cmake-cuda"
     options = {

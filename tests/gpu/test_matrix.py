@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from vlmkernels.triton import _attention, _attention_bwd
 from vlmkernels.triton import _contrastive as tiles
 
@@ -140,6 +142,7 @@ def test_rules_see_each_fault():
 def test_a_change_shows_as_a_diff(monkeypatch, tmp_path, capsys):
     first = matrix.Row("64x64 4w 3s", 96, 0, 0, 1024, 4, 8, 8, 8)
     wider = first._replace(registers=128, programs=3)
+    monkeypatch.setattr(matrix, "BUDGETED", (triton.__version__,))
     monkeypatch.setattr(matrix, "budgets_file", lambda version="": tmp_path / "budgets.json")
     monkeypatch.setattr(matrix, "entries", lambda target: {"info_nce: _stats": target, "sigmoid": target})
     results = [(first, [])] * 4
@@ -170,17 +173,25 @@ def first_of_each_kernel() -> list[matrix.Entry]:
 
 
 @pytest.mark.parametrize(("name", "entry"), first_of_each_kernel())
+def test_no_kernel_breaks_a_rule(name, entry):
+    assert matrix.measure(entry)[1] == []
+
+
+@pytest.mark.skipif(
+    triton.__version__ not in matrix.BUDGETED,
+    reason=f"budgets are those of Triton {' and '.join(matrix.BUDGETED)}, this is {triton.__version__}",
+)
+@pytest.mark.parametrize(("name", "entry"), first_of_each_kernel())
 def test_every_kernel_keeps_to_its_budget(name, entry):
-    found, faults = matrix.measure(entry)
+    found, _ = matrix.measure(entry)
     stored = matrix.read()[entry.target]
-    assert faults == []
     assert found == stored.get(name), "\n".join(
         [*matrix.changes(entry.target, stored, stored | {name: found}), "python -m tests.gpu.matrix --write"]
     )
 
 
 def test_budgets_hold_every_kernel_on_every_target():
-    for version in matrix.RELEASES:
+    for version in matrix.BUDGETED:
         stored = json.loads(matrix.budgets_file(version).read_text())
         assert set(stored) == set(TARGETS)
         for target, rows in stored.items():

@@ -265,6 +265,7 @@ def launch_options(
         "PRECISION": precision,
         "num_warps": warps // (2 if amd else 1),  # those of AMD have 64 lanes
         "num_stages": 1 if amd else min(chosen.num_stages, 2 if biased else 3),  # prefetching spills there
+        "enable_fp_fusion": True,
     }
 
 

@@ -334,7 +334,7 @@ def key_gradients(
             stride_rb = 0 if shared else 2 * blocks
             _query_ranges[(len(ranges) * blocks,)](
                 start, end, ranges, *source.interval_strides(), tq, tk, options["BLOCK_N"],
-                min(RANGE_ROWS, block(tq)), num_warps=4,
+                min(RANGE_ROWS, block(tq)), num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         _key_grads[(blocks * hkv * b,)](
             query, key, value, start, end, table, ranges, dout, lse, delta,

@@ -267,6 +267,6 @@ def finish(acc, inv_gain, extra, x, y, scale, a, b, coef, index, first) -> tuple
     with torch.cuda.device_of(x):
         feature_grads[(x.shape[0],)](
             acc, inv_gain, extra, x, y, scale, a, b, coef, index, first, dx, dot,
-            x.stride(0), y.stride(0), x.shape[1], BLOCK=block, num_warps=4,
+            x.stride(0), y.stride(0), x.shape[1], BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, dot

@@ -117,6 +117,7 @@ def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor,
             t.numel() > 1,
             block,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out, dot
 

@@ -206,7 +206,8 @@ def combine(parts: Tensor) -> Tensor:  # [3, parts, length] -> [3, length]
     if count == 1:
         return parts[:, 0]
     out = parts.new_empty((3, length))
-    _combine[(triton.cdiv(length, 128),)](*parts, *out, count, length, BLOCK=128, num_warps=4)
+    options = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
+    _combine[(triton.cdiv(length, 128),)](*parts, *out, count, length, **options)
     return out
 
 
