@@ -186,11 +186,18 @@ def machine_name(device: str, threads: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def header_of(command: str, device: str, threads: int) -> dict[str, Any]:
-    def git(*words: str) -> str:
+def git(*words: str) -> str:
+    """What git says of this tree; nothing without git, or where the tree is a copy without its repository."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
+
+def header_of(command: str, device: str, threads: int) -> dict[str, Any]:
     def version(package: str) -> str:
         try:
             return metadata.version(package)
@@ -206,7 +213,7 @@ def header_of(command: str, device: str, threads: int) -> dict[str, Any]:
         "id": date.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
         "date": date.strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", *generated)),
         "cpu": cpu,
         "isa": f"{isa} (kernels: {used})" if used else isa,

@@ -41,6 +41,19 @@ def by_reference_kernels(
     return (out, lse) if return_lse else out
 
 
+def implementations(op: Callable) -> dict[str, Callable]:
+    """The op on CPU tensors, and where there is a GPU with all tensors moved there and back."""
+
+    def move(x: object) -> object:
+        return x.cuda() if isinstance(x, Tensor) else x
+
+    def on_cuda(*args: object, **options: object) -> Tensor | tuple[Tensor, ...]:
+        out = op(*map(move, args), **{name: move(x) for name, x in options.items()})
+        return out.cpu() if isinstance(out, Tensor) else tuple(x.cpu() for x in out)
+
+    return {"dispatched": op, **({"cuda": on_cuda} if torch.cuda.is_available() else {})}
+
+
 def assert_attention_as_good(
     wrap: Callable[[Callable], Callable],
     op: Callable,

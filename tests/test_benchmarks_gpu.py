@@ -1,33 +1,34 @@
-"""`python -m benchmarks.gpu`, every step of it on a CPU."""
+"""What `python -m benchmarks.gpu` runs on a card: cases, peers, timers and predictions."""
 
 import json
-import os
 import sys
 import types
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional
 
-import vlmkernels
-
 pytest.importorskip("triton")
 
 from benchmarks import peers
-from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import pages, predict, sanitizer, timing, trials
+from benchmarks.gpu import ceilings, predict, sanitizer, timing, trials
+from benchmarks.gpu import workloads as declared
 from benchmarks.gpu.cards import CARDS
-from benchmarks.gpu.workloads import Workload, workloads
+from benchmarks.gpu.day import OPS
+from benchmarks.gpu.predict import TRAINING
+from benchmarks.gpu.workloads import workloads
 from benchmarks.run import disagreement
 from tests.gpu import trials_cuda
 from tests.gpu.cases import CASES
-from tests.gpu.interpreter import interpreting
 from tests.gpu.trials import strided
 from vlmkernels import reference
 from vlmkernels._library import KERNELS
 from vlmkernels.triton import gated_residual as residual_launchers
 from vlmkernels.triton._contrastive import tf32_allowed
+
+SETTINGS = timing.Settings("cpu", quick=True, compiled=False, seconds=1)
 
 
 def test_a_trial_moves_with_its_layout_and_what_no_view_covers_is_poison(monkeypatch):
@@ -55,75 +56,37 @@ def test_a_trial_moves_with_its_layout_and_what_no_view_covers_is_poison(monkeyp
     assert moved.both[1].stride() == given.both[1].stride()
 
 
-def test_a_case_that_gives_a_wrong_result_is_named(monkeypatch):
+def test_a_case_that_gives_a_wrong_result_raises(monkeypatch, capsys):
     [case] = [c for c in trials.cases_for(["gated_residual"], slow=False) if "wide" in c.variant]
-    assert trials.run([case], "cpu", lambda line: None) == {}
+    trials.run_named(case.name, "cpu")
+    assert trials.run_aloud([case], "cpu", print)
     monkeypatch.setattr(residual_launchers, "gated_residual", lambda x, y, gate, row_mask: x.clone())
-    failed = trials.run([case], "cpu", lambda line: None)
-    assert list(failed) == [case.name]
-    assert "out" in failed[case.name]
+    with pytest.raises(AssertionError, match="out"):
+        trials.run_named(case.name, "cpu")
+    assert not trials.run_aloud([case], "cpu", print)
+    assert capsys.readouterr().out.startswith(f"case: {case.name}\ncase: {case.name}\nfailed: AssertionError")
 
 
 def test_every_case_belongs_to_an_op_and_every_op_has_one():
     reached = {op for case in CASES.values() if not case.slow for op in trials.ops_of(case.name)}
-    assert reached == set(command.OPS)
-    assert len(trials.cases_for(command.OPS, slow=False, one_each=True)) == len(
-        {c.op for c in CASES.values()}
-    )
+    assert reached == set(OPS)
+    assert len(trials.cases_for(OPS, slow=False, one_each=True)) == len({c.op for c in CASES.values()})
 
 
 def test_kernels_of_the_extension_are_judged_where_it_has_them(monkeypatch):
     before = trials.cases_for(["gated_residual"], slow=False)
     assert not any(isinstance(case, trials.Extension) for case in before)
     monkeypatch.setitem(KERNELS, ("gated_residual", "CUDA"), "CUDA C++ (80)")
-    more = trials.cases_for(["gated_residual"], slow=False)[len(before) :]
+    more = [case for case in trials.cases_for(["gated_residual"], slow=False) if case not in before]
     assert {case.variant for case in more} == set(trials_cuda.CASES)
     assert trials.cases_for(["info_nce"], slow=False, one_each=True)[0].op == "info_nce_stats"
-    assert trials.run(more, "cpu", lambda line: None) == {}
+    for case in more:
+        trials.run_named(case.name, "cpu")
     wrong = mock.Mock(wraps=torch.ops.vlmkernels)
     wrong.gated_residual = lambda x, y, gate, mask: x.clone()
     monkeypatch.setattr(torch.ops, "vlmkernels", wrong)
-    failed = trials.run(more[:1], "cpu", lambda line: None)
-    assert list(failed) == [f"gated_residual, CUDA C++, {more[0].variant}"]
-
-
-REPORTS = {
-    "memcheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= Invalid __global__ read of size 4 bytes
-=========     at _forward+0x1a0
-========= ERROR SUMMARY: 1 error""",
-    "racecheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)""",
-    "initcheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= ERROR SUMMARY: 0 errors""",
-    "synccheck": "========= Error: the device is not supported",
-}
-
-
-def test_compute_sanitizer_is_read_tool_by_tool(tmp_path, monkeypatch):
-    script = tmp_path / "compute-sanitizer"
-    answers = "".join(f"{tool}) cat <<'END'\n{text}\nEND\n;;\n" for tool, text in REPORTS.items())
-    script.write_text(f'#!/bin/sh\ncase "$2" in\n{answers}esac\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    found = sanitizer.run(["gated_residual"], "cuda", lambda line: None)
-    case = "gated_residual, ragged, float32"
-    assert found == {
-        "memcheck": {"errors": 1, "found": {case: ["Invalid __global__ read of size 4 bytes"]}},
-        "racecheck": {"errors": 0, "found": {}},
-        "initcheck": {"errors": 0, "found": {}},
-        "synccheck": {"unfinished": "========= Error: the device is not supported"},
-    }
-    ops = {op: {"red": False, "failed": {}, "cases": 1, "tests": ""} for op in ("info_nce", "gated_residual")}
-    command.mark_unsafe(ops, found)
-    assert not ops["info_nce"]["red"]
-    assert ops["gated_residual"]["unsafe"] == ["memcheck"]
-    assert command.verdict(ops, found, lambda line: None) == 1
-    assert command.verdict({"info_nce": ops["info_nce"]}, {"synccheck": found["synccheck"]}, print) == 1
-    assert command.verdict({"info_nce": ops["info_nce"]}, {"memcheck": {"why_not": "absent"}}, print) == 0
+    with pytest.raises(AssertionError):
+        trials.run_named(f"gated_residual, CUDA C++, {more[0].variant}", "cpu")
 
 
 def test_compute_sanitizer_of_a_wheel_is_found(tmp_path, monkeypatch):
@@ -149,12 +112,6 @@ def test_the_precision_of_a_workload_is_one_that_torch_compile_can_read(type):
         assert matmul.allow_tf32 is (type == "tf32")
         assert tf32_allowed() is (type == "tf32")
     assert (matmul.fp32_precision, torch.get_float32_matmul_precision()) == before
-
-
-def test_without_compute_sanitizer_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(sanitizer, "find", lambda: None)
-    found = sanitizer.run(["info_nce"], "cuda", lambda line: None)
-    assert found == {tool: {"why_not": "compute-sanitizer is not installed"} for tool in sanitizer.TOOLS}
 
 
 def test_every_round_times_all_once_and_another_begins():
@@ -234,19 +191,44 @@ STAND_INS = {
 }
 
 
-@pytest.mark.parametrize("of", [w for w in workloads(quick=True) if w.type == "bf16"], ids=lambda of: of.name)
-def test_every_peer_is_called_as_it_wants_to_be_and_agrees(of, monkeypatch):
+CALLED = {
+    f"{of.name}, {peer.name}": (of, peer)
+    for of in workloads(quick=True)
+    for peer in of.peers
+    if of.type == "bf16" and not peer.compiled
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_peer_is_called_as_it_wants_to_be_and_agrees(name, monkeypatch):
     """Peers that need a GPU have stand-ins with their signatures."""
+    of, peer = CALLED[name]
     monkeypatch.setattr(peers, "_reasons", {})
-    for name, members in STAND_INS.items():
-        monkeypatch.setitem(peers._loaded, name, types.SimpleNamespace(**members))
+    monkeypatch.setattr(declared, "sdpa_kernel", lambda backend: nullcontext())  # a CPU has one of them
+    for module, members in STAND_INS.items():
+        monkeypatch.setitem(peers._loaded, module, types.SimpleNamespace(**members))
+    try:
+        theirs = peer.make()
+    except ImportError as error:
+        pytest.skip(str(error))
     tensors = of.tensors("cpu")
-    expected = of.ours(**tensors)
-    for peer in of.peers:
-        if not peer.compiled:
-            out = peer.make()(**tensors)
-            assert disagreement(expected, out, torch.bfloat16) is None, peer.name
-            torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
+    expected, out = of.ours(**tensors), theirs(**tensors)
+    assert disagreement(expected, out, torch.bfloat16) is None
+    torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
+
+
+def test_each_kernel_of_sdpa_is_a_row_of_its_own(monkeypatch):
+    held_to = []
+    monkeypatch.setattr(declared, "sdpa_kernel", lambda backend: held_to.append(backend) or nullcontext())
+    of = next(w for w in workloads(quick=True) if w.name == "interval_attention, causal, bf16")
+    own, *others = [peer for peer in of.peers if peer.name.startswith("SDPA")]
+    assert [peer.name for peer in others] == [f"{own.name}, {name}" for name in declared.BACKENDS]
+    tensors = of.tensors("cpu")
+    expected = own.make()(**tensors)
+    assert not held_to
+    for peer in others:
+        assert torch.equal(peer.make()(**tensors), expected)
+    assert held_to == list(declared.BACKENDS.values())
 
 
 def test_an_absent_peer_has_a_reason(monkeypatch):
@@ -254,143 +236,142 @@ def test_an_absent_peer_has_a_reason(monkeypatch):
     monkeypatch.setattr(peers, "_reasons", {})
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     of = next(w for w in workloads(quick=True) if w.op == "perceiver_attention")
-    for entry in timing.measure_workload(of, "cpu", timing.host_timer, seconds=1, quick=True):
-        eager, flash = entry["peers"]
-        assert (eager["name"], flash["name"]) == (
-            "SDPA on the concatenation",
-            "flash-attn on the concatenation",
-        )
-        assert eager["ratio"]["median"] > 0
-        assert "peer 'flash_attn' cannot be imported here" in flash["why_not"]
+    row = timing.measure_row(of, TRAINING, SETTINGS)
+    assert row["seconds"]["median"] > 0
+    peer = {peer["name"]: peer for peer in row["peers"]}
+    assert peer["SDPA on the concatenation"]["ratio"]["median"] > 0
+    why = "peer 'flash_attn' cannot be imported here"
+    assert why in peer["flash-attn on the concatenation"]["why_not"]
+    assert "RuntimeError" in peer["SDPA on the concatenation, cuDNN"]["why_not"]  # a CPU has no such kernel
 
 
-@pytest.fixture(scope="module")
-def small_predictions(tmp_path_factory):
-    """Of the workloads of --quick, for a card whose prediction compiles nothing."""
-    path = tmp_path_factory.mktemp("predictions") / "quick.json"
-    chosen = [w for w in workloads(quick=True) if w.op in ("gated_residual", "gated_linear_residual")]
-    made = {"header": {"commit": "here"}, "entries": list(predict.entries(chosen, [CARDS["B200"]]))}
-    path.write_text(json.dumps(made))
-    return path
+# The time of kernels alone, with torch.cuda as its documentation has it
 
 
-def quick(*words, **files):
-    files = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    return command.main([*words, "--device", "cpu", "--quick", *files])
+class Graph:
+    """Records what is captured; a call that waits for the host invalidates the capture."""
+
+    current: "Graph | None" = None
+    wait = False
+
+    def __init__(self):
+        self.log = []
+
+    def capture_begin(self):
+        Graph.current = self
+
+    def capture_end(self):
+        Graph.current = None
+        if Graph.wait:
+            raise RuntimeError("capture was invalidated")
+
+    def replay(self):
+        self.log.append("replay")
 
 
-def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsys):
-    ops = ["gated_residual", "gated_linear_residual"]
-    assert quick(*ops, "--card", "B200", results=tmp_path, predictions=small_predictions) == 0
-    [path] = tmp_path.iterdir()
-    stored = json.loads(path.read_text())
-    assert list(stored["ops"]) == ops
-    [run] = stored["runs"].values()
-    assert run["correctness"]["gated_residual"] == {
-        "tests": "not run", "cases": 1, "failed": {}, "red": False
-    }  # fmt: skip
-    assert all(found["why_not"] for found in run["sanitizer"].values())
-    assert run["predictions"] == {"commit": "here"}
-    entries = [entry for of_op in stored["ops"].values() for entry in of_op]
-    assert len(entries) == 2 * (2 + 4)
-    for entry in entries:
-        assert entry["of_predicted"] == entry["seconds"]["median"] * 1e6 / entry["predicted_us"]
-        assert entry["peers"][0]["ratio"]["median"] > 0
-        assert entry["peers"][-1]["why_not"] == "not compiled with --quick"
-        assert entry["rounds"] == 3
-    shown = capsys.readouterr().out
-    assert "| gated_residual, residual stream, bf16, training | **vlmkernels** |" in shown
-    text = "<!-- roofline: measured -->\n<!-- /roofline -->"
-    page = pages.render(text, json.loads(predict.PREDICTIONS.read_text()), [stored])
-    assert pages.measured(entries) in page
-    assert f"`{run['command']}`" in page
-    assert "No run on a GPU is stored." in pages.render(text, json.loads(predict.PREDICTIONS.read_text()), [])
-    assert "gated_residual: correct; 1 cases" in shown
+@pytest.fixture
+def card(monkeypatch):
+    """Streams, events and graphs on which every call takes 2 ms."""
+    stream = mock.Mock(wait_stream=lambda other: None)
+    event = mock.Mock(elapsed_time=lambda other: 2.0)
+    for name, stand_in in {
+        "CUDAGraph": Graph,
+        "Stream": lambda: stream,
+        "Event": lambda enable_timing: event,
+        "current_stream": lambda: stream,
+        "stream": lambda of: nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    timer = timing.EventTimer.__new__(timing.EventTimer)
+    timer.cache = mock.Mock()
+    return timer
 
 
-def test_on_a_gpu_the_card_is_found_by_its_name(tmp_path, small_predictions, monkeypatch):
-    """The path of a GPU, with a CPU in its place."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
-    monkeypatch.setattr(sanitizer, "find", lambda: None)
-    monkeypatch.setattr(timing, "EventTimer", lambda device: timing.host_timer)
-    monkeypatch.setattr(trials, "executor", lambda device: interpreting)
-    place, tensors = trials.OnDevice.__init__, Workload.tensors
-    monkeypatch.setattr(trials.OnDevice, "__init__", lambda self, trial, device: place(self, trial, "cpu"))
-    monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
-    files = ["--results", str(tmp_path), "--predictions", str(small_predictions)]
-    assert command.main(["gated_residual", "--quick", *files]) == 0
-    stored = json.loads((tmp_path / "nvidia-b200.json").read_text())
-    [run] = stored["runs"].values()
-    assert run["gpu"] == "NVIDIA B200"
-    assert run["kernels"]["gated_residual"] == vlmkernels.info()["ops"]["gated_residual"]["CUDA"]
-    assert run["sanitizer"]["memcheck"] == {"why_not": "compute-sanitizer is not installed"}
-    assert all(entry["of_predicted"] > 0 for entry in stored["ops"]["gated_residual"])
+def test_kernels_are_timed_as_one_graph(card, monkeypatch):
+    monkeypatch.setattr(Graph, "wait", False)
+    inside = []
+    found = card.kernels(lambda: inside.append(Graph.current is not None))
+    assert found == {"seconds": {"median": 0.002, "p20": 0.002, "p80": 0.002}, "how": "CUDA graph"}
+    assert inside == [False, False, True]  # libraries set themselves up before
 
 
-def test_a_red_op_is_not_timed(tmp_path, small_predictions, monkeypatch, capsys):
-    monkeypatch.setattr(residual_launchers, "gated_residual", lambda x, y, gate, row_mask: x.clone())
-    rc = quick("gated_residual", "gated_linear_residual", results=tmp_path, predictions=small_predictions)
-    assert rc == 1
-    [path] = tmp_path.iterdir()
-    stored = json.loads(path.read_text())
-    assert list(stored["ops"]) == ["gated_linear_residual"]
-    assert stored["ops"]["gated_linear_residual"][0]["no_prediction"] == "the device is none of the cards"
-    assert "gated_residual: RED, not timed" in capsys.readouterr().out
+def test_a_call_that_cannot_be_captured_is_summed_by_the_profiler(card, monkeypatch):
+    monkeypatch.setattr(Graph, "wait", True)
+
+    def call():
+        if Graph.current is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def event(microseconds, device, named=False):
+        range = types.SimpleNamespace(elapsed_us=lambda: microseconds)
+        return types.SimpleNamespace(device_type=device, is_user_annotation=named, time_range=range)
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event(30, cuda), event(12, cuda), event(99, cpu), event(42, cuda, named=True)]
+    seen = mock.MagicMock()
+    seen.__enter__.return_value = types.SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: seen)
+    found = card.kernels(call)
+    assert found["how"] == "profiler"
+    assert found["seconds"]["median"] == pytest.approx(42e-6)
+    assert found["no_graph"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert Graph.current is None
 
 
-def test_red_tests_make_an_op_red():
-    cases = {"quick": False, "slow": False, "say": lambda line: None}
-    with mock.patch.object(trials, "cases_for", return_value=[]):
-        found = command.correctness(["info_nce"], "cpu", tests=lambda op: (False, "1 failed"), **cases)
-    assert found == {"info_nce": {"tests": "1 failed", "cases": 0, "failed": {}, "red": True}}
+def test_kernels_that_nothing_can_time_leave_the_row_as_it_is(card, monkeypatch):
+    monkeypatch.setattr(Graph, "wait", True)
+    monkeypatch.setattr(torch.profiler, "profile", mock.Mock(side_effect=RuntimeError("no CUPTI")))
+    assert timing._kernels(card, mock.Mock()) == {"why_not": "RuntimeError: no CUPTI"}
 
 
-def test_what_is_left_out_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sanitizer, "run", mock.Mock(side_effect=AssertionError))
-    assert quick("gated_residual", "--without", "sanitizer", results=tmp_path) == 0
-    [path] = tmp_path.iterdir()
-    [run] = json.loads(path.read_text())["runs"].values()
-    assert run["sanitizer"]["racecheck"] == {"why_not": "--without sanitizer"}
-    assert "--without sanitizer" in run["command"]
+# Ceilings, and predictions at them
+
+
+def test_ceilings_are_rates_of_copies_and_products():
+    found = ceilings.measure_ceilings("cpu", quick=True, timer=lambda call: call() is None or 0.5)
+    assert found["copy"] == ceilings.QUICK_COPIED / 0.5
+    assert list(found["products"]) == ["half", "tf32", "fp32"]
+    for rates in found["products"].values():
+        assert rates == {str(k): 2 * ceilings.QUICK_EDGE**2 * k / 0.5 for k in (512, 1024, 8192)}
+    assert "bf16 " in ceilings.shown(found)
+
+
+MEASURED = {"copy": 4e12, "products": {"half": {"512": 5e14, "1024": 6e14, "8192": 7e14}}}
+
+
+def test_products_of_a_library_reach_what_was_measured_at_their_depth():
+    card = CARDS["H200"].measured(MEASURED)
+    rates = [card.peak("half", depth) / 1e14 for depth in (64, 512, 1000, 1024, 4096, 10**5)]
+    assert rates == [5, 5, 5, 6, 6, 7]
+    assert card.peak("half") == 7e14  # within a kernel
+    assert card.peak("fp32") == CARDS["H200"].peak("fp32")
+    assert card.bandwidth == 4000
+
+
+def test_a_prediction_divides_by_what_was_measured():
+    """A step that moves 8 GB, two of 10 TFLOP by a library at K = 512, and one that code bounds."""
+    steps = [[1, 8e9, 0, "", 0, 1.0, 0], [2, 0, 1e13, "half", 512, 1.0, 0], [1, 0, 1e13, "half", 0, 1.1, 2e4]]
+    facts = {"bytes": 8e9, "steps": steps}
+    found = predict.estimate(facts, CARDS["H200"].measured(MEASURED))
+    assert found["us"] == 2e3 + 2 * 2e4 + 2e4
+    assert found["memory_us"] == 2e3
+    assert found["bound"] == "products"
+    published = predict.estimate(facts, CARDS["H200"])
+    assert published["us"] == pytest.approx(8e3 / 4.8 + 2e7 / 989.4 + 2e4, rel=1e-3)
 
 
 def test_a_prediction_of_other_sizes_is_none():
     stored = json.loads(predict.PREDICTIONS.read_text(encoding="utf-8"))
-    [entry] = [e for e in stored["entries"] if e["op"] == "gated_residual"][:1]
-    measured = {k: entry[k] for k in ("op", "form", "type", "direction")} | {"seconds": {"median": 1.0}}
+    entry = next(e for e in stored["entries"] if e["op"] == "gated_residual")
+    measured = {k: entry[k] for k in ("op", "form", "type", "direction")}
+    measured |= {"seconds": {"median": 1.0}, "kernels": {"seconds": {"median": 0.5}}}
     smaller = measured | {"sizes": {**entry["sizes"], "batch": 1}}
-    timing.compare(smaller, stored, "H100")
+    timing.compare(smaller, stored, CARDS["H100"])
     assert smaller["no_prediction"] == "not among the stored predictions"
     same = measured | {"sizes": entry["sizes"]}
-    timing.compare(same, stored, "H100")
-    assert same["of_predicted"] == 1e6 / entry["cards"]["H100"]["us"]
-
-
-def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main([]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "no GPU that torch can use; --predict and --device cpu --quick need none\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--device", "cpu"], "--device cpu goes with --quick"),
-        (["no_such_op"], "no op"),
-        (["--predict", "--quick"], "--predict --quick needs --predictions FILE"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(words, message, capsys):
-    with pytest.raises(SystemExit):
-        command.main(words)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_all_ops_in_quick_form(tmp_path):
-    assert quick(results=tmp_path) == 0
-    [path] = tmp_path.iterdir()
-    assert set(json.loads(path.read_text())["ops"]) == set(command.OPS)
+    timing.compare(same, stored, CARDS["H100"])
+    assert same["of_predicted"] == 0.5e6 / entry["cards"]["H100"]["us"]  # of the kernels, as it was predicted
+    assert same["predicted_at"] == "published rates"
+    timing.compare(same, stored, CARDS["H100"].measured(MEASURED))
+    assert same["predicted_at"] == "measured ceilings"

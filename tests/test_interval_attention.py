@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 
 import vlmkernels
-from tests.attention import DTYPES, assert_attention_as_good
+from tests.attention import DTYPES, assert_attention_as_good, implementations
 from vlmkernels import intervals, reference
 from vlmkernels.testing import result_and_gradients
 
+OPS = implementations(vlmkernels.interval_attention)
 NATIVE = vlmkernels.info()["ops"]["interval_attention"]["CPU"] != "reference"
 
 
@@ -37,10 +38,11 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["random", "causal", "all"])
-def test_forward_and_gradients(dtype, shape, kind):
+def test_forward_and_gradients(op, dtype, shape, kind):
     b, _, _, tq, tk, *_ = SHAPES[shape]
     bounds = {
         "random": random_intervals(b, tq, tk),
@@ -48,7 +50,7 @@ def test_forward_and_gradients(dtype, shape, kind):
         "all": everything(tq, tk),
     }[kind]
     tensors = inputs(*SHAPES[shape], dtype)
-    assert_attention_as_good(attention(bounds), vlmkernels.interval_attention, tensors)
+    assert_attention_as_good(attention(bounds), OPS[op], tensors)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
@@ -58,8 +60,9 @@ def test_scale(scale):
     assert_attention_as_good(attention(bounds, scale=scale), vlmkernels.interval_attention, tensors)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("tq", [2, 70])
-def test_log_sum_exp_and_its_gradient(tq):
+def test_log_sum_exp_and_its_gradient(op, tq):
     bounds = random_intervals(2, tq, 150)
     bounds[1][0, 1] = 0  # an empty row
     tensors = inputs(2, 2, 1, tq, 150, 16, 16)
@@ -71,7 +74,7 @@ def test_log_sum_exp_and_its_gradient(tq):
 
         return joined
 
-    assert_attention_as_good(both, vlmkernels.interval_attention, tensors)
+    assert_attention_as_good(both, OPS[op], tensors)
 
     def only(op):
         def lse(*t):
@@ -88,10 +91,11 @@ def test_log_sum_exp_and_its_gradient(tq):
     assert torch.equal((lse == -torch.inf).all(1), empty)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", [(5, 7), (1, 1), (12, 13)], ids=str)
 @pytest.mark.parametrize("tq", [3, 100])
-def test_relative_bias(dtype, grid, tq):
+def test_relative_bias(op, dtype, grid, tq):
     """The grid may be smaller than the queries and keys, or larger."""
     bounds = intervals.prefix_lm(torch.tensor([30, 80]), tq)
     bias = torch.randn(4, 2 * grid[0] - 1, 2 * grid[1] - 1).to(dtype).requires_grad_()
@@ -100,7 +104,7 @@ def test_relative_bias(dtype, grid, tq):
     def with_bias(op):
         return lambda q, k, v, rb: op(q, k, v, *bounds, relative_bias=rb, grid=grid)
 
-    assert_attention_as_good(with_bias, vlmkernels.interval_attention, tensors)
+    assert_attention_as_good(with_bias, OPS[op], tensors)
 
 
 def test_relative_bias_means_what_it_says():

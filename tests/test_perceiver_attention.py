@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 
 import vlmkernels
-from tests.attention import DTYPES, assert_attention_as_good, by_reference_kernels
+from tests.attention import DTYPES, assert_attention_as_good, by_reference_kernels, implementations
 from vlmkernels import reference
 from vlmkernels.testing import result_and_gradients
 
+OPS = implementations(vlmkernels.perceiver_attention)
 NATIVE = vlmkernels.info()["ops"]["perceiver_attention"]["CPU"] != "reference"
 
 
@@ -26,10 +27,10 @@ def by_joined_reference_kernels(query, mk, mv, lk, lv, *, media_lengths=None):
     )
 
 
-def assert_as_good(tensors, **options):
+def assert_as_good(tensors, op="dispatched", **options):
     assert_attention_as_good(
         lambda op: lambda *t: op(*t, **options),
-        vlmkernels.perceiver_attention,
+        OPS[op],
         tensors,
         exact=reference.perceiver_attention,
         kernels=by_joined_reference_kernels,
@@ -44,13 +45,14 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
-def test_forward_and_gradients(dtype, shape, ragged):
+def test_forward_and_gradients(op, dtype, shape, ragged):
     b, s = SHAPES[shape][0], SHAPES[shape][4]
     lengths = torch.tensor([0, s, s // 2])[:b] if ragged else None
-    assert_as_good(inputs(*SHAPES[shape], dtype), media_lengths=lengths)
+    assert_as_good(inputs(*SHAPES[shape], dtype), op, media_lengths=lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -27,7 +26,7 @@ from tests.gpu.ptx.counters import SECTOR, Counters
 from vlmkernels._library import KERNELS
 from vlmkernels.ops import _dense
 
-TWICE = ("_attention._forward", "_attention_bwd._key_grads")
+TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
 
 
@@ -45,16 +44,6 @@ def no_path_for_small_losses(monkeypatch):
 # The model
 
 
-class OnTriton(TorchDispatchMode):
-    """Ops run the kernels registered for CUDA, in the interpreter."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vlmkernels":
-            with self:
-                return trace.run_triton(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def multiplied(of) -> int:
     """FLOPs of the products that the Triton kernels of a training call really do."""
     count = 0
@@ -68,7 +57,7 @@ def multiplied(of) -> int:
             return create_dot(self, a, b, *rest)
 
         stack.enter_context(mock.patch.object(stock.InterpreterBuilder, "create_dot", counting))
-        stack.enter_context(OnTriton())
+        stack.enter_context(trace.OnTriton())
         tensors = of.tensors("cpu")
         out = of.ours(**tensors)
         torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
@@ -137,7 +126,7 @@ ONE_TILE = [  # or few: then hardly an operand is read by two programs
 def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of):
     """In the simulator of PTX: sectors of 32 bytes, and multiply-adds issued to tensor cores."""
     counts: list[tuple[Launch, Counters]] = []
-    with counted(counts)(), OnTriton():
+    with counted(counts)(), trace.OnTriton():
         tensors = of.tensors("cpu")
         out = of.ours(**tensors)
         torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
@@ -147,8 +136,8 @@ def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of):
     for step, (_, found) in zip(steps, counts, strict=True):
         moved = SECTOR * (found.global_loads.sectors + found.global_stores.sectors)
         assert step.bytes <= moved <= 1.4 * step.bytes + 2048, step.name
-        # 64 queries are too few for the warps of attention, which multiply twice
-        again = 2 if step.name in TWICE and of.op == "perceiver_attention" else 1
+        # 64 queries are too few for its warps, which multiply twice
+        again = 2 if step.name == TWICE and of.op == "perceiver_attention" else 1
         assert 2 * found.tensor_fma == again * step.flops, step.name
 
 
@@ -194,10 +183,10 @@ def test_what_fits_the_cache_and_does_not_stay_is_not_moved():
 def test_the_fullest_multiprocessor_decides_where_programs_are_even():
     step = trace.Step("a", [], 1e12, "half", mock.Mock(grid=(133, 1, 1)), even=True)
     card = CARDS["B200"]  # 148 multiprocessors, all but 15 have one program
-    needs, _ = predict.seconds_of(step, 0, card)
-    assert needs["products"] == pytest.approx(1e12 / 2250e12 * 148 / 133)
-    needs, _ = predict.seconds_of(dataclasses.replace(step, even=False), 0, card)
-    assert needs["products"] == pytest.approx(1e12 / 2250e12)
+    for even, longer in ((True, 148 / 133), (False, 1.0)):
+        cost, _ = predict.facts_of(dataclasses.replace(step, even=even), 0, card)
+        found = predict.estimate({"bytes": 0, "steps": [[1, *cost]]}, card)
+        assert found["us"] == pytest.approx(1e12 / 2250e12 * 1e6 * longer, rel=1e-3)
 
 
 def test_an_estimate_is_no_less_than_memory_and_products_need():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Card(NamedTuple):
-    """Dense peaks without sparsity, accumulated in float32."""
+    """Dense rates without sparsity, accumulated in float32: published, or ceilings that were measured."""
 
     name: str
     target: str  # what its kernels are compiled for
@@ -20,11 +21,27 @@ class Card(NamedTuple):
     clock: float  # MHz to which the peak of the tensor cores belongs
     cache: int  # MiB, the last before the memory
     source: str
+    ceilings: Mapping[str, Mapping[int, float]] = {}  # FLOP/s of a kind of products, by their depth
 
-    def peak(self, kind: str) -> float:
-        """FLOP/s of products of a kind; "tf32x3" multiplies three times in TF32."""
-        tera = {"half": self.half, "tf32": self.tf32, "tf32x3": self.tf32 / 3, "fp32": self.fp32}[kind]
-        return tera * 1e12
+    def peak(self, kind: str, depth: int = 0) -> float:
+        """FLOP/s of products of a kind; "tf32x3" multiplies three times in TF32.
+
+        Products of a library (of a `depth`) reach what was measured at that depth or the next smaller one;
+        those within a kernel, which stores no result of them, reach no more than the best.
+        """
+        if kind == "tf32x3":
+            return self.peak("tf32", depth) / 3
+        if kind not in self.ceilings:
+            return {"half": self.half, "tf32": self.tf32, "fp32": self.fp32}[kind] * 1e12
+        rates = self.ceilings[kind]
+        if not depth:
+            return max(rates.values())
+        return rates[max((d for d in rates if d <= depth), default=min(rates))]
+
+    def measured(self, ceilings: Mapping[str, Any]) -> Card:
+        """The card at the rates that `measure_ceilings` found on one."""
+        found = {kind: {int(d): x for d, x in rates.items()} for kind, rates in ceilings["products"].items()}
+        return self._replace(bandwidth=ceilings["copy"] / 1e9, ceilings=found)
 
 
 CARDS = {
@@ -39,8 +56,8 @@ CARDS = {
             "NVIDIA H100 SXM5: H100 architecture whitepaper, datasheet",
         ),
         Card(
-            "H200", "sm_90", "H200", 989.4, 494.7, 66.9, 4800, 132, 1830, 50,
-            "NVIDIA H200 SXM datasheet",
+            "H200", "sm_90", "H200", 989.4, 494.7, 66.9, 4800, 132, 1830, 60,
+            "NVIDIA H200 SXM datasheet; the cache as the driver gives it",
         ),
         Card(
             "B200", "sm_100", "B200", 2250, 1100, 80, 8000, 148, 1860, 126,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu import published
-from benchmarks.gpu.cards import CARDS
-from benchmarks.gpu.predict import PREDICTIONS
+from benchmarks.gpu.cards import CARDS, Card, card_of
+from benchmarks.gpu.predict import FORWARD, PREDICTIONS, TRAINING, estimate
+from benchmarks.gpu.results import GREEN, row_name
+from benchmarks.gpu.workloads import workloads
 from benchmarks.measure import ROOT
 from benchmarks.report import load_results, write_atomically
 
@@ -51,11 +54,18 @@ def _what(entry: dict[str, Any]) -> str:
     return f"{entry['form']}, {SHAPES[entry['op']].format(**entry['sizes'])}"
 
 
-def _estimates(entries: list[dict[str, Any]]) -> str:
+def _estimates(entries: list[dict[str, Any]], known: Mapping[str, Card]) -> str:
+    """At the ceilings of the cards on which they were measured."""
+    entries = [
+        entry | {"cards": {c: x | estimate(x, known[c]) for c, x in entry["cards"].items()}}
+        for entry in entries
+    ]
     parts = []
     cards = list(CARDS)
     without = [c for c in cards if not any(entry["cards"][c]["code"] for entry in entries)]
     label = f"{LABEL} No faster than the columns of cards; for {', '.join(without)} without the code."
+    if measured_on := [name for name, card in known.items() if card.ceilings]:
+        label += f" {', '.join(measured_on)} at the ceilings that were measured there."
     for op in dict.fromkeys(entry["op"] for entry in entries):
         rows = []
         for entry in (x for x in entries if x["op"] == op):
@@ -84,7 +94,7 @@ def _estimates(entries: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _code(entries: list[dict[str, Any]]) -> str:
+def _code(entries: list[dict[str, Any]], _: Mapping[str, Card]) -> str:
     """A row for each kernel and type; further ones where its loop does other work."""
     rows: dict[tuple[str, ...], str] = {}
     targets = {card.target: name for name, card in reversed(CARDS.items())}
@@ -102,7 +112,7 @@ def _code(entries: list[dict[str, Any]]) -> str:
     return f"{LABEL} At most:\n\n{_markdown(('kernel', 'first in', 'type', *cards), ordered, 3)}"
 
 
-def _cards(_: list[dict[str, Any]]) -> str:
+def _cards(_: list[dict[str, Any]], known: Mapping[str, Card]) -> str:
     head = (
         "card",
         "target",
@@ -122,10 +132,29 @@ def _cards(_: list[dict[str, Any]]) -> str:
         )
         for c in CARDS.values()
     ]  # fmt: skip
-    return _markdown(head, rows, 2)
+    ceilings = [
+        (
+            card.name,
+            f"{card.bandwidth:.4g} GB/s",
+            *(_rates(card.ceilings[kind]) for kind in ("half", "tf32", "fp32")),
+        )
+        for card in known.values()
+        if card.ceilings
+    ]
+    text = _markdown(head, rows, 2)
+    if ceilings:
+        names = ("card", "copy, read and written", "bf16", "TF32", "FP32")
+        text += "\nMeasured: copies, and products of cuBLAS by their depth K.\n\n" + _markdown(
+            names, ceilings, 1
+        )
+    return text
 
 
-def _published(_: list[dict[str, Any]]) -> str:
+def _rates(by_depth: Mapping[int, float]) -> str:
+    return ", ".join(f"{rate / 1e12:.4g} TFLOP/s at K={depth}" for depth, rate in by_depth.items())
+
+
+def _published(*_: Any) -> str:
     head = ("peer", "what", "on", "time", "source")
     rows = [
         (x.peer, f"{x.op}, {x.form}, {x.direction}", x.on, time(x.microseconds), x.source)
@@ -137,21 +166,45 @@ def _published(_: list[dict[str, Any]]) -> str:
 TABLES = {"estimates": _estimates, "code": _code, "cards": _cards, "published": _published}
 
 
+def row_names() -> list[str]:
+    """Of every workload in both directions."""
+    return [row_name(w.op, w.form, w.type, x) for w in workloads() for x in (FORWARD, TRAINING)]
+
+
+def in_order(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as the workloads are declared."""
+    return [rows[name] for name in row_names() if name in rows]
+
+
 def _runs(results: Iterable[dict[str, Any]]) -> str:
+    """What was measured; of kernels that no test of theirs has passed it is not shown."""
     parts = []
     for result in results:
+        rows = in_order(result["rows"])
         for run, header in result["runs"].items():
-            entries = [x for of_op in result["ops"].values() for x in of_op if x["run"] == run]
+            entries = [x for x in rows if (x["run"], x["state"]) == (run, GREEN)]
+            if not entries:
+                continue
             facts = (
                 f"`{header['command']}`, {header['date']}, commit {header['commit'][:12]}, {header['gpu']}"
             )
             versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
             parts.append(f"### {result['machine']}\n\n{facts}; {versions}\n\n{measured(entries)}")
+        hidden = Counter(x["state"] for x in rows if x["state"] != GREEN)
+        if hidden:
+            parts.append(f"Not shown: {', '.join(f'{n} {state}' for state, n in hidden.items())} rows.\n")
     return "\n".join(parts) or "No run on a GPU is stored.\n"
 
 
 def render(text: str, predictions: dict[str, Any], results: Iterable[dict[str, Any]]) -> str:
     """The page with its tables filled in."""
+    results = list(results)
+    cards = dict(CARDS)
+    for result in results:
+        for found in result["ceilings"].values():
+            card = card_of(result["runs"][found["run"]]["gpu"])
+            if card is not None:
+                cards[card.name] = card.measured(found)
     header = predictions["header"]
     made = (
         f"`{header['command']}`, {header['date']}, commit {header['commit'][:12]}, "
@@ -163,40 +216,63 @@ def render(text: str, predictions: dict[str, Any], results: Iterable[dict[str, A
             return f"{found[1]}\n{made}\n{found[3]}"
         if found[2] == "measured":
             return f"{found[1]}\n{_runs(results)}\n{found[3]}"
-        return f"{found[1]}\n{TABLES[found[2]](predictions['entries'])}\n{found[3]}"
+        return f"{found[1]}\n{TABLES[found[2]](predictions['entries'], cards)}\n{found[3]}"
 
     return BLOCK.sub(fill, text)
+
+
+def stored() -> list[dict[str, Any]]:
+    """The runs on GPUs; those of small inputs measure nothing."""
+    return [result for result in load_results(RESULTS) if not result["machine"].endswith("-quick")]
 
 
 def write() -> None:
     """The page, from what is stored."""
     predictions = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
-    write_atomically(PAGE, render(PAGE.read_text(encoding="utf-8"), predictions, load_results(RESULTS)))
+    write_atomically(PAGE, render(PAGE.read_text(encoding="utf-8"), predictions, stored()))
 
 
-def measured(entries: Iterable[dict[str, Any]]) -> str:
-    """What a run measured: ours, its prediction, and the peers over ours."""
-    rows: list[tuple[str, ...]] = []
-    for entry in entries:
-        name, median = f"{entry['op']}, {entry['name']}", time(entry["seconds"]["median"] * 1e6)
-        if "no_prediction" in entry:
-            rows.append((name, OURS, median, "1", "–", entry["no_prediction"]))
-        else:
-            rows.append(
-                (name, OURS, median, "1", time(entry["predicted_us"]), f"{entry['of_predicted']:.2f}")
-            )
-        for peer in entry["peers"]:
+def _kernels(entry: Mapping[str, Any]) -> str:
+    found = entry["kernels"]
+    return time(found["seconds"]["median"] * 1e6) if "seconds" in found else "–"
+
+
+def measured(rows: Iterable[dict[str, Any]]) -> str:
+    """What a run measured: ours, its prediction, the peers over ours, and whether our kernels are right."""
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        name = row_name(row["op"], row["form"], row["type"], row["direction"])
+        if "error" in row:
+            lines.append((name, OURS, "–", "–", f"failed: {row['error']}", "", "", row["state"]))
+            continue
+        prediction = row.get("no_prediction", "–"), "–"
+        if "predicted_us" in row:
+            prediction = time(row["predicted_us"]), f"{row['of_predicted']:.2f}"
+        median = time(row["seconds"]["median"] * 1e6)
+        lines.append((name, OURS, median, _kernels(row), "1", *prediction, row["state"]))
+        for peer in row["peers"]:
             if "why_not" in peer:
-                rows.append(("", peer["name"], "–", f"not measured: {peer['why_not']}", "", ""))
+                lines.append(("", peer["name"], "–", "–", f"not measured: {peer['why_not']}", "", "", ""))
             else:
                 median, ratio = time(peer["seconds"]["median"] * 1e6), f"{peer['ratio']['median']:.2f}"
-                rows.append(("", peer["name"], median, ratio, "", ""))
+                lines.append(("", peer["name"], median, _kernels(peer), ratio, "", "", ""))
     head = (
         "workload",
         "implementation",
         "time",
+        "kernels alone",
         "× ours",
         "predicted, no faster than",
         "measured / predicted",
+        "tests",
     )
-    return _markdown(head, rows, 2)
+    return _markdown(head, lines, 2)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row in short."""
+    peers = [peer for peer in row["peers"] if "ratio" in peer]
+    best = min(peers, key=lambda peer: peer["ratio"]["median"], default=None)
+    beside = f"; {best['ratio']['median']:.2f} times that: {best['name']}" if best else ""
+    name = row_name(row["op"], row["form"], row["type"], row["direction"])
+    return f"{name}: {time(row['seconds']['median'] * 1e6)}, kernels alone {_kernels(row)}{beside}"

@@ -8,8 +8,8 @@ the machine code of the loop that multiplies, on the multiprocessor with the mos
 from __future__ import annotations
 
 import math
-import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks.gpu.cards import CARDS, Card
 from benchmarks.gpu.trace import Pass, Step
 from benchmarks.gpu.workloads import Workload, workloads
 from benchmarks.measure import ROOT
+from benchmarks.run import git
 from tests.gpu.launches import Launch
 from tests.gpu.machine_code import TARGETS, machine_code
 from tests.gpu.matrix import on
@@ -69,54 +70,67 @@ def _unpadded(launch: Launch) -> float:
     return depth / (triton.cdiv(depth, step) * step) if depth else 1.0
 
 
-def seconds_of(step: Step, moved: int, card: Card) -> tuple[dict[str, float], Bound | None]:
-    """What each resource needs at least, "memory", "products" and "code"; and the bound of the code."""
-    needs = {"memory": moved / (card.bandwidth * 1e9)}
-    found = None
-    if step.flops:
-        at_peak = step.flops / card.peak(step.kind)
-        needs["products"] = at_peak
-        if step.launch is not None:
-            if step.even:
-                programs = math.prod(step.launch.grid)
-                fullest = -(-programs // card.multiprocessors) * card.multiprocessors / programs
-                needs["products"] = at_peak * fullest
-            found = code_bound(step.launch, card.target)
-            if found is not None:
-                peak = card.peak("tf32" if step.kind == "tf32x3" else step.kind)
-                useful = step.flops * _unpadded(step.launch)
-                needs["code"] = useful / peak / found.share * needs["products"] / at_peak
-    return needs, found
+def facts_of(step: Step, moved: int, card: Card) -> tuple[tuple, Bound | None]:
+    """What a step costs, as `estimate` reads it, whatever the rates; and the bound of its code.
+
+    (bytes, FLOPs, their kind, the depth of a library's products, how much longer the fullest multiprocessor
+    is busy than the average, microseconds that the machine code takes at least).
+    """
+    fullest, code, found = 1.0, 0.0, None
+    if step.flops and step.launch is not None:
+        if step.even:
+            programs = math.prod(step.launch.grid)
+            fullest = -(-programs // card.multiprocessors) * card.multiprocessors / programs
+        found = code_bound(step.launch, card.target)
+        if found is not None:
+            peak = card.peak("tf32" if step.kind == "tf32x3" else step.kind)
+            code = step.flops * _unpadded(step.launch) / peak / found.share * fullest
+    fullest, code = float(f"{fullest:.6g}"), float(f"{code * 1e6:.6g}")
+    return (moved, step.flops, step.kind, step.depth, fullest, code), found
+
+
+def estimate(facts: Mapping[str, Any], card: Card) -> dict[str, Any]:
+    """What the steps of `facts` take at least at the rates of a card, each at its slowest resource."""
+    by_resource = dict.fromkeys(("memory", "products", "code"), 0.0)
+    products = 0.0
+    for count, moved, flops, kind, depth, fullest, code in facts["steps"]:
+        at_peak = flops / card.peak(kind, depth) if flops else 0.0
+        needs = {"memory": moved / (card.bandwidth * 1e9), "products": at_peak * fullest, "code": code / 1e6}
+        slowest = max(needs, key=lambda name: needs[name])
+        by_resource[slowest] += count * needs[slowest]
+        products += count * at_peak
+    total = sum(by_resource.values())
+    largest = max(by_resource, key=lambda name: by_resource[name])
+    return {
+        "memory_us": _us(facts["bytes"] / (card.bandwidth * 1e9)),
+        "products_us": _us(products),
+        "us": _us(total),
+        "bound": largest,
+        "share": round(by_resource[largest] / total, 3),
+    }
 
 
 def on_card(workload: Workload, card: Card, direction: str) -> dict[str, Any]:
     """The prediction of one call."""
     passes = traced(workload, card.target, direction)
-    by_resource = dict.fromkeys(("memory", "products", "code"), 0.0)
     code: dict[str, list] = {}
     steps = [step for this in passes for step in this.steps]
     moved = [size for this in passes for size in this.from_memory(card.cache << 20)]
+    costs = []
     for step, size in zip(steps, moved, strict=True):
-        needs, found = seconds_of(step, size, card)
-        slowest = max(needs, key=lambda name: needs[name])
-        by_resource[slowest] += needs[slowest]
+        cost, found = facts_of(step, size, card)
+        costs.append(cost)
         if found is not None and step.launch is not None:
             code[step.launch.name] = [found.pipe, round(found.share, 3)]
-    total = sum(by_resource.values())
-    largest = max(by_resource, key=lambda name: by_resource[name])
-    needed = sum(this.compulsory for this in passes)
-    return {
-        "bytes": needed,
+    facts = {
+        "bytes": sum(this.compulsory for this in passes),
         "moved": sum(moved),
         "flops": sum(step.flops for step in steps),
         "kernels": len(steps),
-        "memory_us": _us(needed / (card.bandwidth * 1e9)),
-        "products_us": _us(sum(step.flops / card.peak(step.kind) for step in steps if step.flops)),
-        "us": _us(total),
-        "bound": largest,
-        "share": round(by_resource[largest] / total, 3),
         "code": code,
+        "steps": [[count, *cost] for cost, count in Counter(costs).items()],
     }
+    return facts | estimate(facts, card)
 
 
 def _us(seconds: float) -> float:
@@ -144,11 +158,10 @@ def predict(
     *, quick: bool = False, command: str, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """All workloads on all cards, and what made them."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     header = {
         "command": command,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": done.stdout.strip() if done.returncode == 0 else "unknown",
+        "commit": git("rev-parse", "HEAD") or "unknown",
         "triton": triton.__version__,
         "torch": torch.__version__,
     }

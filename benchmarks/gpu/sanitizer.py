@@ -6,17 +6,17 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT
+from benchmarks.gpu.workers import Deadline, run_limited
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # beside PATH, CUDA_HOME and NVIDIA's wheels
-SECONDS = 1800.0  # for one tool
 SUMMARY = re.compile(r"========= (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 FOUND = re.compile(r"========= (?!COMPUTE-SANITIZER|\w+ SUMMARY|Target|LEAK)(\S.*)")
 
@@ -44,28 +44,33 @@ def read(output: str) -> tuple[int | None, dict[str, list[str]]]:
     return errors, found
 
 
-def run(ops: Sequence[str], device: str, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Of each tool its number of errors and what was found in which case, or why it did not run."""
+def run(
+    ops: Sequence[str], device: str, deadline: Deadline, *, seconds: float, quick: bool
+) -> dict[str, dict[str, Any]]:
+    """Of each tool what was found in which case, or why it did not run or come to its end."""
     path = find()
     if path is None or device == "cpu":
         why = "compute-sanitizer is not installed" if path is None else "kernels are interpreted"
         return {tool: {"why_not": why} for tool in TOOLS}
-    report = {}
-    for tool in TOOLS:
-        say(f"compute-sanitizer: {tool}")
-        command = [path, "--tool", tool, "--target-processes", "application-only"]
-        command += [*(["--report-api-errors", "no"] if tool == "memcheck" else [])]
-        command += [sys.executable, "-m", "benchmarks.gpu", *ops, "--cases-alone", "--device", device]
-        env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or neighbours would share an allocation
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            report[tool] = {"unfinished": f"no end within {SECONDS:.0f} s"}
-            continue
-        errors, found = read(done.stdout)
-        if errors is None:
-            lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            report[tool] = {"unfinished": lines[-1][:200]}
-        else:
-            report[tool] = {"errors": errors, "found": found}
-    return report
+    of_tool = partial(_run, path, ops, device, min(seconds, deadline.left()), quick)
+    with ThreadPoolExecutor(len(TOOLS)) as together:  # they keep the host busy and not the card
+        return dict(zip(TOOLS, together.map(of_tool, TOOLS), strict=True))
+
+
+def _run(
+    path: str, ops: Sequence[str], device: str, seconds: float, quick: bool, tool: str
+) -> dict[str, Any]:
+    command = [path, "--tool", tool, "--target-processes", "application-only"]
+    command += [*(["--report-api-errors", "no"] if tool == "memcheck" else [])]
+    command += [sys.executable, "-m", "benchmarks.gpu", *ops, "--cases-alone", "--device", device]
+    command += ["--quick"] * quick
+    # One allocation for each tensor, or an access outside of one would be inside its neighbour
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+    status, output = run_limited(command, seconds, env)
+    errors, found = read(output)
+    report = {"cases": output.count("\ncase: ") + output.startswith("case: "), "found": found}
+    if errors is not None:
+        return report | {"errors": errors}
+    found.pop("", None)  # why it came to no end
+    last = (output.strip() or "no output").splitlines()[-1][:200]
+    return report | {"unfinished": f"no end within {seconds:.0f} s" if status is None else last}

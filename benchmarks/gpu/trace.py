@@ -39,6 +39,7 @@ class Step:
     kind: str = ""  # of the products: "half", "tf32", "tf32x3", "fp32"
     launch: Launch | None = None
     even: bool = False  # every program multiplies as much as any other
+    depth: int = 0  # of the products, where a library does them
 
     @property
     def bytes(self) -> int:
@@ -99,6 +100,16 @@ def run_triton(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         return getattr(module, name)(*args, **kwargs)
 
 
+class OnTriton(TorchDispatchMode):
+    """Ops run the kernels that they have for CUDA, on whatever tensors: in the interpreter, say."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vlmkernels":
+            with self:
+                return run_triton(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
@@ -141,12 +152,11 @@ class _Recorder(TorchDispatchMode):
         if not name.startswith(ALLOCATIONS):
             written = list(tree_leaves(kwargs.get("out", ())))
             read = [x for x in inputs if all(x is not y for y in written)]
-            flops, kind = _products(name, args)
-            self.into.add(name, read, results, flops=flops, kind=kind)
+            self.into.add(name, read, results, **_products(name, args))
         return out
 
 
-def _products(name: str, args: Sequence[Any]) -> tuple[float, str]:
+def _products(name: str, args: Sequence[Any]) -> dict[str, Any]:
     first = {
         "aten::mm": 0,
         "aten::bmm": 0,
@@ -156,15 +166,17 @@ def _products(name: str, args: Sequence[Any]) -> tuple[float, str]:
         "aten::baddbmm": 1,
     }
     if name not in first:
-        return 0, ""
+        return {}
     a, b = args[first[name] : first[name] + 2]
-    return 2.0 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1), product_kind(a.dtype)
+    flops = 2.0 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
+    return {"flops": flops, "kind": product_kind(a.dtype), "depth": a.shape[-1]}
 
 
 def _recorded_product(into: Pass, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """In place of `_contrastive.product`, which on a GPU is one call of cuBLAS."""
     flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-    into.add("cuBLAS", (a, b, out) if add else (a, b), (out,), flops=flops, kind=product_kind(a.dtype))
+    facts = {"flops": flops, "kind": product_kind(a.dtype), "depth": a.shape[1]}
+    into.add("cuBLAS", (a, b, out) if add else (a, b), (out,), **facts)
 
 
 def _blocks(first: int, last: int, size: int) -> int:

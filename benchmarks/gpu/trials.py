@@ -34,6 +34,7 @@ class Extension(NamedTuple):
     variant: str
     op: str = "gated_residual"
     slow: bool = False
+    far: bool = False
 
     @property
     def name(self) -> str:
@@ -46,14 +47,19 @@ def ops_of(case: str) -> tuple[str, ...]:
     return OPS.get(launcher, (launcher,))
 
 
-def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case | Extension]:
-    """Those of `ops`; with `one_each` the first of each launcher."""
-    wanted = set(ops)
+def _every() -> list[Case | Extension]:
     every: list[Case | Extension] = list(CASES.values())
     if KERNELS.get(("gated_residual", "CUDA"), "").startswith("CUDA C++"):
         every += [Extension(variant) for variant in trials_cuda.CASES]
-    found = [c for c in every if wanted & set(ops_of(c.name)) and (slow or not c.slow)]
-    return list({(type(c), c.op): c for c in reversed(found)}.values())[::-1] if one_each else found
+    return every
+
+
+def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case | Extension]:
+    """Those of `ops`, the first of each launcher before the others; with `one_each` these alone."""
+    wanted = set(ops)
+    found = [c for c in _every() if wanted & set(ops_of(c.name)) and (slow or not c.slow)]
+    first = list({(type(c), c.op): c for c in reversed(found)}.values())[::-1]
+    return first if one_each else [*first, *(c for c in found if c not in first)]
 
 
 class OnDevice:
@@ -130,14 +136,19 @@ def run_one(case: Case | Extension, device: str) -> None:
             check(OnDevice(trial, device), executor(device))
 
 
-def run(cases: Iterable[Case | Extension], device: str, say: Callable[[str], None]) -> dict[str, str]:
-    """Every case; of those that fail, why."""
-    failed = {}
+def run_named(name: str, device: str) -> None:
+    """Raises where the kernel of the case is wrong."""
+    run_one(next(case for case in _every() if case.name == name), device)
+
+
+def run_aloud(cases: Iterable[Case | Extension], device: str, say: Callable[[str], None]) -> bool:
+    """Whether all are right; each is announced, so that what a tool prints has its place."""
+    wrong = False
     for case in cases:
         say(f"case: {case.name}")
         try:
             run_one(case, device)
-        except Exception as error:  # a kernel that does not compile or run is as wrong as a wrong result
-            failed[case.name] = reason(error)
-            say(f"failed: {failed[case.name]}")
-    return failed
+        except Exception as error:  # the cases behind it are watched all the same
+            say(f"failed: {reason(error)}")
+            wrong = True
+    return not wrong

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, linear, logsigmoid
 
 import vlmkernels
 from benchmarks import peers
@@ -26,6 +28,11 @@ from vlmkernels.reference.interval_attention import visible
 
 TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
 SCALE = 1 / 0.07  # where CLIP begins
+BACKENDS = {
+    "FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 QUICK = 64  # what --quick cuts every size to
 
 
@@ -56,18 +63,22 @@ class Workload:
         start, end = bounds(self.mask, self.sizes["queries"], self.sizes["keys"])
         return start.tolist(), end.tolist()
 
-    @contextlib.contextmanager
-    def precision(self) -> Iterator[None]:
-        """The setting under which it runs, ours and theirs."""
-        matmul = torch.backends.cuda.matmul
-        before = torch.get_float32_matmul_precision(), matmul.fp32_precision
-        # Not fp32_precision = "tf32": under it torch.compile refuses to read the older setting
-        torch.set_float32_matmul_precision("high" if self.type == "tf32" else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            matmul.fp32_precision = before[1]
+    def precision(self) -> AbstractContextManager:
+        return precision(self.type)
+
+
+@contextlib.contextmanager
+def precision(type: str) -> Iterator[None]:
+    """The setting under which workloads of this type run, ours and theirs."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    # Not fp32_precision = "tf32": under it torch.compile refuses to read the older setting
+    torch.set_float32_matmul_precision("high" if type == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        matmul.fp32_precision = before[1]
 
 
 def _peer(name: str, make: Callable[[], Callable[..., Tensor]]) -> tuple[Baseline, Baseline]:
@@ -76,6 +87,28 @@ def _peer(name: str, make: Callable[[], Callable[..., Tensor]]) -> tuple[Baselin
 
 
 # Losses
+
+
+def one_product() -> Callable[..., Tensor]:
+    """The loss of CLIP on one matrix of logits and its transpose."""
+
+    def loss(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * (query @ key.T)  # [N, N]
+        target = torch.arange(len(query), device=query.device)
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    return loss
+
+
+def dense_sigmoid() -> Callable[..., Tensor]:
+    """The loss of SigLIP on its matrix of logits."""
+
+    def loss(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * (query @ key.T) + bias  # [N, N]
+        signs = 2 * torch.eye(len(query), dtype=query.dtype, device=query.device) - 1
+        return -logsigmoid(signs * logits).sum() / len(query)
+
+    return loss
 
 
 def _memeff() -> Callable[..., Tensor]:
@@ -107,6 +140,7 @@ def _contrastive(op: str, form: str, sizes: Mapping[str, int], type: str) -> Wor
     if op == "info_nce":
         bias, ours = None, vlmkernels.info_nce
         others = (
+            *_peer("one product", one_product),
             *_peer("open_clip ClipLoss", partial(contrastive_cases._open_clip_loss, "ClipLoss")),
             Baseline("2 x F.linear_cross_entropy, chunked", chunked),
             Baseline("memeff", _memeff),
@@ -115,6 +149,7 @@ def _contrastive(op: str, form: str, sizes: Mapping[str, int], type: str) -> Wor
     else:
         bias, ours = -10.0, vlmkernels.sigmoid_loss
         others = (
+            *_peer("dense SigLIP", dense_sigmoid),
             *_peer("open_clip SigLipLoss", partial(contrastive_cases._open_clip_loss, "SigLipLoss")),
             Baseline("siglip-kernel", _siglip_kernel),
         )
@@ -176,17 +211,33 @@ def _flash(mask: str) -> Callable[..., Tensor]:
     return _merged(forms[mask])
 
 
+def _by_backend(name: str, make: Callable[[], Callable[..., Tensor]]) -> Iterator[Baseline]:
+    """SDPA as it chooses, and by each of its fused kernels: cards differ in which one is fastest."""
+
+    def held_to(backend: SDPBackend) -> Callable[..., Tensor]:
+        attend = make()
+
+        def call(**tensors: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attend(**tensors)
+
+        return call
+
+    yield Baseline(name, make)
+    for backend, of in BACKENDS.items():
+        yield Baseline(f"{name}, {backend}", partial(held_to, of))
+
+
 def _flex(mask: str, queries: int, keys: int, device: str) -> Callable[..., Tensor]:
     return attention_cases._flex(mask, queries, keys, device)
 
 
 def _interval_attention(mask: str, form: str, sizes: Mapping[str, int], type: str, device: str) -> Workload:
-    sdpa = {
-        "full": Baseline("SDPA", attention_cases._sdpa),
-        "causal": Baseline("SDPA is_causal", partial(attention_cases._sdpa, is_causal=True)),
-    }.get(mask, Baseline("SDPA with the mask", attention_cases._sdpa))
+    name, options = {"full": ("SDPA", {}), "causal": ("SDPA is_causal", {"is_causal": True})}.get(
+        mask, ("SDPA with the mask", {})
+    )
     others = (
-        sdpa,
+        *_by_backend(name, partial(attention_cases._sdpa, **options)),
         Baseline("FlexAttention", partial(_flex, mask, sizes["queries"], sizes["keys"], device), True),
         Baseline("flash-attn", partial(_flash, mask)),
     )
@@ -207,7 +258,7 @@ def _perceiver_attention(form: str, sizes: Mapping[str, int], type: str) -> Work
         return joined
 
     others = (
-        Baseline("SDPA on the concatenation", attention_cases._concatenated),
+        *_by_backend("SDPA on the concatenation", attention_cases._concatenated),
         Baseline("flash-attn on the concatenation", flash),
     )
     return Workload(

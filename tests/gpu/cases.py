@@ -47,6 +47,7 @@ class Case:
     settings: Mapping[tuple[object, str], int]
     tf32: bool
     slow: bool
+    far: bool = False  # rows so far apart that their memory is large, though hardly any of it is touched
 
     @property
     def name(self) -> str:
@@ -73,9 +74,15 @@ class Case:
         return launches
 
 
-def each(op, variant, make, dtypes=DTYPES, *, quick=(), settings=None, tf32=False) -> Iterator[Case]:
+def each(
+    op, variant, make, dtypes=DTYPES, *, quick=(), settings=None, tf32=False, far=False
+) -> Iterator[Case]:
     for dtype in dtypes:
-        yield Case(op, variant, dtype, make, settings or {}, tf32, dtype not in quick)
+        yield Case(op, variant, dtype, make, settings or {}, tf32, dtype not in quick, far)
+
+
+def each_far(op, variant, make) -> Iterator[Case]:
+    return each(op, variant, make, (BF16,), quick=(BF16,), far=True)
 
 
 LARGE = {(tiles, "LARGE"): 0}
@@ -155,7 +162,7 @@ def contrastive() -> Iterator[Case]:
     features = ("problem.query", "problem.key")
     for op, trial in ((stats, Stats), (grads, Grads), (sweep, Sigmoid)):
         make = lambda t, f=trial: with_far(f(Problem(3, 3, 32, t)), *features)  # noqa: E731
-        yield from each(op, "far rows", make, (BF16,), quick=(BF16,))
+        yield from each_far(op, "far rows", make)
 
     finish, depth = "finish", 2100  # more than one program holds at once
     for by_key in (False, True):
@@ -170,7 +177,7 @@ def contrastive() -> Iterator[Case]:
         )
     for by_key in (False, True):
         make = lambda t, k=by_key: with_far(Finish(3, 3, 20, t, normalize=True, by_key=k), "x", "y")  # noqa: E731
-        yield from each(finish, f"far rows, by {'key' if by_key else 'query'}", make, (BF16,), quick=(BF16,))
+        yield from each_far(finish, f"far rows, by {'key' if by_key else 'query'}", make)
     yield from each(
         finish, "products alone", lambda t: Finish(3, 3, 48, t, normalize=True, by_key=False, positives=False)
     )
@@ -205,9 +212,7 @@ def gated() -> Iterator[Case]:
     yield from each(op, "one", lambda t: Linear(1, 1, 1, t))
     yield from each(op, "wide", lambda t: Linear(3, 5, 2100, t), quick=(BF16,))
     yield from each(op, "float32 stream", lambda t: Linear(20, 40, 30, t, x_dtype=FP32, **both), HALF)
-    yield from each(
-        op, "far rows", lambda t: with_far(Linear(3, 3, 32, t), "h", "weight"), (BF16,), quick=(BF16,)
-    )
+    yield from each_far(op, "far rows", lambda t: with_far(Linear(3, 3, 32, t), "h", "weight"))
     yield from each(op, "gradient of the gate", lambda t: Linear(20, 40, 30, t, needs=(False, False, True)))
     yield from each(op, "tf32", lambda t: Linear(70, 67, 100, t, tf32=True), (FP32,), tf32=True)
     yield from each(
@@ -287,8 +292,8 @@ def by_attention() -> Iterator[Case]:
 
         return make
 
-    yield from each(op, "far rows", distant(2), (BF16,), quick=(BF16,))
-    yield from each(op, "far heads", distant(1), (BF16,), quick=(BF16,))
+    yield from each_far(op, "far rows", distant(2))
+    yield from each_far(op, "far heads", distant(1))
 
     op = "perceiver_attention"
     lengths = (50, 17, 0)

@@ -1,0 +1,103 @@
+"""What was measured and tested on a machine, in one file that every change is written to at once.
+
+`<machine>.json` is `{"machine", "runs": {id: header}, "rows", "verdicts", "ceilings", "sweeps"}`. A row is
+the time of a workload in one direction, a verdict what the tests or the sanitizer say of the sources of an
+op, ceilings are the rates of products and copies, a sweep the times of the tiles of a kernel. Each entry has
+a name, so that a later one takes the place of an earlier, and the run that made it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.measure import ROOT
+from benchmarks.report import write_atomically
+from vlmkernels._library import KERNELS
+
+TABLES = ("rows", "verdicts", "ceilings", "sweeps")
+UNTESTED, GREEN, RED = "untested", "green", "red"
+
+
+def sources(op: str) -> list[Path]:
+    """The files that an op is made of: its module, and what that imports of the library."""
+    found: dict[Path, None] = {}
+    waiting = [f"vlmkernels.ops.{op}"]
+    while waiting:
+        path = ROOT / (waiting.pop().replace(".", "/") + ".py")
+        if path in found or not path.is_file():
+            continue
+        found[path] = None
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
+            waiting += [name for name in names if name.startswith("vlmkernels.")]
+    header = f"csrc/include/vlmkernels/{op}_cuda.h"
+    in_cuda = ("csrc/cuda/device.cuh", f"csrc/cuda/{op}.*", header, f"python/cuda/{op}.cpp")
+    return sorted([*found, *(path for pattern in in_cuda for path in ROOT.glob(pattern))])
+
+
+@functools.cache
+def fingerprint(op: str) -> str:
+    """Of the sources of an op, who compiles them, and which of its kernels runs."""
+    digest = hashlib.sha256(f"{torch.__version__} {triton.__version__} {KERNELS.get((op, 'CUDA'))}".encode())
+    for path in sources(op):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def row_name(op: str, form: str, type: str, direction: str) -> str:
+    return f"{op}, {form}, {type}, {direction}"
+
+
+def state(row: dict[str, Any], verdicts: Iterable[dict[str, Any]]) -> str:
+    """What tests of the sources that a row was measured with have said."""
+    said = {v["state"] for v in verdicts if (v["op"], v["sources"]) == (row["op"], row["sources"])}
+    if RED in said or "error" in row:
+        return RED
+    return GREEN if GREEN in said else UNTESTED
+
+
+class Results:
+    """Without a folder they are kept in memory alone."""
+
+    def __init__(self, folder: Path | None, machine: str):
+        self.path = folder / f"{machine}.json" if folder is not None else None
+        self.why_behind = ""  # the error of the last write
+        self.lacking: dict[str, dict[str, Any]] = {table: {} for table in TABLES}  # not in the file
+        self.stored: dict[str, Any] = {"machine": machine, "runs": {}, **{table: {} for table in TABLES}}
+        if self.path is not None and self.path.exists():
+            self.stored |= json.loads(self.path.read_text(encoding="utf-8"))
+
+    def add(self, new: dict[str, Any]) -> None:
+        """Entries and their runs, in the form of the file; of two that have one name the later stays."""
+        runs = self.stored["runs"] | new["runs"]
+        for table in TABLES:
+            mine = self.stored[table]
+            for name, entry in new.get(table, {}).items():
+                if name not in mine or mine[name]["run"] <= entry["run"]:
+                    mine[name] = self.lacking[table][name] = entry
+        for row in self.stored["rows"].values():
+            row["state"] = state(row, self.stored["verdicts"].values())
+        used = {entry["run"] for table in TABLES for entry in self.stored[table].values()}
+        self.stored["runs"] = {run: header for run, header in sorted(runs.items()) if run in used}
+        self.write()
+
+    def write(self) -> None:
+        """On a full disk the older file stays, and the next write has everything."""
+        if self.path is None:
+            return
+        try:
+            write_atomically(self.path, json.dumps(self.stored, indent=1, ensure_ascii=False) + "\n")
+            self.why_behind, self.lacking = "", {table: {} for table in TABLES}
+        except OSError as error:
+            self.why_behind = f"{self.path} is not written: {error.strerror or error}"

@@ -1,0 +1,203 @@
+"""No op waits for the host, so that a CUDA graph captures it: on tensors without memory, and on a GPU."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+
+import vlmkernels
+from benchmarks.gpu import timing, trace
+from tests.gpu.launches import intercepting
+from tests.gpu.matrix import on
+from vlmkernels import intervals
+from vlmkernels.triton import _contrastive
+
+
+class OnCard(TorchDispatchMode):
+    """Ops of the library run their kernels for CUDA on meta tensors, and nothing moves from or to the host.
+
+    Such tensors raise by themselves where values decide: `item`, `nonzero`, `unique`, a mask as an index.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vlmkernels":
+            self.ran.append(func._schema.name.removeprefix("vlmkernels::"))
+            with self:
+                return func.redispatch(trace.CUDA, *args, **kwargs)
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # A single number of the host is an argument of the launch
+        devices = {x.device.type for x in made} | {x.device.type for x in read if x.dim()}
+        assert len(devices) <= 1, f"{func} moves between {sorted(devices)}"
+        return out
+
+
+class NoNumbers(TorchFunctionMode):
+    """No tensor is made of numbers of the host: that copy passes no dispatch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor), f"{func.__name__} copies from the host"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_a_card():
+    here = property(lambda x: x.device.type == "meta")
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", here),
+        mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
+        mock.patch.object(_contrastive, "product", return_value=None),
+        on("sm_90"),
+        intercepting(lambda launch: None),
+        NoNumbers(),
+        OnCard() as mode,
+    ):
+        yield mode
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, dtype=torch.float32).to(dtype).requires_grad_()
+
+
+def ids(n):
+    return torch.arange(n) % 7
+
+
+def losses(dtype):
+    """Calls: a name, the op, its tensors and its options."""
+    n, m, d = 300, 400, 50
+    query, key, keys = (random(rows, d, dtype=dtype) for rows in (n, n, m))
+    scale, bias = (torch.full((), x, requires_grad=True) for x in (14.0, -10.0))
+    by_index = {"positives": torch.where(torch.arange(n) % 5 == 0, -100, torch.arange(n))}
+    by_id = {"positives": (torch.arange(n) % 7, torch.arange(m) % 7)}
+    of_each = {"reduction": "none"}
+    nce, sigmoid = vlmkernels.info_nce, vlmkernels.sigmoid_loss
+    yield "info_nce", nce, (query, key, scale), {}
+    yield "info_nce, normalised", nce, (query, key, scale), {"normalize": True}
+    yield "info_nce, weighted", nce, (query, key, scale), {"label_smoothing": 0.1, "weight": torch.ones(n)}
+    yield "info_nce of each row", nce, (query, key, scale), of_each
+    yield "info_nce by id", nce, (query, keys, scale), by_id
+    yield "info_nce by index", nce, (query, keys, scale), by_index | {"symmetric": False}
+    yield "sigmoid_loss", sigmoid, (query, key, scale, bias), {"normalize": True}
+    yield "sigmoid_loss of each row", sigmoid, (query, key, scale, bias), of_each
+    yield "sigmoid_loss by id", sigmoid, (query, keys, scale, bias), by_id
+    yield "sigmoid_loss by index", sigmoid, (query, keys, scale, bias), by_index
+
+
+def attention(dtype):
+    b, h, t, d = 2, 4, 70, 40
+    query, *heads = (random(b, heads, t, d, dtype=dtype) for heads in (h, 2, 2))
+    bounds = intervals.causal(t)
+    biased = {"relative_bias": random(h, 2 * 7 - 1, 2 * 10 - 1, dtype=dtype), "grid": (7, 10)}
+    for name, bounds_of, options in (
+        ("causal", bounds, {}),
+        ("of each batch", [x.repeat(b, 1) for x in bounds], {}),
+        ("biased", bounds, biased),
+    ):
+        yield (
+            f"interval_attention, {name}",
+            vlmkernels.interval_attention,
+            (query, *heads, *bounds_of),
+            options,
+        )
+    sources = [random(b, 2, n, d, dtype=dtype) for n in (50, 50, t, t)]
+    for name, options in (("all", {}), ("lengths", {"media_lengths": torch.arange(b) + 10})):
+        yield f"perceiver_attention, {name}", vlmkernels.perceiver_attention, (query, *sources), options
+
+
+def layers(dtype):
+    n, d, k = 60, 40, 50
+    x, y, h = (random(3, n, width, dtype=dtype) for width in (d, d, k))
+    up, down = random(k, d, dtype=dtype), random(d, k, dtype=dtype)
+    wide, bias = random(k, dtype=dtype), random(d, dtype=dtype)
+    masked = {"row_mask": torch.ones(3, n, dtype=torch.bool)}
+    for gates in (1, d):
+        gate = random(gates, dtype=torch.float32)
+        yield f"gated_residual, {gates}", vlmkernels.gated_residual, (x, y, gate), masked
+        arguments = (x, h, down, gate)
+        yield f"gated_linear_residual, {gates}", vlmkernels.gated_linear_residual, arguments, masked
+    gelu = {"activation": "gelu", "residual": x}
+    yield "linear", vlmkernels.linear, (h, down, bias), gelu
+    yield "mlp", vlmkernels.mlp, (x, up, wide, down, bias), gelu
+    yield "gated_mlp", vlmkernels.gated_mlp, (x, up, random(k, d, dtype=dtype), down), gelu
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def calls(dtype):
+    return {name: call for make in (losses, attention, layers) for name, *call in make(dtype)}
+
+
+def moved(value, device):
+    if isinstance(value, (tuple, list)):
+        return (
+            [moved(x, device) for x in value]
+            if isinstance(value, list)
+            else tuple(moved(x, device) for x in value)
+        )
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().to(device).requires_grad_(value.requires_grad)
+
+
+def step(op, tensors, options):
+    """The result and the gradients of a call."""
+    out = op(*tensors, **options)
+    return out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_an_op_does_not_wait(name, dtype):
+    op, tensors, options = calls(dtype)[name]
+    tensors, options = moved(tensors, "meta"), {k: moved(x, "meta") for k, x in options.items()}
+    with on_a_card() as card:
+        step(op, tensors, options)
+    assert card.ran[0] == name.partition(",")[0].partition(" ")[0]
+    assert len(card.ran) > 1
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "a condition": lambda x: 1 if (x > 0).any() else 0,
+    "the nonzero elements": lambda x: x.nonzero(),
+    "a mask as an index": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "a copy to the host": lambda x: x.cpu(),
+    "a copy from the host": lambda x: x + torch.ones(len(x)).to(x.device),
+    "numbers of the host": lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_seen(name):
+    with on_a_card(), pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+        WAITS[name](torch.empty(2, device="meta"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_a_graph_repeats_an_op(name, dtype):
+    op, tensors, options = calls(dtype)[name]
+    tensors, options = moved(tensors, "cuda"), {k: moved(x, "cuda") for k, x in options.items()}
+    expected = step(op, tensors, options)
+    replay, results = timing.captured(lambda: step(op, tensors, options))
+    for x in results:
+        x.data.fill_(float("nan"))
+    replay()
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
