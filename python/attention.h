@@ -56,9 +56,6 @@ struct KeySource {
   at::Tensor key, value, begin, end;
 };
 
-// With so few queries, keys and values are read as they are: packing them would cost more than the products.
-constexpr int64_t kFewQueries = 2;
-
 // Tasks that a backward is split into where there are few heads; a fixed number, so that sums do not depend on the threads.
 constexpr int64_t kGradTasks = 16;
 
@@ -176,8 +173,11 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(AttentionInputs<P>& inputs)
     });
     return {out, lse};
   }
-  const int64_t parts = std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), heads), 1, ceil_div(g.tq, kQueryBlock));
-  const int64_t bytes = VLMK_CALL(attention_forward_scratch, g, ceil_div(ceil_div(g.tq, kQueryBlock), parts));
+  const int64_t blocks = ceil_div(g.tq, kQueryBlock);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), heads), 1, blocks);
+  // Micro-kernels sum alike in both forms; where mm may not, the number of threads must not choose the form.
+  g.once = blocks <= (tile_product_is_mm<P>() ? 1 : parts);
+  const int64_t bytes = VLMK_CALL(attention_forward_scratch, g);
   for_tasks(heads * parts, bytes + 64, [&](int64_t task, Scratch& scratch) {
     const int64_t head = task / parts;
     VLMK_CALL(attention_forward, g, head / g.heads, head % g.heads, task % parts, parts, scratch.take<char>(bytes));
@@ -240,8 +240,8 @@ AttentionResult<P> attention_backward(AttentionInputs<P>& inputs, const at::Tens
   grads.dq_touched = data<uint8_t>(touched);
   at::Tensor dbias;
   if (needs.bias) {
-    dbias = at::zeros({g.batch * grads.chunks, g.heads, 2 * g.grid_rows - 1, 2 * g.grid_cols - 1}, sums);
-    grads.dbias_parts = data<A>(dbias);
+    dbias = at::zeros({g.batch * grads.chunks, g.heads, 2 * g.grid_rows - 1, 2 * g.grid_cols - 1}, sums.dtype(at::kDouble));
+    grads.dbias_parts = data<double>(dbias);
   }
   grads.attention = g;
   if (g.heads > 0 && (g.tq > 0 || units > 0)) {
@@ -258,7 +258,7 @@ AttentionResult<P> attention_backward(AttentionInputs<P>& inputs, const at::Tens
     });
   }
   if (needs.bias) {
-    result.dbias = at::zeros({dbias.size(1), dbias.size(2), dbias.size(3)}, sums);
+    result.dbias = at::zeros({dbias.size(1), dbias.size(2), dbias.size(3)}, dbias.options());
     for (int64_t part = 0; part < dbias.size(0); ++part) result.dbias.add_(dbias[part]);
   }
   return result;

@@ -225,8 +225,10 @@ void weight_gradient(const Tensor& dout_, const Tensor& h_, const Tensor& weight
       VLMK_CALL(gated_linear_residual_dw, p, g, split.row(task), split.count(task), begin > 0, begin + chunk == rows);
     });
   }
-  for (int64_t block = 0; total.defined() && block < blocks; ++block) {
-    for (int64_t c = 0; c < d; ++c) data<double>(total)[c] += data<A>(part)[block * d + c];
+  const A* from = data<A>(part);
+  double* to = data<double>(total);
+  for (int64_t block = 0; to && block < blocks; ++block) {
+    for (int64_t c = 0; c < d; ++c) to[c] += from[block * d + c];
   }
 }
 
@@ -262,7 +264,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_residual_bwd(const Tensor& dout,
       if (!need_weight && (!need_gate || dot)) return;
       const Tensor channels = need_gate && !dot ? at::zeros({d}, total.options()) : Tensor();
       weight_gradient<P, T>(dout, h, weight, t, kept, dweight, channels);
-      for (int64_t c = 0; channels.defined() && c < d; ++c) data<double>(total)[vector ? c : 0] += data<double>(channels)[c];
+      const double* from = data<double>(channels);
+      double* to = data<double>(total);
+      for (int64_t c = 0; from && c < d; ++c) to[vector ? c : 0] += from[c];
     });
   }
   if (!need_gate) return {dh.to(in), dweight.to(in), at::empty({0}, gate.options())};

@@ -19,8 +19,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// Of x in one task: fixed sizes, so that sums do not depend on the threads; the rows are those that one float sum runs over.
-constexpr int64_t kBlockElements = 1 << 15, kBlockRows = 256;
+// Of x in one task: a fixed number, so that sums do not depend on the threads.
+constexpr int64_t kBlockElements = 1 << 15;
 
 // tanh(gate) for each of d channels.
 Tensor gates(const Tensor& gate, int64_t d, at::ScalarType type) {
@@ -31,7 +31,7 @@ struct Shape {
   explicit Shape(const Tensor& x)
       : d(x.size(-1)),
         rows(d ? x.numel() / d : 0),
-        block(std::clamp<int64_t>(kBlockElements / std::max<int64_t>(d, 1), 1, kBlockRows)),
+        block(std::max<int64_t>(kBlockElements / std::max<int64_t>(d, 1), 1)),
         blocks((rows + block - 1) / block) {}
   int64_t d, rows, block, blocks;
 };
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor&
   const Tensor dout = dout_.to(dtype).contiguous(), y = y_.to(dtype).contiguous();
   const Tensor dy = on_huge_pages(at::empty(need_y ? y.sizes() : at::IntArrayRef{0}, y.options()));
   const Shape shape(y);
-  const Tensor part = at::empty({need_gate ? shape.blocks : 0, shape.d}, y.options().dtype(sums));
+  const Tensor part = at::empty({need_gate ? shape.blocks : 0, shape.d}, y.options().dtype(at::kDouble));
   const Tensor t = gates(gate, shape.d, sums);
   const Tensor mask = row_mask ? row_mask->contiguous() : Tensor();
   Tensor dgate = at::empty({0}, gate.options());
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor&
         const int64_t first = block * shape.block, last = std::min(first + shape.block, shape.rows), at = first * shape.d;
         VLMK_CALL(gated_residual_bwd, data<T>(dout) + at, data<T>(y) + at, data<A>(t),
                   mask.defined() ? data<bool>(mask) + first : nullptr, need_y ? data<T>(dy) + at : nullptr,
-                  need_gate ? data<A>(part) + block * shape.d : nullptr, last - first, shape.d);
+                  need_gate ? data<double>(part) + block * shape.d : nullptr, last - first, shape.d);
       }
     });
     if (!need_gate) return;
@@ -89,10 +89,10 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor&
     const Tensor total = at::empty({gate.numel()}, part.options().dtype(at::kDouble));
     total.zero_();
     const bool vector = gate.numel() == shape.d;
+    const double* from = data<double>(part);
+    double* to = data<double>(total);
     for (int64_t block = 0; block < shape.blocks; ++block) {
-      for (int64_t c = 0; c < shape.d; ++c) {
-        data<double>(total)[vector ? c : 0] += data<A>(part)[block * shape.d + c];
-      }
+      for (int64_t c = 0; c < shape.d; ++c) to[vector ? c : 0] += from[block * shape.d + c];
     }
     const Tensor slope = gate.to(at::kDouble).reshape({-1}).tanh();
     dgate = ((1 - slope * slope) * total).to(gate.scalar_type()).reshape(gate.sizes());

@@ -6,7 +6,6 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/narrow.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <optional>
@@ -339,14 +338,19 @@ void linear_slopes(int64_t o, Activation activation, const Tensor& dout, const T
   constexpr int64_t kRows = 128;
   const int64_t rows = dout.numel() / o, blocks = ceil_div(rows, kRows);
   const bool summed = dbias.defined() && dbias.numel() > 0;
-  const Tensor sums = at::empty({summed ? blocks : 0, o}, dout.options().dtype(sum_type(scalar_type<A>())));
+  const Tensor sums = at::empty({summed ? blocks : 0, o}, dout.options().dtype(at::kDouble));
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      VLMK_CALL(linear_slope, o, activation, stored(dout), stored(y), stored(g), summed ? data<A>(sums) + block * o : nullptr,
-                block * kRows, std::min(kRows, rows - block * kRows));
+      VLMK_CALL(linear_slope<A>, o, activation, stored(dout), stored(y), stored(g),
+                summed ? data<double>(sums) + block * o : nullptr, block * kRows, std::min(kRows, rows - block * kRows));
     }
   });
-  if (summed) dbias.copy_(sums.sum(0, false, at::kDouble));
+  if (!summed) return;
+  double* total = data<double>(sums);  // the first block's become those of all, in block order
+  for (int64_t block = 1; block < blocks; ++block) {
+    for (int64_t c = 0; c < o; ++c) total[c] += total[block * o + c];
+  }
+  dbias.copy_(sums[0]);
 }
 
 // dbias = the sums of the columns of matrices that come one after the other.

@@ -94,9 +94,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   }
   // The column chunks are added in their order.
   for (int64_t which = 0; which < 3; ++which) {
-    A* total = sums + which * chunks * p.n;
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      for (int64_t i = 0; i < p.n; ++i) total[i] += total[chunk * p.n + i];
+    A* parts_of = sums + which * chunks * p.n;
+    for (int64_t i = 0; i < p.n; ++i) {
+      double total = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += parts_of[chunk * p.n + i];
+      parts_of[i] = static_cast<A>(total);
     }
   }
   const auto row_sums = [&](int64_t which, bool need) {

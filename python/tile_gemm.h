@@ -9,6 +9,9 @@ namespace vlmk {
 // Null for bf16 where no bf16 product exists: the caller widens to float.
 template <class P>
 TileProduct<P> tile_product();
+// Whether it is ATen's, which may sum in another order for other shapes.
+template <class P>
+bool tile_product_is_mm();
 std::string tile_product_name();
 // Frees what the calling thread's products hold (the AMX tile configuration); call at the end of a thread's work.
 void tile_product_release();

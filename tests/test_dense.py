@@ -47,7 +47,7 @@ def same(got, want):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [-3.0, 0.0, 14.3, 100.0])
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-3, 14.3, 100.0])
 @pytest.mark.parametrize(
     ("rows", "cols", "dim"),
     [(1, 1, 1), (2, 300, 7), (37, 37, 33), (64, 64, 64), (130, 200, 65), (300, 300, 530)],

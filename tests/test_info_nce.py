@@ -61,6 +61,20 @@ def test_reductions(device, dtype, reduction):
     judge(query, key, 10.0, ON[device], reduction=reduction, symmetric=False)
 
 
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, -1e-3, 1e-2])
+def test_small_scale(device, scale):
+    """The gradient of the scale is a sum over similarities, however close to each other the logits are."""
+    query, key = unit_features(300, 300, 40)
+    ids, some = torch.arange(300) // 2, torch.arange(300).where(torch.rand(300) > 0.2, -100)
+    for options in (
+        {}, {"symmetric": False}, {"normalize": True}, {"label_smoothing": 0.1}, {"weight": torch.rand(300)},
+        {"reduction": "none"}, {"reduction": "sum", "store_bytes": 0}, {"positives": (ids, ids)},
+        {"positives": (ids, ids), "label_smoothing": 0.1}, {"positives": some, "symmetric": False},
+    ):  # fmt: skip
+        judge(query, key, scale, ON[device], **options)
+
+
 def options_table():
     index = torch.randint(0, 400, (150,))
     index[::7] = -100
@@ -494,8 +508,9 @@ def test_small_problems(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(not NATIVE, reason="torch splits a sum by the number of threads")
-def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads(for_thread_counts):
-    query, key = (t.requires_grad_() for t in unit_features(40_000, 60, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_over_many_rows_are_deterministic_for_any_number_of_threads(for_thread_counts, dtype):
+    query, key = (t.requires_grad_() for t in unit_features(40_000, 60, 8, dtype=dtype))
     options = {"positives": torch.randint(0, 60, (40_000,)), "symmetric": False, "weight": torch.rand(40_000)}
     tensors = (query, key, torch.tensor(20.0, requires_grad=True))
     first, *others = for_thread_counts(lambda: result_and_gradients(vlmkernels.info_nce, tensors, **options))

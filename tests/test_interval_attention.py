@@ -335,6 +335,24 @@ def test_extreme_logits(tq, size):
     torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("tq", [1, 2, 3, 70])
+def test_a_key_that_is_seen_alone_has_probability_one(tq, biased, dtype):
+    """Exactly, also in the backward, which forms its logit again: the forward's log-sum-exp is that logit."""
+    for width in (20, 64, 512):
+        query, key, value = inputs(2, 4, 2, tq, 300, width, 8, dtype)
+        with torch.no_grad():
+            key.mul_(8)
+        only = torch.randperm(300)[:tq]
+        options = {"relative_bias": torch.randn(4, 17, 17), "grid": (9, 9)} if biased else {}
+        out = vlmkernels.interval_attention(query, key, value, only, only + 1, **options)
+        (dvalue,) = torch.autograd.grad(out, value, torch.ones_like(out))
+        assert torch.equal(out, value[:, :, only].repeat_interleave(2, 1))
+        assert (dvalue[:, :, only] == 2).all(), f"width {width}"  # two heads share each key
+        assert dvalue.sum() == 2 * 2 * 2 * tq * 8
+
+
 def test_all_logits_very_low():
     query, key, value = inputs(1, 1, 1, 40, 60, 4, 4)
     with torch.no_grad():

@@ -198,6 +198,25 @@ def test_one_source_dominates(source):
     assert_as_good([query, mk, mv, lk, lv])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", ["media", "latents"])
+@pytest.mark.parametrize("queries", [1, 2, 3, 70])
+def test_a_key_that_is_seen_alone_has_probability_one(queries, source, dtype):
+    """Exactly, also in the backward, which forms its logit again."""
+    media, latents = (40, 0) if source == "media" else (40, 1)
+    for width in (20, 64, 512):
+        query, mk, mv, lk, lv = inputs(2, 4, 2, queries, media, latents, width, 8, dtype)
+        with torch.no_grad():
+            mk.mul_(8)
+            lk.mul_(8)
+        lengths = torch.full((2,), 1 - latents)
+        out = vlmkernels.perceiver_attention(query, mk, mv, lk, lv, media_lengths=lengths)
+        value = mv if source == "media" else lv
+        (dvalue,) = torch.autograd.grad(out, value, torch.ones_like(out))
+        assert torch.equal(out, value[:, :, :1].repeat_interleave(2, 1).expand_as(out))
+        assert (dvalue[:, :, 0] == 2 * queries).all(), f"width {width}"  # two heads share each key
+
+
 @pytest.mark.skipif(not NATIVE, reason="torch splits a product by the number of threads")
 def test_deterministic_for_any_number_of_threads(for_thread_counts):
     tensors = inputs(1, 2, 1, 100, 900, 64, 16, 16)

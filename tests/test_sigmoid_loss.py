@@ -42,7 +42,7 @@ OPS = {"dispatched": vlmkernels.sigmoid_loss, **({"cuda": on_cuda} if torch.cuda
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize(
     ("rows", "cols", "dim"), [(2, 2, 3), (3, 5, 5), (37, 37, 33), (130, 200, 64), (300, 300, 70)]
 )

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from vlmkernels import _native
 from vlmkernels._arguments import dense, known
+
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except Exception:  # it imports Triton: one that does not work must not stop `import vlmkernels`
+    register_flop_formula = None  # type: ignore[assignment]
 
 
 class _Library(torch.library.Library):
@@ -112,7 +116,8 @@ def declare(schema: str, flops: Callable[..., int]) -> str:
     """
     name = schema.split("(", 1)[0]
     LIB.define(schema)
-    register_flop_formula(getattr(torch.ops.vlmkernels, name))(flops)
+    if register_flop_formula is not None:
+        register_flop_formula(getattr(torch.ops.vlmkernels, name))(flops)
     return name
 
 

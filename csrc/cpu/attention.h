@@ -110,17 +110,56 @@ VLMK_INLINE IndexVec<A> sees(const typename Vectors<A>::Index* from, const typen
   return (load<IndexVec<A>>(from) <= key) & (load<IndexVec<A>>(to) > key);
 }
 
-// s becomes scale s + bias, for keys [j0, j0 + keys) and the queries from q0 on.
+// Forward and backward round a logit alike: a key that is seen alone must get p = exp(s - lse) = 1. Queries of full precision
+// carry the scale, and a logit is what the product gives; in bf16 they have no digits for it, and the product gets the factor.
+template <class P>
+VLMK_INLINE Vec<acc_t<P>> logits_at(const acc_t<P>* products, acc_t<P> factor) {
+  const auto s = load<Vec<acc_t<P>>>(products);
+  return kPaired<P> ? s * factor : s;
+}
+
+// The queries of a block as B operand of the logits.
+template <class P>
+void pack_queries(const Attention<P>& g, const P* query, int64_t rows, int64_t width, P* qt) {
+  pack_transposed_b(query, g.q.token, rows, g.dh, g.depth, width, qt);
+  if constexpr (!kPaired<P>) {
+#pragma omp simd
+    for (int64_t i = 0; i < g.depth * width; ++i) qt[i] *= g.scale;
+  }
+}
+
+// Products become logits with their biases, for keys [j0, j0 + keys) and the queries from q0 on.
 template <class P>
 void add_bias(const Attention<P>& g, const acc_t<P>* table, int64_t q0, int64_t rows, int64_t width, int64_t j0, int64_t keys,
-              acc_t<P>* s) {
+              acc_t<P> factor, acc_t<P>* s) {
   for (int64_t j = j0; j < j0 + keys; ++j, s += width) {
-    for (int64_t i = 0; i < width; ++i) s[i] *= g.scale;
+    for (int64_t i = 0; kPaired<P> && i < width; ++i) s[i] *= factor;
     for_query_runs(g, q0, q0 + rows, j, [&](int64_t x, int64_t entry, int64_t run) {
       for (int64_t i = 0; i < run; ++i) s[x + i] += table[entry + i];
     });
   }
 }
 
+// Rows are read in steps: one vector of features, or for bf16 the even and the odd ones of twice as many, each a vector.
+template <class P>
+constexpr int64_t kHalves = kPaired<P> ? 2 : 1;
+template <class P>
+constexpr int64_t kStep = kHalves<P> * Vectors<acc_t<P>>::lanes;
+
+// Where rows of d features hold feature c when their whole steps are in the order of the vectors.
+template <class P>
+int64_t place_in(int64_t c, int64_t d) {
+  if (!kPaired<P> || c >= d / kStep<P> * kStep<P>) return c;
+  return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
+}
+
 }  // namespace
+
+// One of a few queries as `few_logits` reads it: scaled, the features of whole steps in their places.
+template <class P>
+void pack_query(const Attention<P>& g, const P* query, acc_t<P>* q);
+// s[x] = <q, k_x> for the rows k_x of x < count, `ld` apart.
+template <class P>
+void few_logits(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_t d, acc_t<P>* s);
+
 }  // namespace vlmk::VLMK_ISA

@@ -11,6 +11,7 @@ struct BackwardScratch {
   A *lse, *slope;                         // [kQueryBlock] log-sum-exp, and <dout, out> - dlse
   typename Vectors<A>::Index *from, *to;  // [kQueryBlock]
   A* rows;                                // [kQueryBlock][dh]
+  A* few;                                 // [kFewQueries][dh] queries that are not packed
   A *s, *ds;                              // [kGradKeys][kQueryBlock] transposed tiles
   P *p_a, *ds_a, *ds_b;                   // the same as operands
   P *k, *v;                               // [key_chunk][depth | width] A operands
@@ -35,6 +36,7 @@ struct BackwardScratch {
     from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
     to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
     rows = carve.take<A>(kQueryBlock * g.dh);
+    few = carve.take<A>(kFewQueries * g.dh);
     s = carve.take<A>(tile);
     ds = carve.take<A>(tile);
     if constexpr (kPaired<P>) {
@@ -59,7 +61,7 @@ struct BackwardScratch {
   }
 };
 
-// A tile [keys][width]: p = exp(factor s - lse) where the queries see the keys, ds = p (dp - slope).
+// A tile [keys][width]: p = exp(logit - lse) where the queries see the keys, ds = p (dp - slope).
 template <bool kMasked, class P>
 void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const BackwardScratch<P>& w) {
   using A = acc_t<P>;
@@ -69,7 +71,7 @@ void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const B
       Vec<A> p[2], ds[2];
       for (int64_t x = 0; x < 2; ++x) {
         const int64_t at = (j + x) * width + i;
-        p[x] = exp_of(load<Vec<A>>(w.s + at) * factor - lse);
+        p[x] = exp_of(logits_at<P>(w.s + at, factor) - lse);
         ds[x] = p[x] * (load<Vec<A>>(w.ds + at) - slope);
         if constexpr (kMasked) {
           const auto seen = sees<A>(w.from + i, w.to + i, j0 + j + x);
@@ -89,6 +91,18 @@ void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const B
   }
 }
 
+// The tile of logits of a few queries, formed as the forward forms them; keys [seen, keys) are not there.
+template <class P>
+void few_tile(const Attention<P>& g, const P* k, int64_t ldk, int64_t seen, int64_t keys, int64_t rows, int64_t width,
+              const BackwardScratch<P>& w) {
+  acc_t<P> logits[kGradKeys];
+  for (int64_t i = 0; i < keys * width; ++i) w.s[i] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    few_logits(w.few + r * g.dh, k, ldk, seen, g.dh, logits);
+    for (int64_t j = 0; j < seen; ++j) w.s[j * width + r] = logits[j];
+  }
+}
+
 // The transposed gradients [dh][width] of a query block as rows; none: zeros. rows: kQueryBlock * dh.
 template <class P>
 void write_query(const AttentionGrads<P>& grads, int64_t b, int64_t h, int64_t q0, const acc_t<P>* dqt, acc_t<P>* flat) {
@@ -105,14 +119,11 @@ void write_query(const AttentionGrads<P>& grads, int64_t b, int64_t h, int64_t q
 // <dout_i, out_i> - dlse_i
 template <class P>
 void row_slopes(const AttentionGrads<P>& grads, int64_t b, int64_t h, acc_t<P>* delta) {
-  using A = acc_t<P>;
   const Attention<P>& g = grads.attention;
   for (int64_t i = 0; i < g.tq; ++i) {
     const P *dout = row_of(grads.dout, b, h, i), *out = row_of(g.out, b, h, i);
-    A dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t c = 0; c < g.dv; ++c) dot += to_acc(dout[c]) * to_acc(out[c]);
-    delta[i] = grads.dlse ? dot - grads.dlse[(b * g.heads + h) * g.tq + i] : dot;
+    delta[i] = dot(dout, out, g.dv);
+    if (grads.dlse) delta[i] -= grads.dlse[(b * g.heads + h) * g.tq + i];
   }
 }
 
@@ -125,12 +136,14 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
   const Source<P>& source = g.source[n];
   const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), key_blocks = ceil_div(count, kGradKeys);
   const bool need_ds = grads.need_q || grads.need_k || grads.dbias_parts;
-  const A factor = g.bias ? A(1) : g.scale;
+  const bool few = g.tq <= kFewQueries;
+  const A factor = few ? A(1) : g.scale, rest = g.bias ? A(1) : factor;
   for (int64_t jb = 0; jb < key_blocks; ++jb) w.packed[jb] = false;
   for (int64_t member = 0; member < group; ++member) {
     const int64_t h = kv_head * group + member, stats = (b * g.heads + h) * g.tq;
     const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
-    A* dtable = grads.dbias_parts ? grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + h) * table_size(g) : nullptr;
+    double* dtable =
+        grads.dbias_parts ? grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + h) * table_size(g) : nullptr;
     for (int64_t qb = 0; qb < blocks; ++qb) {
       const int64_t q0 = qb * kQueryBlock, rows = min_(kQueryBlock, g.tq - q0), at = b * source.interval_batch + q0;
       Span span = span_of(source.begin + at, source.end + at, rows);
@@ -138,7 +151,11 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
       if (span.lo >= span.hi) continue;
       const int64_t width = tile_width<P>(rows);
       const P *query = row_of(g.q, b, h, q0), *dout = row_of(grads.dout, b, h, q0);
-      pack_transposed_b(query, g.q.token, rows, g.dh, g.depth, width, w.qt);
+      if (few) {
+        for (int64_t r = 0; r < rows; ++r) pack_query(g, query + r * g.q.token, w.few + r * g.dh);
+      } else {
+        pack_queries(g, query, rows, width, w.qt);
+      }
       if (need_ds) pack_transposed_b(dout, grads.dout.token, rows, g.dv, g.width, width, w.dot);
       if (grads.need_k) rows_as_b(query, g.q.token, rows, g.dh, g.depth, width, w.q);
       if (grads.need_v) rows_as_b(dout, grads.dout.token, rows, g.dv, g.width, width, w.dout);
@@ -159,20 +176,25 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
         if (!w.packed[jb]) {
           const int64_t here = min_(kGradKeys, first + count - j0);
           const P *key = row_of(source.k, b, kv_head, j0), *value = row_of(source.v, b, kv_head, j0);
-          copy_rows(key, source.k.token, here, g.dh, g.depth, kGradKeys, k);
+          if (!few) copy_rows(key, source.k.token, here, g.dh, g.depth, kGradKeys, k);
           if (need_ds) copy_rows(value, source.v.token, here, g.dv, g.width, kGradKeys, v);
           if (grads.need_q) pack_transposed_a(key, source.k.token, here, g.dh, kGradKeys, kt);
           for (int64_t i = 0; grads.need_k && i < kGradKeys * g.depth; ++i) dk[i] = 0;
           for (int64_t i = 0; grads.need_v && i < kGradKeys * g.width; ++i) dv[i] = 0;
           w.packed[jb] = true;
         }
-        g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
-        if (need_ds) g.product(keys, width, g.width, g.width, width, width, false, v + c0 * g.width, w.dot, w.ds);
-        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
-        if (span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1) {
-          grad_tile<false>(keys, width, j0 + c0, factor, w);
+        if (few) {
+          const int64_t seen = min_(c1, first + count - j0) - c0;
+          few_tile(g, row_of(source.k, b, kv_head, j0 + c0), source.k.token, seen, keys, rows, width, w);
         } else {
-          grad_tile<true>(keys, width, j0 + c0, factor, w);
+          g.product(keys, width, g.depth, g.depth, width, width, false, k + c0 * g.depth, w.qt, w.s);
+        }
+        if (need_ds) g.product(keys, width, g.width, g.width, width, width, false, v + c0 * g.width, w.dot, w.ds);
+        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, factor, w.s);
+        if (span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1) {
+          grad_tile<false>(keys, width, j0 + c0, rest, w);
+        } else {
+          grad_tile<true>(keys, width, j0 + c0, rest, w);
         }
         for (int64_t c = 0; dtable && c < keys; ++c) {
           for_query_runs(g, q0, q0 + rows, j0 + c0 + c, [&](int64_t x, int64_t entry, int64_t run) {
@@ -227,7 +249,7 @@ void attention_backward(const AttentionGrads<P>& grads, int64_t b, int64_t kv_he
   }
   for (int64_t member = 0; member < group; ++member) row_slopes(grads, b, first_head + member, w.delta + member * g.tq);
   if (grads.dbias_parts) {
-    A* dbias = grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + first_head) * table_size(g);
+    double* dbias = grads.dbias_parts + ((b * grads.chunks + chunk) * g.heads + first_head) * table_size(g);
     for (int64_t i = 0; i < group * table_size(g); ++i) dbias[i] = 0;
   }
   for (int64_t n = 0, index = 0; n < g.sources; ++n) {

@@ -4,12 +4,11 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 // Tiles are transposed, [keys][queries]: what belongs to one query stays in one lane. With several query blocks the values are
-// packed once as V^T and the result is transposed too; with one (`once`), packing would serve it alone: the probabilities are
-// turned into rows and multiply the values as they are.
+// packed as V^T and the result is transposed too; with one (`once`), packing would serve it alone: the probabilities are turned
+// into rows and multiply the values as they are.
 template <class P>
 struct ForwardScratch {
   using A = acc_t<P>;
-  bool once;
   P* qt;                                  // [depth][kQueryBlock] B operand
   A* s;                                   // [key_block][kQueryBlock]
   P* p;                                   // the same as an operand; of full precision in place of s
@@ -24,12 +23,12 @@ struct ForwardScratch {
   int64_t* held;                          // [slots] which block of which source
   int64_t bytes;
 
-  ForwardScratch(const Attention<P>& g, int64_t query_blocks, char* base) : once(query_blocks <= 1) {
+  ForwardScratch(const Attention<P>& g, char* base) {
     Carve carve{base};
     qt = carve.take<P>(kQueryBlock * g.depth);
     s = carve.take<A>(kQueryBlock * g.key_block);
-    turned = carve.take<A>(once ? kQueryBlock * g.key_block : 0);
-    p = kPaired<P> ? carve.take<P>(kQueryBlock * g.key_block) : reinterpret_cast<P*>(once ? turned : s);
+    turned = carve.take<A>(g.once ? kQueryBlock * g.key_block : 0);
+    p = kPaired<P> ? carve.take<P>(kQueryBlock * g.key_block) : reinterpret_cast<P*>(g.once ? turned : s);
     o = carve.take<A>(kQueryBlock * g.width);
     rows = carve.take<A>(kQueryBlock * g.width);
     top = carve.take<A>(kQueryBlock);
@@ -39,7 +38,7 @@ struct ForwardScratch {
     to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
     slots = 0;
     for (int64_t n = 0; n < g.sources; ++n) slots += ceil_div(g.source[n].count, g.key_block);
-    slots = once ? 1 : min_(slots, kHeldKeys / g.key_block);
+    slots = g.once ? 1 : min_(slots, kHeldKeys / g.key_block);
     k = carve.take<P>(slots * g.key_block * g.depth);
     v = carve.take<P>(slots * g.key_block * g.width);
     held = carve.take<int64_t>(slots);
@@ -47,7 +46,7 @@ struct ForwardScratch {
   }
 };
 
-// One tile of logits [keys][width] joins the softmax: with z = factor s, top takes in the tile's maxima, p =
+// One tile of products [keys][width] joins the softmax: with z the logits, top takes in the tile's maxima, p =
 // exp(z - top), sum takes in their sums after keep = exp(old top - top). Returns whether any query's top has moved. What is not
 // seen becomes 0; a query that sees nothing keeps its top at -inf.
 template <bool kMasked, bool kPairs, class P>
@@ -61,7 +60,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     for (int64_t j = 0; j < keys; j += 4) {
       for (int64_t x = 0; x < 4; ++x) {
         A* at = s + (j + x) * width + i;
-        Vec<A> z = load<Vec<A>>(at) * factor;
+        Vec<A> z = logits_at<P>(at, factor);
         if constexpr (kMasked) {
           z = sees<A>(w.from + i, w.to + i, j0 + j + x) ? z : nothing;
           store(z, at);
@@ -75,29 +74,33 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     for (int64_t x = 0; x < lanes; ++x) moved |= top[x] > old[x];
     store(top, w.top + i);
     store(keep, w.keep + i);
-    Vec<A> sum[2] = {load<Vec<A>>(w.sum + i) * keep, Vec<A>{}};
-    for (int64_t j = 0; j < keys; j += 2) {
-      A* at = s + j * width + i;
-      const A unit = kMasked ? A(1) : factor;
-      const Vec<A> first = exp_of(load<Vec<A>>(at) * unit - finite), second = exp_of(load<Vec<A>>(at + width) * unit - finite);
-      sum[0] += first;
-      sum[1] += second;
-      if constexpr (kPairs) {
-        store(paired(first, second), w.p + j * width + 2 * i);
-      } else {
-        store(first, at);
-        store(second, at + width);
+    Vec<A> total{};
+    for (int64_t j0 = 0; j0 < keys; j0 += 2 * kSumRows) {
+      Vec<A> sum[2] = {};
+      for (int64_t j = j0; j < j0 + 2 * kSumRows; j += 2) {
+        A* at = s + j * width + i;
+        const A rest = kMasked ? A(1) : factor;
+        const Vec<A> first = exp_of(logits_at<P>(at, rest) - finite), second = exp_of(logits_at<P>(at + width, rest) - finite);
+        sum[0] += first;
+        sum[1] += second;
+        if constexpr (kPairs) {
+          store(paired(first, second), w.p + j * width + 2 * i);
+        } else {
+          store(first, at);
+          store(second, at + width);
+        }
       }
+      total += sum[0] + sum[1];
     }
-    store(sum[0] + sum[1], w.sum + i);
+    store(load<Vec<A>>(w.sum + i) * keep + total, w.sum + i);
   }
   return moved;
 }
 
 template <class P>
-bool join_tile(int64_t keys, int64_t width, int64_t j0, bool all_seen, acc_t<P> factor, const ForwardScratch<P>& w) {
+bool join_tile(int64_t keys, int64_t width, int64_t j0, bool all_seen, acc_t<P> factor, bool once, const ForwardScratch<P>& w) {
   if constexpr (kPaired<P>) {
-    if (!w.once) {
+    if (!once) {
       return all_seen ? join_softmax<false, true>(w.s, keys, width, j0, factor, w)
                       : join_softmax<true, true>(w.s, keys, width, j0, factor, w);
     }
@@ -149,10 +152,10 @@ template <class P>
 void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t rows, int64_t width, bool any,
                 const ForwardScratch<P>& w) {
   using A = acc_t<P>;
-  if (!w.once) transpose(w.o, width, g.dv, rows, w.rows, g.width);
+  if (!g.once) transpose(w.o, width, g.dv, rows, w.rows, g.width);
   for (int64_t r = 0; r < rows; ++r) {
     const bool seen = any && w.sum[r] != 0;
-    const A inverse = 1 / w.sum[r], *row = (w.once ? w.o : w.rows) + r * g.width;
+    const A inverse = 1 / w.sum[r], *row = (g.once ? w.o : w.rows) + r * g.width;
     P* out = row_of(g.out, b, h, q0 + r);
 #pragma omp simd
     for (int64_t c = 0; c < g.dv; ++c) from_acc(seen ? row[c] * inverse : A(0), out[c]);
@@ -163,21 +166,21 @@ void write_rows(const Attention<P>& g, int64_t b, int64_t h, int64_t q0, int64_t
 }  // namespace
 
 template <class P>
-int64_t attention_forward_scratch(const Attention<P>& g, int64_t query_blocks) {
-  return ForwardScratch<P>(g, query_blocks, nullptr).bytes;
+int64_t attention_forward_scratch(const Attention<P>& g) {
+  return ForwardScratch<P>(g, nullptr).bytes;
 }
 
 template <class P>
 void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch) {
   using A = acc_t<P>;
-  const ForwardScratch<P> w(g, ceil_div(ceil_div(g.tq, kQueryBlock), parts), scratch);
+  const ForwardScratch<P> w(g, scratch);
   const int64_t block = g.key_block, kv_head = h / (g.heads / g.kv_heads);
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
   const A factor = table ? A(1) : g.scale;
   for (int64_t slot = 0; slot < w.slots; ++slot) w.held[slot] = -1;
   for (int64_t q0 = part * kQueryBlock; q0 < g.tq; q0 += parts * kQueryBlock) {
     const int64_t rows = min_(kQueryBlock, g.tq - q0), width = tile_width<P>(rows);
-    pack_transposed_b(row_of(g.q, b, h, q0), g.q.token, rows, g.dh, g.depth, width, w.qt);
+    pack_queries(g, row_of(g.q, b, h, q0), rows, width, w.qt);
     for (int64_t r = 0; r < width; ++r) w.top[r] = kNothing<A>, w.sum[r] = 0;
     bool any = false;
     for (int64_t n = 0, before = 0; n < g.sources; ++n) {
@@ -194,16 +197,16 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
         const P* key = row_of(source.k, b, kv_head, j0);
         if (w.held[slot] != index) {
           if (!as_it_is) copy_rows(key, source.k.token, count, g.dh, g.depth, block, packed_k);
-          if (!w.once) pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
+          if (!g.once) pack_transposed_a(row_of(source.v, b, kv_head, j0), source.v.token, count, g.dv, block, vt);
           w.held[slot] = index;
         }
         const P* k = as_it_is ? key : packed_k;
         const int64_t ldk = as_it_is ? source.k.token : g.depth;
         g.product(keys, width, g.depth, ldk, width, width, false, k + c0 * ldk, w.qt, w.s);
-        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, w.s);
+        if (table) add_bias(g, table, q0, rows, width, j0 + c0, keys, g.scale, w.s);
         const bool all_seen = span.inner_lo <= j0 + c0 && span.inner_hi >= j0 + c1;
-        const bool moved = join_tile(keys, width, j0 + c0, all_seen, factor, w);
-        if (w.once) {
+        const bool moved = join_tile(keys, width, j0 + c0, all_seen, factor, g.once, w);
+        if (g.once) {
           add_values_once(g, source, b, kv_head, j0 + c0, keys, rows, width, any, w);
         } else {
           add_values(g, vt + c0, keys, width, any, moved, w);
@@ -220,23 +223,11 @@ template <class P>
 int64_t attention_rows_scratch(const Attention<P>& g) {
   int64_t keys = 0;
   for (int64_t n = 0; n < g.sources; ++n) keys = max_(keys, g.source[n].count);
-  return (keys + g.dh + g.dv) * static_cast<int64_t>(sizeof(acc_t<P>)) + 192;
+  return (keys + g.dh + 2 * g.dv) * static_cast<int64_t>(sizeof(acc_t<P>)) + 256;
 }
 
 namespace {
 
-// Rows are read in steps: one vector of features, or for bf16 the even and the odd ones of twice as many, each a vector.
-template <class P>
-constexpr int64_t kHalves = kPaired<P> ? 2 : 1;
-template <class P>
-constexpr int64_t kStep = kHalves<P> * Vectors<acc_t<P>>::lanes;
-
-// Where rows of d features hold feature c when their whole steps are in the order of the vectors.
-template <class P>
-int64_t place_in(int64_t c, int64_t d) {
-  if (!kPaired<P> || c >= d / kStep<P> * kStep<P>) return c;
-  return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
-}
 template <class P>
 VLMK_INLINE Vec<acc_t<P>> widened(const P* step, int64_t half) {
   if constexpr (kPaired<P>) {
@@ -247,9 +238,50 @@ VLMK_INLINE Vec<acc_t<P>> widened(const P* step, int64_t half) {
   }
 }
 
-// s[x] = <q, k_x> for the rows k_x of x < count, `ld` apart; the features of whole steps of q are in their places.
+// o += sum_x p_x v_x for few rows, the features of whole steps of o in their places.
 template <class P>
-void dots(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_t d, acc_t<P>* s) {
+void add_some(const acc_t<P>* p, const P* v, int64_t ld, int64_t count, int64_t d, acc_t<P>* o) {
+  using A = acc_t<P>;
+  const int64_t full = d / kStep<P> * kStep<P>;
+  for (int64_t x = 0; x < count; x += 4, v += 4 * ld) {
+    const int64_t here = min_<int64_t>(4, count - x);
+    const P* row[4];
+    A weight[4];
+    for (int64_t i = 0; i < 4; ++i) row[i] = v + min_(i, here - 1) * ld, weight[i] = i < here ? p[x + i] : A(0);
+    for (int64_t c = 0; c < full; c += kStep<P>) {
+      for (int64_t half = 0; half < kHalves<P>; ++half) {
+        A* to = o + c + half * Vectors<A>::lanes;
+        const Vec<A> left = widened(row[0] + c, half) * weight[0] + widened(row[1] + c, half) * weight[1];
+        const Vec<A> right = widened(row[2] + c, half) * weight[2] + widened(row[3] + c, half) * weight[3];
+        store(load<Vec<A>>(to) + (left + right), to);
+      }
+    }
+    for (int64_t c = full; c < d; ++c) {
+      for (int64_t i = 0; i < here; ++i) o[c] += weight[i] * to_acc(row[i][c]);
+    }
+  }
+}
+
+// The same for any number of rows: those of a part are added by themselves, which `part` [d] holds.
+template <class P>
+void add_rows(const acc_t<P>* p, const P* v, int64_t ld, int64_t count, int64_t d, acc_t<P>* part, acc_t<P>* o) {
+  constexpr int64_t rows = 8 * kSumRows;
+  for (int64_t x = 0; x < count; x += rows) {
+    for (int64_t c = 0; c < d; ++c) part[c] = 0;
+    add_some(p + x, v + x * ld, ld, min_(rows, count - x), d, part);
+    for (int64_t c = 0; c < d; ++c) o[c] += part[c];
+  }
+}
+
+}  // namespace
+
+template <class P>
+void pack_query(const Attention<P>& g, const P* query, acc_t<P>* q) {
+  for (int64_t c = 0; c < g.dh; ++c) q[place_in<P>(c, g.dh)] = to_acc(query[c]) * g.scale;
+}
+
+template <class P>
+void few_logits(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_t d, acc_t<P>* s) {
   using A = acc_t<P>;
   const int64_t full = d / kStep<P> * kStep<P>;
   for (int64_t x = 0; x < count; x += 4) {
@@ -272,62 +304,40 @@ void dots(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_t d, a
   }
 }
 
-// o += sum_x p_x v_x, the features of whole steps of o in their places.
-template <class P>
-void add_rows(const acc_t<P>* p, const P* v, int64_t ld, int64_t count, int64_t d, acc_t<P>* o) {
-  using A = acc_t<P>;
-  const int64_t full = d / kStep<P> * kStep<P>;
-  for (int64_t x = 0; x < count; x += 4, v += 4 * ld) {
-    const int64_t here = min_<int64_t>(4, count - x);
-    const P* row[4];
-    A weight[4];
-    for (int64_t i = 0; i < 4; ++i) row[i] = v + min_(i, here - 1) * ld, weight[i] = i < here ? p[x + i] : A(0);
-    for (int64_t c = 0; c < full; c += kStep<P>) {
-      for (int64_t half = 0; half < kHalves<P>; ++half) {
-        A* to = o + c + half * Vectors<A>::lanes;
-        const Vec<A> left = widened(row[0] + c, half) * weight[0] + widened(row[1] + c, half) * weight[1];
-        const Vec<A> right = widened(row[2] + c, half) * weight[2] + widened(row[3] + c, half) * weight[3];
-        store(load<Vec<A>>(to) + (left + right), to);
-      }
-    }
-    for (int64_t c = full; c < d; ++c) {
-      for (int64_t i = 0; i < here; ++i) o[c] += weight[i] * to_acc(row[i][c]);
-    }
-  }
-}
-
-}  // namespace
-
 template <class P>
 void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) {
   using A = acc_t<P>;
   Carve carve{scratch};
-  A *q = carve.take<A>(g.dh), *o = carve.take<A>(g.dv), *s = carve.take<A>(0);
+  A *q = carve.take<A>(g.dh), *o = carve.take<A>(g.dv), *part = carve.take<A>(g.dv), *s = carve.take<A>(0);
   const int64_t kv_head = h / (g.heads / g.kv_heads);
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
   for (int64_t i = 0; i < g.tq; ++i) {
-    const P* query = row_of(g.q, b, h, i);
-    for (int64_t c = 0; c < g.dh; ++c) q[place_in<P>(c, g.dh)] = to_acc(query[c]) * g.scale;
+    pack_query(g, row_of(g.q, b, h, i), q);
     for (int64_t c = 0; c < g.dv; ++c) o[c] = 0;
     A top = kNothing<A>, sum = 0;
     for (int64_t n = 0; n < g.sources; ++n) {
       const Source<P>& source = g.source[n];
       const int64_t at = b * source.interval_batch + i, begin = source.begin[at], end = source.end[at];
-      dots(q, row_of(source.k, b, kv_head, begin), source.k.token, end - begin, g.dh, s);
+      few_logits(q, row_of(source.k, b, kv_head, begin), source.k.token, end - begin, g.dh, s);
       for (int64_t j = begin; table && j < end; ++j) {
         for_query_runs(g, i, i + 1, j, [&](int64_t, int64_t entry, int64_t) { s[j - begin] += table[entry]; });
       }
-      A high = top, total = 0;
+      A high = top;
 #pragma omp simd reduction(max : high)
       for (int64_t x = 0; x < end - begin; ++x) high = max_(high, s[x]);
       if (high == kNothing<A>) continue;
       const A keep = exp_(top - high);
       for (int64_t c = 0; c < g.dv; ++c) o[c] *= keep;
-#pragma omp simd reduction(+ : total)
-      for (int64_t x = 0; x < end - begin; ++x) total += s[x] = exp_(s[x] - high);
-      sum = sum * keep + total;
+      double total = 0;
+      for (int64_t x0 = 0; x0 < end - begin; x0 += kSumPart) {
+        A part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t x = x0; x < min_(x0 + kSumPart, end - begin); ++x) part += s[x] = exp_(s[x] - high);
+        total += part;
+      }
+      sum = static_cast<A>(sum * keep + total);
       top = high;
-      add_rows(s, row_of(source.v, b, kv_head, begin), source.v.token, end - begin, g.dv, o);
+      add_rows(s, row_of(source.v, b, kv_head, begin), source.v.token, end - begin, g.dv, part, o);
     }
     const bool seen = sum != 0;
     P* out = row_of(g.out, b, h, i);
@@ -337,8 +347,10 @@ void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) 
 }
 
 #define VLMK_INSTANTIATE(P)                                                                        \
-  template int64_t attention_forward_scratch(const Attention<P>&, int64_t);                        \
+  template int64_t attention_forward_scratch(const Attention<P>&);                                 \
   template int64_t attention_rows_scratch(const Attention<P>&);                                    \
+  template void pack_query(const Attention<P>&, const P*, acc_t<P>*);                              \
+  template void few_logits(const acc_t<P>*, const P*, int64_t, int64_t, int64_t, acc_t<P>*);       \
   template void attention_forward(const Attention<P>&, int64_t, int64_t, int64_t, int64_t, char*); \
   template void attention_rows(const Attention<P>&, int64_t, int64_t, char*);
 VLMK_INSTANTIATE(float)

@@ -97,28 +97,38 @@ void dense_cross_entropy_rows(const DenseLogits<P>& g, int64_t ib) {
   for (int64_t j = 0; g.symmetric && j < m; ++j) col_max[j] = -__builtin_inf(), col_sum[j] = col_total[j] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const A* x = g.x + i * g.ldx;
-    A top = -__builtin_inf(), total = 0, sum = 0;
-    if (g.symmetric) {
-#pragma omp simd reduction(max : top) reduction(+ : total)
-      for (int64_t j = 0; j < m; ++j) {
-        top = max_(top, x[j]);
-        total += x[j];
-        col_max[j] = max_(col_max[j], x[j]);
-        col_total[j] += x[j];
+    A top = -__builtin_inf();
+    double total = 0, sum = 0;
+    for (int64_t c = 0; c < m; c += kSumPart) {
+      const int64_t end = min_(c + kSumPart, m);
+      A part = 0;
+      if (g.symmetric) {
+#pragma omp simd reduction(max : top) reduction(+ : part)
+        for (int64_t j = c; j < end; ++j) {
+          top = max_(top, x[j]);
+          part += x[j];
+          col_max[j] = max_(col_max[j], x[j]);
+          col_total[j] += x[j];
+        }
+      } else {
+#pragma omp simd reduction(max : top) reduction(+ : part)
+        for (int64_t j = c; j < end; ++j) {
+          top = max_(top, x[j]);
+          part += x[j];
+        }
       }
-    } else {
-#pragma omp simd reduction(max : top) reduction(+ : total)
-      for (int64_t j = 0; j < m; ++j) {
-        top = max_(top, x[j]);
-        total += x[j];
-      }
+      total += part;
     }
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < m; ++j) sum += exp_(scale * (x[j] - top));
+    for (int64_t c = 0; c < m; c += kSumPart) {
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = c; j < min_(c + kSumPart, m); ++j) part += exp_(scale * (x[j] - top));
+      sum += part;
+    }
     g.row_max[i] = top;
-    g.row_log[i] = std::log(sum);
+    g.row_log[i] = static_cast<A>(std::log(sum));
     g.diagonal[i] = x[i];
-    g.loss[i] = cross_entropy<A>(g.smoothing, scale, top, g.row_log[i], x[i], total / m);
+    g.loss[i] = cross_entropy<A>(g.smoothing, scale, top, g.row_log[i], x[i], static_cast<A>(total / m));
   }
   for (int64_t i = i0; g.symmetric && i < i1; ++i) {
     const A* x = g.x + i * g.ldx;
@@ -258,9 +268,7 @@ void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
     if (g.inv) {
       const A inv = g.inv[i];
       factor *= inv;
-#pragma omp simd reduction(+ : radial)
-      for (int64_t c = 0; c < g.d; ++c) radial += to_acc(x[c]) * sum[c];
-      radial = inv < A(1e12) ? inv * inv * radial : A(0);  // below the clamp the norm is a constant
+      radial = inv < A(1e12) ? inv * inv * dot(x, sum, g.d) : A(0);  // below the clamp the norm is a constant
     }
     if (radial != 0) add_scaled(g.d, -radial, x, sum);
 #pragma omp simd

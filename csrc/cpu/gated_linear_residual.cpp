@@ -57,13 +57,7 @@ void gated_linear_residual_dh(const BlockProduct<P>& p, const GatedLinearInput<P
     double sum = 0;
     for (int64_t r = row; r < row + count; ++r, tile += p.cols) {
       const int64_t at = (g.index ? g.index[r] : r) * g.k + k0;
-      if (g.h) {
-        const T* h = g.h + at;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < cols; ++c) dot += tile[c] * to_acc(h[c]);
-        sum += dot;
-      }
+      if (g.h) sum += dot(tile, g.h + at, cols);
       T* dh = g.dh + at;
 #pragma omp simd
       for (int64_t c = 0; c < cols; ++c) from_acc(g.t * tile[c], dh[c]);
@@ -87,13 +81,7 @@ void gated_linear_residual_dw(const BlockProduct<P>& p, const GatedLinearWeight<
         for (int64_t c = 0; c < cols; ++c) products[c] = tile[c];
         continue;
       }
-      if (g.weight) {
-        const T* weight = g.weight + at;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < cols; ++c) dot += tile[c] * to_acc(weight[c]);
-        g.part[j * g.d + d] = dot;
-      }
+      if (g.weight) g.part[j * g.d + d] = dot(tile, g.weight + at, cols);
       if (g.dweight) {
         T* dweight = g.dweight + at;
         const A t = g.t[d];

@@ -17,34 +17,46 @@ void gated_residual(const T* x, const T* y, const acc_t<T>* t, const bool* row_m
 }
 
 template <class T>
-void gated_residual_bwd(const T* dout, const T* y, const acc_t<T>* t, const bool* row_mask, T* dy, acc_t<T>* part, int64_t rows,
+void gated_residual_bwd(const T* dout, const T* y, const acc_t<T>* t, const bool* row_mask, T* dy, double* part, int64_t rows,
                         int64_t d) {
+  using A = acc_t<T>;
+  constexpr int64_t kCols = 1024;
+  A sums[kCols];
   for (int64_t c = 0; part && c < d; ++c) part[c] = 0;
-  for (int64_t r = 0; r < rows; ++r, dout += d, y += d) {
-    const bool keep = !row_mask || row_mask[r];
-    T* dy_row = dy ? dy + r * d : nullptr;
-    if (!keep) {
-      for (int64_t c = 0; dy && c < d; ++c) dy_row[c] = T{};
-    } else if (dy && part) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+    for (int64_t c0 = 0; c0 < d; c0 += kCols) {
+      const int64_t cols = min_(kCols, d - c0);
+      for (int64_t c = 0; part && c < cols; ++c) sums[c] = 0;
+      for (int64_t r = r0; r < min_(r0 + kSumRows, rows); ++r) {
+        const T *from = dout + r * d + c0, *branch = y + r * d + c0;
+        const A* gate = t + c0;
+        T* to = dy ? dy + r * d + c0 : nullptr;
+        if (row_mask && !row_mask[r]) {
+          for (int64_t c = 0; dy && c < cols; ++c) to[c] = T{};
+        } else if (dy && part) {
 #pragma omp simd
-      for (int64_t c = 0; c < d; ++c) {
-        const acc_t<T> g = to_acc(dout[c]);
-        from_acc(t[c] * g, dy_row[c]);
-        part[c] += g * to_acc(y[c]);
+          for (int64_t c = 0; c < cols; ++c) {
+            const A g = to_acc(from[c]);
+            from_acc(gate[c] * g, to[c]);
+            sums[c] += g * to_acc(branch[c]);
+          }
+        } else if (dy) {
+#pragma omp simd
+          for (int64_t c = 0; c < cols; ++c) from_acc(gate[c] * to_acc(from[c]), to[c]);
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < cols; ++c) sums[c] += to_acc(from[c]) * to_acc(branch[c]);
+        }
       }
-    } else if (dy) {
 #pragma omp simd
-      for (int64_t c = 0; c < d; ++c) from_acc(t[c] * to_acc(dout[c]), dy_row[c]);
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < d; ++c) part[c] += to_acc(dout[c]) * to_acc(y[c]);
+      for (int64_t c = 0; c < (part ? cols : 0); ++c) part[c0 + c] += sums[c];
     }
   }
 }
 
 #define VLMK_INSTANTIATE(T)                                                                             \
   template void gated_residual(const T*, const T*, const acc_t<T>*, const bool*, T*, int64_t, int64_t); \
-  template void gated_residual_bwd(const T*, const T*, const acc_t<T>*, const bool*, T*, acc_t<T>*, int64_t, int64_t);
+  template void gated_residual_bwd(const T*, const T*, const acc_t<T>*, const bool*, T*, double*, int64_t, int64_t);
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)
 VLMK_INSTANTIATE(bf16)

@@ -88,8 +88,8 @@ bool one_reference(const A* row_max, int64_t rows, const A* col_max, int64_t col
 }
 
 // (max, sum, moment) takes in another part with maximum part_max, whose sum and moment are relative to `reference`.
-template <class A>
-VLMK_INLINE void merge(A& max, A& sum, A& moment, A part_max, A part_sum, A part_moment, A reference) {
+template <class A, class S>
+VLMK_INLINE void merge(A& max, S& sum, S& moment, A part_max, A part_sum, A part_moment, A reference) {
   const A top = max_(max, part_max), keep = exp_(max - top), take = exp_(reference - top);
   const A shift = sum > 0 ? max - top : A(0);
   moment = keep * (moment + shift * sum) + take * (part_moment + (reference - top) * part_sum);
@@ -119,28 +119,38 @@ template <bool kStore, bool kRows, bool kColumns, class P>
 void exponentials(const acc_t<P>* s, int64_t rows, int64_t cols, acc_t<P> reference, P* e, acc_t<P>* row_sum,
                   acc_t<P>* row_moment, acc_t<P>* col_sum, acc_t<P>* col_moment) {
   using A = acc_t<P>;
+  A some_sum[kTileCols], some_moment[kTileCols];
   for (int64_t c = 0; kColumns && c < cols; ++c) col_sum[c] = col_moment[c] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const A* row = s + r * kTileCols;
-    P* out = kStore ? e + r * kTileCols : nullptr;
-    A sum = 0, moment = 0;
+  for (int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+    for (int64_t c = 0; kColumns && c < cols; ++c) some_sum[c] = some_moment[c] = 0;
+    for (int64_t r = r0; r < min_(r0 + kSumRows, rows); ++r) {
+      const A* row = s + r * kTileCols;
+      P* out = kStore ? e + r * kTileCols : nullptr;
+      double row_total = 0, moment_total = 0;
+      for (int64_t c0 = 0; c0 < cols; c0 += kSumPart) {
+        A sum = 0, moment = 0;
 #pragma omp simd reduction(+ : sum, moment)
-    for (int64_t c = 0; c < cols; ++c) {
-      const A below = row[c] - reference, x = exp_(below);
+        for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) {
+          const A below = row[c] - reference, x = exp_(below);
+          if constexpr (kRows) {
+            sum += x;
+            moment += x * below;
+          }
+          if constexpr (kColumns) {
+            some_sum[c] += x;
+            some_moment[c] += x * below;
+          }
+          if constexpr (kStore) round_to(x, out[c]);
+        }
+        row_total += sum;
+        moment_total += moment;
+      }
       if constexpr (kRows) {
-        sum += x;
-        moment += x * below;
+        row_sum[r] = static_cast<A>(row_total);
+        row_moment[r] = static_cast<A>(moment_total);
       }
-      if constexpr (kColumns) {
-        col_sum[c] += x;
-        col_moment[c] += x * below;
-      }
-      if constexpr (kStore) round_to(x, out[c]);
     }
-    if constexpr (kRows) {
-      row_sum[r] = sum;
-      row_moment[r] = moment;
-    }
+    for (int64_t c = 0; kColumns && c < cols; ++c) col_sum[c] += some_sum[c], col_moment[c] += some_moment[c];
   }
 }
 
@@ -282,26 +292,26 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
         }
       } else {
         if (slot) zero_padding(0, 0, write_tile<P>(slot, 0, TileKind::absent));
-        for (int64_t c = 0; c < cols; ++c) col_sum[c] = col_moment[c] = 0;
         for (int64_t r = 0; r < rows; ++r) {
-          const A *logit = s + r * kTileCols, top = row_top[r];
-          A sum = 0, moment = 0;
-#pragma omp simd reduction(+ : sum, moment)
-          for (int64_t c = 0; c < cols; ++c) {
-            const A below = logit[c] - top, x = exp_(below);
-            sum += x;
-            moment += x * below;
+          const A* logit = s + r * kTileCols;
+          exponentials<false, true, false, P>(logit, 1, cols, row_top[r], nullptr, row_sum, row_moment, nullptr, nullptr);
+          merge(row.max[r], row.sum[r], row.moment[r], row_top[r], row_sum[0], row_moment[0], row_top[r]);
+        }
+        for (int64_t r0 = 0; g.columns && r0 < rows; r0 += kSumRows) {
+          for (int64_t c = 0; c < cols; ++c) col_sum[c] = col_moment[c] = 0;
+          for (int64_t r = r0; r < min_(r0 + kSumRows, rows); ++r) {
+            const A* logit = s + r * kTileCols;
+#pragma omp simd
+            for (int64_t c = 0; c < cols; ++c) {
+              const A below = logit[c] - col_top[c], x = exp_(below);
+              col_sum[c] += x;
+              col_moment[c] += x * below;
+            }
           }
 #pragma omp simd
-          for (int64_t c = 0; c < (g.columns ? cols : 0); ++c) {
-            const A below = logit[c] - col_top[c], x = exp_(below);
-            col_sum[c] += x;
-            col_moment[c] += x * below;
+          for (int64_t c = 0; c < cols; ++c) {
+            merge(col.max[c], col.sum[c], col.moment[c], col_top[c], col_sum[c], col_moment[c], col_top[c]);
           }
-          merge(row.max[r], row.sum[r], row.moment[r], top, sum, moment, top);
-        }
-        for (int64_t c = 0; g.columns && c < cols; ++c) {
-          merge(col.max[c], col.sum[c], col.moment[c], col_top[c], col_sum[c], col_moment[c], col_top[c]);
         }
       }
     }
@@ -310,13 +320,20 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
 
 template <class A>
 void info_nce_merge(Moments<A> parts, int64_t part_count, int64_t count, int64_t begin, int64_t end, Moments<A> out) {
-  for (int64_t i = begin; i < end; ++i) out.max[i] = parts.max[i], out.sum[i] = parts.sum[i], out.moment[i] = parts.moment[i];
-  for (int64_t part = 1; part < part_count; ++part) {
-    const Moments<A> in = parts.at(part * count);
+  constexpr int64_t kSome = 256;
+  for (int64_t i0 = begin; i0 < end; i0 += kSome) {
+    const int64_t some = min_(kSome, end - i0);
+    const Moments<A> first = parts.at(i0), to = out.at(i0);
+    double sum[kSome], moment[kSome];
+    for (int64_t i = 0; i < some; ++i) to.max[i] = first.max[i], sum[i] = first.sum[i], moment[i] = first.moment[i];
+    for (int64_t part = 1; part < part_count; ++part) {
+      const Moments<A> in = parts.at(part * count + i0);
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      merge(out.max[i], out.sum[i], out.moment[i], in.max[i], in.sum[i], in.moment[i], in.max[i]);
+      for (int64_t i = 0; i < some; ++i) {
+        merge(to.max[i], sum[i], moment[i], in.max[i], in.sum[i], in.moment[i], in.max[i]);
+      }
     }
+    for (int64_t i = 0; i < some; ++i) to.sum[i] = static_cast<A>(sum[i]), to.moment[i] = static_cast<A>(moment[i]);
   }
 }
 

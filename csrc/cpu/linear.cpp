@@ -234,26 +234,33 @@ void linear_dw(const BlockProduct<P>& p, const LinearWeight<P>& f, int64_t o0, i
 }
 
 template <class A>
-void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Stored g, A* sum, int64_t row, int64_t count) {
-  constexpr int64_t kCols = 512;
-  A from[kCols], at[kCols];
+void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Stored g, double* sum, int64_t row, int64_t count) {
+  constexpr int64_t kCols = 512, kSums = 8 * kCols;
+  A from[kCols], at[kCols], some[kSums];
   for (int64_t c = 0; c < (sum ? o : 0); ++c) sum[c] = 0;
-  for (int64_t r = row; r < row + count; ++r) {
-    for (int64_t c0 = 0; c0 < o; c0 += kCols) {
-      const Window w{o, r, 1, c0, min_(kCols, o - c0)};
-      copy_in(dout, w, from, kCols);
-      if (activation != Activation::none) {
-        copy_in(y, w, at, kCols);
-        with_activation(activation, [&](auto act) {
+  for (int64_t r0 = row; r0 < row + count; r0 += kSumRows) {
+    for (int64_t s0 = 0; s0 < o; s0 += kSums) {
+      const int64_t s1 = min_(s0 + kSums, o);
+      for (int64_t c = 0; c < (sum ? s1 - s0 : 0); ++c) some[c] = 0;
+      for (int64_t r = r0; r < min_(r0 + kSumRows, row + count); ++r) {
+        for (int64_t c0 = s0; c0 < s1; c0 += kCols) {
+          const Window w{o, r, 1, c0, min_(kCols, s1 - c0)};
+          copy_in(dout, w, from, kCols);
+          if (activation != Activation::none) {
+            copy_in(y, w, at, kCols);
+            with_activation(activation, [&](auto act) {
 #pragma omp simd
-          for (int64_t c = 0; c < w.cols; ++c) from[c] *= act.slope(at[c]);
-        });
+              for (int64_t c = 0; c < w.cols; ++c) from[c] *= act.slope(at[c]);
+            });
+          }
+          if (g.data) copy_out(from, kCols, w, g);
+          A* total = some + c0 - s0;
+#pragma omp simd
+          for (int64_t c = 0; c < (sum ? w.cols : 0); ++c) total[c] += from[c];
+        }
       }
-      if (g.data) copy_out(from, kCols, w, g);
-      if (!sum) continue;
-      A* total = sum + c0;
 #pragma omp simd
-      for (int64_t c = 0; c < w.cols; ++c) total[c] += from[c];
+      for (int64_t c = 0; c < (sum ? s1 - s0 : 0); ++c) sum[s0 + c] += some[c];
     }
   }
 }
@@ -269,7 +276,7 @@ void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Store
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)
 VLMK_INSTANTIATE(bf16)
-template void linear_slope(int64_t, Activation, Stored, Stored, Stored, float*, int64_t, int64_t);
-template void linear_slope(int64_t, Activation, Stored, Stored, Stored, double*, int64_t, int64_t);
+template void linear_slope<float>(int64_t, Activation, Stored, Stored, Stored, double*, int64_t, int64_t);
+template void linear_slope<double>(int64_t, Activation, Stored, Stored, Stored, double*, int64_t, int64_t);
 
 }  // namespace vlmk::VLMK_ISA

@@ -7,15 +7,6 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-// A vector register's lane adds 16 numbers at most before the sum goes on in double, whatever the register's width.
-#if defined(__AVX512F__)
-constexpr int64_t kSumPart = 256;
-#elif defined(__AVX__)
-constexpr int64_t kSumPart = 128;
-#else
-constexpr int64_t kSumPart = 64;
-#endif
-
 template <class P>
 constexpr bool kPaired = sizeof(P) == 2;  // B operands hold pairs of rows
 
@@ -100,12 +91,9 @@ void finish_row(const Finish<P>& f, int64_t row, int64_t d, acc_t<P> scale, acc_
 #pragma omp simd
     for (int64_t c = 0; c < d; ++c) sum[c] += extra[c];
   }
-  A dot = 0;
-#pragma omp simd reduction(+ : dot)
-  for (int64_t c = 0; c < d; ++c) dot += to_acc(x[c]) * sum[c];
-  f.dot[row] = dot;
   const A inv = f.inv ? f.inv[row] : A(1);
-  const A radial = f.inv && inv < A(1e12) ? inv * inv * dot : A(0);  // below the clamp the norm is a constant
+  f.dot[row] = dot(x, sum, d);
+  const A radial = f.inv && inv < A(1e12) ? inv * inv * f.dot[row] : A(0);  // below the clamp the norm is a constant
   const A factor = scale * inv;
   P* dx = f.dx + row * d;
 #pragma omp simd

@@ -16,13 +16,17 @@ void row_of_tile(const SigmoidLoss<P>& g, int64_t i, int64_t cols, const acc_t<P
   using A = acc_t<P>;
   const A a = g.pairs.a ? g.pairs.a[i] : A(1), u = g.row_coef[i], scale = g.pairs.scale, bias = g.bias;
   for (int64_t c0 = 0; c0 < cols; c0 += kSumPart) {
-    A l = 0, db = 0, ds = 0;
-#pragma omp simd reduction(+ : l, db, ds)
+    // The few large addends of the loss have a sum of their own: in it the many small ones would lose their digits.
+    A linear = 0, l = 0, db = 0, ds = 0;
+#pragma omp simd reduction(+ : linear, l, db, ds)
     for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) {
       const A similarity = x[c] * a * b[c], z = scale * similarity + bias;
       const A t = sign[c], y = -t * z;  // the loss of a pair is softplus(y)
       const A e = exp_(y < 0 ? y : -y), inverse = A(1) / (A(1) + e);
-      if constexpr (kLoss) l += (y > 0 ? y : A(0)) + log1p_(e);
+      if constexpr (kLoss) {
+        linear += y > 0 ? y : A(0);
+        l += log1p_(e);
+      }
       if constexpr (kGrad) {
         const A dz = -t * u * (y < 0 ? e * inverse : inverse);
         db += dz;
@@ -30,6 +34,7 @@ void row_of_tile(const SigmoidLoss<P>& g, int64_t i, int64_t cols, const acc_t<P
         round_to(dz, out[c]);
       }
     }
+    sums.loss += linear;
     sums.loss += l;
     sums.dbias += db;
     sums.dscale += ds;

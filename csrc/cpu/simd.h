@@ -76,6 +76,17 @@ VLMK_INLINE float log1p_(float e) {
 }
 VLMK_INLINE double log1p_(double e) { return std::log1p(e); }
 
+// A vector register's lane adds 16 numbers at most before the sum goes on in double, whatever the register's width; so does a
+// column before it goes on beyond 16 rows. A long chain of equal numbers would be rounded to one side again and again.
+constexpr int64_t kSumRows = 16;
+#if defined(__AVX512F__)
+constexpr int64_t kSumPart = 256;
+#elif defined(__AVX__)
+constexpr int64_t kSumPart = 128;
+#else
+constexpr int64_t kSumPart = 64;
+#endif
+
 template <class A>
 VLMK_INLINE A max_(A a, A b) {
   return a > b ? a : b;
@@ -83,6 +94,19 @@ VLMK_INLINE A max_(A a, A b) {
 template <class A>
 VLMK_INLINE A min_(A a, A b) {
   return a < b ? a : b;
+}
+
+// <x, y>
+template <class X, class Y>
+VLMK_INLINE acc_t<X> dot(const X* x, const Y* y, int64_t count) {
+  double sum = 0;
+  for (int64_t c0 = 0; c0 < count; c0 += kSumPart) {
+    acc_t<X> part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t c = c0; c < min_(c0 + kSumPart, count); ++c) part += to_acc(x[c]) * to_acc(y[c]);
+    sum += part;
+  }
+  return static_cast<acc_t<X>>(sum);
 }
 
 }  // namespace

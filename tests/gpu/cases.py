@@ -116,6 +116,9 @@ def contrastive() -> Iterator[Case]:
     def even(t):
         return Problem(66, 70, 128, t)
 
+    def low(t):  # logits so close that their maximum and mean differ by little
+        return Problem(70, 67, 37, t, normalize=True, scale=1e-3)
+
     def one(t):
         return Problem(1, 1, 1, t, scale=1.0)  # the rounding of one large logit is luck
 
@@ -128,6 +131,7 @@ def contrastive() -> Iterator[Case]:
     yield from each(stats, "large tiles", lambda t: Stats(wide(t)), settings=LARGE, quick=(BF16,))
     yield from each(stats, "even", lambda t: Stats(even(t)))
     yield from each(stats, "one", lambda t: Stats(one(t)))
+    yield from each(stats, "low scale", lambda t: Stats(low(t)), quick=(FP32,))
     yield from each(stats, "tf32", lambda t: Stats(wide(t, True)), (FP32,), tf32=True)
     yield from each(
         stats, "tf32, large tiles", lambda t: Stats(wide(t, True)), (FP32,), tf32=True, settings=LARGE

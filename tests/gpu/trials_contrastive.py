@@ -64,7 +64,8 @@ class Problem:
         positive = s.gather(1, self.positives.clamp_min(0)[:, None])[:, 0]
         out = [positive[self.positives >= 0]]
         for dim in (1, 0):
-            out += [s.logsumexp(dim), s.amax(dim), -torch.special.entr(s.softmax(dim)).sum(dim)]
+            below = s - s.amax(dim, keepdim=True)
+            out += [s.logsumexp(dim), s.amax(dim), (s.softmax(dim) * below).sum(dim)]
         return out
 
     def feature_grad(self, total, x, inv, work):
@@ -121,7 +122,7 @@ class Stats:
         return info_nce.info_nce_stats(p.query, p.key, p.scale, p.a, p.b, p.positives, *self.options)
 
     def finished(self, got):
-        """Positives, then log-sum-exp, maximum and entropy of rows and of columns."""
+        """Positives, then log-sum-exp, maximum and mean below the maximum of rows and of columns."""
         *rows, positive, col_max, col_sum, col_moment, store = got
         p, columns = self.problem, self.options[0]
         assert store.numel() == 0
@@ -129,12 +130,12 @@ class Stats:
         assert columns or col_max.numel() == col_sum.numel() == col_moment.numel() == 0
         out = [positive[p.positives >= 0]]
         for high, total, moment in (rows, (col_max, col_sum, col_moment))[: 1 + columns]:
-            out += [high + total.log(), high, moment / total - total.log()]
+            out += [high + total.log(), high, moment / total]
         return out
 
     def judge(self, got):
         p, got = self.problem, self.finished(got)
-        names = ("positive", "row lse", "row max", "row entropy", "col lse", "col max", "col entropy")
+        names = ("positive", "row lse", "row max", "row mean", "col lse", "col max", "col mean")
         low, exact = p.stats(p.work), p.stats(torch.float64)
         count = len(got)
         judge(names[:count], got, low[:count], exact[:count])

@@ -38,6 +38,7 @@ from vlmkernels.models.efficientnet import (
     round_channels,
     round_repeats,
 )
+from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import Linear
 
 SIZES = (
@@ -238,7 +239,7 @@ class ALIGN(Pretrained):
 
         A temperature below its floor counts as the floor: the scale is in (0, 1 / min_temperature].
         """
-        return 1.0 / self.temperature.clamp(min=self.config.min_temperature)
+        return 1.0 / within(self.temperature, low=self.config.min_temperature)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:  # [B, 3, H, W] -> [B, E]
         """Image embeddings; any H and W. ValueError for anything but a floating [B, 3, H, W]."""

@@ -28,6 +28,7 @@ from vlmkernels.models._clip_config import ClipConfig as ClipConfig
 from vlmkernels.models._clip_resnet import ModifiedResNet
 from vlmkernels.models._files import Source
 from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -318,7 +319,7 @@ class CLIP(Pretrained):
 
     def scale(self) -> Tensor:
         """exp(logit_scale), at most 100: what the similarities are multiplied by (0-dim)."""
-        return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
+        return within(self.logit_scale, high=MAX_LOG_SCALE).exp()
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels.distributed import all_gather_with_grad, check_initialized, shard_sizes
+from vlmkernels.nn._bounds import within
 
 
 class _PairLoss(nn.Module):
@@ -191,7 +192,7 @@ class InfoNCELoss(nn.Module):
 
     def scale(self) -> Tensor:
         """exp(log_scale), at most `max_scale`, 0-dim."""
-        return self.log_scale.clamp(max=math.log(self.max_scale)).exp()
+        return within(self.log_scale, high=math.log(self.max_scale)).exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -122,27 +122,30 @@ def forward(
         query, key, scale, a, b, targets.index, symmetric, store_size
     )
     row_log, col_log = row_sum.log(), col_sum.log()
-    row_lse, col_lse = row_max + row_log, col_max + col_log
-    row_gap = (row_max - positive) + row_log
-    col_gap = col_max.new_empty(0)
+    row_short = row_max - positive
+    row_gap, col_gap = row_short + row_log, col_max.new_empty(0)
+    s = scale.to(work).reshape(())
+    w = targets.row_weight(weight, row_max)
+    sides = [(query, a, key, b, row_max, row_log, row_moment / row_sum, row_short, w)]
     if symmetric:
         top, log = (col_max, col_log) if targets.all_rows else targets.at_positives(col_max, col_log)
-        col_gap = (top - positive) + log
-    s = scale.to(work).reshape(())
-    w, entropy = targets.row_weight(weight, row_lse), row_log - row_moment / row_sum
-    sides = [(query, a, key, b, row_lse, row_gap, entropy, w)]
-    if symmetric:
-        w, entropy = targets.col_weight(weight, col_lse), col_log - col_moment / col_sum
-        sides.append((key, b, query, a, col_lse, col_gap, entropy, w))
+        col_short = top - positive
+        col_gap = col_short + log
+        w = targets.col_weight(weight, col_max)
+        sides.append((key, b, query, a, col_max, col_log, col_moment / col_sum, col_short, w))
     total, slopes = None, [col_gap.new_empty(0)] * 2
-    for columns, (x, x_inv, y, y_inv, lse, gap, entropy, w) in enumerate(sides):
-        loss = _label_loss(x, x_inv, y, y_inv, lse, gap, s, targets, columns)
+    for columns, (x, x_inv, y, y_inv, top, log, mean, short, w) in enumerate(sides):
+        if targets.groups is not None:
+            short = top - s * _label_mean(x, x_inv, y, y_inv, targets.groups, columns)
         if smoothing:
-            mean = s * _dots(x, x_inv, _weighted_sum(y, y_inv)) / max(len(y), 1)
-            loss = (1 - smoothing) * loss + smoothing * (lse - mean)
+            overall = _dots(x, x_inv, _weighted_sum(y, y_inv)) / max(len(y), 1)
+            short = (1 - smoothing) * short + smoothing * (top - s * overall)
+        # The slope is the mean logit under the softmax minus that of the targets. Both are counted from the
+        # maximum: all terms are as small as the scale, which divides the slope in the end.
+        loss, slope = short + log, short + mean
         if not targets.all_rows:
-            loss = torch.where(w > 0, loss, 0)
-        slopes[columns] = loss - entropy
+            loss, slope = (torch.where(w > 0, each, 0) for each in (loss, slope))
+        slopes[columns] = slope
         loss = _reduce(loss, w, reduction)
         total = loss if total is None else (total + loss) * 0.5
     return total, row_max, row_log, col_max, col_log, row_gap, col_gap, *slopes, store
@@ -192,15 +195,12 @@ def backward(
     return dquery if needs[0] else query.new_empty(0), dkey, dscale
 
 
-def _label_loss(x, x_inv, y, y_inv, lse, gap, scale, targets: _Targets, columns: bool) -> Tensor:
-    """lse minus the mean logit of the positives, [rows of x]."""
-    if targets.groups is None:
-        return gap
-    own, other, counts = targets.groups.seen_from(columns)
+def _label_mean(x, x_inv, y, y_inv, groups: _Groups, columns) -> Tensor:
+    """The mean similarity of each row of x and the rows of y with its label, [rows of x]."""
+    own, other, counts = groups.seen_from(columns)
     sums = contrastive.segment_sum(_scaled(y, y_inv), other, counts)[own]  # [rows, D]
     dots = (x * sums).sum(-1)
-    mean = (dots if x_inv is None else dots * x_inv) / counts[own].clamp_min(1)
-    return lse - scale * mean
+    return (dots if x_inv is None else dots * x_inv) / counts[own].clamp_min(1)
 
 
 def _extra(

@@ -32,6 +32,7 @@ struct Attention {
   Source<P> source[2];
   int64_t sources;
   int64_t key_block;  // a multiple of kKeyUnit
+  bool once;          // the forward meets every block of keys once: values are not packed
   acc_t<P> scale;
   const acc_t<P>* bias;  // [heads][2R-1][2C-1] for keys and queries on the grid, or null
   int64_t grid_rows, grid_cols;
@@ -47,27 +48,28 @@ struct AttentionGrads {
   const acc_t<P>* dlse;    // [batch][heads][tq] or null
   Tokens<P> dq;
   bool need_q, need_k, need_v;
-  int64_t chunks;         // tasks that share the keys of one head, a piece of key_chunk keys each in turn
-  int64_t key_chunk;      // keys whose operands and gradients are held at once, a multiple of kGradKeys
-  acc_t<P>* dq_parts;     // chunks > 1: [chunks][batch][heads][query blocks][dh][kQueryBlock]
-  uint8_t* dq_touched;    // chunks > 1: [chunks][batch][heads][query blocks]
-  acc_t<P>* dbias_parts;  // [batch][chunks][heads][2R-1][2C-1] or null
+  int64_t chunks;       // tasks that share the keys of one head, a piece of key_chunk keys each in turn
+  int64_t key_chunk;    // keys whose operands and gradients are held at once, a multiple of kGradKeys
+  acc_t<P>* dq_parts;   // chunks > 1: [chunks][batch][heads][query blocks][dh][kQueryBlock]
+  uint8_t* dq_touched;  // chunks > 1: [chunks][batch][heads][query blocks]
+  double* dbias_parts;  // [batch][chunks][heads][2R-1][2C-1] or null
 };
 
+constexpr int64_t kFewQueries = 2;   // with so few, packing keys and values would cost more than the products
 constexpr int64_t kQueryBlock = 64;  // queries of a tile
 constexpr int64_t kKeyUnit = 64;     // tiles have a multiple of this many keys
 constexpr int64_t kHeldKeys = 4096;  // packed keys that the forward holds at most
 constexpr int64_t kGradKeys = 128;   // keys of a tile of the backward
 
 VLMK_PER_ISA(
-    // Bytes of scratch that the functions below need; query_blocks: of one call, at most.
-    template <class P> int64_t attention_forward_scratch(const Attention<P>&, int64_t query_blocks);
+    // Bytes of scratch that the functions below need.
+    template <class P> int64_t attention_forward_scratch(const Attention<P>&);
     template <class P> int64_t attention_rows_scratch(const Attention<P>&);
     template <class P> int64_t attention_backward_scratch(const AttentionGrads<P>&);
     // Query blocks part, part + parts, ... of one head.
     template <class P>
     void attention_forward(const Attention<P>&, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch);
-    // The same for few queries: one after the other, keys and values read as they are.
+    // The same for kFewQueries: one after the other, keys and values read as they are.
     template <class P> void attention_rows(const Attention<P>&, int64_t b, int64_t h, char* scratch);
     // Key gradients of one chunk of the keys of one key head; query gradients too, where chunks > 1 as parts.
     template <class P>

@@ -18,7 +18,7 @@ VLMK_PER_ISA(
                                                const acc_t<T>* t,     // [d]
                                                const bool* row_mask,  // [rows] or null
                                                T* dy,                 // [rows, d]
-                                               acc_t<T>* part,        // [d]
+                                               double* part,          // [d]
                                                int64_t rows, int64_t d);)
 
 }  // namespace vlmk

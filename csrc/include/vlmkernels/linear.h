@@ -67,7 +67,7 @@ VLMK_PER_ISA(
     void linear_dw(const BlockProduct<P>& p, const LinearWeight<P>& f, int64_t o0, int64_t count, bool add, bool finish);
     // Rows [row, row + count) of g = dout * act'(y) [rows, o] where g is not null, and the sums of its columns, [o], where
     // `sum` is not null.
-    template <class A>
-    void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Stored g, A* sum, int64_t row, int64_t count);)
+    template <class A> void linear_slope(int64_t o, Activation activation, Stored dout, Stored y, Stored g, double* sum,
+                                         int64_t row, int64_t count);)
 
 }  // namespace vlmk
