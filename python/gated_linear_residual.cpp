@@ -13,7 +13,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "block_product.h"
+#include "dense.h"
 
 namespace vlmk {
 namespace {

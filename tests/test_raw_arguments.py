@@ -103,10 +103,10 @@ CALLS = [  # the op, its arguments, and what the error says
     ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
     ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
     ("perceiver_attention_bwd", [*[Q] * 6, None, Q, LSE, 1.0, ALL[:4]], r"needs must have 5 elements, got 4"),
-    ("dense_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
-    ("dense_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
+    ("small_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
+    ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
     (
-        "dense_loss_bwd",
+        "small_loss_bwd",
         [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],
         r"slope must be .*\[4, 64\]",
     ),

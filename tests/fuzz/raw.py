@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.reference._activations import ACTIVATIONS
+from vlmkernels.reference._dense import ACTIVATIONS
 
 from .children import Wrong
 from .damage import damaged, shown
@@ -175,7 +175,7 @@ def norms(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
 
 
 @arguments
-def dense_loss(draw: Draw) -> list:
+def small_loss(draw: Draw) -> list:
     query, key = features(draw, zero=False)
     symmetric = draw.flag()
     key = key if symmetric else torch.cat([key, key[: draw.small()]])
@@ -184,10 +184,10 @@ def dense_loss(draw: Draw) -> list:
 
 
 @arguments
-def dense_loss_bwd(draw: Draw) -> list:
-    query, key, scale, bias, *options = dense_loss(draw)
+def small_loss_bwd(draw: Draw) -> list:
+    query, key, scale, bias, *options = small_loss(draw)
     need_query, need_key, need_scalars = options[-3:]
-    _, *formed = ops.dense_loss(query, key, scale, bias, *options)
+    _, *formed = ops.small_loss(query, key, scale, bias, *options)
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
     dloss = draw.floats(dtype=work(query.dtype))
     return [dloss, query, key, scale, bias, *formed, options[2], needs]

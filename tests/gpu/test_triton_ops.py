@@ -8,16 +8,16 @@ pytest.importorskip("triton")
 
 from vlmkernels import reference
 from vlmkernels.ops import _info_nce_sweeps as sweeps
-from vlmkernels.ops import _sigmoid_sweep as sigmoid
+from vlmkernels.ops import _sigmoid_loss_sweep as sigmoid
 from vlmkernels.testing import assert_as_good, unit_features
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce, sigmoid_loss
 
 from .interpreter import interpreting
 from .trials import DTYPES, check
-from .trials_contrastive import Grads, Problem, Sigmoid, Stats
 from .trials_gated import Residual
+from .trials_pairwise import Grads, Problem, Sigmoid, Stats
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1), (37, 130, 37), (65, 63, 96)]

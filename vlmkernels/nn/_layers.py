@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 import vlmkernels
 from vlmkernels._modules import is_exactly, is_transformed, passable, unheard
 from vlmkernels.nn.dense import SquaredReLU, activation_name
-from vlmkernels.reference._activations import activate
+from vlmkernels.reference._dense import activate
 
 
 class SwiGLU(nn.Module):

@@ -7,7 +7,7 @@ from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
-from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.ops._dense import check, size, trained
 from vlmkernels.reference import gated_mlp as composition
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 

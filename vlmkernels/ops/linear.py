@@ -7,7 +7,7 @@ from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, packed_linear
-from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.ops._dense import check, size, trained
 from vlmkernels.reference import linear as composition
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, has_kernel, kernel
-from vlmkernels.ops import _contrastive as contrastive
-from vlmkernels.ops import _dense
-from vlmkernels.ops import _sigmoid_sweep as sweep
+from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_small
+from vlmkernels.ops import _pairwise_targets as targets
+from vlmkernels.ops import _sigmoid_loss_sweep as sweep
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss_bwd, sigmoid_loss_fwd
 
 
@@ -46,21 +47,21 @@ def sigmoid_loss(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    positives, key_ids = contrastive.as_targets(positives)
-    faults = contrastive.feature_faults(query, key)
-    faults += contrastive.positives_faults(query, key, positives, key_ids)
-    faults += contrastive.scalar_faults("scale", scale, query)
-    faults += contrastive.scalar_faults("bias", bias, query)
+    positives, key_ids = targets.as_targets(positives)
+    faults = pairwise.feature_faults(query, key)
+    faults += targets.positives_faults(query, key, positives, key_ids)
+    faults += pairwise.scalar_faults("scale", scale, query)
+    faults += pairwise.scalar_faults("bias", bias, query)
     if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
         faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
-    scale = contrastive.as_scalar("sigmoid_loss", "scale", scale, query)
-    bias = contrastive.as_scalar("sigmoid_loss", "bias", bias, query)
-    if positives is None and reduction == "mean" and _dense.serves(query, key):
-        return _dense.loss(query, key, scale, bias, False, 0.0, normalize)
+    scale = pairwise.as_scalar("sigmoid_loss", "scale", scale, query)
+    bias = pairwise.as_scalar("sigmoid_loss", "bias", bias, query)
+    if positives is None and reduction == "mean" and _pairwise_small.serves(query, key):
+        return _pairwise_small.loss(query, key, scale, bias, False, 0.0, normalize)
     # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
     # the factor of a scaled loss they would leave the range.
     ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16
@@ -97,7 +98,7 @@ def _fake_bwd(dloss, query, key, scale, bias, *rest):
 
 def _flops(query, key, *_, out_shape):
     formed = sum(grad == x for grad, x in zip(out_shape[1:], (query, key), strict=False))
-    return contrastive.flops(query, key, 1 + formed)
+    return pairwise.flops(query, key, 1 + formed)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -140,9 +141,9 @@ _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
-    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
+    flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("sigmoid_sweep", _device):
-        kernel("sigmoid_loss", _device, sweep.forward, contrastive.label(_device))
-        kernel("sigmoid_loss_bwd", _device, sweep.backward, contrastive.label(_device))
+        kernel("sigmoid_loss", _device, sweep.forward, pairwise.label(_device))
+        kernel("sigmoid_loss_bwd", _device, sweep.backward, pairwise.label(_device))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd as reference_bwd
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_fwd as reference_fwd
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
-from vlmkernels.triton._contrastive import grouped_tile, similarities
+from vlmkernels.triton._tiles import grouped_tile, similarities
 
 
 @triton.jit
