@@ -19,7 +19,6 @@ FAMILIES = {
 }
 
 __all__ = [
-    "FAMILIES",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",
