@@ -108,7 +108,7 @@ def _checked(name: str, kernel: Callable) -> Callable:
 
 
 def _on_one_device(name: str, fake: Callable) -> Callable:
-    """A shape function. One meta tensor among others brings a call here, for a result that nobody would write."""
+    """A shape function. One meta tensor among others ends up here: its result would be unwritten memory."""
 
     def checked(*args: Any) -> Any:
         devices = {x.device for x in args if isinstance(x, Tensor)}
