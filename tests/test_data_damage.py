@@ -106,6 +106,12 @@ def test_rows_that_are_not_utf8_are_named(tmp_path):
         rows(tmp_path / "t.tsv", text.decode("latin-1").encode("utf-16"))
 
 
+def test_a_header_that_csv_cannot_read_is_a_value_error(tmp_path):
+    """A file without line ends whose first quote never closes, for example."""
+    with pytest.raises(ValueError, match=r"t\.csv has no header: field larger than field limit"):
+        rows(tmp_path / "t.csv", '"' + "a" * 200_000)
+
+
 def test_byte_order_marks(tmp_path):
     found, _ = rows(tmp_path / "t.csv", codecs.BOM_UTF8 + b"filepath,title\na.png,b\n")
     assert found == [("a.png", "b")]

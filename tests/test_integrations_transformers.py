@@ -135,6 +135,14 @@ def test_padding_counts_under_the_name_of_our_attention(name, calls):
     assert torch.equal(model(**padded()).last_hidden_state[seen], got[seen])
 
 
+def test_attention_sinks_are_refused_under_the_name_of_our_attention():
+    options = {"head_dim": 8, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    patch(tiny_clip()[0])  # registers the name
+    model = build("GptOss", "vlmkernels", **options)
+    with pytest.raises(ValueError, match=r"no attention sinks \(s_aux of GptOssAttention\): set 'eager'"):
+        model(**padded())
+
+
 def test_models_that_have_our_attention_by_name_can_be_patched(calls):
     patch(build("Bert"))
     model = build("Bert", "vlmkernels")

@@ -198,6 +198,24 @@ def test_a_forward_set_on_a_layer_after_patching(x):
     torch.testing.assert_close(ours(x), plain(x))
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Line, nn.Sequential])
+def test_a_forward_replaced_for_a_whole_class(x, kind, monkeypatch):
+    """As image generators do with torch.nn.Linear for their adapters: after patching, and before."""
+    plain = nn.Sequential(nn.Linear(6, 6), Line())
+    ours, late = copy.deepcopy(plain), copy.deepcopy(plain)
+    patch(ours)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x) * 3)
+    wanted = plain(x)
+    torch.testing.assert_close(ours(x), wanted)
+    patch(late)
+    torch.testing.assert_close(late(x), wanted)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), wanted)
+    monkeypatch.undo()
+    torch.testing.assert_close(ours(x), plain(x))
+
+
 @needs("accelerate")
 @pytest.mark.filterwarnings("ignore")
 def test_offloading_by_accelerate(pair, x):

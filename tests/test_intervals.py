@@ -70,6 +70,37 @@ def test_media_refuses_another_rule():
         intervals.media(torch.zeros(1, 2), 1, 1, attend="next")
 
 
+@pytest.mark.parametrize("length", [2**31, 2**40 + 1, 2**63 - 1])
+def test_lengths_beyond_int32_are_longer_than_any_sequence(length):
+    time = torch.tensor([[0, 1, 2]])
+    for count in (torch.tensor([length]), torch.tensor(length)):
+        assert mask(intervals.prefix_lm(count, 3), 5).all()
+        assert torch.equal(
+            mask(intervals.media(time, 2, count), 6)[0], mask(intervals.media(time, 2, 3), 6)[0]
+        )
+    assert mask(intervals.padding(torch.tensor([length]), 3), 5).all()
+    assert mask(intervals.packed(torch.tensor([0, length]), 3, causal=False), 3).all()
+
+
+def test_lengths_are_integers():
+    ints, floats = torch.ones(2, dtype=torch.int64), torch.ones(2)
+    for build, name in (
+        (lambda: intervals.prefix_lm(floats, 3), "prefix_lm: prefix_len"),
+        (lambda: intervals.padding(floats, 3), "padding: lengths"),
+        (lambda: intervals.packed(floats, 3), "packed: cu_seqlens"),
+        (lambda: intervals.media(floats[:, None], 2, 1), "media: text_time"),
+        (lambda: intervals.media(ints[:, None], 2, floats), "media: num_media"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must hold integers, got torch.float32"):
+            build()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 2), ()])
+def test_packed_wants_a_list_of_bounds(shape):
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[documents \+ 1\]"):
+        intervals.packed(torch.zeros(shape, dtype=torch.int32), 3)
+
+
 @pytest.mark.parametrize(
     "bounds",
     [

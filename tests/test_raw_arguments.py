@@ -198,3 +198,13 @@ def test_every_tensor_is_plain_memory_of_a_known_dtype(op):
         for other in others:
             with pytest.raises((ValueError, NotImplementedError), match=op):
                 getattr(ops, op)(*values[:i], other, *values[i + 1 :])
+
+
+@pytest.mark.parametrize("op", sorted(raw.ARGUMENTS))
+def test_a_tensor_without_memory_among_others(op):
+    """It would be a result that nobody wrote."""
+    values = called(op)
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            with pytest.raises((ValueError, NotImplementedError), match=f"{op}: (all tensors|attempted)"):
+                getattr(ops, op)(*values[:i], value.to("meta"), *values[i + 1 :])

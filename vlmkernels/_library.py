@@ -76,7 +76,7 @@ def define(
     if reference is not None:
         LIB.impl(name, torch.no_grad()(_checked(name, reference)), "CompositeExplicitAutograd")
         OPS.append(name)
-    torch.library.register_fake(f"vlmkernels::{name}", fake, lib=LIB)
+    torch.library.register_fake(f"vlmkernels::{name}", _on_one_device(name, fake), lib=LIB)
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"vlmkernels.{name.removesuffix('_bwd')} has no second derivative")
@@ -103,6 +103,18 @@ def _checked(name: str, kernel: Callable) -> Callable:
             if isinstance(x, Tensor) and not (dense(x) and known(x.dtype)):
                 raise ValueError(f"{name}: there is no kernel for {x.layout} tensors of {x.dtype}")
         return kernel(*args)
+
+    return checked
+
+
+def _on_one_device(name: str, fake: Callable) -> Callable:
+    """A shape function. One meta tensor among others ends up here: its result would be unwritten memory."""
+
+    def checked(*args: Any) -> Any:
+        devices = {x.device for x in args if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: all tensors must be on one device, got {sorted(map(str, devices))}")
+        return fake(*args)
 
     return checked
 

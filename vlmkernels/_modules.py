@@ -12,6 +12,9 @@ from torch.nn.modules import module as torch_module
 # Other subclasses (distributed, quantized) say themselves what an operation of torch's on them is.
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
 
+# As torch has them: some programs replace the forward of a whole class.
+_FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.RMSNorm)}
+
 
 def unheard(module: nn.Module) -> bool:
     """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
@@ -28,10 +31,16 @@ def unheard(module: nn.Module) -> bool:
 def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether the module is of one of these classes and no subclass, patched or not."""
     cls = type(module)
-    if cls in classes:
-        return True
-    # A class that `integrations.patch` made from the one it replaced.
-    return getattr(cls, "patch_class", None) is cls and cls.patch_origin[0] in classes
+    if cls not in classes:
+        if getattr(cls, "patch_class", None) is not cls:
+            return False
+        cls = cls.patch_origin[0]  # which `integrations.patch` replaced
+    return cls in classes and has_own_forward(cls)
+
+
+def has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether nobody replaced the forward of one of torch's classes."""
+    return cls.forward is _FORWARDS.get(cls, cls.forward)
 
 
 def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:

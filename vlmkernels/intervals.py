@@ -2,12 +2,16 @@
 
 Every builder works on the device of its arguments without waiting for it and returns ``(start, end)``, int32,
 ``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions stands for a number.
+Lengths are integers, a ValueError otherwise; one beyond int32 is longer than any sequence.
 """
 
 import torch
 from torch import Tensor
 
+from vlmkernels._arguments import INTEGRAL
+
 Intervals = tuple[Tensor, Tensor]
+_MOST = 2**31 - 1
 
 
 def causal(T: int, offset: int = 0, *, device: torch.device | str | None = None) -> Intervals:
@@ -34,10 +38,12 @@ def prefix_lm(
     The prefix language model of SimVLM (Wang et al. 2022, section 3.1). Each result is [T] for one length,
     [B, T] for a length per sample.
     """
-    if isinstance(prefix_len, Tensor) and prefix_len.dim():
-        start, end = causal(T, offset, device=prefix_len.device if device is None else device)
-        end = torch.maximum(end, prefix_len.to(end)[:, None])
-        return start.expand_as(end), end
+    if isinstance(prefix_len, Tensor):
+        prefix_len = _int32("prefix_lm", "prefix_len", prefix_len)
+        if prefix_len.dim():
+            start, end = causal(T, offset, device=prefix_len.device if device is None else device)
+            end = torch.maximum(end, prefix_len.to(end)[:, None])
+            return start.expand_as(end), end
     start, end = causal(T, offset, device=device)
     return start, end.clamp_min(prefix_len)
 
@@ -47,7 +53,7 @@ def padding(
     Tq: int,
 ) -> Intervals:
     """Every query sees the first ``lengths[b]`` keys: ``[0, length)``, each [B, Tq]."""
-    end = lengths.to(torch.int32)[:, None].expand(-1, Tq)
+    end = _int32("padding", "lengths", lengths)[:, None].expand(-1, Tq)
     return torch.zeros_like(end), end
 
 
@@ -62,7 +68,9 @@ def packed(
     ``cu_seqlens`` holds the documents' bounds, 0 first, as for variable-length attention. Rows past the last
     document are empty.
     """
-    bounds = cu_seqlens.to(torch.int32)
+    bounds = _int32("packed", "cu_seqlens", cu_seqlens)
+    if bounds.dim() != 1 or bounds.shape[0] == 0:
+        raise ValueError(f"packed: cu_seqlens must be [documents + 1], got {tuple(bounds.shape)}")
     position = torch.arange(T, dtype=torch.int32, device=bounds.device)
     after = torch.searchsorted(bounds, position, right=True)  # the first bound past i
     inside = after < bounds.shape[0]
@@ -89,10 +97,11 @@ def media(
     """
     if attend not in ("immediate", "all_previous"):
         raise ValueError(f"media: attend must be 'immediate' or 'all_previous', got {attend!r}")
-    time = text_time.to(torch.int32)
+    time = _int32("media", "text_time", text_time)
     most = num_media
-    if isinstance(most, Tensor) and most.dim():
-        most = most.to(time)[:, None]
+    if isinstance(most, Tensor):
+        most = _int32("media", "num_media", most)
+        most = most.to(time)[:, None] if most.dim() else most
     end = time.clamp_max(most) * tokens_per_media
     if attend == "all_previous":
         return torch.zeros_like(end), end
@@ -105,3 +114,11 @@ def text_time(
 ) -> Tensor:  # [B, T]
     """How many images have appeared up to and including each position, int32."""
     return media_locations.cumsum(-1, dtype=torch.int32)
+
+
+def _int32(builder: str, name: str, numbers: Tensor) -> Tensor:
+    if numbers.dtype not in INTEGRAL:
+        raise ValueError(f"{builder}: {name} must hold integers, got {numbers.dtype}")
+    if numbers.dtype == torch.int64:
+        numbers = numbers.clamp(-_MOST, _MOST)
+    return numbers.to(torch.int32)

@@ -127,7 +127,10 @@ class CsvPairs(Dataset[Sample]):
             header = file.readline()
             if separator is None:
                 separator = "\t" if "\t" in header else ","
-            columns = next(csv.reader([header], delimiter=separator), [])
+            try:
+                columns = next(csv.reader([header], delimiter=separator), [])
+            except csv.Error as error:
+                raise ValueError(f"{self.path} has no header: {error}") from None
             missing = [name for name in (image_column, text_column) if name not in columns]
             if missing:
                 raise ValueError(

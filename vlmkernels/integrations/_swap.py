@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
-from vlmkernels._modules import is_transformed
+from vlmkernels._modules import has_own_forward, is_transformed
 
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
@@ -79,26 +79,29 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     annotated = (vars(c)["__annotations__"] for c in original.__mro__ if "__annotations__" in vars(c))
     namespace["__annotations__"] = next(annotated, {})  # TorchScript reads them
     namespace |= rule.patch_facts(original) | {"patch_origin": (original, rule)}
-    namespace |= {name: _before(getattr(rule, name), getattr(original, name)) for name in rule.patch_methods}
+    namespace |= {name: _before(getattr(rule, name), original, name) for name in rule.patch_methods}
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
     cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
-def _before(ours: Callable, own: Callable) -> Callable:
-    """The method that runs ours, and in transformed calls the class's own.
+def _before(ours: Callable, original: type[nn.Module], name: str) -> Callable:
+    """The method that runs ours, and the class's own in transformed calls and once somebody replaced it.
 
     It passes for the own one: trainers that choose the columns of a data set by its arguments, torch.fx and
     TorchScript find the own signature, source and names through it.
     """
+    own = getattr(original, name)
     both = zip(_arguments(own), _arguments(ours), strict=False)
     patch_names = {theirs: mine for theirs, mine in both if theirs != mine}
     patch_ours, patch_own, patch_own_runs = ours, own, own_code_runs  # names that no other module has
+    patch_original, patch_name = original, name
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if patch_own_runs():
-            return patch_own(self, *args, **kwargs)
+        current = getattr(patch_original, patch_name)
+        if current is not patch_own or patch_own_runs():
+            return current(self, *args, **kwargs)
         if patch_names and kwargs:
             kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
         return patch_ours(self, *args, **kwargs)
@@ -144,6 +147,8 @@ def cannot_swap(module: nn.Module) -> str | None:
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"
+    if not has_own_forward(own(module)):
+        return "the forward of its class is replaced"
     if "forward" in vars(module):
         return "its forward is replaced on the object, by accelerate for example"
     if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:

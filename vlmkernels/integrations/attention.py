@@ -189,6 +189,12 @@ def _transformers_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
+    sinks = [name for name in ("s_aux", "sinks") if kwargs.get(name) is not None]
+    if sinks:  # which "sdpa" passes over, and models that have them are never told to take it
+        cls = type(module).__name__
+        raise ValueError(
+            f"attn_implementation='vlmkernels' has no attention sinks ({sinks[0]} of {cls}): set 'eager'"
+        )
     options = ("position_bias", "cache", "softcap", "output_attentions")
     exact = (
         (type(module) is _Call or not own_code_runs())  # which a patched module has asked
