@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const o
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const optional<Tensor>& x, const Tensor& weight,
                                               const optional<Tensor>& bias, const optional<Tensor>& y_, c10::string_view name,
-                                              bool need_x, bool need_weight, bool need_bias) {
+                                              std::array<bool, 3> needs) {
+  const auto [need_x, need_weight, need_bias] = needs;
   const Need need("linear_bwd");
   const Activation activation = activation_of(need, name);
   need.tensor("dout", dout_, {kLeading, kAny}, kFloats);

@@ -37,7 +37,7 @@ def gated_residual(draw: Draw) -> list:
 
 @arguments
 def gated_residual_bwd(draw: Draw) -> list:
-    return [*gated_residual(draw), draw.flag(), draw.flag()]
+    return [*gated_residual(draw), draw.needs(2)]
 
 
 @arguments
@@ -50,7 +50,7 @@ def gated_linear_residual(draw: Draw) -> list:
 @arguments
 def gated_linear_residual_bwd(draw: Draw) -> list:
     h, weight, x, gate, mask = gated_linear_residual(draw)
-    return [x, h, weight, gate, mask, *draw.needs(3)]
+    return [x, h, weight, gate, mask, draw.needs(3)]
 
 
 def layer(draw: Draw, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +79,7 @@ def linear_bwd(draw: Draw) -> list:
     y = draw.maybe(draw.floats(*dout.shape, dtype=x.dtype))
     needs = draw.needs(3)
     again = activation != "none" and y is None
-    return [dout, x if needs[1] or again else draw.maybe(x), weight, bias, y, activation, *needs]
+    return [dout, x if needs[1] or again else draw.maybe(x), weight, bias, y, activation, needs]
 
 
 @arguments

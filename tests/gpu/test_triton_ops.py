@@ -284,12 +284,12 @@ def test_gated_residual(size, dtypes, per_channel, masked, monkeypatch):
 def test_gated_residual_computes_what_is_needed_and_repeats_its_bits():
     x, gate = torch.randn(3, 41, 50).bfloat16(), torch.randn(50)
     with interpreting(sanitize=True):
-        dy, dgate = gated.gated_residual_bwd(x[:1, :1].expand(3, 41, 50), x, gate, None, True, False)
+        dy, dgate = gated.gated_residual_bwd(x[:1, :1].expand(3, 41, 50), x, gate, None, (True, False))
         assert (dy.shape, dgate.numel()) == (x.shape, 0)
-        dy, dgate = gated.gated_residual_bwd(x, x, gate, None, False, True)
+        dy, dgate = gated.gated_residual_bwd(x, x, gate, None, (False, True))
         assert (dy.numel(), dgate.shape) == (0, gate.shape)
-        assert torch.equal(dgate, gated.gated_residual_bwd(x, x, gate, None, True, True)[1])
-        empty = gated.gated_residual_bwd(x[:0], x[:0], gate, None, True, True)
+        assert torch.equal(dgate, gated.gated_residual_bwd(x, x, gate, None, (True, True))[1])
+        empty = gated.gated_residual_bwd(x[:0], x[:0], gate, None, (True, True))
     assert torch.equal(empty[1], torch.zeros(50))
 
 

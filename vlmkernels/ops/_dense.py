@@ -1,6 +1,7 @@
-"""What the dense layers check."""
+"""What the dense layers share: checks of the arguments, gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,13 @@ def size(t: Tensor, dim: int) -> int:
 def trained(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow that asks for the gradient of one of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def gradients(
+    ctx: Any, needs: Mapping[str, bool], dout: Tensor, operands: Sequence[str], bwd: Callable
+) -> dict[str, Tensor | None]:
+    """Of a layer with a residual, from its backward op."""
+    wanted = [needs[name] for name in operands]
+    grads = bwd(dout, *ctx.saved_tensors, ctx.activation, wanted) if any(wanted) else [None] * len(wanted)
+    residual = dout.to(ctx.residual_dtype) if needs["residual"] else None
+    return {**dict(zip(operands, grads, strict=True)), "residual": residual}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON, declare
+from vlmkernels._library import TRITON, define_part, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops import _sums as sums
@@ -19,7 +19,7 @@ from vlmkernels.reference._pairwise import check_pair
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
 # positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
-declare(
+_stats = define_part(
     "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, bool columns, int store_bytes)"
     " -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
@@ -36,7 +36,7 @@ declare(
 #   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i)
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
 # The second terms of the gradients only when normalised.
-declare(
+_grads = define_part(
     "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef,"
     " Tensor col_coef, Tensor positive_coef, Tensor? query_extra, Tensor? key_extra, Tensor store,"
@@ -44,8 +44,6 @@ declare(
     " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)",
     flops=lambda query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-2:])),
 )
-_stats = torch.ops.vlmkernels.info_nce_stats
-_grads = torch.ops.vlmkernels.info_nce_grads
 
 
 @dataclass
@@ -270,5 +268,5 @@ def _mass(weight: Tensor) -> Tensor:
 if TRITON:
     from vlmkernels.triton import info_nce as _cuda
 
-    LIB.impl("info_nce_stats", _cuda.info_nce_stats, "CUDA")
-    LIB.impl("info_nce_grads", _cuda.info_nce_grads, "CUDA")
+    kernel("info_nce_stats", "CUDA", _cuda.info_nce_stats, "Triton")
+    kernel("info_nce_grads", "CUDA", _cuda.info_nce_grads, "Triton")

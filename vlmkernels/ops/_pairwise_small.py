@@ -8,7 +8,7 @@ without the layers of a registered op, which is why traced code does not come he
 import torch
 from torch import Tensor
 
-from vlmkernels._library import declare, has_kernel
+from vlmkernels._library import define_part, has_kernel
 from vlmkernels._modules import is_transformed
 from vlmkernels.ops import _pairwise as pairwise
 
@@ -21,20 +21,18 @@ LIMIT = 512
 #   slope_ij = G_ij b_j [N, M]    slope_t_ji = G_ij a_i [M, N]    0 at positives, rows padded to 64
 #   positive_i = G_ii             dscalars: the derivatives by scale and bias
 # Outputs that are not needed are empty.
-declare(
+_fwd = define_part(
     "small_loss(Tensor query, Tensor key, Tensor scale, Tensor? bias, bool symmetric, float label_smoothing,"
     " bool normalize, bool need_query, bool need_key, bool need_scalars)"
     " -> (Tensor loss, Tensor slope, Tensor slope_t, Tensor positive, Tensor dscalars)",
     flops=lambda query, key, *_, **__: pairwise.flops(query, key),
 )
-declare(
+_bwd = define_part(
     "small_loss_bwd(Tensor dloss, Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor slope,"
     " Tensor slope_t, Tensor positive, Tensor dscalars, bool normalize, bool[4] needs)"
     " -> (Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias)",
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
-_fwd = torch.ops.vlmkernels.small_loss.default
-_bwd = torch.ops.vlmkernels.small_loss_bwd.default
 _HERE = has_kernel("small_loss", "CPU")
 
 

@@ -7,7 +7,7 @@ look at the logits.
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON, declare
+from vlmkernels._library import TRITON, define_part, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops import _sums as sums
@@ -20,7 +20,7 @@ from vlmkernels.reference._pairwise import check_pair
 #   D_i = sum_j g_ij b_j k_j                      dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i); dk likewise
 # The second term of dq only when normalised.
 # Outputs that are not needed have size 0.
-declare(
+_parts = define_part(
     "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm,"
     " Tensor? key_inv_norm, Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef,"
     " bool need_loss, bool need_query, bool need_key, bool need_scalars)"
@@ -60,7 +60,7 @@ def _sweep(
     width = query.shape[1]
     query, key = pairwise.with_width(query), pairwise.with_width(key)
     a, b = pairwise.inverse_norms(query, normalize), pairwise.inverse_norms(key, normalize)
-    rows, dquery, dkey, row_dscale, row_dbias = torch.ops.vlmkernels.sigmoid_sweep(
+    rows, dquery, dkey, row_dscale, row_dbias = _parts(
         query, key, scale, bias, a, b, index, query_ids, key_ids, row_coef, need_loss, needs[0], needs[1],
         needs[2] or needs[3],
     )  # fmt: skip
@@ -77,4 +77,4 @@ def _sweep(
 if TRITON:
     from vlmkernels.triton.sigmoid_loss import sigmoid_sweep as _cuda_sweep
 
-    LIB.impl("sigmoid_sweep", _cuda_sweep, "CUDA")
+    kernel("sigmoid_sweep", "CUDA", _cuda_sweep, "Triton")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, has_kernel, kernel
+from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _info_nce_sweeps as sweeps
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
@@ -102,9 +102,14 @@ def info_nce(
 
 
 def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    """The CPU kernel alone keeps exponentials: a GPU makes them again at the cost of moving them."""
-    keeps = query.device.type == "cpu" and has_kernel("info_nce_stats", "CPU")
-    return pairwise.store_size(query, key, store_bytes) if keeps else 0
+    """CPU kernels alone keep exponentials: a GPU makes them again at the cost of moving them."""
+    return pairwise.store_size(query, key, store_bytes) if query.device.type == "cpu" else 0
+
+
+def _reference(query, key, *rest):
+    """With the memory that kernels fill: what a graph holds does not depend on who runs it."""
+    *outputs, store = info_nce_fwd(query, key, *rest)
+    return *outputs, store.new_empty(_store_size(query, key, rest[-1]))
 
 
 def _fake(
@@ -113,24 +118,20 @@ def _fake(
 ):  # fmt: skip
     n, m = query.shape[0], key.shape[0]
     stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    sweeps_here = has_kernel("info_nce_stats", query.device.type.upper())
     return (
         stats.new_empty((n,) if reduction == "none" else ()),
         *(stats.new_empty(n) for _ in range(2)),
         *(stats.new_empty(m if symmetric else 0) for _ in range(2)),
-        stats.new_empty(n if sweeps_here else 0),
-        stats.new_empty(n if sweeps_here and symmetric else 0),
-        stats.new_empty(n if sweeps_here else 0),
-        stats.new_empty(m if sweeps_here and symmetric else 0),
+        stats.new_empty(n),
+        stats.new_empty(n if symmetric else 0),
+        stats.new_empty(n),
+        stats.new_empty(m if symmetric else 0),
         query.new_empty(_store_size(query, key, store_bytes), dtype=torch.uint8),
     )
 
 
 def _fake_bwd(dloss, query, key, scale, *rest):
-    needs = rest[-1]
-    return tuple(
-        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)
-    )
+    return empty_grads((query, key, scale), rest[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -140,13 +141,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, *unused):
-    needs = list(ctx.needs_input_grad[:3])
-    if dloss is None or not any(needs):
-        return (None,) * 11
+def _backward(ctx, needs, dloss, *unused):
+    names = ("query", "key", "scale")
     options = (ctx.symmetric, ctx.label_smoothing, ctx.normalize, ctx.reduction, ctx.store_bytes)
-    grads = _bwd(dloss, *ctx.saved_tensors, *options, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
+    grads = _bwd(dloss, *ctx.saved_tensors, *options, [needs[name] for name in names])
+    return dict(zip(names, grads, strict=True))
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
@@ -156,12 +155,12 @@ _STATS += " Tensor row_slope, Tensor col_slope, Tensor store"
 
 _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
-    reference=info_nce_fwd,
+    reference=_reference,
     fake=_fake,
     flops=lambda query, key, *_, **__: pairwise.flops(query, key),
     setup_context=_setup_context,
     backward=_backward,
-    autocast=2,
+    autocast=("query", "key"),
 )
 _bwd = define(
     f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[] needs)"

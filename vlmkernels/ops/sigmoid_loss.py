@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, has_kernel, kernel
+from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
 from vlmkernels.ops import _pairwise_targets as targets
@@ -81,19 +81,13 @@ def _fake(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
     work = torch.promote_types(query.dtype, torch.float32)
-    ahead = has_kernel("sigmoid_sweep", query.device.type.upper())
-    needs = [ahead and need for need in (need_query, need_key, need_scalars, need_scalars)]
+    needs = (need_query, need_key, need_scalars, need_scalars)
     loss = query.new_empty((query.shape[0],) if reduction == "none" else (), dtype=work)
-    return loss, *(
-        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), needs, strict=True)
-    )
+    return loss, *empty_grads((query, key, scale, bias), needs)
 
 
 def _fake_bwd(dloss, query, key, scale, bias, *rest):
-    return tuple(
-        x.new_empty(x.shape if need else 0)
-        for x, need in zip((query, key, scale, bias), rest[-1], strict=True)
-    )
+    return empty_grads((query, key, scale, bias), rest[-1])
 
 
 def _flops(query, key, *_, out_shape):
@@ -108,19 +102,18 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, *unused):
-    needs = list(ctx.needs_input_grad[:4])
-    if dloss is None or not any(needs):
-        return (None,) * 11
+def _backward(ctx, needs, dloss, *unused):
+    names = ("query", "key", "scale", "bias")
+    wanted = [needs[name] for name in names]
     inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need)
+    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, wanted, strict=False) if need)
     if here and not torch.is_grad_enabled():  # under create_graph the backward op is in the graph and refuses
         grads = [
-            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)
+            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, wanted, strict=True)
         ]
-        return *grads, *(None,) * 7
-    grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+    else:
+        grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, wanted)
+    return dict(zip(names, grads, strict=True))
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positives, Tensor? key_ids"
@@ -135,7 +128,7 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=2,
+    autocast=("query", "key"),
 )
 _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",

@@ -44,7 +44,8 @@ def info_nce_fwd(
 
     row_max [N] + row_log [N] and col_max [M] + col_log [M] are the log-sum-exps. row_gap [N] and col_gap [N]
     (log-sum-exp minus the logit of the row's positive), row_slope [N] and col_slope [M] (loss minus the
-    entropy of the softmax) and the store are only kept by the fused kernels; here they have size 0.
+    entropy of the softmax) serve the backward of the fused kernels; here they are 0, and the store is empty.
+    What belongs to columns has size 0 unless symmetric.
 
     Returns:
         (loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store).
@@ -53,8 +54,9 @@ def info_nce_fwd(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
     )
     cols = _lse_parts(logits, 0) if symmetric else (loss.new_empty(0), loss.new_empty(0))
-    nothing = [loss.new_empty(0) for _ in range(4)]
-    return loss, *_lse_parts(logits, 1), *cols, *nothing, query.new_empty(0, dtype=torch.uint8)
+    n, m = logits.shape
+    unused = (logits.new_zeros(size) for size in (n, n if symmetric else 0, n, m if symmetric else 0))
+    return loss, *_lse_parts(logits, 1), *cols, *unused, query.new_empty(0, dtype=torch.uint8)
 
 
 def info_nce_bwd(

@@ -5,6 +5,8 @@ With g = dout * act'(y), which is dout itself without an activation:
     dx = g weight        dweight = g^T x        dbias = sum over the rows of g        dresidual = dout
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,13 +43,11 @@ def linear_bwd(
     bias: Tensor | None,  # [O]
     y: Tensor | None,  # [..., O], formed again when absent
     activation: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; an output nobody needs has size 0."""
     if activation != "none" and y is None:
         assert x is not None
         y = F.linear(x, weight, bias)
     g = dout.to(weight.dtype) if y is None else activate_bwd(dout, y, activation)
-    return product_bwd(g, x, weight, need_x, need_weight, need_bias)
+    return product_bwd(g, x, weight, *needs)

@@ -36,10 +36,13 @@ def sigmoid_loss(
 def sigmoid_loss_fwd(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
-    """The raw op: (loss, dquery, dkey, dscale, dbias); this kernel forms no gradient in the forward."""
+    """The raw op: (loss, dquery, dkey, dscale, dbias); a gradient that nobody needs has size 0."""
     pair = positives if key_ids is None else (positives, key_ids)
     loss = sigmoid_loss(query, key, scale, bias, positives=pair, normalize=normalize, reduction=reduction)
-    return loss, query.new_empty(0), key.new_empty(0), scale.new_empty(0), bias.new_empty(0)
+    needs = (need_query, need_key, need_scalars, need_scalars)
+    return loss, *sigmoid_loss_bwd(
+        loss.new_ones(loss.shape), query, key, scale, bias, positives, key_ids, normalize, reduction, needs
+    )
 
 
 def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):

@@ -3,6 +3,8 @@
 Backward: products with dout in float32, each turned into a gradient and a share of the gate's by one pass.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -154,13 +156,12 @@ def gated_linear_residual_bwd(
     weight: Tensor,  # [D, K]
     gate: Tensor,
     row_mask: Tensor | None,  # [...] bool
-    need_h: bool,
-    need_weight: bool,
-    need_gate: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dweight and dgate; size 0 where not needed."""
     if torch.promote_types(dout.dtype, h.dtype) == torch.float64:
-        return reference_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate)
+        return reference_bwd(dout, h, weight, gate, row_mask, needs)
+    need_h, need_weight, need_gate = needs
     t = _tanh(gate)
     one = t.numel() == 1
     n = dout.shape[:-1].numel()
