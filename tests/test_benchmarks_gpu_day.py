@@ -24,10 +24,10 @@ pytest.importorskip("triton")
 
 from benchmarks import run as benchmark_run
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import day, pages, predict, results, sanitizer, timing, trials, verdicts, workers
+from benchmarks.gpu import day, pages, predict, results, sanitizer, timing, trials, verdicts
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS, STEPS
-from benchmarks.gpu.workers import Deadline
+from benchmarks.gpu.workers import Deadline, attempt
 from benchmarks.gpu.workloads import Workload, workloads
 from tests.gpu.interpreter import interpreting
 from vlmkernels.triton import gated_residual as residual_launchers
@@ -65,6 +65,20 @@ def _each_run_has_a_second_of_its_own(monkeypatch):
         return header_of(*args) | {"id": f"2026-01-01T00:00:{next(count):02}Z"}
 
     monkeypatch.setattr(benchmark_run, "header_of", header)
+
+
+def in_this_process(function, tasks, *, deadline, **_):
+    for task in tasks:
+        if not deadline.left():
+            return
+        yield task, attempt(function, task)
+
+
+@pytest.fixture(autouse=True)
+def _tasks_have_no_processes(monkeypatch):
+    """Whose start takes seconds, and which do not see what a test replaces."""
+    for module in (day, verdicts):
+        monkeypatch.setattr(module, "outcomes", in_this_process)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +121,6 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
 @pytest.fixture
 def in_place_of_a_gpu(monkeypatch):
     """The path of a GPU, with a CPU in its place."""
-    here = partial(workers.outcomes, workers=0)
-    for module in (day, verdicts):
-        monkeypatch.setattr(module, "outcomes", lambda f, tasks, workers, **rest: here(f, tasks, **rest))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
     monkeypatch.setattr(sanitizer, "find", lambda: None)
@@ -231,6 +242,46 @@ def test_what_the_sanitizer_finds_outweighs_green_tests(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizer, "run", lambda *args, **rest: {"memcheck": found})
     assert quick(OP, "--form", "bf16", results=tmp_path) == 1
     assert states(tmp_path) == ["red"] * 2
+
+
+def test_what_a_tool_said_of_one_op_stays_when_the_time_ends_in_the_next(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def watch(ops, device, deadline, *, seconds, quick):
+        asked.extend(ops)
+        deadline.at = 0.0 if len(asked) == 1 else deadline.at
+        return {"memcheck": {"errors": 0, "found": {}, "cases": 1}}
+
+    monkeypatch.setattr(sanitizer, "run", watch)
+    words = ("info_nce", OP, "--only", "sanitizer")
+    assert quick(*words, results=tmp_path) == 0
+    assert f"no time was left for 1: sanitizer of {OP}" in capsys.readouterr().out
+    assert quick(*words, results=tmp_path) == 0
+    assert asked == ["info_nce", OP]
+
+
+def test_an_op_is_judged_as_soon_as_its_cases_are_over(tmp_path, monkeypatch):
+    deadline, ran = Deadline(), []
+    monkeypatch.setattr(trials, "run_named", lambda name, device: ran.append(name))
+
+    def tests(op, deadline):
+        if op == "sigmoid_loss":
+            deadline.at = 0.0
+            return None
+        return PASSED
+
+    ops = [OP, "sigmoid_loss", "info_nce"]
+    judge = partial(verdicts.by_tests, quick=True, slow=False, say=lambda line: None, tests=tests)
+    assert [(x["op"], x["state"]) for x in judge(ops, "cuda", deadline)] == [(OP, "green")]
+    assert not any(name.startswith("info_nce") for name in ran)
+
+
+def test_without_pytest_the_cases_judge_alone(monkeypatch):
+    monkeypatch.setattr(verdicts.importlib.util, "find_spec", lambda name: None)
+    assert verdicts.op_tests(OP, Deadline()) == {
+        "said": "op tests not run, pytest is not installed",
+        "failed": {},
+    }
 
 
 def made_up_tests(folder, body):
@@ -435,8 +486,9 @@ def in_copy(folder, *words, **options):
     return subprocess.Popen(command, cwd=folder, env=environment, **output)
 
 
+@pytest.mark.slow
 def test_a_copy_without_git_is_killed_and_resumes(copy_without_git, tmp_path):
-    words = [sys.executable, "-m", "benchmarks.gpu", "interval_attention", "--only", "timing"]
+    words = [sys.executable, "-m", "benchmarks.gpu", "sigmoid_loss", "--only", "timing"]
     words += ["--results", str(tmp_path)]
     first = in_copy(copy_without_git, *words)
     before = {}
@@ -451,7 +503,7 @@ def test_a_copy_without_git_is_killed_and_resumes(copy_without_git, tmp_path):
     out = second.communicate()[0]
     assert second.returncode == 0, out
     stored = stored_in(tmp_path)
-    assert len(stored["rows"]) == 2 * sum(w.op == "interval_attention" for w in workloads())
+    assert len(stored["rows"]) == 2 * sum(w.op == "sigmoid_loss" for w in workloads())
     assert {run["commit"] for run in stored["runs"].values()} == {"unknown"}
     kept = {
         name: row for name, row in stored["rows"].items() if row["run"] == next(iter(before.values()))["run"]
@@ -508,7 +560,7 @@ def test_compute_sanitizer_is_read_tool_by_tool(tools):
         "memcheck": {"errors": 1, "found": {case: ["Invalid __global__ read of size 4 bytes"]}, "cases": 1},
         "racecheck": {"errors": 0, "found": {}, "cases": 1},
         "initcheck": {"errors": 0, "found": {}, "cases": 1},
-        "synccheck": {"unfinished": "========= Error: the device is not supported", "found": {}, "cases": 0},
+        "synccheck": {"unfinished": "Error: the device is not supported", "found": {}, "cases": 0},
     }
 
 
@@ -520,6 +572,28 @@ def test_a_tool_past_its_limit_says_what_it_found_until_then(tools):
         "found": {case: ["Invalid __global__ read of size 4 bytes"]},
         "cases": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "why"),
+    [
+        (
+            "========= Error: Device not supported\n========= ERROR SUMMARY: 1 error",
+            0,
+            "Error: Device not supported",
+        ),
+        (
+            "case: gated_residual\nfailed: RuntimeError: unknown error\n========= ERROR SUMMARY: 0 errors",
+            1,
+            "failed: RuntimeError: unknown error",
+        ),
+    ],
+    ids=["the tool", "the case"],
+)
+def test_a_tool_that_could_not_watch_says_nothing_of_the_op(tools, said, status, why):
+    found = tools({"memcheck": said}, then=f"exit {status}")
+    assert found["memcheck"]["unfinished"] == why
+    assert judged({"memcheck": found["memcheck"]})[OP] == ("untested", [])
 
 
 def test_far_cases_stay_out_of_the_sanitizer(capsys, monkeypatch):
