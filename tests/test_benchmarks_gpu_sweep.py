@@ -16,7 +16,7 @@ from benchmarks.gpu import day
 from benchmarks.gpu import sweep as sweeps
 from benchmarks.gpu.predict import TRAINING, traced
 from benchmarks.gpu.sweep import SWEEPS
-from benchmarks.gpu.workers import attempt
+from tests.test_benchmarks_gpu_workers import in_this_process
 
 SM90 = GPUTarget("cuda", 90, 32)
 
@@ -45,13 +45,7 @@ def test_the_call_of_a_sweep_launches_its_kernel_with_the_tile(sweep):
 def sweep(tmp_path, monkeypatch):
     """Runs the sweep of an op; without processes, which do not see what a test replaces."""
 
-    def here(function, tasks, *, deadline, **_):
-        for task in tasks:
-            if not deadline.left():
-                return
-            yield task, attempt(function, task)
-
-    monkeypatch.setattr(day, "outcomes", here)
+    monkeypatch.setattr(day, "outcomes", in_this_process)
     words = ["sweep", "gated_linear_residual", "--device", "cpu", "--quick", "--results", str(tmp_path)]
     return lambda *more: command.main([*words, *more])
 
