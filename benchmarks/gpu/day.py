@@ -267,7 +267,7 @@ class Day:
             names = "; ".join(left[:20]) + "; and others" * (len(left) > 20)
             self.say(f"no time was left for {len(left)}: {names}")
         if self.results.why_behind:
-            self.say(f"{self.results.why_behind}; it lacks\n{json.dumps(self.results.lacking)}")
+            self.say(f"{self.results.why_behind}; it lacks\n{json.dumps(self.results.lacking())}")
         return int(bool(red or self.results.why_behind))
 
 
