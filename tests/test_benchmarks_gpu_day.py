@@ -349,7 +349,9 @@ def test_results_of_another_machine_are_added_to_those_that_are_here(tmp_path, c
     assert set(taken["rows"]) == set(ROWS)
     assert {row["run"] for row in taken["rows"].values()} == set(newer["runs"])  # of two the later one
     assert set(states(here)) == {"green"}
-    assert command.main(["--take", str(there), "--results", str(here)]) == 0
+    (there / "damaged.json").write_text('{"rows": {}} and more')
+    assert command.main(["--take", str(there), "--results", str(here)]) == 1
+    assert f"{there}/damaged.json is not taken: Extra data" in capsys.readouterr().out
     assert stored_in(here) == taken
 
 

@@ -62,7 +62,11 @@ def take(folder: Path, into: Path, say: Say) -> int:
     if not paths:
         say(f"no results in {folder}")
     for path in paths:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            behind.append(f"{path} is not taken: {error}")
+            continue
         mine = Results(into, path.stem)
         mine.add(theirs)
         say(f"{path.stem}: {len(theirs['rows'])} rows, {len(mine.stored['rows'])} with those that were here")
