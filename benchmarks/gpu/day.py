@@ -25,7 +25,7 @@ from benchmarks.gpu import sweep as sweeps
 from benchmarks.gpu.cards import CARDS, Card, card_of
 from benchmarks.gpu.ceilings import measure_ceilings, shown
 from benchmarks.gpu.predict import FORWARD, TRAINING
-from benchmarks.gpu.results import RED, UNTESTED, Results, fingerprint, row_name
+from benchmarks.gpu.results import RED, UNTESTED, Results, fingerprint, read, row_name
 from benchmarks.gpu.timing import Settings, compare, measure_named
 from benchmarks.gpu.verdicts import WORKERS, by_sanitizer, by_tests, summary
 from benchmarks.gpu.workers import Deadline, Failure, outcomes
@@ -63,9 +63,9 @@ def take(folder: Path, into: Path, say: Say) -> int:
         say(f"no results in {folder}")
     for path in paths:
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = read(path)
         except ValueError as error:
-            behind.append(f"{path} is not taken: {error}")
+            behind.append(str(error))
             continue
         mine = Results(into, path.stem)
         mine.add(theirs)

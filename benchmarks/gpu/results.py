@@ -67,6 +67,13 @@ def state(row: dict[str, Any], verdicts: Iterable[dict[str, Any]]) -> str:
     return GREEN if GREEN in said else UNTESTED
 
 
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results: {error}") from error
+
+
 class Results:
     """Without a folder they are kept in memory alone."""
 
@@ -76,7 +83,7 @@ class Results:
         self._lacking: dict[str, dict[str, Any]] = {table: {} for table in TABLES}  # not in the file
         self.stored: dict[str, Any] = {"machine": machine, "runs": {}, **{table: {} for table in TABLES}}
         if self.path is not None and self.path.exists():
-            self.stored |= json.loads(self.path.read_text(encoding="utf-8"))
+            self.stored |= read(self.path)
 
     def add(self, new: dict[str, Any]) -> None:
         """Entries and their runs, in the form of the file; of two that have one name the later stays."""
