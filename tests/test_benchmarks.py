@@ -44,6 +44,15 @@ def header() -> dict:
     return run.header_of("python -m benchmarks.run double", "cpu", 1)
 
 
+def test_a_copy_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.git("rev-parse", "HEAD") == ""
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git either
+    assert run.git("rev-parse", "HEAD") == ""
+    assert run.header_of("words", "cpu", 1)["commit"] == "unknown"
+
+
 @pytest.fixture
 def no_limits(monkeypatch):
     monkeypatch.setattr(measure, "limits", fake_limits)

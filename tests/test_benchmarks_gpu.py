@@ -1,8 +1,10 @@
 """What `python -m benchmarks.gpu` runs on a card: cases, peers, timers and predictions."""
 
 import json
+import subprocess
 import sys
 import types
+import zipfile
 from contextlib import nullcontext
 from unittest import mock
 
@@ -13,7 +15,7 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from benchmarks import peers
-from benchmarks.gpu import ceilings, predict, sanitizer, timing, trials
+from benchmarks.gpu import ceilings, day, predict, sanitizer, timing, trials
 from benchmarks.gpu import workloads as declared
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS
@@ -243,6 +245,31 @@ def test_an_absent_peer_has_a_reason(monkeypatch):
     why = "peer 'flash_attn' cannot be imported here"
     assert why in peer["flash-attn on the concatenation"]["why_not"]
     assert "RuntimeError" in peer["SDPA on the concatenation, cuDNN"]["why_not"]  # a CPU has no such kernel
+
+
+def test_wheels_are_unpacked_for_the_run(tmp_path, monkeypatch):
+    def wheel(name, tag="py3-none-any"):
+        with zipfile.ZipFile(tmp_path / f"{name}-1.5-{tag}.whl", "w") as file:
+            about = f"{name}-1.5.dist-info"
+            file.writestr(f"{name}/__init__.py", "here = True\n")
+            file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+            file.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+            file.writestr(f"{about}/RECORD", "")
+
+    wheel("made_up_peer")
+    wheel("other_peer", "cp27-none-any")
+    monkeypatch.setattr(day, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    said = []
+    day.install(tmp_path, said.append)
+    script = (
+        "import made_up_peer, importlib.metadata as m; print(made_up_peer.here, m.version('made_up_peer'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "True 1.5\n"
+    assert day._version("made_up_peer") == "1.5"
+    assert [line.partition(" is left out: ")[0] for line in said] == ["other_peer-1.5-cp27-none-any.whl"]
 
 
 # The time of kernels alone, with torch.cuda as its documentation has it

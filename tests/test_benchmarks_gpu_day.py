@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -24,12 +23,13 @@ pytest.importorskip("triton")
 
 from benchmarks import run as benchmark_run
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import day, pages, predict, results, sanitizer, timing, trials, verdicts, workers
+from benchmarks.gpu import day, pages, predict, results, sanitizer, timing, trials, verdicts
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS, STEPS
 from benchmarks.gpu.workers import Deadline
 from benchmarks.gpu.workloads import Workload, workloads
 from tests.gpu.interpreter import interpreting
+from tests.test_benchmarks_gpu_workers import in_this_process
 from vlmkernels.triton import gated_residual as residual_launchers
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +65,13 @@ def _each_run_has_a_second_of_its_own(monkeypatch):
         return header_of(*args) | {"id": f"2026-01-01T00:00:{next(count):02}Z"}
 
     monkeypatch.setattr(benchmark_run, "header_of", header)
+
+
+@pytest.fixture(autouse=True)
+def _tasks_have_no_processes(monkeypatch):
+    """Whose start takes seconds, and which do not see what a test replaces."""
+    for module in (day, verdicts):
+        monkeypatch.setattr(module, "outcomes", in_this_process)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +114,6 @@ def test_on_a_cpu_every_step_runs_to_the_file(tmp_path, small_predictions, capsy
 @pytest.fixture
 def in_place_of_a_gpu(monkeypatch):
     """The path of a GPU, with a CPU in its place."""
-    here = partial(workers.outcomes, workers=0)
-    for module in (day, verdicts):
-        monkeypatch.setattr(module, "outcomes", lambda f, tasks, workers, **rest: here(f, tasks, **rest))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
     monkeypatch.setattr(sanitizer, "find", lambda: None)
@@ -209,23 +213,6 @@ def test_a_peer_that_brings_down_the_process_makes_no_row_red(tmp_path, monkeypa
     assert all(row["peers"] == peers for row in stored_in(tmp_path)["rows"].values())
 
 
-def judged(reports, ops=(OP, "info_nce")):
-    return {x["op"]: (x["state"], list(x["failed"])) for x in verdicts.by_sanitizer(list(ops), reports)}
-
-
-def test_the_sanitizer_makes_the_ops_red_whose_cases_it_stopped_at():
-    clean, case = {"errors": 0, "found": {}, "cases": 3}, "gated_residual, ragged, float32"
-    assert judged({"memcheck": clean}) == {OP: ("green", []), "info_nce": ("green", [])}
-    found = {"errors": 1, "found": {case: ["Invalid read"]}, "cases": 3}
-    red = ("red", ["compute-sanitizer memcheck"])
-    assert judged({"memcheck": found, "racecheck": clean}) == {OP: red, "info_nce": ("green", [])}
-    nowhere = {"errors": 1, "found": {"": ["Invalid read"]}, "cases": 0}
-    assert judged({"memcheck": nowhere}) == {OP: red, "info_nce": red}
-    late = {"unfinished": "no end within 9 s", "found": {case: ["Invalid read"]}, "cases": 2}
-    assert judged({"memcheck": late}) == {OP: red, "info_nce": ("untested", [])}
-    assert judged({"memcheck": {"why_not": "absent"}})[OP] == ("untested", [])
-
-
 def test_what_the_sanitizer_finds_outweighs_green_tests(tmp_path, monkeypatch):
     found = {"errors": 1, "found": {"gated_residual, ragged, float32": ["Invalid read"]}, "cases": 1}
     monkeypatch.setattr(sanitizer, "run", lambda *args, **rest: {"memcheck": found})
@@ -233,79 +220,20 @@ def test_what_the_sanitizer_finds_outweighs_green_tests(tmp_path, monkeypatch):
     assert states(tmp_path) == ["red"] * 2
 
 
-def made_up_tests(folder, body):
-    (folder / "test_made_up.py").write_text(f"""
-import pytest, time
+def test_what_a_tool_said_of_one_op_stays_when_the_time_ends_in_the_next(tmp_path, monkeypatch, capsys):
+    asked = []
 
-@pytest.mark.parametrize("on", ["dispatched", "cuda"])
-def test_it(on):
-    {body}
-""")
-    return partial(verdicts.op_tests, "made_up", folder=folder)
+    def watch(ops, device, deadline, *, seconds, quick):
+        asked.extend(ops)
+        deadline.at = 0.0 if len(asked) == 1 else deadline.at
+        return {"memcheck": {"errors": 0, "found": {}, "cases": 1}}
 
-
-@pytest.mark.parametrize(
-    ("body", "said", "failed"),
-    [
-        ("assert on == 'cuda'", "1 passed", {}),
-        (
-            "assert on != 'cuda'",
-            "1 failed",
-            {"test_made_up.py::test_it[cuda]": "AssertionError: assert 'cuda' != 'cuda'"},
-        ),
-        ("pass\n\ndel test_it", "no tests", {"the run of the tests": "no tests"}),
-    ],
-    ids=["passed", "failed", "none"],
-)
-def test_op_tests_are_those_on_cuda_tensors(tmp_path, monkeypatch, body, said, failed):
-    monkeypatch.setattr(verdicts, "WORKERS", 1)
-    found = made_up_tests(tmp_path, body)(Deadline())
-    assert found["said"].startswith(said)
-    assert list(map(os.path.basename, found["failed"])) == list(failed)
-    assert all(why.startswith(x) for why, x in zip(found["failed"].values(), failed.values(), strict=True))
-
-
-def test_op_tests_past_the_deadline_say_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdicts, "WORKERS", 1)
-    assert made_up_tests(tmp_path, "time.sleep(600)")(Deadline(minutes=3 / 60)) is None
-
-
-def test_every_op_has_tests_on_cuda_tensors():
-    paths = [f"tests/test_{op}.py" for op in OPS]
-    words = ["--collect-only", "-q", "-k", "cuda", "-m", "not slow", "-p", "no:cacheprovider", *paths]
-    script = f"import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main({words})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    collected = {
-        line.partition("::")[0] for line in done.stdout.splitlines() if "[cuda" in line or "-cuda" in line
-    }
-    assert collected == set(paths), done.stdout[-2000:]
-
-
-def test_the_sources_of_an_op_are_what_it_imports():
-    found = {path.relative_to(ROOT).as_posix() for path in results.sources("info_nce")}
-    kernels = {
-        f"vlmkernels/triton/{name}.py" for name in ("info_nce", "_pairwise", "_pairwise_chunked", "_tiles")
-    }
-    assert kernels | {"vlmkernels/reference/info_nce.py", "vlmkernels/_library.py"} < found
-    assert not any("attention" in path or "sigmoid" in path for path in found)
-    assert "csrc/cuda/gated_residual.cuh" in {x.relative_to(ROOT).as_posix() for x in results.sources(OP)}
-
-
-def test_another_source_or_compiler_is_another_fingerprint(tmp_path, monkeypatch):
-    of = results.fingerprint.__wrapped__
-    before = of(OP)
-    assert of(OP) == before != of("info_nce")
-    changed = tmp_path / "device.cuh"
-    changed.write_text("// other code")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "sources", lambda op: [changed])
-    here = of(OP)
-    changed.write_text("// yet other code")
-    assert of(OP) != here
-    changed.write_text("// other code")
-    assert of(OP) == here
-    monkeypatch.setattr(results.triton, "__version__", "0")
-    assert of(OP) != here
+    monkeypatch.setattr(sanitizer, "run", watch)
+    words = ("info_nce", OP, "--only", "sanitizer")
+    assert quick(*words, results=tmp_path) == 0
+    assert f"no time was left for 1: sanitizer of {OP}" in capsys.readouterr().out
+    assert quick(*words, results=tmp_path) == 0
+    assert asked == ["info_nce", OP]
 
 
 # Where it stops, and goes on
@@ -388,8 +316,13 @@ def test_a_full_disk_keeps_what_was_written_and_the_rest_is_shown(tmp_path, monk
     assert list(stored_in(tmp_path)["rows"]) == ROWS[:2]
     out = capsys.readouterr().out
     assert "is not written: No space left on device; it lacks" in out
-    lacking = json.loads(out.strip().splitlines()[-1])
-    assert list(lacking["rows"]) == ROWS[2:]
+    monkeypatch.setattr(results, "write_atomically", write)
+    [path] = tmp_path.glob("*.json")
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / path.name).write_text(out.strip().splitlines()[-1])
+    assert list(stored_in(tmp_path / "shown")["rows"]) == ROWS[2:]
+    assert command.main(["--take", str(tmp_path / "shown"), "--results", str(tmp_path)]) == 0
+    assert list(stored_in(tmp_path)["rows"]) == ROWS
 
 
 def test_a_disk_that_has_room_again_gets_everything(tmp_path, monkeypatch):
@@ -416,7 +349,9 @@ def test_results_of_another_machine_are_added_to_those_that_are_here(tmp_path, c
     assert set(taken["rows"]) == set(ROWS)
     assert {row["run"] for row in taken["rows"].values()} == set(newer["runs"])  # of two the later one
     assert set(states(here)) == {"green"}
-    assert command.main(["--take", str(there), "--results", str(here)]) == 0
+    (there / "damaged.json").write_text('{"rows": {}} and more')
+    assert command.main(["--take", str(there), "--results", str(here)]) == 1
+    assert f"{there}/damaged.json holds no results: Extra data" in capsys.readouterr().out
     assert stored_in(here) == taken
 
 
@@ -437,8 +372,9 @@ def in_copy(folder, *words, **options):
     return subprocess.Popen(command, cwd=folder, env=environment, **output)
 
 
+@pytest.mark.slow
 def test_a_copy_without_git_is_killed_and_resumes(copy_without_git, tmp_path):
-    words = [sys.executable, "-m", "benchmarks.gpu", "interval_attention", "--only", "timing"]
+    words = [sys.executable, "-m", "benchmarks.gpu", "sigmoid_loss", "--only", "timing"]
     words += ["--results", str(tmp_path)]
     first = in_copy(copy_without_git, *words)
     before = {}
@@ -453,122 +389,13 @@ def test_a_copy_without_git_is_killed_and_resumes(copy_without_git, tmp_path):
     out = second.communicate()[0]
     assert second.returncode == 0, out
     stored = stored_in(tmp_path)
-    assert len(stored["rows"]) == 2 * sum(w.op == "interval_attention" for w in workloads())
+    assert len(stored["rows"]) == 2 * sum(w.op == "sigmoid_loss" for w in workloads())
     assert {run["commit"] for run in stored["runs"].values()} == {"unknown"}
     kept = {
         name: row for name, row in stored["rows"].items() if row["run"] == next(iter(before.values()))["run"]
     }
     assert kept.keys() >= before.keys()
     assert len(kept) < len(stored["rows"])
-
-
-def test_a_copy_has_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_run, "ROOT", tmp_path)
-    assert benchmark_run.git("rev-parse", "HEAD") == ""
-    (tmp_path / ".git").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git either
-    assert benchmark_run.git("rev-parse", "HEAD") == ""
-    assert benchmark_run.header_of("words", "cpu", 1)["commit"] == "unknown"
-
-
-# compute-sanitizer
-
-REPORTS = {
-    "memcheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= Invalid __global__ read of size 4 bytes
-=========     at _forward+0x1a0
-========= ERROR SUMMARY: 1 error""",
-    "racecheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)""",
-    "initcheck": """========= COMPUTE-SANITIZER
-case: gated_residual, ragged, float32
-========= ERROR SUMMARY: 0 errors""",
-    "synccheck": "========= Error: the device is not supported",
-}
-
-
-@pytest.fixture
-def tools(tmp_path, monkeypatch):
-    """A compute-sanitizer that gives these answers."""
-
-    def answer(reports, then=""):
-        script = tmp_path / "compute-sanitizer"
-        answers = "".join(f"{tool}) cat <<'END'\n{text}\nEND\n;;\n" for tool, text in reports.items())
-        script.write_text(f'#!/bin/sh\ncase "$2" in\n{answers}esac\n{then}\n')
-        script.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        return sanitizer.run([OP], "cuda", Deadline(), seconds=3, quick=True)
-
-    return answer
-
-
-def test_compute_sanitizer_is_read_tool_by_tool(tools):
-    case = "gated_residual, ragged, float32"
-    assert tools(REPORTS) == {
-        "memcheck": {"errors": 1, "found": {case: ["Invalid __global__ read of size 4 bytes"]}, "cases": 1},
-        "racecheck": {"errors": 0, "found": {}, "cases": 1},
-        "initcheck": {"errors": 0, "found": {}, "cases": 1},
-        "synccheck": {"unfinished": "========= Error: the device is not supported", "found": {}, "cases": 0},
-    }
-
-
-def test_a_tool_past_its_limit_says_what_it_found_until_then(tools):
-    case = "gated_residual, ragged, float32"
-    found = tools({"memcheck": REPORTS["memcheck"].rpartition("\n")[0]}, then="sleep 600")
-    assert found["memcheck"] == {
-        "unfinished": "no end within 3 s",
-        "found": {case: ["Invalid __global__ read of size 4 bytes"]},
-        "cases": 1,
-    }
-
-
-def test_far_cases_stay_out_of_the_sanitizer(capsys, monkeypatch):
-    monkeypatch.setattr(trials, "run_one", lambda case, device: None)
-    assert command.main(["--cases-alone", "--device", "cpu", "--quick"]) == 0
-    watched = capsys.readouterr().out.splitlines()
-    default = [case for case in trials.cases_for(OPS, slow=False) if not case.far]
-    assert watched == [
-        f"case: {case.name}" for case in default if case in trials.cases_for(OPS, slow=False, one_each=True)
-    ]
-    far = {case.name for case in trials.cases_for(OPS, slow=False) if case.far}
-    assert len(far) == 8
-    assert all("far" in name for name in far)
-
-
-def test_without_compute_sanitizer_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(sanitizer, "find", lambda: None)
-    found = sanitizer.run(["info_nce"], "cuda", Deadline(), seconds=1, quick=True)
-    assert found == {tool: {"why_not": "compute-sanitizer is not installed"} for tool in sanitizer.TOOLS}
-
-
-# Wheels of peers
-
-
-def test_wheels_are_unpacked_for_the_run(tmp_path, monkeypatch):
-    def wheel(name, tag="py3-none-any"):
-        with zipfile.ZipFile(tmp_path / f"{name}-1.5-{tag}.whl", "w") as file:
-            about = f"{name}-1.5.dist-info"
-            file.writestr(f"{name}/__init__.py", "here = True\n")
-            file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-            file.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
-            file.writestr(f"{about}/RECORD", "")
-
-    wheel("made_up_peer")
-    wheel("other_peer", "cp27-none-any")
-    monkeypatch.setattr(day, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("PYTHONPATH", "before")
-    said = []
-    day.install(tmp_path, said.append)
-    script = (
-        "import made_up_peer, importlib.metadata as m; print(made_up_peer.here, m.version('made_up_peer'))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "True 1.5\n"
-    assert day._version("made_up_peer") == "1.5"
-    assert [line.partition(" is left out: ")[0] for line in said] == ["other_peer-1.5-cp27-none-any.whl"]
 
 
 # The four commands

@@ -16,6 +16,7 @@ from benchmarks.gpu import day
 from benchmarks.gpu import sweep as sweeps
 from benchmarks.gpu.predict import TRAINING, traced
 from benchmarks.gpu.sweep import SWEEPS
+from tests.test_benchmarks_gpu_workers import in_this_process
 
 SM90 = GPUTarget("cuda", 90, 32)
 
@@ -40,33 +41,47 @@ def test_the_call_of_a_sweep_launches_its_kernel_with_the_tile(sweep):
     assert wanted == {name: launch.config[name] for name in wanted}
 
 
-def test_a_sweep_stores_its_times_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Runs the sweep of an op; without processes, which do not see what a test replaces."""
+
+    monkeypatch.setattr(day, "outcomes", in_this_process)
     words = ["sweep", "gated_linear_residual", "--device", "cpu", "--quick", "--results", str(tmp_path)]
-    assert command.main(words) == 0
+    return lambda *more: command.main([*words, *more])
+
+
+def stored_in(folder):
+    [path] = folder.iterdir()
+    return json.loads(path.read_text())["sweeps"]
+
+
+def test_a_sweep_stores_its_times_and_is_shown_again_and_not_repeated(sweep, tmp_path, monkeypatch, capsys):
+    assert sweep() == 0
     out = capsys.readouterr().out
     assert out.count("2 of 2 tiles ran") == 2
-    [path] = tmp_path.iterdir()
-    stored = json.loads(path.read_text())["sweeps"]
+    stored = stored_in(tmp_path)
     assert list(stored) == [f"gated_linear_residual._forward, {type}, sm_80" for type in ("bf16", "tf32")]
     for found in stored.values():
-        assert found["whole"]
         assert all(times["median"] > 0 for times in found["times"].values())
     monkeypatch.setattr(sweeps, "measure_tile", mock.Mock(side_effect=AssertionError))
-    assert command.main(words) == 0
-    assert command.main([*words, "--again"]) == 0
+    assert sweep() == 0
+    assert capsys.readouterr().out == out
+    assert sweep("--again") == 0
     assert "0 of 2 tiles ran; not that of the table: AssertionError" in capsys.readouterr().out
 
 
-def test_a_sweep_without_time_stores_what_it_has(tmp_path, monkeypatch, capsys):
+def test_a_sweep_without_time_goes_on_behind_its_last_tile(sweep, tmp_path, monkeypatch, capsys):
     ticking = iter(range(1000))
     limited = day.Deadline
     monkeypatch.setattr(day, "Deadline", lambda minutes: limited(minutes, clock=lambda: float(next(ticking))))
-    words = ["sweep", "gated_linear_residual", "--device", "cpu", "--quick", "--results", str(tmp_path)]
-    assert command.main([*words, "--minutes", "0.03"]) == 0
+    assert sweep("--minutes", "0.03") == 0
     assert "no time was left for 3: gated_linear_residual._forward, bf16" in capsys.readouterr().out
-    [path] = tmp_path.iterdir()
-    [found] = json.loads(path.read_text())["sweeps"].values()
-    assert (len(found["times"]), found["whole"]) == (1, False)
+    [before] = stored_in(tmp_path).values()
+    assert len(before["times"]) == 1
+    monkeypatch.setattr(day, "Deadline", limited)
+    assert sweep() == 0
+    after = stored_in(tmp_path)["gated_linear_residual._forward, bf16, sm_80"]
+    assert (len(after["times"]), *before["times"].items()) == (2, *list(after["times"].items())[:1])
 
 
 def test_a_tile_with_another_result_is_out(monkeypatch):

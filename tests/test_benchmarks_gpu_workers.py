@@ -2,12 +2,23 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu.workers import Deadline, Failure, outcomes, run_limited
+import pytest
+
+from benchmarks.gpu.workers import Deadline, Failure, attempt, outcomes, run_limited
+
+
+def in_this_process(function, tasks, *, deadline, **_):
+    """`outcomes` for tests that replace what a task does, or have no seconds for a process to start."""
+    for task in tasks:
+        if not deadline.left():
+            return
+        yield task, attempt(function, task)
 
 
 def work(task, folder=None):
@@ -45,14 +56,6 @@ def test_tasks_run_beside_each_other_until_the_deadline(tmp_path):
             deadline.at = deadline.clock() + 0.5
     assert found == {1: 2, 2: 4}
     assert not any(os.path.exists(f"/proc/{path.name}") for path in tmp_path.iterdir())
-
-
-def test_without_workers_tasks_run_here():
-    now = iter([0, 0, 0, 60, 60])
-    deadline = Deadline(minutes=1, clock=lambda: float(next(now)))
-    assert list(outcomes(work, [1, "raises", 3], workers=0, limit=1, deadline=deadline)) == [
-        (1, 2), ("raises", Failure("ValueError: not this one"))
-    ]  # fmt: skip
 
 
 class Lost:
@@ -93,16 +96,50 @@ def test_a_command_past_its_limit_ends_with_its_children():
     assert status is None
     begun, child = output.split()
     assert begun == "begun"
-    for _ in range(200):
-        if not alive(child):
-            break
-        time.sleep(0.05)
-    assert not alive(child)
+    until(lambda: not alive(child))
 
 
 def alive(process: str) -> bool:
     stat = Path(f"/proc/{process}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+HELD = """
+from benchmarks.gpu import workers
+from tests import test_benchmarks_gpu_workers as here
+if __name__ == "__main__":
+    {}
+"""
+HOLDS = {
+    "a task": "list(workers.outcomes(here.wait, [{!r}], workers=1, limit=600, deadline=workers.Deadline()))",
+    "a command": "workers.run_limited(['sh', '-c', 'echo $$ > {}/pid; exec sleep 600'], 600)",
+}
+
+
+def wait(folder):
+    (Path(folder) / "pid").write_text(f"{os.getpid()}\n")
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("kind", HOLDS)
+def test_nothing_outlives_a_run_that_is_killed(kind, tmp_path):
+    script, told = tmp_path / "held.py", tmp_path / "pid"
+    script.write_text(HELD.format(HOLDS[kind].format(str(tmp_path))))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, str(script)], env=environment)
+    until(lambda: told.exists() and told.read_text().endswith("\n"))
+    held = told.read_text().strip()
+    assert alive(held)
+    run.kill()
+    run.wait()
+    until(lambda: not alive(held))
+
+
+def until(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_command_within_its_limit_gives_status_and_output():

@@ -28,4 +28,4 @@ day() {
   *) echo "no part $part: 1, 2, 3 or 4" && status=2 ;;
   esac
   exit "$status"
-} 2>&1 | tee -a "$results/day-$part.log"
+} 2>&1 | tee -a "$results/day-$part.log" 2>/dev/null # of a full disk the run itself tells

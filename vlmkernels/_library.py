@@ -68,12 +68,12 @@ def define(
 ) -> Any:
     """Declare an op and return its default overload.
 
-    `reference` runs on every device that has no kernel of its own, and gives results of the same shapes as
-    the kernels: graphs move between installs. ``backward(ctx, needs, *grads)`` is called when some gradient is
+    `reference` runs on every device that has no kernel of its own. Its results have the shapes of the
+    kernels': graphs move between installs. ``backward(ctx, needs, *grads)`` is called when some gradient is
     needed and some incoming one is there; `needs` says of each argument, by name, whether its gradient is
-    needed, and what it returns has the gradients by name. Without it the op raises when a gradient through it
-    is asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast;
-    float64 never is. `flops`: see `define_part`.
+    needed; what it returns has the gradients by name. Without it the op raises when a gradient through it is
+    asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast; float64
+    never is. `flops`: see `define_part`.
     """
     name = _declare(schema, flops)
     if reference is not None:

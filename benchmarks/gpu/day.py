@@ -25,7 +25,7 @@ from benchmarks.gpu import sweep as sweeps
 from benchmarks.gpu.cards import CARDS, Card, card_of
 from benchmarks.gpu.ceilings import measure_ceilings, shown
 from benchmarks.gpu.predict import FORWARD, TRAINING
-from benchmarks.gpu.results import RED, UNTESTED, Results, fingerprint, row_name
+from benchmarks.gpu.results import RED, UNTESTED, Results, fingerprint, read, row_name
 from benchmarks.gpu.timing import Settings, compare, measure_named
 from benchmarks.gpu.verdicts import WORKERS, by_sanitizer, by_tests, summary
 from benchmarks.gpu.workers import Deadline, Failure, outcomes
@@ -62,7 +62,11 @@ def take(folder: Path, into: Path, say: Say) -> int:
     if not paths:
         say(f"no results in {folder}")
     for path in paths:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            theirs = read(path)
+        except ValueError as error:
+            behind.append(str(error))
+            continue
         mine = Results(into, path.stem)
         mine.add(theirs)
         say(f"{path.stem}: {len(theirs['rows'])} rows, {len(mine.stored['rows'])} with those that were here")
@@ -119,9 +123,8 @@ class Day:
     def each(
         self, function: Callable[[Any], Any], tasks: Mapping[Any, str], *, workers: int, seconds: float
     ) -> Iterator[tuple[Any, Any]]:
-        """Tasks, each with the name that is said, and their results; on a CPU in this process."""
+        """Tasks, each with the name that is said, and their results."""
         left = dict(tasks)
-        workers = 0 if self.device == "cpu" else workers
         for task, result in outcomes(function, tasks, workers=workers, limit=seconds, deadline=self.deadline):
             del left[task]
             if isinstance(result, Failure):
@@ -190,13 +193,17 @@ class Day:
 
     def sanitizer(self) -> None:
         ops = [op for op in self.options.ops if not self._judged(op, "sanitizer")]
-        if not ops or not self.deadline.left():
-            return self._judge(ops, "sanitizer", ())
+        self._judge(ops, "sanitizer", self._watched(ops))
+
+    def _watched(self, ops: Iterable[str]) -> Iterator[dict[str, Any]]:
         seconds = 60 * self.options.sanitizer_minutes
-        reports = sanitizer.run(ops, self.device, self.deadline, seconds=seconds, quick=self.quick)
-        for tool, report in reports.items():
-            self.say(f"compute-sanitizer {tool}: {summary(report)}")
-        self._judge(ops, "sanitizer", by_sanitizer(ops, reports))
+        for op in ops:
+            if not self.deadline.left():
+                return
+            reports = sanitizer.run([op], self.device, self.deadline, seconds=seconds, quick=self.quick)
+            for tool, report in reports.items():
+                self.say(f"{op}, compute-sanitizer {tool}: {summary(report)}")
+            yield from by_sanitizer([op], reports)
 
     def _judged(self, op: str, by: str, slow: bool = False) -> bool:
         found = self.known("verdicts", f"{op} {fingerprint(op)} {by}", op)
@@ -214,29 +221,39 @@ class Day:
     def sweep(self) -> None:
         target = None if self.device == "cpu" else triton.runtime.driver.active.get_current_target()
         card = f"sm_{target.arch}" if target else "sm_80"
+        for op in self.options.ops:
+            self._sweep(op, card, target)
+
+    def _sweep(self, op: str, card: str, target: Any) -> None:
+        """Times the tiles of an op, of which those that the results hold are not timed again."""
         tasks: dict[sweeps.Task, str] = {}
-        found: dict[int, dict[str, Any]] = {}
+        times: dict[int, dict[str, Any]] = {}
+        waiting: Counter[int] = Counter()
         for place, sweep in enumerate(sweeps.SWEEPS):
-            op, name = sweeps.op_of(sweep), sweeps.name_of(sweep, card)
-            if op in self.options.ops and not self.known("sweeps", name, op).get("whole"):
-                for tile in sweeps.candidates(sweep, card, quick=self.quick):
+            if sweeps.op_of(sweep) != op:
+                continue
+            name = sweeps.name_of(sweep, card)
+            times[place] = dict(self.known("sweeps", name, op).get("times", {}))
+            for tile in sweeps.candidates(sweep, card, quick=self.quick):
+                if sweeps.shown(tile) not in times[place]:
                     tasks[place, tile] = f"{name}, {sweeps.shown(tile)}"
-                found[place] = {"sources": fingerprint(op), "times": {}}
-        if target is not None:
-            self.say(f"{len(tasks)} tiles are compiled")
+                    waiting[place] += 1
+        if target is not None and tasks:
+            self.say(f"{op}: {len(tasks)} tiles are compiled")
             compile = partial(sweeps.compile_tile, target=target)
             for _ in self.each(compile, tasks, workers=WORKERS, seconds=TILE_SECONDS):
                 pass  # a tile that does not compile says so again when it is timed
         measure = partial(sweeps.measure_tile, device=self.device, quick=self.quick, target=card)
-        waiting = Counter(place for place, _ in tasks)
         for (place, tile), result in self.each(measure, tasks, workers=1, seconds=TILE_SECONDS):
-            times = found[place]["times"]
-            times[sweeps.shown(tile)] = {"why_not": result.why} if isinstance(result, Failure) else result
+            name = sweeps.name_of(sweeps.SWEEPS[place], card)
+            times[place][sweeps.shown(tile)] = (
+                {"why_not": result.why} if isinstance(result, Failure) else result
+            )
             waiting[place] -= 1
-            sweep = sweeps.SWEEPS[place]
-            self.add("sweeps", sweeps.name_of(sweep, card), found[place] | {"whole": not waiting[place]})
+            self.add("sweeps", name, {"sources": fingerprint(op), "times": times[place]})
+        for place, of_tiles in times.items():
             if not waiting[place]:
-                self.say(sweeps.difference(sweep, card, times))
+                self.say(sweeps.difference(sweeps.SWEEPS[place], card, of_tiles))
 
     def end(self) -> int:
         """Shows what this run found; 1 if an op is red or the results are not in their file."""
@@ -254,7 +271,7 @@ class Day:
             names = "; ".join(left[:20]) + "; and others" * (len(left) > 20)
             self.say(f"no time was left for {len(left)}: {names}")
         if self.results.why_behind:
-            self.say(f"{self.results.why_behind}; it lacks\n{json.dumps(self.results.lacking)}")
+            self.say(f"{self.results.why_behind}; it lacks\n{json.dumps(self.results.lacking())}")
         return int(bool(red or self.results.why_behind))
 
 

@@ -67,16 +67,23 @@ def state(row: dict[str, Any], verdicts: Iterable[dict[str, Any]]) -> str:
     return GREEN if GREEN in said else UNTESTED
 
 
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results: {error}") from error
+
+
 class Results:
     """Without a folder they are kept in memory alone."""
 
     def __init__(self, folder: Path | None, machine: str):
         self.path = folder / f"{machine}.json" if folder is not None else None
         self.why_behind = ""  # the error of the last write
-        self.lacking: dict[str, dict[str, Any]] = {table: {} for table in TABLES}  # not in the file
+        self._lacking: dict[str, dict[str, Any]] = {table: {} for table in TABLES}  # not in the file
         self.stored: dict[str, Any] = {"machine": machine, "runs": {}, **{table: {} for table in TABLES}}
         if self.path is not None and self.path.exists():
-            self.stored |= json.loads(self.path.read_text(encoding="utf-8"))
+            self.stored |= read(self.path)
 
     def add(self, new: dict[str, Any]) -> None:
         """Entries and their runs, in the form of the file; of two that have one name the later stays."""
@@ -85,12 +92,18 @@ class Results:
             mine = self.stored[table]
             for name, entry in new.get(table, {}).items():
                 if name not in mine or mine[name]["run"] <= entry["run"]:
-                    mine[name] = self.lacking[table][name] = entry
+                    mine[name] = self._lacking[table][name] = entry
         for row in self.stored["rows"].values():
             row["state"] = state(row, self.stored["verdicts"].values())
         used = {entry["run"] for table in TABLES for entry in self.stored[table].values()}
         self.stored["runs"] = {run: header for run, header in sorted(runs.items()) if run in used}
         self.write()
+
+    def lacking(self) -> dict[str, Any]:
+        """What the file lacks, in its form."""
+        runs = {entry["run"] for entries in self._lacking.values() for entry in entries.values()}
+        headers = {run: header for run, header in self.stored["runs"].items() if run in runs}
+        return {"machine": self.stored["machine"], "runs": headers, **self._lacking}
 
     def write(self) -> None:
         """On a full disk the older file stays, and the next write has everything."""
@@ -98,6 +111,6 @@ class Results:
             return
         try:
             write_atomically(self.path, json.dumps(self.stored, indent=1, ensure_ascii=False) + "\n")
-            self.why_behind, self.lacking = "", {table: {} for table in TABLES}
+            self.why_behind, self._lacking = "", {table: {} for table in TABLES}
         except OSError as error:
             self.why_behind = f"{self.path} is not written: {error.strerror or error}"

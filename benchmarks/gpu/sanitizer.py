@@ -69,8 +69,10 @@ def _run(
     status, output = run_limited(command, seconds, env)
     errors, found = read(output)
     report = {"cases": output.count("\ncase: ") + output.startswith("case: "), "found": found}
-    if errors is not None:
+    of_tool = found.pop("", [])  # before the first case
+    if (errors and (found or not of_tool)) or (errors == 0 and not status):
         return report | {"errors": errors}
-    found.pop("", None)  # why it came to no end
-    last = (output.strip() or "no output").splitlines()[-1][:200]
-    return report | {"unfinished": f"no end within {seconds:.0f} s" if status is None else last}
+    lines = output.strip().splitlines()
+    failed = [line for line in lines if line.startswith("failed: ")]
+    why = [*of_tool, *failed, *lines[-1:], "no output"][0][:200]
+    return report | {"unfinished": f"no end within {seconds:.0f} s" if status is None else why}

@@ -19,11 +19,14 @@ from benchmarks.measure import ROOT
 CASE_SECONDS = 120.0  # for one case, with what it compiles
 WORKERS = min(os.cpu_count() or 1, 12)
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.MULTILINE)
+NOT_RUN: dict[str, Any] = {"said": "op tests not run", "failed": {}}
 Say = Callable[[str], None]
 
 
 def op_tests(op: str, deadline: Deadline, folder: Path = ROOT / "tests") -> dict[str, Any] | None:
     """What the tests of an op say that run it on CUDA tensors; None if they came to no end."""
+    if importlib.util.find_spec("pytest") is None:
+        return NOT_RUN | {"said": "op tests not run, pytest is not installed"}
     command = [sys.executable, "-m", "pytest", str(folder / f"test_{op}.py"), "-q", "-k", "cuda"]
     command += ["-m", "not slow", "--tb=line", "-p", "no:cacheprovider"]
     if WORKERS > 1 and importlib.util.find_spec("xdist"):
@@ -46,32 +49,39 @@ def by_tests(
     say: Say,
     tests: Callable[[str, Deadline], dict[str, Any] | None] = op_tests,
 ) -> Iterator[dict[str, Any]]:
-    """A verdict on each op whose cases and tests came to their end, or of which one failed before."""
+    """A verdict on each op as soon as its cases and tests came to their end, or if one failed before."""
     chosen = trials.cases_for(ops, slow=slow, one_each=quick)
+    own = {op: [case.name for case in chosen if op in trials.ops_of(case.name)] for op in ops}
     said: dict[str, Any] = {}
-    workers = 0 if device == "cpu" else WORKERS
-    say(f"{len(chosen)} cases in {max(workers, 1)} processes")
-    for far in (False, True):  # those alone, for their memory
-        names = [case.name for case in chosen if case.far == far]
-        run = partial(trials.run_named, device=device)
-        beside = 1 if far and workers else workers
-        for name, result in outcomes(run, names, workers=beside, limit=CASE_SECONDS, deadline=deadline):
+    waiting = list(ops)
+    say(f"{len(chosen)} cases in {WORKERS} processes")
+
+    def verdict(op: str, found: dict[str, Any]) -> dict[str, Any]:
+        failed = {name: said[name].why for name in own[op] if isinstance(said.get(name), Failure)}
+        failed |= found["failed"]
+        state = RED if failed else GREEN
+        return {"op": op, "slow": slow, "state": state, "said": found["said"], "failed": failed}
+
+    run = partial(trials.run_named, device=device)
+    every = dict.fromkeys(name for of_op in own.values() for name in of_op)
+    far = {case.name for case in chosen if case.far}  # alone, for their memory
+    for names, workers in (
+        ([x for x in every if x in far], 1),
+        ([x for x in every if x not in far], WORKERS),
+    ):
+        for name, result in outcomes(run, names, workers=workers, limit=CASE_SECONDS, deadline=deadline):
             said[name] = result
             if isinstance(result, Failure):
                 say(f"failed: {name}: {result.why}")
-    for op in ops:
-        own = [case.name for case in chosen if op in trials.ops_of(case.name)]
-        failed = {name: said[name].why for name in own if isinstance(said.get(name), Failure)}
-        facts = {"op": op, "slow": slow}
-        found: dict[str, Any] | None = {"said": "op tests not run", "failed": {}}
-        if device != "cpu":
-            found = tests(op, deadline) if deadline.left() else None
-        if found is not None and all(name in said for name in own):
-            failed |= found["failed"]
-            say(f"{op}: {len(own)} cases, {found['said']}")
-            yield facts | {"state": RED if failed else GREEN, "said": found["said"], "failed": failed}
-        elif failed:
-            yield facts | {"state": RED, "said": "no end", "failed": failed}
+            for op in [op for op in waiting if all(name in said for name in own[op])]:
+                found = NOT_RUN if device == "cpu" else tests(op, deadline)
+                if found is not None:
+                    waiting.remove(op)
+                    say(f"{op}: {len(own[op])} cases, {found['said']}")
+                    yield verdict(op, found)
+    for op in waiting:
+        if (found := verdict(op, {"said": "no end", "failed": {}}))["state"] == RED:
+            yield found
 
 
 def by_sanitizer(ops: Sequence[str], reports: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

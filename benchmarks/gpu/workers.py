@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing import connection
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +21,7 @@ from benchmarks.measure import ROOT, reason
 
 T = TypeVar("T")
 START = 60.0  # seconds that a process may take to begin its first task
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Failure(NamedTuple):
@@ -54,7 +57,16 @@ def _usable() -> bool:
     return not isinstance(attempt(torch.cuda.synchronize, None), Failure)
 
 
+def _end_with_parent() -> None:
+    """Not even a killed run leaves a task on the device, where it would slow the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(pipe: connection.Connection, function: Callable[[T], Any]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     usable = True
     while usable:
         try:
@@ -102,15 +114,9 @@ def outcomes(
 ) -> Iterator[tuple[T, Any]]:
     """Each task with its result or its `Failure`, as they end, until the deadline.
 
-    A task that takes longer than `limit` seconds fails, and its process is ended. Without workers the tasks
-    run in this process, where nothing ends one that is under way.
+    A task that takes longer than `limit` seconds fails, and its process is ended.
     """
     waiting = list(tasks)[::-1]
-    if not workers:
-        while waiting and deadline.left():
-            task = waiting.pop()
-            yield task, attempt(function, task)
-        return
     idle: list[_Worker] = []
     busy: dict[connection.Connection, tuple[_Worker, T, float]] = {}
     try:
@@ -139,11 +145,16 @@ def outcomes(
 def run_limited(
     command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
 ) -> tuple[int | None, str]:
-    """Exit status, None past the limit, and the output of a command that ends with all its children."""
+    """Exit status, None past the limit, and the output of a command that ends with all its children.
+
+    It ends with this process too.
+    """
+    die = partial(ctypes.CDLL(None).prctl, PARENT_DEATH, int(signal.SIGKILL))
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=die,
+        )  # fmt: skip
         try:
             status: int | None = process.wait(min(seconds, threading.TIMEOUT_MAX))
         except subprocess.TimeoutExpired:
