@@ -72,8 +72,8 @@ def define(
     kernels': graphs move between installs. ``backward(ctx, needs, *grads)`` is called when some gradient is
     needed and some incoming one is there; `needs` says of each argument, by name, whether its gradient is
     needed; what it returns has the gradients by name. Without it the op raises when a gradient through it is
-    asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast; float64
-    never is. `flops`: see `define_part`.
+    asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast, but no
+    float64. `flops`: see `define_part`.
     """
     name = _declare(schema, flops)
     if reference is not None:
