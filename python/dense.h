@@ -393,9 +393,9 @@ Tensor buffer(int64_t rows, int64_t cols, const Tensor& like) {
   return on_huge_pages(at::empty({rows, cols}, like.options().dtype(scalar_type<P>())));
 }
 
-// Rows [begin, begin + count) of x [rows, cols]; undefined or empty as x is.
+// Rows [begin, begin + count) of x [rows, cols], which may have no columns. What nobody needs, undefined or [0], stays so.
 inline Tensor part(const Tensor& x, int64_t begin, int64_t count) {
-  return x.defined() && x.numel() ? x.narrow(0, begin, count) : x;
+  return x.defined() && x.dim() == 2 ? x.narrow(0, begin, count) : x;
 }
 
 // g = dout * act'(y) where `g` is defined, and dbias where it is not empty: the sums of its columns.

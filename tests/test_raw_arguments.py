@@ -208,3 +208,14 @@ def test_a_tensor_without_memory_among_others(op):
         if isinstance(value, torch.Tensor):
             with pytest.raises((ValueError, NotImplementedError), match=f"{op}: (all tensors|attempted)"):
                 getattr(ops, op)(*values[:i], value.to("meta"), *values[i + 1 :])
+
+
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_loss"])
+def test_features_of_widths_that_differ_are_refused_before_they_are_read(op):
+    """The norms of a row of 2**40 numbers, one number in memory, would take a day."""
+    query, key = ones(5, 17), ones(()).expand(5, 2**40)
+    for tensors in ((query, key), (key, query)):
+        values = [*tensors, ones(()), *[ones(())] * (op == "sigmoid_loss"), None, None]
+        options = [None, False, 0.0, True, "none", 0] if op == "info_nce" else [True, "none", *ALL[:3]]
+        with pytest.raises(ValueError, match=rf"{op}: query must be \[N, D\] and key \[M, D\]"):
+            getattr(torch.ops.vlmkernels, op)(*values, *options)

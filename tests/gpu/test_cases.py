@@ -136,7 +136,7 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
     for name in ("interval_attention._bias_grads",):
         assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
-    for name in ("pairwise.feature_grads", "gated_linear_residual._scale_rows"):
+    for name in ("_pairwise.feature_grads", "gated_linear_residual._scale_rows"):
         looped = [
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]

@@ -10,7 +10,7 @@ from vlmkernels import reference
 from vlmkernels.ops import _info_nce_sweeps as sweeps
 from vlmkernels.ops import _sigmoid_loss_sweep as sigmoid
 from vlmkernels.testing import assert_as_good, unit_features
-from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce, sigmoid_loss
 
@@ -34,7 +34,7 @@ def test_info_nce_blocks(size, dtype, normalize):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_chunks_of_rows_and_splits_of_columns(dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "CHUNK_ROWS", 70)
+    monkeypatch.setattr(pairwise, "CHUNK_ROWS", 70)
     monkeypatch.setattr(info_nce, "PARTIAL_TILES", 1)
     monkeypatch.setattr(info_nce, "PROGRAMS", 6)
     p = Problem(200, 170, 40, dtype)
@@ -141,7 +141,7 @@ def test_sigmoid_block(size, dtype, normalize):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sigmoid_block_does_what_is_needed(dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "CHUNK_ROWS", 40)
+    monkeypatch.setattr(pairwise, "CHUNK_ROWS", 40)
     monkeypatch.setattr(sigmoid_loss, "CHUNK_BYTES", 0)
     for needed in ((0,), (1,), (2,), (3,), (0, 1, 3), ()):
         p = Problem(70, 45, 20, dtype, normalize=True)

@@ -49,6 +49,7 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
 def _sweep(
     query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
 ) -> list[Tensor]:
+    pairwise.check_features("sigmoid_loss", query, key)
     check_pair("sigmoid_loss", positives, key_ids)
     index = query_ids = None
     if key_ids is not None:
