@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "pairs.h"
+#include "bridge.h"
 #include "vlmkernels/attention.h"
 
 namespace vlmk {
@@ -130,8 +130,8 @@ struct AttentionInputs {
     Attention<P>& g = attention;
     g.batch = q.size(0), g.heads = q.size(1), g.tq = q.size(2), g.dh = q.size(3);
     g.kv_heads = sources[0].key.size(1), g.dv = sources[0].value.size(3);
-    g.depth = sizeof(P) == 2 ? ceil_div(g.dh, 32) * 32 : g.dh;
-    g.width = sizeof(P) == 2 ? ceil_div(g.dv, 32) * 32 : g.dv;
+    g.depth = depth_of<P>(g.dh);
+    g.width = depth_of<P>(g.dv);
     g.q = tokens<const P>(query);
     g.sources = static_cast<int64_t>(sources.size());
     for (int64_t n = 0; n < g.sources; ++n) {

@@ -13,7 +13,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "block_product.h"
+#include "dense.h"
 
 namespace vlmk {
 namespace {
@@ -233,8 +233,9 @@ void weight_gradient(const Tensor& dout_, const Tensor& h_, const Tensor& weight
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear_residual_bwd(const Tensor& dout, const Tensor& h_, const Tensor& weight_,
-                                                             const Tensor& gate, const optional<Tensor>& row_mask, bool need_h,
-                                                             bool need_weight, bool need_gate) {
+                                                             const Tensor& gate, const optional<Tensor>& row_mask,
+                                                             std::array<bool, 3> needs) {
+  const auto [need_h, need_weight, need_gate] = needs;
   need_operands(Need("gated_linear_residual_bwd"), "dout", dout, h_, weight_, gate, row_mask);
   const auto dtype = c10::promoteTypes(dout.scalar_type(), h_.scalar_type()), in = h_.scalar_type();
   const auto storage = dtype == at::kDouble ? at::kDouble : in;  // of h, weight and their gradients

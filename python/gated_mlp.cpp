@@ -3,7 +3,7 @@
 
 #include <array>
 
-#include "linear.h"
+#include "dense.h"
 
 namespace vlmk {
 namespace {

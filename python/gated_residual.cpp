@@ -62,7 +62,8 @@ Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, co
 }
 
 std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor& y_, const Tensor& gate,
-                                              const optional<Tensor>& row_mask, bool need_y, bool need_gate) {
+                                              const optional<Tensor>& row_mask, std::array<bool, 2> needs) {
+  const auto [need_y, need_gate] = needs;
   need_gated_residual(Need("gated_residual_bwd"), "dout", dout_, y_, gate, row_mask);
   const auto dtype = c10::promoteTypes(dout_.scalar_type(), y_.scalar_type());
   const auto sums = sum_type(dtype);

@@ -6,7 +6,7 @@
 #include <ATen/ops/unbind.h>
 #include <torch/library.h>
 
-#include "pairs.h"
+#include "pairwise.h"
 
 namespace vlmk {
 namespace {

@@ -7,7 +7,7 @@
 #include <map>
 #include <vector>
 
-#include "linear.h"
+#include "dense.h"
 #include "vlmkernels/isa.h"
 
 namespace py = pybind11;

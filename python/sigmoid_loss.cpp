@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "pairs.h"
+#include "pairwise.h"
 
 namespace vlmk {
 namespace {

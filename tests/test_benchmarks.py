@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import cases as registry
 from benchmarks import measure, peers, report, run
-from benchmarks.cases import Baseline, Case, attention, case, contrastive, residual
+from benchmarks.cases import Baseline, Case, attention, case, pairwise, residual
 
 MODULES = ("cross_attention", "media_cache", "perceiver")
 
@@ -345,7 +345,7 @@ def test_headline_names_the_eager_peer_and_the_best_compiled_one(tmp_path, heade
 def test_contrastive_flops():
     n, m, d = 6, 10, 4
     product = 2 * n * m * d
-    count = contrastive.contrastive_flops
+    count = pairwise.pairwise_flops
     assert count(n, m, d, backward=True, towers=2, recomputed=1.0) == (4 * product, 3 * product)
     assert count(n, m, d, backward=True, towers=2, recomputed=0.25) == (3.25 * product, 3 * product)
     assert count(n, m, d, backward=True, towers=1, recomputed=0.0) == (2 * product, 2 * product)
@@ -361,7 +361,7 @@ def test_residual_bytes():
 
 
 def test_bytes_of_a_contrastive_case_count_trained_towers():
-    found = {c.name: c for c in contrastive.sigmoid_loss()}
+    found = {c.name: c for c in pairwise.sigmoid_loss(False, "cpu")}
     n, d = 2048, 512
     assert found["N=2048 D=512 frozen key fp32"].bytes == (2 * n + n) * d * 4
     assert found["N=4096 D=512 bf16"].bytes == 4 * 4096 * d * 2

@@ -28,7 +28,7 @@ from tests.gpu.trials import strided
 from vlmkernels import reference
 from vlmkernels._library import KERNELS
 from vlmkernels.triton import gated_residual as residual_launchers
-from vlmkernels.triton._contrastive import tf32_allowed
+from vlmkernels.triton._tiles import tf32_allowed
 
 SETTINGS = timing.Settings("cpu", quick=True, compiled=False, seconds=1)
 

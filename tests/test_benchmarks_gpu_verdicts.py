@@ -113,7 +113,9 @@ def test_every_op_has_tests_on_cuda_tensors():
 
 def test_the_sources_of_an_op_are_what_it_imports():
     found = {path.relative_to(ROOT).as_posix() for path in results.sources("info_nce")}
-    kernels = {f"vlmkernels/triton/{name}.py" for name in ("info_nce", "_contrastive", "_chunked")}
+    kernels = {
+        f"vlmkernels/triton/{name}.py" for name in ("info_nce", "_pairwise", "_pairwise_chunked", "_tiles")
+    }
     assert kernels | {"vlmkernels/reference/info_nce.py", "vlmkernels/_library.py"} < found
     assert not any("attention" in path or "sigmoid" in path for path in found)
     assert "csrc/cuda/gated_residual.cuh" in {x.relative_to(ROOT).as_posix() for x in results.sources(OP)}

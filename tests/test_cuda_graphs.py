@@ -16,7 +16,7 @@ from benchmarks.gpu import timing, trace
 from tests.gpu.launches import intercepting
 from tests.gpu.matrix import on
 from vlmkernels import intervals
-from vlmkernels.triton import _contrastive
+from vlmkernels.triton import _tiles
 
 
 class OnCard(TorchDispatchMode):
@@ -58,7 +58,7 @@ def on_a_card():
     with (
         mock.patch.object(torch.Tensor, "is_cuda", here),
         mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
-        mock.patch.object(_contrastive, "product", return_value=None),
+        mock.patch.object(_tiles, "product", return_value=None),
         on("sm_90"),
         intercepting(lambda launch: None),
         NoNumbers(),

@@ -46,7 +46,7 @@ def plain(tensors, row_mask, orders=1):
         results = result_and_gradients(reference.gated_linear_residual, shuffled, row_mask=row_mask)
         incoming = results[1]
         formulas = gated_linear_residual_bwd(
-            incoming, *(t.detach() for t in shuffled[1:]), row_mask, True, True, True
+            incoming, *(t.detach() for t in shuffled[1:]), row_mask, (True, True, True)
         )
         back = torch.argsort(order)
         for dh, dweight, dgate in (results[2:], formulas):
@@ -222,7 +222,7 @@ def test_frozen_inputs(trained, vector):
 def test_unneeded_gradients_have_size_0():
     x, h, weight, gate = (t.detach() for t in inputs((5,), 6, 7))
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-        sizes = [g.numel() for g in raw_bwd(x, h, weight, gate, None, *needs)]
+        sizes = [g.numel() for g in raw_bwd(x, h, weight, gate, None, needs)]
         assert sizes == [
             size if need else 0 for size, need in zip((h.numel(), weight.numel(), 1), needs, strict=True)
         ]
@@ -248,8 +248,8 @@ def test_registration(permuted, vector):
     torch.library.opcheck(raw, (*trained, mask))
     torch.library.opcheck(raw, (*trained, None))
     for needs in ((True, True, True), (False, True, True), (True, False, True), (False, False, True)):
-        torch.library.opcheck(raw_bwd, (dout, h, weight, gate, mask, *needs))
-    torch.library.opcheck(raw_bwd, (dout, h, weight, gate, None, True, True, False))
+        torch.library.opcheck(raw_bwd, (dout, h, weight, gate, mask, needs))
+    torch.library.opcheck(raw_bwd, (dout, h, weight, gate, None, [True, True, False]))
 
 
 def test_compile_fullgraph_dynamic():

@@ -112,8 +112,8 @@ def test_registration(permuted, vector):
     torch.library.opcheck(torch.ops.vlmkernels.gated_residual.default, (x, y, gate, None))
     dout = torch.randn(5, 4, 6).permute(1, 0, 2) if permuted else torch.randn(5, 4, 6)
     bwd = torch.ops.vlmkernels.gated_residual_bwd.default
-    torch.library.opcheck(bwd, (dout, y.detach(), gate.detach(), mask, True, True))
-    torch.library.opcheck(bwd, (dout, y.detach(), gate.detach(), None, False, True))
+    torch.library.opcheck(bwd, (dout, y.detach(), gate.detach(), mask, [True, True]))
+    torch.library.opcheck(bwd, (dout, y.detach(), gate.detach(), None, [False, True]))
 
 
 def test_compile_fullgraph_dynamic():

@@ -1,6 +1,8 @@
 """The walls of the house: what may include what, and that every op has all its parts."""
 
 import ast
+import importlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -8,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cases import all_cases
+from vlmkernels.ops import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(
     path.stem for path in (ROOT / "vlmkernels" / "ops").glob("*.py") if not path.stem.startswith("_")
 )
 
-# Ops whose kernels are not in a file of their name: one streaming softmax serves two of them, products of
-# dense layers two more.
+FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
+# Ops whose kernels are those of their family: one streaming softmax, products of dense layers.
 ATTENTION = ["csrc/cpu/attention_forward.cpp", "csrc/cpu/attention_backward.cpp"]
-DENSE = ["csrc/cpu/linear.cpp"]
+DENSE = ["csrc/cpu/dense.cpp"]
 KERNELS = {
     "interval_attention": ATTENTION,
     "perceiver_attention": ATTENTION,
+    "linear": DENSE,
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
@@ -41,6 +45,74 @@ def test_every_op_has_all_its_parts(op):
     parts += [] if op in CUBLAS else [f"vlmkernels/triton/{op}.py"]
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
+
+
+# Files of kernels, ops and bridges that ops of all families may share.
+ROOMS = ("vlmkernels/ops/", "vlmkernels/reference/", "vlmkernels/triton/", "csrc/", "python/")
+GENERIC = {
+    *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
+    *("vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
+    *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "tile_gemm", "types")),
+    *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
+    *("csrc/cuda/device.cuh", "python/cuda/stream.h"),
+}
+
+
+def read_by(path: str) -> set[str]:
+    """The files of the rooms that a file imports or includes."""
+    text = (ROOT / path).read_text()
+    if path.endswith(".py"):
+        names = imports(ROOT / path)
+        names |= {name.rpartition(".")[0] for name in names}
+        found = {name.replace(".", "/") + ".py" for name in names}
+    else:
+        folders = (Path(path).parent.as_posix(), "csrc/include", "csrc/cpu", "csrc/cuda", "python")
+        includes = re.findall(r'#include "([^"]+)"', text)
+        found = {f"{folder}/{name}" for name in includes for folder in folders}
+    found = {os.path.normpath(name) for name in found}
+    return {name for name in found if name.startswith(ROOMS) and (ROOT / name).is_file()}
+
+
+def files_of(op: str) -> set[str]:
+    """What an op is made of: the files that carry its name or its family's, and all that these read."""
+    named = {
+        path.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.*")
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and is_named_after(path.stem, op)
+    }
+    found: set[str] = set()
+    while named:
+        path = named.pop()
+        found.add(path)
+        named |= read_by(path) - found
+    return found
+
+
+def is_named_after(stem: str, op: str) -> bool:
+    """Whether a file is the op's own, of one of its parts, or of its family."""
+    return re.match(rf"_?({op}|{FAMILY[op]})(_|$)", stem) is not None
+
+
+def test_every_op_has_a_family():
+    assert sorted(FAMILY) == OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_files_of_an_op_carry_its_name_or_its_familys(op):
+    """`git ls-files '*<op>*' '*<family>*'` shows them, but for what all share and ops that it is made of."""
+    strange = {path for path in files_of(op) if not is_named_after(Path(path).stem, op)} - GENERIC
+    assert {path for path in strange if Path(path).stem not in OPS} == set()
+    measured = importlib.import_module(f"benchmarks.cases.{FAMILY[op]}").CASES
+    assert op in {case.op for cases_of in measured for case in cases_of(True, "cpu")}
+
+
+def test_generic_files_read_nothing_of_a_family():
+    assert {path for path in GENERIC if not (ROOT / path).is_file()} == set()
+    names = [*FAMILY, *FAMILIES]
+    for path in GENERIC - {"vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py"}:
+        assert not any(name in Path(read).stem for read in read_by(path) for name in names), path
 
 
 def test_kernels_know_no_framework():

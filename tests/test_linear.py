@@ -195,7 +195,7 @@ def test_unneeded_outputs_have_size_0():
     out, y = raw(x, weight, bias, None, "gelu", False)
     assert (out.shape, y.numel()) == ((5, 6), 0)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-        sizes = [g.numel() for g in raw_bwd(out, x, weight, bias, None, "gelu", *needs)]
+        sizes = [g.numel() for g in raw_bwd(out, x, weight, bias, None, "gelu", needs)]
         assert sizes == [size if need else 0 for size, need in zip((35, 42, 6), needs, strict=True)]
 
 
@@ -217,8 +217,8 @@ def test_registration(permuted, activation):
     torch.library.opcheck(raw, (*trained, activation, True))
     torch.library.opcheck(raw, (*trained[:2], None, None, activation, False))
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
-        torch.library.opcheck(raw_bwd, (dout, x, weight, bias, y, activation, *needs))
-    torch.library.opcheck(raw_bwd, (dout, x, weight, None, None, activation, True, True, False))
+        torch.library.opcheck(raw_bwd, (dout, x, weight, bias, y, activation, needs))
+    torch.library.opcheck(raw_bwd, (dout, x, weight, None, None, activation, [True, True, False]))
 
 
 def test_compile_fullgraph_dynamic():

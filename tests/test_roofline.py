@@ -24,7 +24,7 @@ from tests.gpu.launches import Launch
 from tests.gpu.ptx import counted
 from tests.gpu.ptx.counters import SECTOR, Counters
 from vlmkernels._library import KERNELS
-from vlmkernels.ops import _dense
+from vlmkernels.ops import _pairwise_small
 
 TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
@@ -38,7 +38,7 @@ def workload(op: str, form: str = "", type: str = "bf16", **sizes):
 @pytest.fixture(autouse=True)
 def no_path_for_small_losses(monkeypatch):
     """With its extension the library has one on CPUs; on a GPU there is none."""
-    monkeypatch.setattr(_dense, "LIMIT", 0)
+    monkeypatch.setattr(_pairwise_small, "LIMIT", 0)
 
 
 # The model

@@ -4,13 +4,13 @@ import torch.nn.functional as F
 
 import vlmkernels
 from vlmkernels import reference
-from vlmkernels.ops import _dense
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
 
 
 @pytest.fixture(autouse=True)
 def _kernels_at_every_size(monkeypatch):
-    monkeypatch.setattr(_dense, "LIMIT", 0)
+    monkeypatch.setattr(_pairwise_small, "LIMIT", 0)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -338,7 +338,7 @@ def test_positive_out_of_range_is_an_index_error():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_problems(monkeypatch, dtype):
-    """As users meet them; tests/test_dense.py has the rest."""
+    """As users meet them; tests/test_pairwise_small.py has the rest."""
     monkeypatch.undo()
     query, key = unit_features(37, 50, 33, dtype=dtype)
     judge(3 * query, key)

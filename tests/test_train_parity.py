@@ -5,7 +5,7 @@ import torch
 
 import vlmkernels.reference
 from tests.train_tiny import TINY_CLIP
-from vlmkernels.ops import _dense
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.train import TrainConfig, loop, objective, train
 from vlmkernels.train.config import read_config
 
@@ -24,7 +24,7 @@ def losses(monkeypatch, out, values, *, reference=False, towers=None):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "one_step", one_step)
-        patch.setattr(_dense, "LIMIT", 0)  # the kernels, however small the batch
+        patch.setattr(_pairwise_small, "LIMIT", 0)  # the kernels, however small the batch
         if reference:
             patch.setattr(objective, "info_nce", vlmkernels.reference.info_nce)
         if towers is not None:

@@ -166,12 +166,12 @@ def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[
     def few() -> None:
         for n in (1, FEW):
             ops.linear(x[:n], weight, None, None, "none", False)
-            ops.linear_bwd(dout[:n], x[:n], weight, None, None, "none", True, True, False)
+            ops.linear_bwd(dout[:n], x[:n], weight, None, None, "none", [True, True, False])
 
     calls = {
         "forward": lambda: ops.linear(x, weight, None, None, "none", False),
-        "input": lambda: ops.linear_bwd(dout, None, weight, None, None, "none", True, False, False),
-        "weight": lambda: ops.linear_bwd(dout, x, weight, None, None, "none", False, True, False),
+        "input": lambda: ops.linear_bwd(dout, None, weight, None, None, "none", [True, False, False]),
+        "weight": lambda: ops.linear_bwd(dout, x, weight, None, None, "none", [False, True, False]),
         "few": few,
     }
     best = {p: {"own": float("inf"), "torch": float("inf")} for p in PRODUCTS}

@@ -1,7 +1,7 @@
 """The `vlmkernels` namespace of torch.library: what an op is, and which kernel runs it on which device."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def _refuse_transforms(name: str, args: tuple) -> None:
 
 LIB = _Library("vlmkernels", "DEF")
 try:
-    importlib.import_module("vlmkernels.triton._contrastive")  # the kernels that others are made of
+    importlib.import_module("vlmkernels.triton._tiles")  # the kernels that others are made of
     TRITON, WHY_NO_TRITON = True, ""
 except Exception as error:  # an installed Triton that does not work must not stop `import vlmkernels`
     TRITON, WHY_NO_TRITON = False, f"{error}: CUDA tensors run the reference"
@@ -64,35 +64,62 @@ def define(
     reference: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    autocast: int = 0,
+    autocast: Sequence[str] = (),
 ) -> Any:
     """Declare an op and return its default overload.
 
-    `reference` runs on every device that has no kernel of its own. Without `backward` the op raises when a
-    gradient through it is asked for. Under autocast the first `autocast` arguments, operands of matrix
-    products, are cast; float64 never is. `flops`: see `declare`.
+    `reference` runs on every device that has no kernel of its own. Its results have the shapes of the
+    kernels': graphs move between installs. ``backward(ctx, needs, *grads)`` is called when some gradient is
+    needed and some incoming one is there; `needs` says of each argument, by name, whether its gradient is
+    needed; what it returns has the gradients by name. Without it the op raises when a gradient through it is
+    asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast, but no
+    float64. `flops`: see `define_part`.
     """
-    name = declare(schema, flops)
+    name = _declare(schema, flops)
     if reference is not None:
         LIB.impl(name, torch.no_grad()(_checked(name, reference)), "CompositeExplicitAutograd")
         OPS.append(name)
     torch.library.register_fake(f"vlmkernels::{name}", _on_one_device(name, fake), lib=LIB)
 
+    op = getattr(torch.ops.vlmkernels, name).default
+    names = [argument.name for argument in op._schema.arguments]
+
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"vlmkernels.{name.removesuffix('_bwd')} has no second derivative")
 
     torch.library.register_autograd(
-        f"vlmkernels::{name}", backward or refuse, setup_context=setup_context, lib=LIB
+        f"vlmkernels::{name}",
+        refuse if backward is None else _by_name(names, backward),
+        setup_context=setup_context,
+        lib=LIB,
     )
     if _native.extension is not None:
         build = _native.extension.build()
         for device, language, what in (("CPU", "C++", "isa"), ("CUDA", "CUDA C++", "cuda")):
             if has_kernel(name, device):
                 KERNELS[name, device] = f"{language} ({build[what]})"
-    op = getattr(torch.ops.vlmkernels, name).default
     for device in ("CPU", "CUDA") if autocast else ():
-        LIB.impl(name, _under_autocast(op, device, autocast), f"Autocast{device}")
+        operands = [names.index(operand) for operand in autocast]
+        LIB.impl(name, _under_autocast(op, device, operands), f"Autocast{device}")
     return op
+
+
+def _by_name(names: Sequence[str], backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
+    """What torch wants of a backward: a gradient or None for every argument, in their order."""
+
+    def in_order(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if not any(needed) or all(grad is None for grad in grads):
+            return (None,) * len(names)
+        given = backward(ctx, dict(zip(names, needed, strict=True)), *grads)
+        return tuple(given.get(name) if need else None for name, need in zip(names, needed, strict=True))
+
+    return in_order
+
+
+def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Memory for the gradients of some tensors; one that nobody needs has size 0."""
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needs, strict=True))
 
 
 def _checked(name: str, kernel: Callable) -> Callable:
@@ -119,13 +146,18 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
     return checked
 
 
-def declare(schema: str, flops: Callable[..., int]) -> str:
-    """Declare an op without a fake, a reference and a gradient; returns its name.
+def define_part(schema: str, *, flops: Callable[..., int]) -> Any:
+    """Declare an op that others are made of and return its default overload.
 
+    It has kernels alone: no shape function, no reference, no gradient (python/internal.cpp refuses one).
     `flops` gets the arguments of a call, shapes in place of tensors, and gives what
     `torch.utils.flop_counter.FlopCounterMode` counts for the plain composition in PyTorch: 2 m n k for each
     product of matrices and nothing else. Attention counts as scaled dot-product attention of all keys.
     """
+    return getattr(torch.ops.vlmkernels, _declare(schema, flops)).default
+
+
+def _declare(schema: str, flops: Callable[..., int]) -> str:
     name = schema.split("(", 1)[0]
     LIB.define(schema)
     if register_flop_formula is not None:
@@ -133,14 +165,17 @@ def declare(schema: str, flops: Callable[..., int]) -> str:
     return name
 
 
-def _under_autocast(op: Any, device: str, operands: int) -> Callable:
+def _under_autocast(op: Any, device: str, operands: Sequence[int]) -> Callable:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device.lower())
-        cast = [x.to(dtype) if x is not None and x.dtype != torch.float64 else x for x in args[:operands]]
+        cast = list(args)
+        for i in operands:
+            if cast[i] is not None and cast[i].dtype != torch.float64:
+                cast[i] = cast[i].to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*cast, *args[operands:])
+            return op(*cast)
 
     return cast_and_call
 

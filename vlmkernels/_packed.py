@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels._modules import is_transformed
-from vlmkernels.reference._activations import activate
+from vlmkernels.reference._dense import activate
 
 FUSED = {  # what oneDNN applies to the product itself: its name and form
     "none": ("none", ""),

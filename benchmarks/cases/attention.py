@@ -156,7 +156,7 @@ def _flex(mask: str, queries: int, keys: int, device: str) -> Callable[..., Tens
     return attend
 
 
-def interval_attention(quick: bool = False, device: str = "cpu") -> list[Case]:
+def interval_attention(quick: bool, device: str) -> list[Case]:
     """Two products forward and five backward over the tiles that the intervals touch."""
     masked = Baseline("SDPA with the mask", _sdpa)
     flamingo = (
@@ -274,7 +274,7 @@ def _open_flamingo_latents() -> Callable[..., Tensor]:
     return attend
 
 
-def perceiver_attention(quick: bool = False) -> list[Case]:
+def perceiver_attention(quick: bool, device: str) -> list[Case]:
     """Two products forward and five backward over all pairs of a latent with media tokens and latents."""
     joined = Baseline("SDPA on the concatenation", _concatenated)
     core = Baseline("open_flamingo's eager core", _open_flamingo_latents)
@@ -323,3 +323,6 @@ def perceiver_attention(quick: bool = False) -> list[Case]:
                     )
                 )
     return cases
+
+
+CASES = (interval_attention, perceiver_attention)

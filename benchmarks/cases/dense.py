@@ -14,6 +14,76 @@ import vlmkernels
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 
 
+def _linear_residual(
+    device: str, dtype: torch.dtype, rows: int, width: int, inner: int, *, vector: bool, masked: bool
+) -> dict[str, Tensor]:
+    tensors = {
+        "x": torch.randn(rows, width, device=device),
+        "h": torch.randn(rows, inner, device=device),
+        "weight": torch.randn(width, inner, device=device) / inner**0.5,
+        "gate": torch.randn(width if vector else 1, device=device),
+    }
+    tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    if masked:
+        tensors["row_mask"] = torch.rand(rows, device=device) < 0.5
+    return tensors
+
+
+def gated_linear_residual(quick: bool, device: str) -> list[Case]:
+    """A product of 2 rows x width x inner operations forward and two backward."""
+
+    def composed(
+        x: Tensor, h: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None = None
+    ) -> Tensor:
+        return vlmkernels.gated_residual(x, functional.linear(h, weight), gate, row_mask=row_mask)
+
+    def plain(x: Tensor, h: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        return x + gate.tanh() * functional.linear(h, weight)
+
+    fused = Baseline("F.linear, then gated_residual", lambda: composed)
+    eager = Baseline("x + gate.tanh() * F.linear(h, weight)", lambda: plain)
+    compiled = Baseline("torch.compile of x + gate.tanh() * F.linear(h, weight)", eager.make, True)
+    attention, feed_forward = (4096, 1024, 512), (2048, 1024, 4096)
+    forms = [
+        ("attention output", attention, {"memory": True, "headline": True}),
+        ("attention output, vector gate", attention, {}),
+        ("attention output, half the rows masked", attention, {}),
+        ("attention output, forward only", attention, {"backward": False}),
+        ("feed-forward", feed_forward, {}),
+        ("16 rows, forward only", (16, 1024, 512), {"backward": False}),
+        ("1 row, forward only", (1, 1024, 512), {"backward": False}),
+    ]
+    cases = []
+    for dtype in (F32, BF16):
+        for form, (rows, width, inner), flags in forms:
+            name = f"{form} [{rows}, {inner}] -> {width} {type_name(dtype)}"
+            sizes = cut(quick, rows=rows, width=width, inner=inner)
+            masked, backward = "masked" in form, flags.get("backward", True)
+            rows, width, inner = sizes.values()
+            kept = rows * (0.5 if masked else 1.0)
+            flops = 2.0 * kept * width * inner * (3 if backward else 1)
+            moved = rows * width * 2 + kept * inner + width * inner
+            if backward:
+                moved += kept * (width + inner) + rows * inner + 2 * width * inner
+            cases.append(
+                Case(
+                    op="gated_linear_residual",
+                    name=name,
+                    dtype=dtype,
+                    sizes=sizes,
+                    make_inputs=partial(_linear_residual, vector="vector" in form, masked=masked),
+                    ours=vlmkernels.gated_linear_residual,
+                    baselines=timed(quick, *((fused,) if masked else (fused, eager, compiled))),
+                    flops=flops,
+                    min_flops=flops,
+                    bytes=moved * dtype.itemsize,
+                    out_shape=("rows", "width"),
+                    **flags,
+                )
+            )
+    return cases
+
+
 def _linear(device: str, dtype: torch.dtype, rows: int, inner: int, width: int) -> dict[str, Tensor]:
     tensors = {
         "x": torch.randn(rows, inner, device=device),
@@ -23,7 +93,7 @@ def _linear(device: str, dtype: torch.dtype, rows: int, inner: int, width: int) 
     return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
 
 
-def linear(quick: bool = False) -> list[Case]:
+def linear(quick: bool, device: str) -> list[Case]:
     """A product of 2 rows x inner x width operations forward and two backward."""
 
     def with_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -98,7 +168,7 @@ SIZES = [
 ]
 
 
-def mlp(quick: bool = False) -> list[Case]:
+def mlp(quick: bool, device: str) -> list[Case]:
     """Two products of 2 rows x inner x width operations forward and four backward."""
 
     def functions(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -119,7 +189,7 @@ def mlp(quick: bool = False) -> list[Case]:
     return _feed_forward("mlp", quick, _mlp, ours, peers, products=2)
 
 
-def gated_mlp(quick: bool = False) -> list[Case]:
+def gated_mlp(quick: bool, device: str) -> list[Case]:
     """Three products of 2 rows x inner x width operations forward and six backward."""
 
     def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -173,3 +243,6 @@ def _moved(rows: int, inner: int, width: int, *, passes: int, kept: bool) -> flo
     """Numbers read and written at least: operands and results of each product, once."""
     forward = rows * (inner + width) + inner * width
     return forward + (passes == 3) * (forward + rows * inner + inner * width) + 2 * kept * rows * width
+
+
+CASES = (gated_linear_residual, linear, mlp, gated_mlp)

@@ -72,7 +72,7 @@ def _block_flops(rows: float, media: float, pairs: float, width: int, visual: in
     return 2.0 * dense + attention_flops(pairs, backward=False)
 
 
-def cross_attention(quick: bool = False) -> list[Case]:
+def cross_attention(quick: bool, device: str) -> list[Case]:
     """Bound by dense products. Ours makes the branch of the attention again in the backward."""
     sizes = cut(quick, batch=1, tokens=512, images=8, latents=64)
     width = visual = 128 if quick else 1024
@@ -133,7 +133,7 @@ def _cached(make: Callable[[], nn.Module]) -> Callable[..., Tensor]:
     return step
 
 
-def media_cache(quick: bool = False) -> list[Case]:
+def media_cache(quick: bool, device: str) -> list[Case]:
     """One token through one block of OpenFlamingo-3B: bound by reading its weights once."""
     width, visual = (128, 128) if quick else (2048, 1024)
     theirs = partial(
@@ -183,7 +183,7 @@ def _resampler_inputs(
     }
 
 
-def perceiver(quick: bool = False) -> list[Case]:
+def perceiver(quick: bool, device: str) -> list[Case]:
     """One layer on the tokens of a frozen vision encoder, bound by dense products."""
     sizes = cut(quick, images=8, tokens=256)
     width, latents = (128, 64) if quick else (1024, 64)
@@ -221,3 +221,6 @@ def perceiver(quick: bool = False) -> list[Case]:
                 )
             )
     return cases
+
+
+CASES = (cross_attention, media_cache, perceiver)

@@ -28,8 +28,8 @@ from tests.gpu.interpreter import interpreting
 from tests.gpu.launches import Launch
 from tests.gpu.matrix import on
 from tests.gpu.ranking import SWEEPS, Sweep
-from vlmkernels.ops import _dense
-from vlmkernels.triton import _attention, _attention_bwd, _contrastive
+from vlmkernels.ops import _pairwise_small
+from vlmkernels.triton import _attention, _attention_bwd, _tiles
 
 FORMS = {"interval_attention": "full", "gated_linear_residual": "attention output"}
 KINDS = {"half": "bf16", "tf32": "tf32", True: "bf16", False: "fp32"}  # as the keys of the tables have them
@@ -77,7 +77,7 @@ def in_table(sweep: Sweep, tile: tuple, target: str) -> Iterator[None]:
     with (
         mock.patch.dict(sweep.table(), {sweep.key: tile}),
         mock.patch.dict(sweep.exceptions(), {target: {}}),
-        mock.patch.object(_contrastive, "LARGE", 0),
+        mock.patch.object(_tiles, "LARGE", 0),
     ):
         yield
 
@@ -136,7 +136,7 @@ def runs_on(device: str) -> Iterator[None]:
     """The kernels of a GPU; without one they are interpreted."""
     with contextlib.ExitStack() as stack:
         if device == "cpu":
-            stack.enter_context(mock.patch.object(_dense, "LIMIT", 0))  # it has a path for small losses
+            stack.enter_context(mock.patch.object(_pairwise_small, "LIMIT", 0))  # a path for small losses
             stack.enter_context(interpreting())
             stack.enter_context(trace.OnTriton())
         yield
@@ -174,7 +174,7 @@ def _entry(sweep: Sweep, target: str) -> tuple[str, str]:
     for other in ((*sweep.key, False), sweep.key):
         if other in sweep.exceptions().get(target, {}):
             table, key = sweep.exceptions(), other
-    for module in (_contrastive, _attention, _attention_bwd):
+    for module in (_tiles, _attention, _attention_bwd):
         for name, value in vars(module).items():
             if value is table:
                 return f"{module.__name__.replace('.', '/')}.py: {name}", repr(key).replace("'", '"')

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tests.gpu.launches import Launch, intercepting
 from tests.gpu.matrix import on
 from vlmkernels._library import KERNELS
-from vlmkernels.triton import _contrastive
+from vlmkernels.triton import _tiles
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh")
@@ -123,7 +123,7 @@ def touched(x: Tensor) -> int:
 def product_kind(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
-    return "tf32" if _contrastive.tf32_allowed() else "fp32"
+    return "tf32" if _tiles.tf32_allowed() else "fp32"
 
 
 class _Recorder(TorchDispatchMode):
@@ -173,7 +173,7 @@ def _products(name: str, args: Sequence[Any]) -> dict[str, Any]:
 
 
 def _recorded_product(into: Pass, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """In place of `_contrastive.product`, which on a GPU is one call of cuBLAS."""
+    """In place of `_tiles.product`, which on a GPU is one call of cuBLAS."""
     flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
     facts = {"flops": flops, "kind": product_kind(a.dtype), "depth": a.shape[1]}
     into.add("cuBLAS", (a, b, out) if add else (a, b), (out,), **facts)
@@ -242,7 +242,7 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
 def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
     """Its tensors are read or written, each once; which of the two, the step need not know."""
     tensors = dict(launch.tensors)
-    if launch.name == "_contrastive.feature_grads" and launch.arguments["INDEX"] is None:
+    if launch.name == "_pairwise.feature_grads" and launch.arguments["INDEX"] is None:
         del tensors["Y"]  # read for the positives alone
     flops, even = _products_of(launch, bounds)
     kind = ""
@@ -263,7 +263,7 @@ def recording(into: Pass, target: str, bounds: Bounds | None = None) -> Iterator
 
     with (
         on(target),
-        mock.patch.object(_contrastive, "product", product),
+        mock.patch.object(_tiles, "product", product),
         intercepting(lambda launch: _recorded_launch(into, launch, bounds)),
         _Recorder(into),
     ):

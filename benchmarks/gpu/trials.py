@@ -86,7 +86,7 @@ class Dispatched(OnDevice):
         t = _moved(self.trial, self.device, {})
         ops = torch.ops.vlmkernels
         out = ops.gated_residual(t.x, t.y, t.given, t.mask)
-        dy, dgate = ops.gated_residual_bwd(t.dout, t.y, t.given, t.mask, *t.needs)
+        dy, dgate = ops.gated_residual_bwd(t.dout, t.y, t.given, t.mask, t.needs)
         synchronize(self.device)
         return [x.cpu() for x in (out, dy, dgate.to(t.gate.dtype))]
 

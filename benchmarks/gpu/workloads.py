@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid
 import vlmkernels
 from benchmarks import peers
 from benchmarks.cases import attention as attention_cases
-from benchmarks.cases import contrastive as contrastive_cases
+from benchmarks.cases import dense as dense_cases
+from benchmarks.cases import pairwise as pairwise_cases
 from benchmarks.cases import residual as residual_cases
 from benchmarks.cases.attention import IMAGES, bounds
 from benchmarks.cases.case import BF16, F32, Baseline
@@ -135,13 +136,13 @@ def _siglip_kernel() -> Callable[..., Tensor]:
     return lambda query, key, scale, bias: loss_of(query, key, scale.log(), bias)
 
 
-def _contrastive(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
-    chunked = partial(contrastive_cases._linear_cross_entropy, chunked=True)
+def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    chunked = partial(pairwise_cases._linear_cross_entropy, chunked=True)
     if op == "info_nce":
         bias, ours = None, vlmkernels.info_nce
         others = (
             *_peer("one product", one_product),
-            *_peer("open_clip ClipLoss", partial(contrastive_cases._open_clip_loss, "ClipLoss")),
+            *_peer("open_clip ClipLoss", partial(pairwise_cases._open_clip_loss, "ClipLoss")),
             Baseline("2 x F.linear_cross_entropy, chunked", chunked),
             Baseline("memeff", _memeff),
             Baseline("2 x Liger fused linear cross-entropy", _liger),
@@ -150,10 +151,10 @@ def _contrastive(op: str, form: str, sizes: Mapping[str, int], type: str) -> Wor
         bias, ours = -10.0, vlmkernels.sigmoid_loss
         others = (
             *_peer("dense SigLIP", dense_sigmoid),
-            *_peer("open_clip SigLipLoss", partial(contrastive_cases._open_clip_loss, "SigLipLoss")),
+            *_peer("open_clip SigLipLoss", partial(pairwise_cases._open_clip_loss, "SigLipLoss")),
             Baseline("siglip-kernel", _siglip_kernel),
         )
-    make = partial(contrastive_cases._features, frozen=False, scale=SCALE, bias=bias)
+    make = partial(pairwise_cases._features, frozen=False, scale=SCALE, bias=bias)
     return Workload(op, form, type, sizes, make, ours, others)
 
 
@@ -294,7 +295,7 @@ def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Wo
     )
     return Workload(
         "gated_linear_residual", form, type, sizes,
-        partial(residual_cases._linear_residual, vector=False, masked=False),
+        partial(dense_cases._linear_residual, vector=False, masked=False),
         vlmkernels.gated_linear_residual, others,
     )  # fmt: skip
 
@@ -309,9 +310,9 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     every = ("bf16", "fp32", "tf32")
     found = []
     for op, d, type in [("info_nce", 512, t) for t in every] + [("sigmoid_loss", 768, t) for t in every]:
-        found.append(_contrastive(op, "N=4096", cut(n=4096, m=4096, d=d), type))
+        found.append(_pairwise(op, "N=4096", cut(n=4096, m=4096, d=d), type))
         if type == "bf16":
-            found.append(_contrastive(op, "N=65536", cut(n=65536, m=65536, d=d), type))
+            found.append(_pairwise(op, "N=65536", cut(n=65536, m=65536, d=d), type))
     forms = [
         ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
         ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),

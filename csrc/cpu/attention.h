@@ -1,6 +1,6 @@
 #pragma once
 // What the forward and the backward of attention share: who sees what, and operands. Tiles are transposed, [keys][queries].
-#include "pairwise.h"
+#include "pack.h"
 #include "vector.h"
 #include "vlmkernels/attention.h"
 

@@ -1,6 +1,6 @@
 #include "vlmkernels/gated_linear_residual.h"
 
-#include "block_product.h"
+#include "dense.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {

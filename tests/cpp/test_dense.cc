@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "vlmkernels/gated_linear_residual.h"
-#include "vlmkernels/linear.h"
+#include "vlmkernels/dense.h"
 
 namespace {
 

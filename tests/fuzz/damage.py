@@ -75,7 +75,8 @@ def restrided(draw: Draw, t: Tensor) -> Tensor:
     if t.numel() == 0:
         return t
     memory = torch.zeros(t.nbytes + 1, dtype=torch.uint8).numpy()
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=1).view(t.dtype).view(t.shape).copy_(t)
+    memory[1:] = t.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=1).view(t.dtype).view(t.shape)
 
 
 def elsewhere(draw: Draw, t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.reference._activations import ACTIVATIONS
+from vlmkernels.reference._dense import ACTIVATIONS
 
 from .children import Wrong
 from .damage import damaged, shown
@@ -37,7 +37,7 @@ def gated_residual(draw: Draw) -> list:
 
 @arguments
 def gated_residual_bwd(draw: Draw) -> list:
-    return [*gated_residual(draw), draw.flag(), draw.flag()]
+    return [*gated_residual(draw), draw.needs(2)]
 
 
 @arguments
@@ -50,7 +50,7 @@ def gated_linear_residual(draw: Draw) -> list:
 @arguments
 def gated_linear_residual_bwd(draw: Draw) -> list:
     h, weight, x, gate, mask = gated_linear_residual(draw)
-    return [x, h, weight, gate, mask, *draw.needs(3)]
+    return [x, h, weight, gate, mask, draw.needs(3)]
 
 
 def layer(draw: Draw, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +79,7 @@ def linear_bwd(draw: Draw) -> list:
     y = draw.maybe(draw.floats(*dout.shape, dtype=x.dtype))
     needs = draw.needs(3)
     again = activation != "none" and y is None
-    return [dout, x if needs[1] or again else draw.maybe(x), weight, bias, y, activation, *needs]
+    return [dout, x if needs[1] or again else draw.maybe(x), weight, bias, y, activation, needs]
 
 
 @arguments
@@ -175,7 +175,7 @@ def norms(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
 
 
 @arguments
-def dense_loss(draw: Draw) -> list:
+def small_loss(draw: Draw) -> list:
     query, key = features(draw, zero=False)
     symmetric = draw.flag()
     key = key if symmetric else torch.cat([key, key[: draw.small()]])
@@ -184,10 +184,10 @@ def dense_loss(draw: Draw) -> list:
 
 
 @arguments
-def dense_loss_bwd(draw: Draw) -> list:
-    query, key, scale, bias, *options = dense_loss(draw)
+def small_loss_bwd(draw: Draw) -> list:
+    query, key, scale, bias, *options = small_loss(draw)
     need_query, need_key, need_scalars = options[-3:]
-    _, *formed = ops.dense_loss(query, key, scale, bias, *options)
+    _, *formed = ops.small_loss(query, key, scale, bias, *options)
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
     dloss = draw.floats(dtype=work(query.dtype))
     return [dloss, query, key, scale, bias, *formed, options[2], needs]

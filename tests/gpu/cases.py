@@ -13,14 +13,15 @@ import torch
 
 from vlmkernels import intervals
 from vlmkernels.triton import _attention_bwd, gated_residual, info_nce, sigmoid_loss
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import interval_attention as attention
 
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
-from .trials_contrastive import Finish, Grads, Problem, Sigmoid, Stats
 from .trials_gated import Linear, Residual
+from .trials_pairwise import Finish, Grads, Problem, Sigmoid, Stats
 
 FP32, BF16, FP16 = DTYPES
 HALF = (BF16, FP16)
@@ -87,7 +88,7 @@ def each_far(op, variant, make) -> Iterator[Case]:
 
 LARGE = {(tiles, "LARGE"): 0}
 CHUNKS = {
-    (tiles, "CHUNK_ROWS"): 70,
+    (pairwise, "CHUNK_ROWS"): 70,
     (info_nce, "PARTIAL_TILES"): 1,
     (info_nce, "PROGRAMS"): 4,
     (sigmoid_loss, "CHUNK_BYTES"): 0,
@@ -103,7 +104,7 @@ def with_far(trial: Trial, *names: str) -> Trial:
     return trial
 
 
-def contrastive() -> Iterator[Case]:
+def by_pairs() -> Iterator[Case]:
     def ragged(t):
         return Problem(70, 67, 37, t, normalize=True)
 
@@ -316,4 +317,4 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-CASES = {case.name: case for part in (contrastive, gated, by_attention) for case in part()}
+CASES = {case.name: case for part in (by_pairs, gated, by_attention) for case in part()}

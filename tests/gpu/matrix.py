@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 import triton
 
-from vlmkernels.triton import _attention, _contrastive
+from vlmkernels.triton import _attention, _tiles
 
 from .launches import Launch, recording
 from .machine_code import LIMITS, TARGETS, Code, machine_code
@@ -68,7 +68,7 @@ def on(target: str) -> Iterator[None]:
     with (
         mock.patch.object(torch.version, "hip", hip),
         mock.patch.object(_attention, "architecture", return_value=target),
-        mock.patch.object(_contrastive, "architecture", return_value=target),
+        mock.patch.object(_tiles, "architecture", return_value=target),
     ):
         yield
 

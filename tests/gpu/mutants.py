@@ -5,7 +5,7 @@ import dataclasses
 ATTENTION = "_attention._forward"
 ROW_SUMS, QUERY, KEY = "_attention_bwd._row_sums", "_attention_bwd._query_grads", "_attention_bwd._key_grads"
 RANGES, BIAS = "_attention_bwd._query_ranges", "interval_attention._bias_grads"
-FEATURES = "_contrastive.feature_grads"
+FEATURES = "_pairwise.feature_grads"
 STATS, COMBINE, TILE_GRADS = "info_nce._stats", "info_nce._combine", "info_nce._tile_grads"
 SWEEP = "sigmoid_loss._sweep"
 LINEAR, SCALE_ROWS = "gated_linear_residual._forward", "gated_linear_residual._scale_rows"
@@ -165,33 +165,33 @@ MUTANTS = [
         "head = key_head * group + member", "head = member",
     ),
     Mutation(
-        FEATURES, "_contrastive", "barrier before reading what other threads stored dropped",
+        FEATURES, "_pairwise", "barrier before reading what other threads stored dropped",
         "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n        a =", "        a =",
     ),
     Mutation(
-        FEATURES, "_contrastive", "barrier before replacing what other warps read dropped",
+        FEATURES, "_pairwise", "barrier before replacing what other warps read dropped",
         "info_nce_grads, ragged, float32", "            tl.debug_barrier()  # warps", "            # warps",
         rung="PTX simulator",
     ),
     Mutation(
-        FEATURES, "_contrastive", "positives of the next key counted too", "info_nce_grads, ragged, float32",
+        FEATURES, "_pairwise", "positives of the next key counted too", "info_nce_grads, ragged, float32",
         "tl.load(FIRST + row + 1)):", "tl.load(FIRST + row + 1) + 1):",
     ),
     Mutation(
-        FEATURES, "_contrastive", "row without a positive reads one", "finish, query, normalised, bfloat16",
+        FEATURES, "_pairwise", "row without a positive reads one", "finish, query, normalised, bfloat16",
         "mask=inside & (other >= 0)", "mask=inside",
     ),
     Mutation(
-        FEATURES, "_contrastive", "store not masked", "finish, query, normalised, bfloat16",
+        FEATURES, "_pairwise", "store not masked", "finish, query, normalised, bfloat16",
         "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty), mask=inside)",
         "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty))",
     ),
     Mutation(
-        FEATURES, "_contrastive", "offset of a row left in int32", "finish, far rows, by query, bfloat16",
+        FEATURES, "_pairwise", "offset of a row left in int32", "finish, far rows, by query, bfloat16",
         "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
     ),
     Mutation(
-        FEATURES, "_contrastive", "one block of the row summed", "finish, query, normalised, bfloat16",
+        FEATURES, "_pairwise", "one block of the row summed", "finish, query, normalised, bfloat16",
         "dots += x * total", "dots = x * total",
     ),
     Mutation(
@@ -219,7 +219,7 @@ MUTANTS = [
         "tl.cdiv(m, BLOCK_N))\n    for", "m // BLOCK_N)\n    for",
     ),
     Mutation(
-        STATS, "_contrastive", "offset of a row left in int32", "info_nce_stats, far rows, bfloat16",
+        STATS, "_tiles", "offset of a row left in int32", "info_nce_stats, far rows, bfloat16",
         "tl.minimum(rows, n - 1).to(tl.int64)[:, None]", "tl.minimum(rows, n - 1)[:, None]",
     ),
     Mutation(
@@ -262,7 +262,7 @@ MUTANTS = [
         "(s - col_max) - col_log", "(s - row_max) - col_log",
     ),
     Mutation(
-        TILE_GRADS, "_contrastive", "features read without their mask", "info_nce_grads, ragged, float16",
+        TILE_GRADS, "_tiles", "features read without their mask", "info_nce_grads, ragged, float16",
         "a = tl.load(q, mask=(start + at < depth)[None, :], other=0.0)", "a = tl.load(q)",
     ),
     Mutation(
@@ -284,7 +284,7 @@ MUTANTS = [
         "mask=row_inside[:, None] & col_inside[None, :]", "mask=row_inside[:, None]",
     ),
     Mutation(
-        SWEEP, "_contrastive", "two programs make one tile", "sigmoid_sweep, ragged, by ids, float32",
+        SWEEP, "_tiles", "two programs make one tile", "sigmoid_sweep, ragged, by ids, float32",
         "program % in_group // height", "program // in_group",
     ),
     Mutation(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
-from vlmkernels.triton import _attention, _attention_bwd, _contrastive
+from vlmkernels.triton import _attention, _attention_bwd, _tiles
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -34,9 +34,9 @@ class Sweep(NamedTuple):
         return here.get((*self.key, False), here.get(self.key, self.table()[self.key]))  # attention: no bias
 
 
-def _tiles(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
+def _sizes(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
     return tuple(
-        _contrastive.Tile(m, n, block_k, warps, stages)
+        _tiles.Tile(m, n, block_k, warps, stages)
         for (m, n), warps, stages in itertools.product(sides, (4, 8), (2, 3))
     )
 
@@ -48,17 +48,17 @@ def _attention_tiles(rows, cols, stages=(2,)) -> tuple:
 
 
 def _sweeps() -> Iterator[Sweep]:
-    def contrastive():
-        return _contrastive.TILES
+    def pairwise():
+        return _tiles.TILES
 
     for workload, kernel, exceptions in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: _contrastive.STATISTICS_ON),
-        ("info_nce {}", "info_nce._tile_grads", lambda: _contrastive.PRODUCTS_ON),
-        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _contrastive.TILES_ON),
-        ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _contrastive.PRODUCTS_ON),
+        ("info_nce {} of many devices", "info_nce._stats", lambda: _tiles.STATISTICS_ON),
+        ("info_nce {}", "info_nce._tile_grads", lambda: _tiles.PRODUCTS_ON),
+        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _tiles.TILES_ON),
+        ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _tiles.PRODUCTS_ON),
     ):
         for kind, key, block_k in (("bf16", "half", 64), ("tf32", "tf32", 32)):
-            yield Sweep(workload.format(kind), kernel, contrastive, exceptions, (key, True), _tiles(block_k))
+            yield Sweep(workload.format(kind), kernel, pairwise, exceptions, (key, True), _sizes(block_k))
     for half, width in _attention.FORWARD:
         workload = f"attention {'bf16' if half else 'fp32'} {width}"
         sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)

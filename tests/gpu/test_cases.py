@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 import vlmkernels.triton
 from vlmkernels.triton import _attention, _attention_bwd, gated_residual
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _tiles as tiles
 
 from .cases import CASES
 from .trials import DTYPES
@@ -136,7 +136,7 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
     for name in ("interval_attention._bias_grads",):
         assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
-    for name in ("_contrastive.feature_grads", "gated_linear_residual._scale_rows"):
+    for name in ("_pairwise.feature_grads", "gated_linear_residual._scale_rows"):
         looped = [
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]

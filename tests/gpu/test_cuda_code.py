@@ -116,7 +116,7 @@ def test_a_launch_without_a_driver_is_an_error():
         "import sys, torch; torch.ops.load_library(sys.argv[1]); import vlmkernels\n"
         "x = torch.ones(4, 8)\n"
         "for call in (lambda: vlmkernels.gated_residual(x, x, x[0, :1]),\n"
-        "             lambda: torch.ops.vlmkernels.gated_residual_bwd(x, x, x[0], None, True, True)):\n"
+        "             lambda: torch.ops.vlmkernels.gated_residual_bwd(x, x, x[0], None, [True, True])):\n"
         "    try:\n"
         "        call()\n"
         "    except RuntimeError as error:\n"

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _pairwise as pairwise
 
 from .launches import SM80, intercepting, recording
 from .machine_code import TARGETS
@@ -112,9 +112,9 @@ def test_compiles_for_hip():
 def test_nothing_runs_and_what_was_there_comes_back():
     x = torch.full((1, 16), 3.0)
     with recording() as launches:
-        dx, _ = tiles.finish(x, None, None, x, x, torch.ones(1), None, None, None, None, None)
+        dx, _ = pairwise.finish(x, None, None, x, x, torch.ones(1), None, None, None, None, None)
         dx.fill_(7.0)
-    assert [launch.name for launch in launches] == ["_contrastive.feature_grads"]
+    assert [launch.name for launch in launches] == ["_pairwise.feature_grads"]
     assert (dx == 7).all()
     with pytest.raises(ValueError, match="driver"), recording():
         raise ValueError("driver")

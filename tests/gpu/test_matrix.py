@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton
 
 from vlmkernels.triton import _attention, _attention_bwd
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _tiles as tiles
 
 from . import matrix
 from .cases import CASES
@@ -22,7 +22,7 @@ from .test_cases import kernels
 from .workloads import WORKLOADS
 
 TABLES = {
-    "contrastive": (tiles.TILES, tiles.PRODUCTS_ON),
+    "pairwise": (tiles.TILES, tiles.PRODUCTS_ON),
     "statistics": (tiles.TILES, tiles.STATISTICS_ON),
     "forward": (_attention.FORWARD, {}),
     "query": (_attention_bwd.QUERY_GRADS, _attention_bwd.QUERY_GRADS_ON),

@@ -334,9 +334,9 @@ def test_warps_that_hold_the_same_columns():
     """Rows narrower than a block lie in several warps, which must all have read what one of them replaces."""
     case = CASES["info_nce_grads, ragged, float32"]
     case.run(simulated)
-    launch, binary = launched(case.name, "_contrastive.feature_grads")
+    launch, binary = launched(case.name, "_pairwise.feature_grads")
     launch.tensors["ACC"].normal_()
     text = binary.asm["ptx"]
     said = verdict(launch, binary, without(text, r"bar\.sync\s+0;", 0))
     assert "race: store without a barrier to what another warp loaded (ACC)" in said
-    assert "_contrastive.py" in said
+    assert "_tiles.py" in said

@@ -45,8 +45,8 @@ def test_leading_dimensions_strides_and_broadcast_gradients():
     mask = (torch.rand(5, 3, 4) > 0.3).transpose(0, 1)
     with interpreting(sanitize=True):
         out = linear.gated_linear_residual(h, weight, x, gate, mask)
-        grads = linear.gated_linear_residual_bwd(dout, h, weight, gate, mask, True, True, True)
-    expected = gated_linear_residual_bwd(dout, h, weight, gate, mask, True, True, True)
+        grads = linear.gated_linear_residual_bwd(dout, h, weight, gate, mask, (True, True, True))
+    expected = gated_linear_residual_bwd(dout, h, weight, gate, mask, (True, True, True))
     assert torch.allclose(out, gated_linear_residual_fwd(h, weight, x, gate, mask), atol=1e-5)
     for got, want in zip(grads, expected, strict=True):
         assert got.shape == want.shape
@@ -60,7 +60,7 @@ def test_sizes_of_zero(size):
     with interpreting(sanitize=True):
         assert linear.gated_linear_residual(h, weight, x, torch.ones(1), None).shape == x.shape
         dh, dweight, dgate = linear.gated_linear_residual_bwd(
-            x, h, weight, torch.ones(1), None, True, True, True
+            x, h, weight, torch.ones(1), None, (True, True, True)
         )
     assert torch.equal(dh, torch.zeros(h.shape))
     assert torch.equal(dweight, torch.zeros(weight.shape))
@@ -74,7 +74,7 @@ def test_float64_runs_the_reference(wide):
     inputs = (trial.h, trial.weight, trial.x, trial.gate, None)
     out = linear.gated_linear_residual(*inputs)
     assert torch.equal(out, gated_linear_residual_fwd(*inputs))
-    saved = (out, inputs[0], inputs[1], inputs[3], None, True, True, True)
+    saved = (out, inputs[0], inputs[1], inputs[3], None, (True, True, True))
     for got, want in zip(
         linear.gated_linear_residual_bwd(*saved), gated_linear_residual_bwd(*saved), strict=True
     ):

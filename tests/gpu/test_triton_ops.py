@@ -8,16 +8,16 @@ pytest.importorskip("triton")
 
 from vlmkernels import reference
 from vlmkernels.ops import _info_nce_sweeps as sweeps
-from vlmkernels.ops import _sigmoid_sweep as sigmoid
+from vlmkernels.ops import _sigmoid_loss_sweep as sigmoid
 from vlmkernels.testing import assert_as_good, unit_features
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce, sigmoid_loss
 
 from .interpreter import interpreting
 from .trials import DTYPES, check
-from .trials_contrastive import Grads, Problem, Sigmoid, Stats
 from .trials_gated import Residual
+from .trials_pairwise import Grads, Problem, Sigmoid, Stats
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1), (37, 130, 37), (65, 63, 96)]
@@ -34,7 +34,7 @@ def test_info_nce_blocks(size, dtype, normalize):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_chunks_of_rows_and_splits_of_columns(dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "CHUNK_ROWS", 70)
+    monkeypatch.setattr(pairwise, "CHUNK_ROWS", 70)
     monkeypatch.setattr(info_nce, "PARTIAL_TILES", 1)
     monkeypatch.setattr(info_nce, "PROGRAMS", 6)
     p = Problem(200, 170, 40, dtype)
@@ -141,7 +141,7 @@ def test_sigmoid_block(size, dtype, normalize):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sigmoid_block_does_what_is_needed(dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "CHUNK_ROWS", 40)
+    monkeypatch.setattr(pairwise, "CHUNK_ROWS", 40)
     monkeypatch.setattr(sigmoid_loss, "CHUNK_BYTES", 0)
     for needed in ((0,), (1,), (2,), (3,), (0, 1, 3), ()):
         p = Problem(70, 45, 20, dtype, normalize=True)
@@ -284,12 +284,12 @@ def test_gated_residual(size, dtypes, per_channel, masked, monkeypatch):
 def test_gated_residual_computes_what_is_needed_and_repeats_its_bits():
     x, gate = torch.randn(3, 41, 50).bfloat16(), torch.randn(50)
     with interpreting(sanitize=True):
-        dy, dgate = gated.gated_residual_bwd(x[:1, :1].expand(3, 41, 50), x, gate, None, True, False)
+        dy, dgate = gated.gated_residual_bwd(x[:1, :1].expand(3, 41, 50), x, gate, None, (True, False))
         assert (dy.shape, dgate.numel()) == (x.shape, 0)
-        dy, dgate = gated.gated_residual_bwd(x, x, gate, None, False, True)
+        dy, dgate = gated.gated_residual_bwd(x, x, gate, None, (False, True))
         assert (dy.numel(), dgate.shape) == (0, gate.shape)
-        assert torch.equal(dgate, gated.gated_residual_bwd(x, x, gate, None, True, True)[1])
-        empty = gated.gated_residual_bwd(x[:0], x[:0], gate, None, True, True)
+        assert torch.equal(dgate, gated.gated_residual_bwd(x, x, gate, None, (True, True))[1])
+        empty = gated.gated_residual_bwd(x[:0], x[:0], gate, None, (True, True))
     assert torch.equal(empty[1], torch.zeros(50))
 
 

@@ -25,13 +25,13 @@ class Residual:
 
     def launch(self):
         out = gated.gated_residual(self.x, strided(self.y), self.gate, self.mask)
-        return out, *gated.gated_residual_bwd(strided(self.dout), self.y, self.gate, self.mask, *self.needs)
+        return out, *gated.gated_residual_bwd(strided(self.dout), self.y, self.gate, self.mask, self.needs)
 
     def expected(self, work=None):
         tensors = [self.x, self.y, self.dout, self.gate]
         x, y, dout, gate = tensors if work is None else widened(tensors, work)
         out = gated_residual_fwd(x, y, gate, self.mask)
-        return out, *gated_residual_bwd(dout, y, gate, self.mask, *self.needs)
+        return out, *gated_residual_bwd(dout, y, gate, self.mask, self.needs)
 
     def judge(self, got):
         judge(("out", "dy", "dgate"), got, self.expected(), self.expected(torch.float64), (True, *self.needs))
@@ -66,13 +66,13 @@ class Linear:
     def launch(self):
         out = linear.gated_linear_residual(self.h, self.weight, self.x, self.gate, self.mask)
         saved = (self.dout, self.h, self.weight, self.gate, self.mask)
-        return out, *linear.gated_linear_residual_bwd(*saved, *self.needs)
+        return out, *linear.gated_linear_residual_bwd(*saved, self.needs)
 
     def expected(self, work):
         h, weight, x, gate = widened((self.h, self.weight, self.x, self.gate), work)
         # dout enters products in the dtype of h
         dout = (self.dout.to(self.h.dtype) if work == torch.float32 else self.dout).to(work)
-        grads = gated_linear_residual_bwd(dout, h, weight, gate, self.mask, *self.needs)
+        grads = gated_linear_residual_bwd(dout, h, weight, gate, self.mask, self.needs)
         return gated_linear_residual_fwd(h, weight, x, gate, self.mask), *grads
 
     def in_chain(self):

@@ -65,7 +65,7 @@ def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need
     x, y, gate = meta(n, d, dtype=dtype), meta(n, d, dtype=low or dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
     out = gated.gated_residual(x, y, gate, row_mask)
-    gated.gated_residual_bwd(meta(n, d, dtype=out.dtype), y, gate, row_mask, need_y, need_gate)
+    gated.gated_residual_bwd(meta(n, d, dtype=out.dtype), y, gate, row_mask, (need_y, need_gate))
 
 
 def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=True, residual=None):
@@ -73,7 +73,7 @@ def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=
     row_mask = meta(n, dtype=torch.bool) if mask else None
     x = features(n, d, residual or dtype)
     out = linear.gated_linear_residual(h, w, x, gate, row_mask)
-    linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, True, weight, True)
+    linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, (True, weight, True))
 
 
 def heads(b, t, h, d, dtype) -> Tensor:

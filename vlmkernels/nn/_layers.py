@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 import vlmkernels
 from vlmkernels._modules import is_exactly, is_transformed, passable, unheard
 from vlmkernels.nn.dense import SquaredReLU, activation_name
-from vlmkernels.reference._activations import activate
+from vlmkernels.reference._dense import activate
 
 
 class SwiGLU(nn.Module):
@@ -196,7 +196,7 @@ def _linear_grads(
     """Gradients of x and weight in act(x W^T), None where not needed."""
     needs = (need_x, need_weight)
     grads = torch.ops.vlmkernels.linear_bwd(
-        dout.to(weight.dtype), x, weight, None, preactivation, activation, *needs, False
+        dout.to(weight.dtype), x, weight, None, preactivation, activation, [*needs, False]
     )
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))  # type: ignore
 
@@ -260,7 +260,7 @@ class _AddFeedForward(torch.autograd.Function):
         else:
             hidden = _activate(pre, ctx.activation)
         needs = (need_w1 or any(need_norm), need_w2, need_gate)
-        dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, *needs)
+        dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, needs)
         dx = dgain = dshift = dw1 = None
         if dhidden is not None:
             name = ctx.activation
@@ -282,7 +282,7 @@ def _linear_backward(dout, hidden, weight, gate, row_mask, need_hidden, need_wei
     """Gradients of hidden, weight and gate in x + tanh(gate) (hidden weight^T), whose gate may be None."""
     if gate is not None:
         needs = (need_hidden, need_weight, need_gate)
-        grads = torch.ops.vlmkernels.gated_linear_residual_bwd(dout, hidden, weight, gate, row_mask, *needs)
+        grads = torch.ops.vlmkernels.gated_linear_residual_bwd(dout, hidden, weight, gate, row_mask, needs)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     return *_linear_grads(dout, hidden, weight, need_hidden, need_weight), None
 

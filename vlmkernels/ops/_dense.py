@@ -1,99 +1,69 @@
-"""The contrastive losses of problems so small that streaming kernels would cost more than the work itself.
+"""What the dense layers share: checks of the arguments, gradients."""
 
-The matrix of similarities is held: the forward forms the loss and, where gradients are needed, those of the
-logits, which the backward multiplies with the features. Calls are kept short: two kernels, and a Function
-without the layers of a registered op, which is why traced code does not come here.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmkernels._library import declare, has_kernel
-from vlmkernels._modules import is_transformed
-from vlmkernels.ops import _contrastive as contrastive
-
-# Queries or keys up to which this is faster than the streaming kernels.
-LIMIT = 512
-
-# S_ij = scale a_i b_j <q_i, k_j> + bias, with a, b inverse norms or 1; the pairs (i, i) are positive. Without
-# a bias the loss is the mean cross-entropy along the rows, averaged with that along the columns when
-# symmetric; with one it is the sum of the logistic losses of all pairs over N. G = dloss/dS:
-#   slope_ij = G_ij b_j [N, M]    slope_t_ji = G_ij a_i [M, N]    0 at positives, rows padded to 64
-#   positive_i = G_ii             dscalars: the derivatives by scale and bias
-# Outputs that are not needed are empty.
-declare(
-    "dense_loss(Tensor query, Tensor key, Tensor scale, Tensor? bias, bool symmetric, float label_smoothing,"
-    " bool normalize, bool need_query, bool need_key, bool need_scalars)"
-    " -> (Tensor loss, Tensor slope, Tensor slope_t, Tensor positive, Tensor dscalars)",
-    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
-)
-declare(
-    "dense_loss_bwd(Tensor dloss, Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor slope,"
-    " Tensor slope_t, Tensor positive, Tensor dscalars, bool normalize, bool[4] needs)"
-    " -> (Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias)",
-    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
-)
-_fwd = torch.ops.vlmkernels.dense_loss.default
-_bwd = torch.ops.vlmkernels.dense_loss_bwd.default
-_HERE = has_kernel("dense_loss", "CPU")
+from vlmkernels import _arguments as arguments
+from vlmkernels.reference._dense import ACTIVATIONS
 
 
-def serves(query: Tensor, key: Tensor) -> bool:
-    """Whether the problem is small, on a CPU, and neither traced, whose sizes must not decide the path, nor
-    under transforms, which the op refuses.
-    """
-    if not _HERE or query.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
-        return False
-    if torch.is_autocast_enabled("cpu") or not _PLAIN.issuperset((type(query), type(key))):
-        return False
-    (n, d), m = query.shape, key.shape[0]
-    return 0 < n <= LIMIT and 0 < m <= LIMIT and d > 0
+def check(
+    op: str,
+    x: Tensor,
+    weights: Sequence[
+        tuple[str, Tensor, int | None, int | None]
+    ],  # name, weight, its rows and columns or None
+    biases: Sequence[tuple[str, Tensor | None, int]],  # name, bias, its size
+    activation: str,
+    residual: Tensor | None,
+    width: int,
+) -> None:
+    """One ValueError that names all that does not fit; `width` is the last size of the result."""
+    faults = []
+    if x.dim() == 0:
+        faults.append("x must be [..., K], got a scalar")
+    for name, weight, rows, cols in weights:
+        wanted = f"[{'*' if rows is None else rows}, {'*' if cols is None else cols}]"
+        fits = weight.dim() == 2 and rows in (None, weight.shape[0]) and cols in (None, weight.shape[1])
+        if not fits:
+            faults.append(f"{name} must be {wanted}, got {tuple(weight.shape)}")
+    faults += [
+        f"{name} must be [{size}], got {tuple(bias.shape)}"
+        for name, bias, size in biases
+        if bias is not None and bias.shape != (size,)
+    ]
+    if activation not in ACTIVATIONS:
+        faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    shape = (*x.shape[:-1], width)
+    if residual is not None and residual.shape != shape:
+        faults.append(f"residual must be {shape}, got {tuple(residual.shape)}")
+    operands = {"x": x, **{name: weight for name, weight, _, _ in weights}}
+    operands |= {name: bias for name, bias, _ in biases if bias is not None}
+    everything = operands if residual is None else {**operands, "residual": residual}
+    faults += arguments.dtype_faults(everything, operands)
+    faults += arguments.device_faults(everything)
+    if faults:
+        raise ValueError(f"{op}: " + "; ".join(faults))
 
 
-def loss(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [M, D]
-    scale: Tensor,
-    bias: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
-    normalize: bool,
-) -> Tensor:
-    """The cross-entropy, or with a bias the logistic loss; key i is the positive of query i."""
-    inputs = (query, key, scale, bias, symmetric, label_smoothing, normalize)
-    needs = [t is not None and t.requires_grad for t in inputs[:4]]
-    if torch.is_grad_enabled() and any(needs):
-        return _Loss.apply(*inputs, needs[0], needs[1], needs[2] or needs[3])
-    return _fwd(*inputs, False, False, False)[0]
+def size(t: Tensor, dim: int) -> int:
+    """A size that messages can name whatever `t` is: 0 where there is no such dimension."""
+    return t.shape[dim] if t.dim() > (dim if dim >= 0 else -dim - 1) else 0
 
 
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, scale, bias, *options):
-        loss, *formed = _fwd(query, key, scale, bias, *options)
-        ctx.save_for_backward(query, key, scale, bias, *formed)
-        ctx.normalize = options[2]
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss):
-        needs = list(ctx.needs_input_grad[:4])
-        form = _Gradients.apply if torch.is_grad_enabled() else _bwd
-        grads = form(dloss, *ctx.saved_tensors, ctx.normalize, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow that asks for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class _Gradients(torch.autograd.Function):
-    """Under create_graph: the gradients, which have no derivative."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.name = "info_nce" if inputs[4] is None else "sigmoid_loss"
-        return _bwd(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"vlmkernels.{ctx.name} has no second derivative")
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
+def gradients(
+    ctx: Any, needs: Mapping[str, bool], dout: Tensor, operands: Sequence[str], bwd: Callable
+) -> dict[str, Tensor | None]:
+    """Of a layer with a residual, from its backward op."""
+    wanted = [needs[name] for name in operands]
+    grads = bwd(dout, *ctx.saved_tensors, ctx.activation, wanted) if any(wanted) else [None] * len(wanted)
+    residual = dout.to(ctx.residual_dtype) if needs["residual"] else None
+    return {**dict(zip(operands, grads, strict=True)), "residual": residual}

@@ -10,19 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON, declare
-from vlmkernels.ops import _contrastive as contrastive
-from vlmkernels.reference.info_nce import check_pair
+from vlmkernels._library import TRITON, define_part, kernel
+from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_targets as targets
+from vlmkernels.ops import _sums as sums
+from vlmkernels.reference._pairwise import check_pair
 
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
 # positives [N] holds key indices, -1 where a row has none and positive_logit is -inf.
-declare(
+_stats = define_part(
     "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, bool columns, int store_bytes)"
     " -> (Tensor row_max, Tensor row_sum, Tensor row_moment, Tensor positive_logit,"
     " Tensor col_max, Tensor col_sum, Tensor col_moment, Tensor store)",
-    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
+    flops=lambda query, key, *_, **__: pairwise.flops(query, key),
 )
 # With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there
 # are no columns), and the log-sum-exps in two parts, r_i = row_max_i + row_log_i, c_j = col_max_j + col_log_j
@@ -34,16 +36,14 @@ declare(
 #   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i)
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
 # The second terms of the gradients only when normalised.
-declare(
+_grads = define_part(
     "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef,"
     " Tensor col_coef, Tensor positive_coef, Tensor? query_extra, Tensor? key_extra, Tensor store,"
     " int store_bytes, bool need_query, bool need_key)"
     " -> (Tensor dquery, Tensor dkey, Tensor query_dot, Tensor key_dot)",
-    flops=lambda query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-2:])),
+    flops=lambda query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-2:])),
 )
-_stats = torch.ops.vlmkernels.info_nce_stats
-_grads = torch.ops.vlmkernels.info_nce_grads
 
 
 @dataclass
@@ -76,8 +76,8 @@ class _Targets:
         if positives is None:
             return cls(torch.arange(n, device=device), all_rows=True)
         if key_ids is None:
-            return cls(contrastive.checked_indices("info_nce", positives, m))
-        query_label, key_label = contrastive.group_labels(positives, key_ids)
+            return cls(targets.checked_indices("info_nce", positives, m))
+        query_label, key_label = targets.group_labels(positives, key_ids)
         zeros = torch.zeros(n + m, dtype=torch.int64, device=device)
         query_count = zeros.scatter_add(0, query_label, torch.ones_like(query_label))
         key_count = zeros.scatter_add(0, key_label, torch.ones_like(key_label))
@@ -106,7 +106,8 @@ class _Targets:
 def forward(
     query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes
 ):
-    store_size = contrastive.store_size(query, key, store_bytes)
+    pairwise.check_features("info_nce", query, key)
+    store_size = pairwise.store_size(query, key, store_bytes)
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
     if n == 0:  # no loss, and columns without a maximum
@@ -115,8 +116,8 @@ def forward(
         loss = query.new_zeros((0,) if reduction == "none" else (), dtype=work)
         store = query.new_zeros(0, dtype=torch.uint8)
         return loss, *rows[:2], *cols[:2], *rows[2:], cols[2], store
-    query, key = contrastive.with_width(query), contrastive.with_width(key)
-    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
+    query, key = pairwise.with_width(query), pairwise.with_width(key)
+    a, b = pairwise.inverse_norms(query, normalize), pairwise.inverse_norms(key, normalize)
     targets = _Targets.of(positives, key_ids, n, m, query.device)
     row_max, row_sum, row_moment, positive, col_max, col_sum, col_moment, store = _stats(
         query, key, scale, a, b, targets.index, symmetric, store_size
@@ -156,11 +157,12 @@ def backward(
     row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes,
     needs,
 ):  # fmt: skip
+    pairwise.check_features("info_nce_bwd", query, key)
     if query.numel() == 0:  # no queries, or features of width 0
         return tuple(
             x.new_zeros(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)
         )
-    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
+    a, b = pairwise.inverse_norms(query, normalize), pairwise.inverse_norms(key, normalize)
     n, m = query.shape[0], key.shape[0]
     targets = _Targets.of(positives, key_ids, n, m, query.device)
     share = (0.5 if symmetric else 1.0) * dloss.to(row_max.dtype)
@@ -183,14 +185,14 @@ def backward(
     dscale = scale.new_empty(0)
     if needs[2]:
         # sum_ij dS_ij S_ij / scale from the sums of the first sweep: operands of products may be rounded
-        slope = contrastive.total(u * row_slope)
+        slope = sums.total(u * row_slope)
         if symmetric:
-            slope = slope + contrastive.total(v * col_slope)
+            slope = slope + sums.total(v * col_slope)
         s = scale.to(slope.dtype).reshape(())
         dscale = slope / s
         if zero_scale:
             dot, inv = (query_dot, a) if need_query else (key_dot, b)
-            dscale = torch.where(s == 0, contrastive.total(dot if inv is None else dot * inv), dscale)
+            dscale = torch.where(s == 0, sums.total(dot if inv is None else dot * inv), dscale)
         dscale = dscale.to(scale.dtype).reshape(scale.shape)
     return dquery if needs[0] else query.new_empty(0), dkey, dscale
 
@@ -198,8 +200,8 @@ def backward(
 def _label_mean(x, x_inv, y, y_inv, groups: _Groups, columns) -> Tensor:
     """The mean similarity of each row of x and the rows of y with its label, [rows of x]."""
     own, other, counts = groups.seen_from(columns)
-    sums = contrastive.segment_sum(_scaled(y, y_inv), other, counts)[own]  # [rows, D]
-    dots = (x * sums).sum(-1)
+    total = sums.segment_sum(_scaled(y, y_inv), other, counts)[own]  # [rows, D]
+    dots = (x * total).sum(-1)
     return (dots if x_inv is None else dots * x_inv) / counts[own].clamp_min(1)
 
 
@@ -221,14 +223,14 @@ def _extra(
     if targets.groups is not None:
         own, other, counts = targets.groups.seen_from(columns)
         own_counts = targets.groups.key_count if columns else targets.groups.query_count
-        sums = _scaled(y, y_inv)
-        part = sums.new_zeros(x.shape)
+        units = _scaled(y, y_inv)
+        part = units.new_zeros(x.shape)
         if use_own:
             per_row = own_coef / counts[own].clamp_min(1)
-            part += per_row[:, None] * contrastive.segment_sum(sums, other, counts)[own]
+            part += per_row[:, None] * sums.segment_sum(units, other, counts)[own]
         if use_other:
-            weighted = (other_coef / own_counts[other].clamp_min(1))[:, None] * sums
-            part += contrastive.segment_sum(weighted, other, counts)[own]
+            weighted = (other_coef / own_counts[other].clamp_min(1))[:, None] * units
+            part += sums.segment_sum(weighted, other, counts)[own]
         extra = part.mul_(smoothing - 1) if extra is None else extra.add_(part, alpha=smoothing - 1)
     return extra
 
@@ -252,7 +254,7 @@ def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
     weighted = loss * weight
     if reduction == "none":
         return weighted
-    total = contrastive.total(weighted)
+    total = sums.total(weighted)
     return total / _mass(weight) if reduction == "mean" else total
 
 
@@ -261,12 +263,12 @@ def _mean_weight(weight: Tensor, reduction: str) -> Tensor:
 
 
 def _mass(weight: Tensor) -> Tensor:
-    total = contrastive.total(weight)
+    total = sums.total(weight)
     return total.where(total > 0, 1)
 
 
 if TRITON:
     from vlmkernels.triton import info_nce as _cuda
 
-    LIB.impl("info_nce_stats", _cuda.info_nce_stats, "CUDA")
-    LIB.impl("info_nce_grads", _cuda.info_nce_grads, "CUDA")
+    kernel("info_nce_stats", "CUDA", _cuda.info_nce_stats, "Triton")
+    kernel("info_nce_grads", "CUDA", _cuda.info_nce_grads, "Triton")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd, gated_linear_residual_fwd
 
 
@@ -65,18 +65,16 @@ def _fake(h: Tensor, weight: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, h.dtype))
 
 
-def _fake_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate):
-    return tuple(
-        t.new_empty(t.shape if need else 0)
-        for t, need in ((h, need_h), (weight, need_weight), (gate, need_gate))
-    )
+def _fake_bwd(dout, h, weight, gate, row_mask, needs):
+    return empty_grads((h, weight, gate), needs)
 
 
 def _flops(h, weight, *_, **__):
     return 2 * h.numel() * weight[0]
 
 
-def _flops_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate, **_):
+def _flops_bwd(dout, h, weight, gate, row_mask, needs, **_):
+    need_h, need_weight, _ = needs
     return 2 * h.numel() * weight[0] * (need_h + need_weight)
 
 
@@ -86,12 +84,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.x_dtype = x.dtype
 
 
-def _backward(ctx, dout):
-    need_h, need_weight, need_x, need_gate, _ = ctx.needs_input_grad
-    needs = (need_h, need_weight, need_gate)
-    grads = _bwd(dout, *ctx.saved_tensors, *needs) if any(needs) else (None, None, None)
-    dh, dweight, dgate = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dh, dweight, dout.to(ctx.x_dtype) if need_x else None, dgate, None
+def _backward(ctx, needs, dout):
+    grads = {"x": dout.to(ctx.x_dtype) if needs["x"] else None}
+    wanted = [needs[name] for name in ("h", "weight", "gate")]
+    if any(wanted):
+        grads["h"], grads["weight"], grads["gate"] = _bwd(dout, *ctx.saved_tensors, wanted)
+    return grads
 
 
 _op = define(
@@ -101,11 +99,11 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=2,
+    autocast=("h", "weight"),
 )
 _bwd = define(
     "gated_linear_residual_bwd(Tensor dout, Tensor h, Tensor weight, Tensor gate, Tensor? row_mask,"
-    " bool need_h, bool need_weight, bool need_gate) -> (Tensor dh, Tensor dweight, Tensor dgate)",
+    " bool[3] needs) -> (Tensor dh, Tensor dweight, Tensor dgate)",
     reference=gated_linear_residual_bwd,
     fake=_fake_bwd,
     flops=_flops_bwd,

@@ -7,7 +7,7 @@ from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
-from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import gated_mlp as composition
 from vlmkernels.reference.gated_mlp import gated_mlp_bwd, gated_mlp_fwd
 
@@ -49,8 +49,8 @@ def gated_mlp(
     Raises:
         ValueError: naming every argument that does not fit.
     """
-    inner, hidden, outputs = size(x, -1), size(w_gate, 0), size(w_down, 0)
-    check(
+    inner, hidden, outputs = dense.size(x, -1), dense.size(w_gate, 0), dense.size(w_down, 0)
+    dense.check(
         "gated_mlp",
         x,
         [("w_gate", w_gate, None, inner), ("w_up", w_up, hidden, inner), ("w_down", w_down, None, hidden)],
@@ -76,7 +76,7 @@ def gated_mlp(
         out = by_rows(packed, x, residual)
         if out is not None:
             return out
-    keep = trained(x, w_gate, w_up, w_down, b_gate, b_up)
+    keep = dense.trained(x, w_gate, w_up, w_down, b_gate, b_up)
     return _op(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, keep)[0]
 
 
@@ -120,11 +120,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx, dout, *_):
-    needs, need_residual = list(ctx.needs_input_grad[:7]), ctx.needs_input_grad[7]
-    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, needs) if any(needs) else (None,) * 7
-    given = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *given, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+def _backward(ctx, needs, dout, *_):
+    return dense.gradients(ctx, needs, dout, _OPERANDS, _bwd)
+
+
+_OPERANDS = ("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 
 
 _op = define(
@@ -135,7 +135,7 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=7,
+    autocast=_OPERANDS,
 )
 _bwd = define(
     "gated_mlp_bwd(Tensor dout, Tensor? x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate,"

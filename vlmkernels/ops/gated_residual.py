@@ -1,10 +1,12 @@
 """out = x + tanh(gate) * y."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.reference.gated_residual import gated_residual_bwd, gated_residual_fwd
 
 
@@ -58,9 +60,9 @@ def _fake(x: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor
 
 
 def _fake_bwd(
-    dout: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | None, need_y: bool, need_gate: bool
-) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape if need_y else 0), gate.new_empty(gate.shape if need_gate else 0)
+    dout: Tensor, y: Tensor, gate: Tensor, row_mask: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    return empty_grads((y, gate), needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -69,18 +71,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.x_dtype = x.dtype
 
 
-def _backward(ctx, dout):
-    need_x, need_y, need_gate, _ = ctx.needs_input_grad
-    y, gate, row_mask = ctx.saved_tensors
-    dy = dgate = None
-    if need_y or need_gate:
-        dy, dgate = _bwd(dout, y, gate, row_mask, need_y, need_gate)
-    return (
-        dout.to(ctx.x_dtype) if need_x else None,
-        dy if need_y else None,
-        dgate if need_gate else None,
-        None,
-    )
+def _backward(ctx, needs, dout):
+    grads = {"x": dout.to(ctx.x_dtype) if needs["x"] else None}
+    if needs["y"] or needs["gate"]:
+        grads["y"], grads["gate"] = _bwd(dout, *ctx.saved_tensors, [needs["y"], needs["gate"]])
+    return grads
 
 
 _op = define(
@@ -92,7 +87,7 @@ _op = define(
     backward=_backward,
 )
 _bwd = define(
-    "gated_residual_bwd(Tensor dout, Tensor y, Tensor gate, Tensor? row_mask, bool need_y, bool need_gate)"
+    "gated_residual_bwd(Tensor dout, Tensor y, Tensor gate, Tensor? row_mask, bool[2] needs)"
     " -> (Tensor dy, Tensor dgate)",
     reference=gated_residual_bwd,
     fake=_fake_bwd,

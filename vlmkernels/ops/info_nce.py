@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, has_kernel, kernel
-from vlmkernels.ops import _contrastive as contrastive
-from vlmkernels.ops import _dense
+from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _info_nce_sweeps as sweeps
+from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_small
+from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.reference.info_nce import info_nce_bwd, info_nce_fwd
 
 
@@ -62,10 +63,10 @@ def info_nce(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    positives, key_ids = contrastive.as_targets(positives)
-    faults = contrastive.feature_faults(query, key)
-    faults += contrastive.positives_faults(query, key, positives, key_ids)
-    faults += contrastive.scalar_faults("scale", scale, query)
+    positives, key_ids = targets.as_targets(positives)
+    faults = pairwise.feature_faults(query, key)
+    faults += targets.positives_faults(query, key, positives, key_ids)
+    faults += pairwise.scalar_faults("scale", scale, query)
     n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
     if positives is None and (n != m if symmetric else m < n):
         wanted = "symmetric needs M == N" if symmetric else "M >= N"
@@ -75,7 +76,7 @@ def info_nce(
             "positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)"
         )
     if weight is not None:
-        faults += contrastive.weight_faults(query, weight)
+        faults += pairwise.weight_faults(query, weight)
     if symmetric and n != m and (weight is not None or reduction == "none"):
         faults.append(f"weight and reduction='none' need M == N when symmetric, got N = {n} and M = {m}")
     if reduction not in ("mean", "sum", "none"):
@@ -90,9 +91,9 @@ def info_nce(
         faults.append(f"key has no rows while query has {n}")
     if faults:
         raise ValueError("info_nce: " + "; ".join(faults))
-    scale = contrastive.as_scalar("info_nce", "scale", scale, query)
-    if positives is None and weight is None and reduction == "mean" and _dense.serves(query, key):
-        return _dense.loss(query, key, scale, None, symmetric, label_smoothing, normalize)
+    scale = pairwise.as_scalar("info_nce", "scale", scale, query)
+    if positives is None and weight is None and reduction == "mean" and _pairwise_small.serves(query, key):
+        return _pairwise_small.loss(query, key, scale, None, symmetric, label_smoothing, normalize)
     weight = weight.detach() if weight is not None else None
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, scale))):
         store_bytes = 0
@@ -101,9 +102,14 @@ def info_nce(
 
 
 def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    """The CPU kernel alone keeps exponentials: a GPU makes them again at the cost of moving them."""
-    keeps = query.device.type == "cpu" and has_kernel("info_nce_stats", "CPU")
-    return contrastive.store_size(query, key, store_bytes) if keeps else 0
+    """CPU kernels alone keep exponentials: a GPU makes them again at the cost of moving them."""
+    return pairwise.store_size(query, key, store_bytes) if query.device.type == "cpu" else 0
+
+
+def _reference(query, key, *rest):
+    """With the memory that kernels fill: what a graph holds does not depend on who runs it."""
+    *outputs, store = info_nce_fwd(query, key, *rest)
+    return *outputs, store.new_empty(_store_size(query, key, rest[-1]))
 
 
 def _fake(
@@ -112,24 +118,20 @@ def _fake(
 ):  # fmt: skip
     n, m = query.shape[0], key.shape[0]
     stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    sweeps_here = has_kernel("info_nce_stats", query.device.type.upper())
     return (
         stats.new_empty((n,) if reduction == "none" else ()),
         *(stats.new_empty(n) for _ in range(2)),
         *(stats.new_empty(m if symmetric else 0) for _ in range(2)),
-        stats.new_empty(n if sweeps_here else 0),
-        stats.new_empty(n if sweeps_here and symmetric else 0),
-        stats.new_empty(n if sweeps_here else 0),
-        stats.new_empty(m if sweeps_here and symmetric else 0),
+        stats.new_empty(n),
+        stats.new_empty(n if symmetric else 0),
+        stats.new_empty(n),
+        stats.new_empty(m if symmetric else 0),
         query.new_empty(_store_size(query, key, store_bytes), dtype=torch.uint8),
     )
 
 
 def _fake_bwd(dloss, query, key, scale, *rest):
-    needs = rest[-1]
-    return tuple(
-        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)
-    )
+    return empty_grads((query, key, scale), rest[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -139,13 +141,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, *unused):
-    needs = list(ctx.needs_input_grad[:3])
-    if dloss is None or not any(needs):
-        return (None,) * 11
+def _backward(ctx, needs, dloss, *unused):
+    names = ("query", "key", "scale")
     options = (ctx.symmetric, ctx.label_smoothing, ctx.normalize, ctx.reduction, ctx.store_bytes)
-    grads = _bwd(dloss, *ctx.saved_tensors, *options, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
+    grads = _bwd(dloss, *ctx.saved_tensors, *options, [needs[name] for name in names])
+    return dict(zip(names, grads, strict=True))
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
@@ -155,21 +155,21 @@ _STATS += " Tensor row_slope, Tensor col_slope, Tensor store"
 
 _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
-    reference=info_nce_fwd,
+    reference=_reference,
     fake=_fake,
-    flops=lambda query, key, *_, **__: contrastive.flops(query, key),
+    flops=lambda query, key, *_, **__: pairwise.flops(query, key),
     setup_context=_setup_context,
     backward=_backward,
-    autocast=2,
+    autocast=("query", "key"),
 )
 _bwd = define(
     f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[] needs)"
     " -> (Tensor dquery, Tensor dkey, Tensor dscale)",
     reference=info_nce_bwd,
     fake=_fake_bwd,
-    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
+    flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("info_nce_stats", _device):
-        kernel("info_nce", _device, sweeps.forward, contrastive.label(_device))
-        kernel("info_nce_bwd", _device, sweeps.backward, contrastive.label(_device))
+        kernel("info_nce", _device, sweeps.forward, pairwise.label(_device))
+        kernel("info_nce_bwd", _device, sweeps.backward, pairwise.label(_device))

@@ -124,16 +124,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx, needs, dout, dlse):
     *tensors, relative_bias = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 6)]
-    if (dout is None and dlse is None) or not any(needs):
-        return (None,) * 9
     if dout is None:
         dout = torch.zeros_like(tensors[5])
-    grads = _bwd(dout, dlse, *tensors, ctx.scale, relative_bias, ctx.rows, ctx.cols, needs)
-    dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dq, dk, dv, None, None, None, dbias, None, None
+    names = ("query", "key", "value", "relative_bias")
+    wanted = [needs[name] for name in names]
+    grads = _bwd(dout, dlse, *tensors, ctx.scale, relative_bias, ctx.rows, ctx.cols, wanted)
+    return dict(zip(names, grads, strict=True))
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor start, Tensor end"
@@ -145,7 +143,7 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=3,
+    autocast=("query", "key", "value"),
 )
 _bwd = define(
     f"interval_attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS},"

@@ -7,7 +7,7 @@ from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, packed_linear
-from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import linear as composition
 from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
@@ -41,11 +41,11 @@ def linear(
     Raises:
         ValueError: naming every argument that does not fit.
     """
-    outputs = size(weight, 0)
-    check(
+    outputs = dense.size(weight, 0)
+    dense.check(
         "linear",
         x,
-        [("weight", weight, None, size(x, -1))],
+        [("weight", weight, None, dense.size(x, -1))],
         [("bias", bias, outputs)],
         activation,
         residual,
@@ -57,7 +57,7 @@ def linear(
         out = packed_linear(x, weight, bias, activation, residual)
         if out is not None:
             return out
-    return _op(x, weight, bias, residual, activation, trained(x, weight, bias))[0]
+    return _op(x, weight, bias, residual, activation, dense.trained(x, weight, bias))[0]
 
 
 def _fake(x, weight, bias, residual, activation, keep):
@@ -67,7 +67,8 @@ def _fake(x, weight, bias, residual, activation, keep):
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape if keep and activation != "none" else 0)
 
 
-def _fake_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bias):
+def _fake_bwd(dout, x, weight, bias, y, activation, needs):
+    need_x, need_weight, need_bias = needs
     return (
         weight.new_empty((*dout.shape[:-1], weight.shape[1]) if need_x else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -79,7 +80,8 @@ def _flops(x, weight, *_, **__):
     return 2 * x.numel() * weight[0]
 
 
-def _flops_bwd(dout, x, weight, bias, y, activation, need_x, need_weight, need_bias, **_):
+def _flops_bwd(dout, x, weight, bias, y, activation, needs, **_):
+    need_x, need_weight, _ = needs
     return 2 * dout.numel() * weight[1] * (need_x + need_weight)
 
 
@@ -97,12 +99,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx, dout, _):
-    need_x, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    needs = (need_x, need_weight, need_bias)
-    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, *needs) if any(needs) else (None,) * 3
-    dx, dweight, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, dweight, dbias, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+def _backward(ctx, needs, dout, _):
+    return dense.gradients(ctx, needs, dout, ("x", "weight", "bias"), _bwd)
 
 
 _op = define(
@@ -113,11 +111,11 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=3,
+    autocast=("x", "weight", "bias"),
 )
 _bwd = define(
     "linear_bwd(Tensor dout, Tensor? x, Tensor weight, Tensor? bias, Tensor? preactivation, str activation,"
-    " bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    " bool[3] needs) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=linear_bwd,
     fake=_fake_bwd,
     flops=_flops_bwd,

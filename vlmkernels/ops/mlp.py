@@ -7,7 +7,7 @@ from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
 from vlmkernels._modules import are_plain
 from vlmkernels._packed import PACKED, by_rows, packed_linear
-from vlmkernels.ops._layers import check, size, trained
+from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import mlp as composition
 from vlmkernels.reference.mlp import mlp_bwd, mlp_fwd
 
@@ -44,11 +44,11 @@ def mlp(
     Raises:
         ValueError: naming every argument that does not fit.
     """
-    hidden, outputs = size(w1, 0), size(w2, 0)
-    check(
+    hidden, outputs = dense.size(w1, 0), dense.size(w2, 0)
+    dense.check(
         "mlp",
         x,
-        [("w1", w1, None, size(x, -1)), ("w2", w2, None, hidden)],
+        [("w1", w1, None, dense.size(x, -1)), ("w2", w2, None, hidden)],
         [("b1", b1, hidden), ("b2", b2, outputs)],
         activation,
         residual,
@@ -65,7 +65,7 @@ def mlp(
         out = by_rows(packed, x, residual)
         if out is not None:
             return out
-    return _op(x, w1, b1, w2, b2, residual, activation, trained(x, w1, b1, w2))[0]
+    return _op(x, w1, b1, w2, b2, residual, activation, dense.trained(x, w1, b1, w2))[0]
 
 
 def _fake(x, w1, b1, w2, b2, residual, activation, keep):
@@ -105,11 +105,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-def _backward(ctx, dout, _):
-    needs, need_residual = list(ctx.needs_input_grad[:5]), ctx.needs_input_grad[5]
-    grads = _bwd(dout, *ctx.saved_tensors, ctx.activation, needs) if any(needs) else (None,) * 5
-    given = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return *given, dout.to(ctx.residual_dtype) if need_residual else None, None, None
+def _backward(ctx, needs, dout, _):
+    return dense.gradients(ctx, needs, dout, ("x", "w1", "b1", "w2", "b2"), _bwd)
 
 
 _op = define(
@@ -120,7 +117,7 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=5,
+    autocast=("x", "w1", "b1", "w2", "b2"),
 )
 _bwd = define(
     "mlp_bwd(Tensor dout, Tensor? x, Tensor w1, Tensor? b1, Tensor w2, Tensor? preactivation, str activation,"

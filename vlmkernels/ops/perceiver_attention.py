@@ -99,12 +99,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _):
-    needs = list(ctx.needs_input_grad[:5])
-    if dout is None or not any(needs):
-        return (None,) * 7
-    grads = _bwd(dout, *ctx.saved_tensors, ctx.scale, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+def _backward(ctx, needs, dout, _):
+    grads = _bwd(dout, *ctx.saved_tensors, ctx.scale, [needs[name] for name in _OPERANDS])
+    return dict(zip(_OPERANDS, grads, strict=True))
+
+
+_OPERANDS = ("query", "media_key", "media_value", "latent_key", "latent_value")
 
 
 _INPUTS = "Tensor query, Tensor media_key, Tensor media_value, Tensor latent_key, Tensor latent_value,"
@@ -116,7 +116,7 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=5,
+    autocast=_OPERANDS,
 )
 _bwd = define(
     f"perceiver_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float scale, bool[] needs)"

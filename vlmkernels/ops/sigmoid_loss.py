@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, has_kernel, kernel
-from vlmkernels.ops import _contrastive as contrastive
-from vlmkernels.ops import _dense
-from vlmkernels.ops import _sigmoid_sweep as sweep
+from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_small
+from vlmkernels.ops import _pairwise_targets as targets
+from vlmkernels.ops import _sigmoid_loss_sweep as sweep
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss_bwd, sigmoid_loss_fwd
 
 
@@ -46,21 +47,21 @@ def sigmoid_loss(
         ValueError: naming every argument that does not fit.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
-    positives, key_ids = contrastive.as_targets(positives)
-    faults = contrastive.feature_faults(query, key)
-    faults += contrastive.positives_faults(query, key, positives, key_ids)
-    faults += contrastive.scalar_faults("scale", scale, query)
-    faults += contrastive.scalar_faults("bias", bias, query)
+    positives, key_ids = targets.as_targets(positives)
+    faults = pairwise.feature_faults(query, key)
+    faults += targets.positives_faults(query, key, positives, key_ids)
+    faults += pairwise.scalar_faults("scale", scale, query)
+    faults += pairwise.scalar_faults("bias", bias, query)
     if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
         faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:
         raise ValueError("sigmoid_loss: " + "; ".join(faults))
-    scale = contrastive.as_scalar("sigmoid_loss", "scale", scale, query)
-    bias = contrastive.as_scalar("sigmoid_loss", "bias", bias, query)
-    if positives is None and reduction == "mean" and _dense.serves(query, key):
-        return _dense.loss(query, key, scale, bias, False, 0.0, normalize)
+    scale = pairwise.as_scalar("sigmoid_loss", "scale", scale, query)
+    bias = pairwise.as_scalar("sigmoid_loss", "bias", bias, query)
+    if positives is None and reduction == "mean" and _pairwise_small.serves(query, key):
+        return _pairwise_small.loss(query, key, scale, bias, False, 0.0, normalize)
     # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
     # the factor of a scaled loss they would leave the range.
     ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16
@@ -80,24 +81,18 @@ def _fake(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
     work = torch.promote_types(query.dtype, torch.float32)
-    ahead = has_kernel("sigmoid_sweep", query.device.type.upper())
-    needs = [ahead and need for need in (need_query, need_key, need_scalars, need_scalars)]
+    needs = (need_query, need_key, need_scalars, need_scalars)
     loss = query.new_empty((query.shape[0],) if reduction == "none" else (), dtype=work)
-    return loss, *(
-        x.new_empty(x.shape if need else 0) for x, need in zip((query, key, scale, bias), needs, strict=True)
-    )
+    return loss, *empty_grads((query, key, scale, bias), needs)
 
 
 def _fake_bwd(dloss, query, key, scale, bias, *rest):
-    return tuple(
-        x.new_empty(x.shape if need else 0)
-        for x, need in zip((query, key, scale, bias), rest[-1], strict=True)
-    )
+    return empty_grads((query, key, scale, bias), rest[-1])
 
 
 def _flops(query, key, *_, out_shape):
     formed = sum(grad == x for grad, x in zip(out_shape[1:], (query, key), strict=False))
-    return contrastive.flops(query, key, 1 + formed)
+    return pairwise.flops(query, key, 1 + formed)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -107,19 +102,18 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, *unused):
-    needs = list(ctx.needs_input_grad[:4])
-    if dloss is None or not any(needs):
-        return (None,) * 11
+def _backward(ctx, needs, dloss, *unused):
+    names = ("query", "key", "scale", "bias")
+    wanted = [needs[name] for name in names]
     inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, needs, strict=False) if need)
+    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, wanted, strict=False) if need)
     if here and not torch.is_grad_enabled():  # under create_graph the backward op is in the graph and refuses
         grads = [
-            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)
+            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, wanted, strict=True)
         ]
-        return *grads, *(None,) * 7
-    grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7
+    else:
+        grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, wanted)
+    return dict(zip(names, grads, strict=True))
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positives, Tensor? key_ids"
@@ -134,15 +128,15 @@ _op = define(
     flops=_flops,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=2,
+    autocast=("query", "key"),
 )
 _bwd = define(
     f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
-    flops=lambda dloss, query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-1][:2])),
+    flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
 for _device in ("CPU", "CUDA"):
     if has_kernel("sigmoid_sweep", _device):
-        kernel("sigmoid_loss", _device, sweep.forward, contrastive.label(_device))
-        kernel("sigmoid_loss_bwd", _device, sweep.backward, contrastive.label(_device))
+        kernel("sigmoid_loss", _device, sweep.forward, pairwise.label(_device))
+        kernel("sigmoid_loss_bwd", _device, sweep.backward, pairwise.label(_device))

@@ -9,6 +9,8 @@ element d is (1 - t_d^2) * sum_k products_dk weight_dk; for a gate of one the su
 also <dout weight, h>.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,11 +44,10 @@ def gated_linear_residual_bwd(
     weight: Tensor,  # [D, K]
     gate: Tensor,
     row_mask: Tensor | None,  # [...]
-    need_h: bool,
-    need_weight: bool,
-    need_gate: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dweight and dgate; an output nobody needs has size 0. dx is dout itself."""
+    need_h, need_weight, need_gate = needs
     work = torch.promote_types(torch.promote_types(dout.dtype, h.dtype), torch.float32)
     dh, dweight, dgate = h.new_empty(0), weight.new_empty(0), gate.new_empty(0)
     t = gate.to(work).reshape(-1).tanh()

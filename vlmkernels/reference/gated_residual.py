@@ -7,6 +7,8 @@ With t = tanh(gate) and dout = dL/dout, over the rows the mask keeps:
 the sum running over the rows for a gate of D elements, over everything for a gate of one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,10 @@ def gated_residual_bwd(
     y: Tensor,  # [..., D]
     gate: Tensor,
     row_mask: Tensor | None,  # [...]
-    need_y: bool,
-    need_gate: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """dy and dgate; an output nobody needs has size 0. dx is dout itself."""
+    need_y, need_gate = needs
     work = torch.promote_types(torch.promote_types(dout.dtype, y.dtype), torch.float32)
     g, t = dout.to(work), gate.to(work).reshape(-1).tanh()
     if row_mask is not None:

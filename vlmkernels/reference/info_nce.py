@@ -12,7 +12,8 @@ features are normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as l2_normalize
+
+from vlmkernels.reference._pairwise import feature_grad, features, matches
 
 
 def info_nce(
@@ -43,7 +44,8 @@ def info_nce_fwd(
 
     row_max [N] + row_log [N] and col_max [M] + col_log [M] are the log-sum-exps. row_gap [N] and col_gap [N]
     (log-sum-exp minus the logit of the row's positive), row_slope [N] and col_slope [M] (loss minus the
-    entropy of the softmax) and the store are only kept by the fused kernels; here they have size 0.
+    entropy of the softmax) serve the backward of the fused kernels; here they are 0, and the store is empty.
+    What belongs to columns has size 0 unless symmetric.
 
     Returns:
         (loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store).
@@ -52,8 +54,9 @@ def info_nce_fwd(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
     )
     cols = _lse_parts(logits, 0) if symmetric else (loss.new_empty(0), loss.new_empty(0))
-    nothing = [loss.new_empty(0) for _ in range(4)]
-    return loss, *_lse_parts(logits, 1), *cols, *nothing, query.new_empty(0, dtype=torch.uint8)
+    n, m = logits.shape
+    unused = (logits.new_zeros(size) for size in (n, n if symmetric else 0, n, m if symmetric else 0))
+    return loss, *_lse_parts(logits, 1), *cols, *unused, query.new_empty(0, dtype=torch.uint8)
 
 
 def info_nce_bwd(
@@ -63,7 +66,7 @@ def info_nce_bwd(
 ):  # fmt: skip
     """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
     work = row_max.dtype
-    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    q, k = features(query, normalize, work), features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
     logits = scale.to(work).reshape(()) * cosine
     rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
@@ -73,9 +76,9 @@ def info_nce_bwd(
         dlogits += v * (((logits - col_max) - col_log).exp() - cols)
     dquery, dkey, dscale = query.new_empty(0), key.new_empty(0), scale.new_empty(0)
     if needs[0]:
-        dquery = _feature_grad(scale * (dlogits @ k), query, normalize)
+        dquery = feature_grad(scale * (dlogits @ k), query, normalize)
     if needs[1]:
-        dkey = _feature_grad(scale * (dlogits.T @ q), key, normalize)
+        dkey = feature_grad(scale * (dlogits.T @ q), key, normalize)
     if needs[2]:
         dscale = (dlogits * cosine).sum().to(scale.dtype).reshape(scale.shape)
     return dquery, dkey, dscale
@@ -83,7 +86,7 @@ def info_nce_bwd(
 
 def _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction):
     work = torch.promote_types(query.dtype, torch.float32)
-    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    q, k = features(query, normalize, work), features(key, normalize, work)
     scale = scale.to(work).reshape(()) if isinstance(scale, Tensor) else scale
     logits = scale * (q @ k.T)  # [N, M]
     rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
@@ -104,51 +107,9 @@ def _lse_parts(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return top.squeeze(dim), (logits - top).exp().sum(dim).log()
 
 
-def _features(x: Tensor, normalize: bool, work: torch.dtype) -> Tensor:
-    return l2_normalize(x.to(work), dim=-1) if normalize else x.to(work)
-
-
-def _feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
-    if normalize:
-        norm = torch.linalg.vector_norm(x.to(grad.dtype), dim=-1, keepdim=True)
-        unit = x.to(grad.dtype) / norm.clamp_min(1e-12)
-        radial = unit * (unit * grad).sum(-1, keepdim=True)
-        grad = torch.where(norm > 1e-12, grad - radial, grad) / norm.clamp_min(1e-12)
-    return x.new_empty(x.shape).copy_(grad)
-
-
-def check_pair(op: str, positives: Tensor | None, key_ids: Tensor | None) -> None:
-    """The raw ops get the two of (query_ids, key_ids) one by one."""
-    if positives is None and key_ids is not None:
-        raise ValueError(f"{op}: key_ids want the ids of the queries in positives, got None")
-
-
-def check_indices(op: str, positives: Tensor, m: int) -> None:
-    """Indices of positives are -100 or in [0, M); a device assertion where waiting for the device is dear."""
-    valid = ((positives == -100) | ((positives >= 0) & (positives < m))).all()
-    if positives.is_cuda:
-        torch._assert_async(valid, f"{op}: positives must be in [0, M) or -100")
-    elif not valid:
-        low, high = int(positives.min()), int(positives.max())
-        raise IndexError(f"{op}: positives must be in [0, M = {m}) or -100, got values from {low} to {high}")
-
-
-def _matches(
-    op: str, positives: Tensor | None, key_ids: Tensor | None, n: int, m: int, device: torch.device
-) -> Tensor:
-    """Which pairs are positive, [N, M] bool."""
-    check_pair(op, positives, key_ids)
-    if positives is None:
-        return torch.eye(n, m, dtype=torch.bool, device=device)
-    if key_ids is None:
-        check_indices(op, positives, m)
-        key_ids = torch.arange(m, device=device)
-    return positives[:, None] == key_ids
-
-
 def _targets(positives, key_ids, smoothing: float, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """T [N, M] with rows summing to 1, T' [N, M] with columns summing to 1; 0 where one has no target."""
-    same = _matches("info_nce", positives, key_ids, n, m, like.device).to(like.dtype)
+    same = matches("info_nce", positives, key_ids, n, m, like.device).to(like.dtype)
 
     def spread(counts: Tensor, classes: int) -> Tensor:
         uniform = same / counts.clamp_min(1)

@@ -60,6 +60,8 @@ def interval_attention_bwd(
         delta = delta - dlse
     ds = p * (g @ v.mT - delta[..., None])
 
+    no_bias = (query if relative_bias is None else relative_bias).new_empty(0)
+
     def shared(x: Tensor, like: Tensor) -> Tensor:  # [B, H, Tk, D] summed over the heads of a group
         return _laid_out(x.unflatten(1, (like.shape[1], -1)).sum(2) if like.shape[1] else x, like)
 
@@ -67,7 +69,7 @@ def interval_attention_bwd(
         _laid_out(scale * (ds @ k), query) if needs[0] else query.new_empty(0),
         shared(scale * (ds.mT @ q), key) if needs[1] else key.new_empty(0),
         shared(p.mT @ g, value) if needs[2] else value.new_empty(0),
-        _bias_gradient(ds, relative_bias, grid_rows, grid_cols) if needs[3] else query.new_empty(0),
+        _bias_gradient(ds, relative_bias, grid_rows, grid_cols) if needs[3] else no_bias,
     )
 
 

@@ -5,11 +5,12 @@ With g = dout * act'(y), which is dout itself without an activation:
     dx = g weight        dweight = g^T x        dbias = sum over the rows of g        dresidual = dout
 """
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkernels.reference._activations import activate, activate_bwd
+from vlmkernels.reference._dense import activate, activate_bwd, product_bwd
 
 
 def linear(
@@ -42,29 +43,11 @@ def linear_bwd(
     bias: Tensor | None,  # [O]
     y: Tensor | None,  # [..., O], formed again when absent
     activation: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; an output nobody needs has size 0."""
     if activation != "none" and y is None:
         assert x is not None
         y = F.linear(x, weight, bias)
     g = dout.to(weight.dtype) if y is None else activate_bwd(dout, y, activation)
-    return product_bwd(g, x, weight, need_x, need_weight, need_bias)
-
-
-def product_bwd(
-    g: Tensor, x: Tensor | None, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x weight^T + bias under g [..., O]."""
-    dx, dweight, dbias = (weight.new_empty(0) for _ in range(3))
-    rows = g.reshape(g.shape[:-1].numel(), weight.shape[0])
-    if need_x:
-        dx = (g @ weight).contiguous()
-    if need_weight:
-        assert x is not None
-        dweight = rows.T @ x.reshape(rows.shape[0], weight.shape[1])
-    if need_bias:
-        dbias = rows.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(g.dtype)
-    return dx, dweight.contiguous(), dbias
+    return product_bwd(g, x, weight, *needs)

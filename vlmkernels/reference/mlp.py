@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkernels.reference._activations import activate, activate_bwd
-from vlmkernels.reference.linear import product_bwd
+from vlmkernels.reference._dense import activate, activate_bwd, product_bwd
 
 
 def mlp(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vlmkernels.reference.info_nce import _feature_grad, _features, _matches
+from vlmkernels.reference._pairwise import feature_grad, features, matches
 
 
 def sigmoid_loss(
@@ -26,7 +26,7 @@ def sigmoid_loss(
     """The definition, dense and differentiable by autograd."""
     positives, key_ids = positives if isinstance(positives, tuple) else (positives, None)
     work = torch.promote_types(query.dtype, torch.float32)
-    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    q, k = features(query, normalize, work), features(key, normalize, work)
     scale, bias = (v.to(work).reshape(()) if isinstance(v, Tensor) else v for v in (scale, bias))
     z = scale * (q @ k.T) + bias  # [N, M]
     rows = -logsigmoid(_signs(positives, key_ids, z) * z).sum(1)  # [N]
@@ -36,16 +36,19 @@ def sigmoid_loss(
 def sigmoid_loss_fwd(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
-    """The raw op: (loss, dquery, dkey, dscale, dbias); this kernel forms no gradient in the forward."""
+    """The raw op: (loss, dquery, dkey, dscale, dbias); a gradient that nobody needs has size 0."""
     pair = positives if key_ids is None else (positives, key_ids)
     loss = sigmoid_loss(query, key, scale, bias, positives=pair, normalize=normalize, reduction=reduction)
-    return loss, query.new_empty(0), key.new_empty(0), scale.new_empty(0), bias.new_empty(0)
+    needs = (need_query, need_key, need_scalars, need_scalars)
+    return loss, *sigmoid_loss_bwd(
+        loss.new_ones(loss.shape), query, key, scale, bias, positives, key_ids, normalize, reduction, needs
+    )
 
 
 def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
     """(dquery, dkey, dscale, dbias); an output that `needs` does not ask for has size 0."""
     work = torch.promote_types(query.dtype, torch.float32)
-    q, k = _features(query, normalize, work), _features(key, normalize, work)
+    q, k = features(query, normalize, work), features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
     z = scale.to(work).reshape(()) * cosine + bias.to(work).reshape(())
     signs = _signs(positives, key_ids, z)
@@ -53,9 +56,9 @@ def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normali
     dz = -u.reshape(-1, 1) * signs * (-signs * z).sigmoid()  # [N, M]
     dquery, dkey, dscale, dbias = query.new_empty(0), key.new_empty(0), scale.new_empty(0), bias.new_empty(0)
     if needs[0]:
-        dquery = _feature_grad(scale * (dz @ k), query, normalize)
+        dquery = feature_grad(scale * (dz @ k), query, normalize)
     if needs[1]:
-        dkey = _feature_grad(scale * (dz.T @ q), key, normalize)
+        dkey = feature_grad(scale * (dz.T @ q), key, normalize)
     if needs[2]:
         dscale = (dz * cosine).sum().to(scale.dtype).reshape(scale.shape)
     if needs[3]:
@@ -65,5 +68,5 @@ def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normali
 
 def _signs(positives: Tensor | None, key_ids: Tensor | None, z: Tensor) -> Tensor:
     """+1 on positives, -1 elsewhere, [N, M]."""
-    same = _matches("sigmoid_loss", positives, key_ids, z.shape[0], z.shape[1], z.device)
+    same = matches("sigmoid_loss", positives, key_ids, z.shape[0], z.shape[1], z.device)
     return same.to(z.dtype) * 2 - 1

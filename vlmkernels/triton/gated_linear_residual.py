@@ -3,6 +3,8 @@
 Backward: products with dout in float32, each turned into a gradient and a share of the gate's by one pass.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd as reference_bwd
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_fwd as reference_fwd
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
-from vlmkernels.triton._contrastive import grouped_tile, similarities
+from vlmkernels.triton._tiles import grouped_tile, similarities
 
 
 @triton.jit
@@ -154,13 +156,12 @@ def gated_linear_residual_bwd(
     weight: Tensor,  # [D, K]
     gate: Tensor,
     row_mask: Tensor | None,  # [...] bool
-    need_h: bool,
-    need_weight: bool,
-    need_gate: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dweight and dgate; size 0 where not needed."""
     if torch.promote_types(dout.dtype, h.dtype) == torch.float64:
-        return reference_bwd(dout, h, weight, gate, row_mask, need_h, need_weight, need_gate)
+        return reference_bwd(dout, h, weight, gate, row_mask, needs)
+    need_h, need_weight, need_gate = needs
     t = _tanh(gate)
     one = t.numel() == 1
     n = dout.shape[:-1].numel()

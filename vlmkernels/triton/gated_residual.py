@@ -1,5 +1,7 @@
 """out = x + t y;  dy = t dout,  dgate = (1 - t^2) sum(dout y),  t = tanh(gate): one pass each way."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -128,9 +130,9 @@ def gated_residual_bwd(
     y: Tensor,  # [..., D]
     gate: Tensor,
     row_mask: Tensor | None,  # [...]
-    need_y: bool,
-    need_gate: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    need_y, need_gate = needs
     dy, dgate = y.new_empty(y.shape if need_y else 0), gate.new_empty(gate.shape if need_gate else 0)
     if y.numel() == 0 or not (need_y or need_gate):
         return dy, dgate.zero_()

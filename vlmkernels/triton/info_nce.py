@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.triton import _chunked
-from vlmkernels.triton import _contrastive as tiles
-from vlmkernels.triton._contrastive import grouped_tile, similarities
+from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_chunked as chunked
+from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton._tiles import grouped_tile, similarities
 
 PROGRAMS = 1024  # the columns are split until about so many programs share the first sweep
 PARTIAL_TILES = 256  # row tiles whose column statistics are held at once when `store_bytes` allows no more
@@ -223,7 +224,7 @@ def info_nce_stats(
 ) -> tuple[Tensor, ...]:
     """(row_max [N], row_sum, row_moment, positive_logit, col_max [M], col_sum, col_moment, empty store)."""
     if query.dtype == torch.float64:  # tensor cores have no use for it
-        return _chunked.info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, columns)
+        return chunked.info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, columns)
     n, m = query.shape[0], key.shape[0]
     store, stats = query.new_empty(0, dtype=torch.uint8), query.new_empty(0, dtype=torch.float32)
     if n == 0 or m == 0:
@@ -278,7 +279,7 @@ def info_nce_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dquery [N, D], dkey [M, D], query_dot [N], key_dot [M]); size 0 where not needed."""
     if query.dtype == torch.float64:
-        return _chunked.info_nce_grads(
+        return chunked.info_nce_grads(
             query, key, scale, query_inv_norm, key_inv_norm, positives, row_max, row_log, col_max, col_log,
             row_coef, col_coef, positive_coef, query_extra, key_extra, need_query, need_key,
         )  # fmt: skip
@@ -294,16 +295,16 @@ def info_nce_grads(
     q, k = tiles.operand(query), tiles.operand(key)
     options = tiles.launch_options(q, k, fuse=False, exceptions=tiles.PRODUCTS_ON)
     columns = col_coef.numel() > 0
-    gain = tiles.gain_for(query.dtype, row_coef, col_coef)
+    gain = pairwise.gain_for(query.dtype, row_coef, col_coef)
     inv_gain = None
     if gain is not None:
         row_coef, col_coef, inv_gain = row_coef * gain, col_coef * gain, gain.reciprocal()
-    unit_query = tiles.unit(query, query_inv_norm) if need_key else query
-    unit_key = tiles.unit(key, key_inv_norm) if need_query else key
+    unit_query = pairwise.unit(query, query_inv_norm) if need_key else query
+    unit_key = pairwise.unit(key, key_inv_norm) if need_query else key
     query_acc = row_coef.new_empty(query.shape) if need_query else None
     key_acc = row_coef.new_empty(key.shape) if need_key else None
-    held = tiles.chunk_rows(n, m, query.element_size(), store_bytes)
-    buffer = tiles.chunk_buffer(query, held, m)
+    held = pairwise.chunk_rows(n, m, query.element_size(), store_bytes)
+    buffer = pairwise.chunk_buffer(query, held, m)
     with torch.cuda.device_of(query):
         for start in range(0, n, held):
             stop = min(start + held, n)
@@ -321,14 +322,14 @@ def info_nce_grads(
             if key_acc is not None:
                 tiles.product(grads.T, unit_query[start:stop], key_acc, add=start > 0)
     if query_acc is not None:
-        out[0], out[2] = tiles.finish(
+        out[0], out[2] = pairwise.finish(
             query_acc, inv_gain, query_extra, query, key, scale, query_inv_norm, key_inv_norm,
             positive_coef, positives, None,
         )  # fmt: skip
     if key_acc is not None:
         ordered, order = positives.sort(stable=True)
         first = torch.searchsorted(ordered, torch.arange(m + 1, device=key.device))
-        out[1], out[3] = tiles.finish(
+        out[1], out[3] = pairwise.finish(
             key_acc, inv_gain, key_extra, key, query, scale, key_inv_norm, query_inv_norm,
             positive_coef, order, first,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from vlmkernels.reference.interval_attention import interval_attention_fwd as re
 from vlmkernels.triton import _attention as attention
 from vlmkernels.triton import _attention_bwd as attention_bwd
 from vlmkernels.triton._attention import Source, grid_bias, intervals, tile
-from vlmkernels.triton._contrastive import rows_contiguous
+from vlmkernels.triton._tiles import rows_contiguous
 
 BIAS_PROGRAMS = 1024  # the batch is split until about so many programs share it
 

@@ -7,7 +7,7 @@ from vlmkernels.reference.perceiver_attention import perceiver_attention_fwd as 
 from vlmkernels.triton import _attention as attention
 from vlmkernels.triton import _attention_bwd as attention_bwd
 from vlmkernels.triton._attention import Source
-from vlmkernels.triton._contrastive import rows_contiguous
+from vlmkernels.triton._tiles import rows_contiguous
 
 
 def _sources(query, media_key, media_value, latent_key, latent_value, media_lengths) -> tuple[Source, Source]:

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.triton import _chunked
-from vlmkernels.triton import _contrastive as tiles
-from vlmkernels.triton._contrastive import grouped_tile, similarities
+from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_chunked as chunked
+from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton._tiles import grouped_tile, similarities
 
 CHUNK_BYTES = 1 << 28  # gradients of the logits held at once
 
@@ -114,7 +115,7 @@ def sigmoid_sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_loss [N], dquery [N, D], dkey [M, D], row_dscale [N], row_dbias [N]); size 0 where not needed."""
     if query.dtype == torch.float64:
-        return _chunked.sigmoid_sweep(
+        return chunked.sigmoid_sweep(
             query, key, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids, row_coef,
             need_loss, need_query, need_key, need_scalars,
         )  # fmt: skip
@@ -129,14 +130,14 @@ def sigmoid_sweep(
     q, k = tiles.operand(query), tiles.operand(key)
     options = tiles.launch_options(q, k, fuse=True)
     col_tiles = triton.cdiv(m, options["BLOCK_N"])
-    gain = tiles.gain_for(query.dtype, row_coef)
+    gain = pairwise.gain_for(query.dtype, row_coef)
     inv_gain = gain.reciprocal() if gain is not None else None
-    unit_query = tiles.unit(query, query_inv_norm) if need_key else query
-    unit_key = tiles.unit(key, key_inv_norm) if need_query else key
+    unit_query = pairwise.unit(query, query_inv_norm) if need_key else query
+    unit_key = pairwise.unit(key, key_inv_norm) if need_query else key
     query_acc = row_coef.new_empty(query.shape) if need_query else None
     key_acc = row_coef.new_empty(key.shape) if need_key else None
-    held = tiles.chunk_rows(n, m, query.element_size(), CHUNK_BYTES)
-    buffer = tiles.chunk_buffer(query, held, m) if need_query or need_key else None
+    held = pairwise.chunk_rows(n, m, query.element_size(), CHUNK_BYTES)
+    buffer = pairwise.chunk_buffer(query, held, m) if need_query or need_key else None
     with torch.cuda.device_of(query):
         for start in range(0, n, held):
             stop = min(start + held, n)
@@ -156,11 +157,11 @@ def sigmoid_sweep(
             if grads is not None and key_acc is not None:
                 tiles.product(grads.T, unit_query[start:stop], key_acc, add=start > 0)
     if query_acc is not None:
-        dquery, _ = tiles.finish(
+        dquery, _ = pairwise.finish(
             query_acc, inv_gain, None, query, key, scale, query_inv_norm, key_inv_norm, None, None, None
         )
     if key_acc is not None:
-        dkey, _ = tiles.finish(
+        dkey, _ = pairwise.finish(
             key_acc, inv_gain, None, key, query, scale, key_inv_norm, query_inv_norm, None, None, None
         )
     return rows[0], dquery, dkey, rows[1], rows[2]

@@ -1,5 +1,5 @@
 #pragma once
-#include "vlmkernels/block_product.h"
+#include "vlmkernels/dense.h"
 
 namespace vlmk {
 

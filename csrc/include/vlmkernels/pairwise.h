@@ -1,6 +1,5 @@
 #pragma once
-#include "vlmkernels/isa.h"
-#include "vlmkernels/tile_gemm.h"
+#include "vlmkernels/pack.h"
 
 namespace vlmk {
 
@@ -10,8 +9,6 @@ constexpr int64_t kTileRows = 128, kTileCols = 256;
 // The product with Q^T sums over this many tiles at once: bf16 units are fast enough to want a longer sum.
 template <class P>
 constexpr int64_t kKeyTiles = sizeof(P) == 2 ? 2 : 1;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The operands of the tile products. `depth` is d, rounded up to a multiple of 32 with zeros for bf16.
 template <class P>
@@ -42,15 +39,5 @@ struct Finish {
   P* dx;                  // [rows, d]
   acc_t<P>* dot;          // [rows]
 };
-
-VLMK_PER_ISA(
-    // Packs rows [first, first + count) of x [*, ldx] into the B operand of the product with x^T: [depth][block], zero padded;
-    // bf16 [depth / 2][block][2].
-    template <class P>
-    void pack_transposed_b(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, P* out);
-    // The same as an A operand, [d][block], whatever P is.
-    template <class P> void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_t block, P* out);
-    // Packs rows of x into the B operand of a product with x: bf16 [block / 2][depth][2], zero padded.
-    void pack_rows_b(const bf16* x, int64_t ldx, int64_t count, int64_t d, int64_t depth, int64_t block, bf16* out);)
 
 }  // namespace vlmk

@@ -1,12 +1,12 @@
-// vlmkernels::dense_loss and dense_loss_bwd for CPU tensors (contracts: vlmkernels/ops/_dense.py).
-#include "vlmkernels/dense_logits.h"
+// vlmkernels::small_loss and small_loss_bwd for CPU tensors (contracts: vlmkernels/ops/_pairwise_small.py).
+#include "vlmkernels/pairwise_small.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <torch/library.h>
 
-#include "pairs.h"
+#include "pairwise.h"
 
 namespace vlmk {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t round_up(int64_t count) { return ceil_div(count, kDenseCols) * kDenseCols; }
+constexpr int64_t whole_vectors(int64_t count) { return ceil_div(count, kSmallCols) * kSmallCols; }
 
 optional<Tensor> inverse_norms(const Tensor& x, bool normalize) {
   if (!normalize) return std::nullopt;
@@ -33,15 +33,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, 
   const auto a = inverse_norms(query, normalize), b = inverse_norms(key, normalize);
   Features<P> features(query, key, scale, a, b);
   Pairs<P>& p = features.pairs;
-  const int64_t blocks = ceil_div(p.n, kDenseRows), ldx = round_up(p.m), ldt = round_up(p.n);
+  const int64_t blocks = ceil_div(p.n, kSmallRows), ldx = whole_vectors(p.m), ldt = whole_vectors(p.n);
   const bool need_slopes = need_query || need_key || need_scalars;
   const auto options = query.options().dtype(scalar_type<A>()), operands = features.query.options();
 
   const Tensor kt = at::empty({ldx * p.depth}, operands);
   P* packed = data<P>(kt);
-  for_tasks(ldx / kDenseCols, 0, [&](int64_t jb, Scratch&) {
-    const int64_t j0 = jb * kDenseCols, count = std::min(kDenseCols, p.m - j0);
-    VLMK_CALL(pack_transposed_b, data<P>(features.key) + j0 * p.d, p.d, count, p.d, p.depth, kDenseCols, packed + j0 * p.depth);
+  for_tasks(ldx / kSmallCols, 0, [&](int64_t jb, Scratch&) {
+    const int64_t j0 = jb * kSmallCols, count = std::min(kSmallCols, p.m - j0);
+    VLMK_CALL(pack_transposed_b, data<P>(features.key) + j0 * p.d, p.d, count, p.d, p.depth, kSmallCols, packed + j0 * p.depth);
   });
   p.kt = packed;
 
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, 
   const Tensor sums = at::empty({3 * p.n}, options.dtype(at::kDouble));
   A* at = data<A>(work);
   const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
-  DenseLogits<P> g{};
+  PairwiseSmall<P> g{};
   g.pairs = p, g.ldx = ldx, g.ldt = ldt;
   g.bias = bias ? number<A>(*bias) : A(0), g.symmetric = symmetric, g.smoothing = static_cast<A>(smoothing);
   g.x = take(p.n * ldx), g.diagonal = take(p.n), g.row_max = take(p.n), g.row_log = take(p.n), g.col_max = take(column_part),
@@ -62,17 +62,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, 
   g.loss = data<double>(sums), g.dscale = g.loss + p.n, g.dbias = g.loss + 2 * p.n;
   g.slope = data<P>(slope), g.slope_t = data<P>(slope_t), g.positive = data<A>(positive), g.need_slopes = need_slopes;
 
-  const int64_t scratch_bytes = kDenseRows * ldx * sizeof(A);
+  const int64_t scratch_bytes = kSmallRows * ldx * sizeof(A);
   double columns = 0;
   if (bias) {
     for_tasks(blocks, scratch_bytes,
-              [&](int64_t ib, Scratch& scratch) { VLMK_CALL(dense_logistic, g, ib, scratch.take<A>(kDenseRows * ldx)); });
+              [&](int64_t ib, Scratch& scratch) { VLMK_CALL(small_logistic, g, ib, scratch.take<A>(kSmallRows * ldx)); });
   } else {
-    for_tasks(blocks, 0, [&](int64_t ib, Scratch&) { VLMK_CALL(dense_cross_entropy_rows, g, ib); });
-    if (symmetric) columns = VLMK_CALL(dense_cross_entropy_columns, g);
+    for_tasks(blocks, 0, [&](int64_t ib, Scratch&) { VLMK_CALL(small_cross_entropy_rows, g, ib); });
+    if (symmetric) columns = VLMK_CALL(small_cross_entropy_columns, g);
     if (need_slopes) {
       for_tasks(blocks, scratch_bytes, [&](int64_t ib, Scratch& scratch) {
-        VLMK_CALL(dense_cross_entropy_slopes, g, ib, scratch.take<A>(kDenseRows * ldx));
+        VLMK_CALL(small_cross_entropy_slopes, g, ib, scratch.take<A>(kSmallRows * ldx));
       });
     }
   }
@@ -94,11 +94,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, 
 template <class P>
 Tensor as_operand(const Tensor& x, int64_t depth) {
   if constexpr (sizeof(P) == 2) {
-    const int64_t rows = x.size(0), d = x.size(1), padded = round_up(rows);
+    const int64_t rows = x.size(0), d = x.size(1), padded = whole_vectors(rows);
     const Tensor out = at::empty({padded * depth}, x.options());
-    for_tasks(padded / kDenseCols, 0, [&](int64_t block, Scratch&) {
-      const int64_t first = block * kDenseCols;
-      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(kDenseCols, rows - first), d, depth, kDenseCols,
+    for_tasks(padded / kSmallCols, 0, [&](int64_t block, Scratch&) {
+      const int64_t first = block * kSmallCols;
+      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(kSmallCols, rows - first), d, depth, kSmallCols,
                 data<P>(out) + first * depth);
     });
     return out;
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dloss, const 
     const int64_t others = y.size(0);
     DenseGradient<P> g{};
     g.rows = x.size(0), g.others = others, g.d = p.d, g.width = p.depth;
-    g.depth = sizeof(P) == 2 ? round_up(others) : others;
-    g.slope = data<P>(slopes), g.lds = round_up(others), g.operand = data<P>(operand), g.positive = data<A>(positive);
+    g.depth = sizeof(P) == 2 ? whole_vectors(others) : others;
+    g.slope = data<P>(slopes), g.lds = whole_vectors(others), g.operand = data<P>(operand), g.positive = data<A>(positive);
     g.x = data<P>(x), g.y = data<P>(y), g.inv = inv, g.inv_y = inv_y;
     g.factor = static_cast<A>(p.scale * incoming), g.dx = data<P>(dx), g.product = p.product;
     return g;
@@ -136,9 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dloss, const 
   const Tensor q = need_key ? as_operand<P>(features.query, p.depth) : none;
   const auto rows = side(slope, features.query, features.key, p.a, p.b, dquery, k);
   const auto cols = side(slope_t, features.key, features.query, p.b, p.a, dkey, q);
-  const int64_t row_blocks = need_query ? ceil_div(p.n, kDenseRows) : 0, col_blocks = need_key ? ceil_div(p.m, kDenseRows) : 0;
-  for_tasks(row_blocks + col_blocks, kDenseRows * p.depth * sizeof(A), [&](int64_t task, Scratch& scratch) {
-    A* sums = scratch.take<A>(kDenseRows * p.depth);
+  const int64_t row_blocks = need_query ? ceil_div(p.n, kSmallRows) : 0, col_blocks = need_key ? ceil_div(p.m, kSmallRows) : 0;
+  for_tasks(row_blocks + col_blocks, kSmallRows * p.depth * sizeof(A), [&](int64_t task, Scratch& scratch) {
+    A* sums = scratch.take<A>(kSmallRows * p.depth);
     if (task < row_blocks) {
       VLMK_CALL(dense_gradient, rows, task, sums);
     } else {
@@ -163,9 +163,9 @@ void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const
   need.that(n > 0 && m >= n, "query and key must have rows, key as many or more, got ", n, " and ", m);
 }
 
-auto dense_loss(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& bias, bool symmetric,
+auto small_loss(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& bias, bool symmetric,
                 double smoothing, bool normalize, bool need_query, bool need_key, bool need_scalars) {
-  const Need need(bias ? "sigmoid_loss (dense_loss)" : "info_nce (dense_loss)");
+  const Need need(bias ? "sigmoid_loss (small_loss)" : "info_nce (small_loss)");
   need_inputs(need, query, key, scale, bias);
   need.that(!symmetric || query.size(0) == key.size(0), "a symmetric loss needs as many keys as queries, got ", key.size(0),
             " and ", query.size(0));
@@ -175,16 +175,16 @@ auto dense_loss(const Tensor& query, const Tensor& key, const Tensor& scale, con
   });
 }
 
-auto dense_loss_bwd(const Tensor& dloss, const Tensor& query, const Tensor& key, const Tensor& scale,
+auto small_loss_bwd(const Tensor& dloss, const Tensor& query, const Tensor& key, const Tensor& scale,
                     const optional<Tensor>& bias, const Tensor& slope, const Tensor& slope_t, const Tensor& positive,
                     const Tensor& dscalars, bool normalize, std::array<bool, 4> needs) {
-  const Need need(bias ? "sigmoid_loss (dense_loss_bwd)" : "info_nce (dense_loss_bwd)");
+  const Need need(bias ? "sigmoid_loss (small_loss_bwd)" : "info_nce (small_loss_bwd)");
   need_inputs(need, query, key, scale, bias);
   const int64_t n = query.size(0), m = key.size(0);
   const auto sums = sum_type(query.scalar_type());
   need.scalar("dloss", dloss);
-  if (needs[0]) need.contiguous("slope", slope, {n, round_up(m)}, slope_type(query));
-  if (needs[1]) need.contiguous("slope_t", slope_t, {m, round_up(n)}, slope_type(query));
+  if (needs[0]) need.contiguous("slope", slope, {n, whole_vectors(m)}, slope_type(query));
+  if (needs[1]) need.contiguous("slope_t", slope_t, {m, whole_vectors(n)}, slope_type(query));
   if (needs[0] || needs[1]) need.contiguous("positive", positive, n, sums);
   if (needs[2] || needs[3]) need.contiguous("dscalars", dscalars, 2, sums);
   need.that(bias || !needs[3], "bias must be given for its gradient");
@@ -196,8 +196,8 @@ auto dense_loss_bwd(const Tensor& dloss, const Tensor& query, const Tensor& key,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(vlmkernels, CPU, m) {
-  m.impl("dense_loss", &dense_loss);
-  m.impl("dense_loss_bwd", &dense_loss_bwd);
+  m.impl("small_loss", &small_loss);
+  m.impl("small_loss_bwd", &small_loss_bwd);
 }
 
 }  // namespace vlmk

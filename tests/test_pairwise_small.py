@@ -1,4 +1,4 @@
-"""Problems small enough for their logits to be held: both losses on the kernels of `ops/_dense.py`."""
+"""Both losses on the kernels of `ops/_pairwise_small.py`, which hold the logits of small problems."""
 
 import sys
 
@@ -7,11 +7,11 @@ import torch
 
 import vlmkernels
 from vlmkernels import reference
-from vlmkernels.ops import _dense
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
 
 pytestmark = pytest.mark.skipif(
-    not _dense.serves(torch.zeros(1, 1), torch.zeros(1, 1)), reason="needs the C++ extension"
+    not _pairwise_small.serves(torch.zeros(1, 1), torch.zeros(1, 1)), reason="needs the C++ extension"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CAPS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -190,7 +190,7 @@ def test_nan_is_not_hidden(loss):
 
 def test_which_problems_are_small():
     def serves(n, m, d, **options):
-        return _dense.serves(torch.zeros(n, d, **options), torch.zeros(m, d, **options))
+        return _pairwise_small.serves(torch.zeros(n, d, **options), torch.zeros(m, d, **options))
 
     assert serves(512, 512, 4)
     assert serves(1, 512, 4, dtype=torch.float64)

@@ -5,15 +5,15 @@
 namespace vlmk {
 
 // Losses of a problem so small that its matrix of similarities is held: x_ij = a_i b_j <q_i, k_j>, S_ij = scale x_ij + bias,
-// pairs (i, i) positive. One call works on kDenseRows rows; columns go in vectors of kDenseCols.
-constexpr int64_t kDenseRows = 32, kDenseCols = 64;
+// pairs (i, i) positive. One call works on kSmallRows rows; columns go in vectors of kSmallCols.
+constexpr int64_t kSmallRows = 32, kSmallCols = 64;
 
 // G = dL/dS, with L the loss before the incoming gradient. The gradients are products of G with the features; positives stay
 // out of them and are added in the precision of the sums.
 template <class P>
-struct DenseLogits {
-  Pairs<P> pairs;    // kt: [col blocks][depth][kDenseCols], bf16 [col blocks][depth / 2][kDenseCols][2]; k and qt unused
-  int64_t ldx, ldt;  // m and n, rounded up to multiples of kDenseCols
+struct PairwiseSmall {
+  Pairs<P> pairs;    // kt: [col blocks][depth][kSmallCols], bf16 [col blocks][depth / 2][kSmallCols][2]; k and qt unused
+  int64_t ldx, ldt;  // m and n, rounded up to multiples of kSmallCols
   acc_t<P> bias;
   bool symmetric;                             // cross-entropy along the columns too; needs n = m
   acc_t<P> smoothing;                         // of the cross-entropy
@@ -28,7 +28,7 @@ struct DenseLogits {
   acc_t<P>* positive;                         // [n] G_ii
   bool need_slopes;                           // any of the gradients
 
-  int64_t row_blocks() const { return ceil_div(pairs.n, kDenseRows); }
+  int64_t row_blocks() const { return ceil_div(pairs.n, kSmallRows); }
 };
 
 // dx_i = factor inv_i (D_i - inv_i^2 <x_i, D_i> x_i) with D_i = sum_j slope_ij y_j + positive_i inv'_i y_i; the factors inv and
@@ -37,7 +37,7 @@ template <class P>
 struct DenseGradient {
   int64_t rows, others, d;
   int64_t width;   // row stride of the operand and the sums: d, or (bf16) the depth
-  int64_t depth;   // rows of the operand: others, or (bf16) rounded up to a multiple of kDenseCols
+  int64_t depth;   // rows of the operand: others, or (bf16) rounded up to a multiple of kSmallCols
   const P* slope;  // [rows, lds]
   int64_t lds;
   const P* operand;            // y as [depth, width]; bf16 [depth / 2][width][2]
@@ -51,14 +51,14 @@ struct DenseGradient {
 
 VLMK_PER_ISA(
     // Cross-entropy: similarities of row block ib, the log-sum-exps of its rows, their losses, and its part of the columns'.
-    template <class P> void dense_cross_entropy_rows(const DenseLogits<P>&, int64_t ib);
+    template <class P> void small_cross_entropy_rows(const PairwiseSmall<P>&, int64_t ib);
     // The log-sum-exps of the columns, after all rows; gives the sum of their losses.
-    template <class P> double dense_cross_entropy_columns(const DenseLogits<P>&);
-    // The slopes of row block ib. scratch: kDenseRows * ldx.
-    template <class P> void dense_cross_entropy_slopes(const DenseLogits<P>&, int64_t ib, acc_t<P>* scratch);
-    // The logistic loss of row block ib and its slopes. scratch: kDenseRows * ldx.
-    template <class P> void dense_logistic(const DenseLogits<P>&, int64_t ib, acc_t<P>* scratch);
-    // Rows of the gradient from block ib. scratch: kDenseRows * width.
+    template <class P> double small_cross_entropy_columns(const PairwiseSmall<P>&);
+    // The slopes of row block ib. scratch: kSmallRows * ldx.
+    template <class P> void small_cross_entropy_slopes(const PairwiseSmall<P>&, int64_t ib, acc_t<P>* scratch);
+    // The logistic loss of row block ib and its slopes. scratch: kSmallRows * ldx.
+    template <class P> void small_logistic(const PairwiseSmall<P>&, int64_t ib, acc_t<P>* scratch);
+    // Rows of the gradient from block ib. scratch: kSmallRows * width.
     template <class P> void dense_gradient(const DenseGradient<P>&, int64_t ib, acc_t<P>* scratch);)
 
 }  // namespace vlmk

@@ -1,4 +1,4 @@
-"""The activations of dense layers and their derivatives; torch evaluates all of them in float32 or better."""
+"""What the references of dense layers share: activations and their derivatives, gradients of a product."""
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +49,19 @@ def activate_bwd(grad: Tensor, y: Tensor, activation: str) -> Tensor:
 def _check(activation: str) -> None:
     if activation != "none":
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def product_bwd(
+    g: Tensor, x: Tensor | None, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x weight^T + bias under g [..., O]."""
+    dx, dweight, dbias = (weight.new_empty(0) for _ in range(3))
+    rows = g.reshape(g.shape[:-1].numel(), weight.shape[0])
+    if need_x:
+        dx = (g @ weight).contiguous()
+    if need_weight:
+        assert x is not None
+        dweight = rows.T @ x.reshape(rows.shape[0], weight.shape[1])
+    if need_bias:
+        dbias = rows.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(g.dtype)
+    return dx, dweight.contiguous(), dbias

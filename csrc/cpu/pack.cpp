@@ -1,4 +1,4 @@
-#include "pairwise.h"
+#include "pack.h"
 
 namespace vlmk::VLMK_ISA {
 

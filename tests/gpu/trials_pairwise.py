@@ -1,11 +1,11 @@
-"""Trials of the contrastive launchers: their inputs, and what float64 says of the results."""
+"""Trials of the pairwise launchers: their inputs, and what float64 says of the results."""
 
 import torch
 from torch.nn.functional import softplus
 
-from vlmkernels.ops import _contrastive as contrastive
+from vlmkernels.ops._pairwise import inverse_norms
 from vlmkernels.testing import unit_features
-from vlmkernels.triton import _contrastive as tiles
+from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import info_nce, sigmoid_loss
 
 from .trials import judge, strided
@@ -32,8 +32,8 @@ class Problem:
             query, key = query * torch.rand(n, 1).add(0.5) * 3, key * torch.rand(m, 1).add(0.5) * 3
         self.query, self.key = strided((query + offset).to(dtype)), (key - offset).to(dtype)
         self.scale = torch.tensor(scale, dtype=scale_dtype)
-        self.a = contrastive.inverse_norms(self.query, normalize)
-        self.b = contrastive.inverse_norms(self.key, normalize)
+        self.a = inverse_norms(self.query, normalize)
+        self.b = inverse_norms(self.key, normalize)
         self.positives = torch.randint(0, m, (n,))
         self.positives[::5] = -1
         self.dtype = dtype
@@ -232,7 +232,7 @@ class Finish:
             self.coef = self.index = self.first = None
 
     def launch(self):
-        return tiles.finish(
+        return pairwise.finish(
             self.acc.clone(), self.inv_gain, self.extra, self.x, self.y, self.scale, self.a, self.b,
             self.coef, self.index, self.first,
         )  # fmt: skip

@@ -1,12 +1,9 @@
-"""What the contrastive ops share: checks of the arguments, targets, norms."""
-
-from typing import Any
+"""What the pairwise ops share: checks of features and scalars, norms, their FLOPs."""
 
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels.reference.info_nce import check_indices
 
 # One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
 # (csrc/include/vlmkernels/info_nce.h).
@@ -41,33 +38,10 @@ def feature_faults(query: Tensor, key: Tensor) -> list[str]:
     return faults + arguments.dtype_faults(tensors, tensors)
 
 
-def as_targets(positives: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The two forms of `positives`: indices and no ids of the keys, or the ids of queries and of keys."""
-    if not isinstance(positives, tuple):
-        return positives, None
-    query_ids, key_ids = positives
-    if query_ids is None or key_ids is None:
-        raise TypeError("positives must be indices, or query_ids and key_ids")
-    return query_ids, key_ids
-
-
-def positives_faults(
-    query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None
-) -> list[str]:
-    faults = []
-    named = [
-        ("positives" if key_ids is None else "positives[0]", positives, query),
-        ("positives[1]", key_ids, key),
-    ]
-    for name, ids, features in named:
-        if ids is None or features.dim() != 2:
-            continue
-        if ids.shape != features.shape[:1] or ids.dtype != torch.int64 or ids.device != features.device:
-            faults.append(
-                f"{name} must be int64 of shape ({features.shape[0]},) on {features.device}, "
-                f"got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
-            )
-    return faults
+def check_features(op: str, query: Tensor, key: Tensor) -> None:
+    """What a raw op reads before a kernel sees it: of features that do not fit there is no end of norms."""
+    if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
+        raise ValueError(f"{op}: " + "; ".join(feature_faults(query, key)))
 
 
 def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
@@ -113,41 +87,6 @@ def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
         return None
     work = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=work).clamp_min(1e-12).reciprocal()
-
-
-def checked_indices(op: str, positives: Tensor, m: int) -> Tensor:
-    """Indices of the positives with -1 for rows without one; anything else outside [0, M) is an error."""
-    check_indices(op, positives, m)
-    return torch.where(positives == -100, -1, positives)
-
-
-def group_labels(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal ids as equal labels in [0, N + M), without a host synchronisation: ([N], [M])."""
-    ids = torch.cat([query_ids, key_ids])
-    ordered, order = ids.sort()
-    step = torch.zeros_like(ids)
-    step[1:] = ordered[1:] != ordered[:-1]
-    labels = torch.empty_like(ids).scatter_(0, order, step.cumsum(0))
-    return labels[: len(query_ids)], labels[len(query_ids) :]
-
-
-def segment_sum(
-    x: Tensor,  # [rows, D]
-    labels: Tensor,  # [rows]
-    counts: Tensor,  # [labels] how often each label occurs
-) -> Tensor:  # [labels, D]
-    """Sum of the rows of each label, in a fixed order."""
-    return torch.segment_reduce(
-        x[labels.argsort(stable=True)], "sum", lengths=counts, axis=0, unsafe=True, initial=0
-    )
-
-
-def total(x: Tensor) -> Tensor:  # [rows] -> scalar
-    """The sum in an order that does not depend on the number of threads, by which torch splits long sums."""
-    part = 2**14
-    if len(x) <= part:
-        return x.sum()
-    return torch.nn.functional.pad(x, (0, -len(x) % part)).reshape(-1, part).sum(1).sum()
 
 
 def label(device: str) -> str:

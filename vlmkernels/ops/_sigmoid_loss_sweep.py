@@ -7,9 +7,11 @@ look at the logits.
 import torch
 from torch import Tensor
 
-from vlmkernels._library import LIB, TRITON, declare
-from vlmkernels.ops import _contrastive as contrastive
-from vlmkernels.reference.info_nce import check_pair
+from vlmkernels._library import TRITON, define_part, kernel
+from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_targets as targets
+from vlmkernels.ops import _sums as sums
+from vlmkernels.reference._pairwise import check_pair
 
 # z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; u = row_coef; t_ij = +1 on positives,
 # -1 elsewhere. One form is given: j = positives_i (-1: none), or query_ids_i = key_ids_j.
@@ -18,12 +20,12 @@ from vlmkernels.reference.info_nce import check_pair
 #   D_i = sum_j g_ij b_j k_j                      dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i); dk likewise
 # The second term of dq only when normalised.
 # Outputs that are not needed have size 0.
-declare(
+_parts = define_part(
     "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm,"
     " Tensor? key_inv_norm, Tensor? positives, Tensor? query_ids, Tensor? key_ids, Tensor row_coef,"
     " bool need_loss, bool need_query, bool need_key, bool need_scalars)"
     " -> (Tensor row_loss, Tensor dquery, Tensor dkey, Tensor row_dscale, Tensor row_dbias)",
-    flops=lambda query, key, *rest, **_: contrastive.flops(query, key, sum(rest[-4:-1])),
+    flops=lambda query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-4:-1])),
 )
 
 
@@ -34,7 +36,7 @@ def forward(
     row_coef = query.new_full((query.shape[0],), coef, dtype=torch.promote_types(query.dtype, torch.float32))
     needs = (need_query, need_key, need_scalars, need_scalars)
     rows, *grads = _sweep(query, key, scale, bias, positives, key_ids, normalize, row_coef, True, needs)
-    return rows if reduction == "none" else contrastive.total(rows) * coef, *grads
+    return rows if reduction == "none" else sums.total(rows) * coef, *grads
 
 
 def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
@@ -47,6 +49,7 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
 def _sweep(
     query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
 ) -> list[Tensor]:
+    pairwise.check_features("sigmoid_loss", query, key)
     check_pair("sigmoid_loss", positives, key_ids)
     index = query_ids = None
     if key_ids is not None:
@@ -54,11 +57,11 @@ def _sweep(
     elif positives is None:
         index = torch.arange(query.shape[0], device=query.device)
     else:
-        index = contrastive.checked_indices("sigmoid_loss", positives, key.shape[0])
+        index = targets.checked_indices("sigmoid_loss", positives, key.shape[0])
     width = query.shape[1]
-    query, key = contrastive.with_width(query), contrastive.with_width(key)
-    a, b = contrastive.inverse_norms(query, normalize), contrastive.inverse_norms(key, normalize)
-    rows, dquery, dkey, row_dscale, row_dbias = torch.ops.vlmkernels.sigmoid_sweep(
+    query, key = pairwise.with_width(query), pairwise.with_width(key)
+    a, b = pairwise.inverse_norms(query, normalize), pairwise.inverse_norms(key, normalize)
+    rows, dquery, dkey, row_dscale, row_dbias = _parts(
         query, key, scale, bias, a, b, index, query_ids, key_ids, row_coef, need_loss, needs[0], needs[1],
         needs[2] or needs[3],
     )  # fmt: skip
@@ -66,13 +69,13 @@ def _sweep(
         dquery, dkey = (x.new_empty((len(x), 0) if x.dim() == 2 else 0) for x in (dquery, dkey))
     dscale, dbias = scale.new_empty(0), bias.new_empty(0)
     if needs[2]:
-        dscale = contrastive.total(row_dscale).to(scale.dtype).reshape(scale.shape)
+        dscale = sums.total(row_dscale).to(scale.dtype).reshape(scale.shape)
     if needs[3]:
-        dbias = contrastive.total(row_dbias).to(bias.dtype).reshape(bias.shape)
+        dbias = sums.total(row_dbias).to(bias.dtype).reshape(bias.shape)
     return [rows, dquery, dkey, dscale, dbias]
 
 
 if TRITON:
     from vlmkernels.triton.sigmoid_loss import sigmoid_sweep as _cuda_sweep
 
-    LIB.impl("sigmoid_sweep", _cuda_sweep, "CUDA")
+    kernel("sigmoid_sweep", "CUDA", _cuda_sweep, "Triton")

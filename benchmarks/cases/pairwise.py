@@ -17,7 +17,7 @@ import vlmkernels
 from benchmarks import peers
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels import _library, reference
-from vlmkernels.ops import _contrastive
+from vlmkernels.ops import _pairwise as pairwise
 
 
 def _features(
@@ -37,7 +37,7 @@ def _features(
     return tensors
 
 
-def contrastive_flops(
+def pairwise_flops(
     n: int, m: int, d: int, *, backward: bool, towers: int, recomputed: float
 ) -> tuple[float, float]:
     """FLOPs performed, and the least: a product forward, one per trained tower; plus what is recomputed."""
@@ -46,7 +46,7 @@ def contrastive_flops(
     return minimum + (recomputed * product if backward else 0), minimum
 
 
-def _contrastive_case(
+def _pairwise_case(
     name: str,
     dtype: torch.dtype,
     n: int,
@@ -67,7 +67,7 @@ def _contrastive_case(
     sizes = cut(quick, n=n, m=m, d=d)
     towers = 1 if frozen else 2
     again = recomputed(dtype=dtype, **sizes)
-    flops, minimum = contrastive_flops(**sizes, backward=backward, towers=towers, recomputed=again)
+    flops, minimum = pairwise_flops(**sizes, backward=backward, towers=towers, recomputed=again)
     rows = sizes["n"] + sizes["m"] + (sizes["n"] + (towers - 1) * sizes["m"]) * backward
     return Case(
         op=op,
@@ -90,7 +90,7 @@ def _recomputed_by_info_nce(device: str, dtype: torch.dtype, n: int, m: int, d: 
     if not _library.has_kernel("info_nce_stats", device.upper()):
         return 1.0
     query, key = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, m))
-    return 1 - _contrastive.store_size(query, key, 1 << 28) / _contrastive.store_size(query, key, 1 << 62)
+    return 1 - pairwise.store_size(query, key, 1 << 28) / pairwise.store_size(query, key, 1 << 62)
 
 
 def _recomputed_by_sigmoid_loss(device: str, **sizes: Any) -> float:
@@ -126,7 +126,7 @@ def _linear_cross_entropy(*, chunked: bool, symmetric: bool = True, **options: A
     return loss
 
 
-def info_nce(quick: bool = False, device: str = "cpu") -> list[Case]:
+def info_nce(quick: bool, device: str) -> list[Case]:
     """Two sweeps: 8 N M D operations, 6 N M D where the exponentials fit in `store_bytes`."""
     eager = Baseline("open_clip ClipLoss", partial(_open_clip_loss, "ClipLoss"), matrices=6)
     compiled = Baseline("torch.compile of open_clip ClipLoss", eager.make, True, 6)
@@ -135,7 +135,7 @@ def info_nce(quick: bool = False, device: str = "cpu") -> list[Case]:
     linear = Baseline("2 x F.linear_cross_entropy", partial(_linear_cross_entropy, chunked=False), matrices=6)
     chunked = Baseline("2 x F.linear_cross_entropy, chunked", partial(_linear_cross_entropy, chunked=True))
     case = partial(
-        _contrastive_case,
+        _pairwise_case,
         op="info_nce",
         quick=quick,
         ours=vlmkernels.info_nce,
@@ -191,7 +191,7 @@ def info_nce(quick: bool = False, device: str = "cpu") -> list[Case]:
     return cases
 
 
-def sigmoid_loss(quick: bool = False, device: str = "cpu") -> list[Case]:
+def sigmoid_loss(quick: bool, device: str) -> list[Case]:
     """One sweep: the gradients are formed with the loss, 6 N M D operations."""
     make = partial(_open_clip_loss, "SigLipLoss")
     eager = Baseline("open_clip SigLipLoss", make, matrices=6)
@@ -200,7 +200,7 @@ def sigmoid_loss(quick: bool = False, device: str = "cpu") -> list[Case]:
     plain = Baseline("reference", lambda: reference.sigmoid_loss, matrices=8)
     plain_compiled = Baseline("torch.compile of the reference", plain.make, True, 8)
     case = partial(
-        _contrastive_case,
+        _pairwise_case,
         op="sigmoid_loss",
         quick=quick,
         ours=vlmkernels.sigmoid_loss,
@@ -221,3 +221,6 @@ def sigmoid_loss(quick: bool = False, device: str = "cpu") -> list[Case]:
     cases.append(case("N=1024 M=4096 D=512", F32, 1024, 4096, 512, (plain, plain_compiled), memory=True))
     cases.append(case("N=65536 D=512", F32, 65536, 65536, 512, (eager,), memory=True, long=True))
     return cases
+
+
+CASES = (info_nce, sigmoid_loss)

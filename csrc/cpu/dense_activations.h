@@ -1,7 +1,7 @@
 #pragma once
 // Activations and their derivatives, as plain inline functions that the compiler vectorises.
 #include "simd.h"
-#include "vlmkernels/linear.h"
+#include "vlmkernels/dense.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {

@@ -1,4 +1,4 @@
-#include "vlmkernels/dense_logits.h"
+#include "vlmkernels/pairwise_small.h"
 
 #include "pairwise.h"
 
@@ -6,20 +6,19 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 template <class P>
-int64_t rows_of(const DenseLogits<P>& g, int64_t ib) {
-  return min_(kDenseRows, g.pairs.n - ib * kDenseRows);
+int64_t rows_of(const PairwiseSmall<P>& g, int64_t ib) {
+  return min_(kSmallRows, g.pairs.n - ib * kSmallRows);
 }
 
 // x of row block ib, times sign. Products are summed in parts: one long chain of additions would round more than mm does.
 template <class P>
-void similarities(const DenseLogits<P>& g, int64_t ib, acc_t<P> sign) {
-  constexpr int64_t kPart = 512;
+void similarities(const PairwiseSmall<P>& g, int64_t ib, acc_t<P> sign) {
   const Pairs<P>& p = g.pairs;
-  const int64_t i0 = ib * kDenseRows, rows = rows_of(g, ib);
-  for (int64_t j = 0; j < g.ldx; j += kDenseCols) {
-    for (int64_t d = 0; d < p.depth; d += kPart) {
-      p.product(rows, kDenseCols, min_(kPart, p.depth - d), p.depth, kDenseCols, g.ldx, d > 0, p.q + i0 * p.depth + d,
-                p.kt + j * p.depth + d * kDenseCols, g.x + i0 * g.ldx + j);
+  const int64_t i0 = ib * kSmallRows, rows = rows_of(g, ib);
+  for (int64_t j = 0; j < g.ldx; j += kSmallCols) {
+    for (int64_t d = 0; d < p.depth; d += kSumDepth) {
+      p.product(rows, kSmallCols, min_(kSumDepth, p.depth - d), p.depth, kSmallCols, g.ldx, d > 0, p.q + i0 * p.depth + d,
+                p.kt + j * p.depth + d * kSmallCols, g.x + i0 * g.ldx + j);
     }
   }
   for (int64_t i = i0; (p.a || sign < 0) && i < i0 + rows; ++i) {
@@ -32,7 +31,7 @@ void similarities(const DenseLogits<P>& g, int64_t ib, acc_t<P> sign) {
 
 // Row i of G, taken apart: the positive goes to its own place, the others to the slopes.
 template <class P>
-void put_row(const DenseLogits<P>& g, int64_t i, acc_t<P>* row) {
+void put_row(const PairwiseSmall<P>& g, int64_t i, acc_t<P>* row) {
   const Pairs<P>& p = g.pairs;
   g.positive[i] = row[i];
   row[i] = 0;
@@ -50,13 +49,13 @@ void put_row(const DenseLogits<P>& g, int64_t i, acc_t<P>* row) {
 
 // The transposed slopes of row block ib from its rows of G [rows, ldx].
 template <class P>
-void put_transposed(const DenseLogits<P>& g, int64_t ib, const acc_t<P>* block) {
+void put_transposed(const PairwiseSmall<P>& g, int64_t ib, const acc_t<P>* block) {
   using A = acc_t<P>;
   if (!g.slope_t) return;
   const Pairs<P>& p = g.pairs;
-  const int64_t i0 = ib * kDenseRows, rows = rows_of(g, ib);
+  const int64_t i0 = ib * kSmallRows, rows = rows_of(g, ib);
   P* out = g.slope_t + i0;
-  A a[kDenseRows];
+  A a[kSmallRows];
   for (int64_t r = 0; r < rows; ++r) a[r] = p.a ? p.a[i0 + r] : A(1);
   const auto put = [&](int64_t c, int64_t r, A value) { round_to(a[r] * value, out[c * g.ldt + r]); };
   if constexpr (sizeof(A) == 4) {
@@ -88,10 +87,10 @@ double cross_entropy(A smoothing, A scale, A max, A log, A positive, A mean) {
 
 // Logits enter as scale (x - maximum of x) with scale >= 0: the difference is taken before the factor can round it.
 template <class P>
-void dense_cross_entropy_rows(const DenseLogits<P>& g, int64_t ib) {
+void small_cross_entropy_rows(const PairwiseSmall<P>& g, int64_t ib) {
   using A = acc_t<P>;
   const A scale = std::fabs(g.pairs.scale);
-  const int64_t i0 = ib * kDenseRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
+  const int64_t i0 = ib * kSmallRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
   A *col_max = g.part_max + ib * m, *col_sum = g.part_sum + ib * m, *col_total = g.part_total + ib * m;
   similarities(g, ib, g.pairs.scale < 0 ? A(-1) : A(1));
   for (int64_t j = 0; g.symmetric && j < m; ++j) col_max[j] = -__builtin_inf(), col_sum[j] = col_total[j] = 0;
@@ -138,7 +137,7 @@ void dense_cross_entropy_rows(const DenseLogits<P>& g, int64_t ib) {
 }
 
 template <class P>
-double dense_cross_entropy_columns(const DenseLogits<P>& g) {
+double small_cross_entropy_columns(const PairwiseSmall<P>& g) {
   using A = acc_t<P>;
   const A scale = std::fabs(g.pairs.scale);
   const int64_t m = g.pairs.m;
@@ -163,13 +162,13 @@ double dense_cross_entropy_columns(const DenseLogits<P>& g) {
 }
 
 template <class P>
-void dense_cross_entropy_slopes(const DenseLogits<P>& g, int64_t ib, acc_t<P>* scratch) {
+void small_cross_entropy_slopes(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>* scratch) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
   const A scale = std::fabs(p.scale), u = (g.symmetric ? A(0.5) : A(1)) / p.n, v = g.symmetric ? A(0.5) / p.m : A(0);
   const A uniform_u = u * g.smoothing / p.m, uniform_v = v * g.smoothing / p.n;
   const A share = (u + v) * g.smoothing - uniform_u - uniform_v;
-  const int64_t i0 = ib * kDenseRows, m = p.m;
+  const int64_t i0 = ib * kSmallRows, m = p.m;
   for (int64_t r = 0; r < rows_of(g, ib); ++r) {
     const int64_t i = i0 + r;
     const A *x = g.x + i * g.ldx, top = g.row_max[i], log = g.row_log[i], own = g.diagonal[i];
@@ -208,11 +207,11 @@ void dense_cross_entropy_slopes(const DenseLogits<P>& g, int64_t ib, acc_t<P>* s
 }
 
 template <class P>
-void dense_logistic(const DenseLogits<P>& g, int64_t ib, acc_t<P>* scratch) {
+void small_logistic(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>* scratch) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
   const A scale = p.scale, bias = g.bias, u = A(1) / p.n;
-  const int64_t i0 = ib * kDenseRows;
+  const int64_t i0 = ib * kSmallRows;
   similarities(g, ib, A(1));
   for (int64_t r = 0; r < rows_of(g, ib); ++r) {
     const int64_t i = i0 + r;
@@ -251,11 +250,10 @@ void dense_logistic(const DenseLogits<P>& g, int64_t ib, acc_t<P>* scratch) {
 template <class P>
 void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
   using A = acc_t<P>;
-  constexpr int64_t kPart = 512;
-  const int64_t r0 = ib * kDenseRows, rows = min_(kDenseRows, g.rows - r0), pair = kPaired<P> ? 2 : 1;
-  for (int64_t c = 0; c < g.width; c += kDenseCols) {
-    for (int64_t j = 0; j < g.depth; j += kPart) {
-      g.product(rows, min_(kDenseCols, g.width - c), min_(kPart, g.depth - j), g.lds, g.width, g.width, j > 0,
+  const int64_t r0 = ib * kSmallRows, rows = min_(kSmallRows, g.rows - r0), pair = kPaired<P> ? 2 : 1;
+  for (int64_t c = 0; c < g.width; c += kSmallCols) {
+    for (int64_t j = 0; j < g.depth; j += kSumDepth) {
+      g.product(rows, min_(kSmallCols, g.width - c), min_(kSumDepth, g.depth - j), g.lds, g.width, g.width, j > 0,
                 g.slope + r0 * g.lds + j, g.operand + j * g.width + c * pair, scratch + c);
     }
   }
@@ -276,11 +274,11 @@ void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
   }
 }
 
-#define VLMK_INSTANTIATE(P)                                                            \
-  template void dense_cross_entropy_rows(const DenseLogits<P>&, int64_t);              \
-  template double dense_cross_entropy_columns(const DenseLogits<P>&);                  \
-  template void dense_cross_entropy_slopes(const DenseLogits<P>&, int64_t, acc_t<P>*); \
-  template void dense_logistic(const DenseLogits<P>&, int64_t, acc_t<P>*);             \
+#define VLMK_INSTANTIATE(P)                                                              \
+  template void small_cross_entropy_rows(const PairwiseSmall<P>&, int64_t);              \
+  template double small_cross_entropy_columns(const PairwiseSmall<P>&);                  \
+  template void small_cross_entropy_slopes(const PairwiseSmall<P>&, int64_t, acc_t<P>*); \
+  template void small_logistic(const PairwiseSmall<P>&, int64_t, acc_t<P>*);             \
   template void dense_gradient(const DenseGradient<P>&, int64_t, acc_t<P>*);
 VLMK_INSTANTIATE(float)
 VLMK_INSTANTIATE(double)

@@ -1,7 +1,7 @@
 #pragma once
 // The loop over the tiles of a block of rows.
-#include "pairwise.h"
-#include "vlmkernels/block_product.h"
+#include "pack.h"
+#include "vlmkernels/dense.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {

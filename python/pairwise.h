@@ -1,85 +1,15 @@
 #pragma once
-// Operands of the pairwise kernels: contiguous features, packed copies, scratch, and the loop over tasks.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+// Operands of the pairwise kernels: contiguous features and their packed copies, and how the walk is split.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <optional>
 
-#include "dtypes.h"
-#include "memory.h"
-#include "need.h"
-#include "tile_gemm.h"
+#include "bridge.h"
 #include "vlmkernels/pairwise.h"
 
 namespace vlmk {
-
-template <class P>
-constexpr at::ScalarType scalar_type() {
-  return sizeof(P) == 2 ? at::kBFloat16 : sizeof(P) == 4 ? at::kFloat : at::kDouble;
-}
-template <class P>
-P* data(const at::Tensor& t) {
-  return t.defined() && t.numel() ? static_cast<P*>(t.data_ptr()) : nullptr;
-}
-template <class P>
-P* data(const std::optional<at::Tensor>& t) {
-  return t ? data<P>(*t) : nullptr;
-}
-
-// The only element of a tensor, infinite where it leaves the range of A.
-template <class A>
-A number(const at::Tensor& t) {
-  return static_cast<A>(t.item().toDouble());
-}
-
-// Calls f with a value of the operand type for features of this dtype: float16, and bfloat16 where the CPU has no product for
-// it, are widened to float.
-template <class F>
-auto with_operand(at::ScalarType dtype, F f) {
-  if (dtype == at::kDouble) return f(double());
-  if (dtype == at::kBFloat16 && tile_product<bf16>()) return f(bf16());
-  if (!kFloats.has(dtype)) no_kernel(dtype);
-  return f(float());
-}
-
-struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
-    if (!memory) throw std::bad_alloc();
-  }
-  template <class T>
-  T* take(int64_t count) {
-    char* at = memory.get() + used;
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(at);
-  }
-  std::unique_ptr<char, void (*)(void*)> memory;
-  int64_t used = 0;
-};
-
-// Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory. A thread that is done
-// takes the next task: neither tasks of unequal size nor a core that others use as well leave the other threads waiting.
-template <class F>
-void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    struct Release {
-      ~Release() { tile_product_release(); }
-    } release;
-    thread_local Scratch scratch(0);
-    thread_local int64_t size = 0;
-    if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
-    for (int64_t task; (task = next++) < count;) {
-      scratch.used = 0;
-      f(task, scratch);
-    }
-  });
-}
 
 // query [n, d], key [m, d], the scale, and the inverse norms [n] and [m].
 inline void need_features(const Need& need, const at::Tensor& query, const at::Tensor& key, const at::Tensor& scale,
@@ -109,7 +39,7 @@ struct Features {
            const std::optional<at::Tensor>& b_)
       : query(q.to(scalar_type<P>()).contiguous()), key(k_.to(scalar_type<P>()).contiguous()), padded(query) {
     pairs.n = query.size(0), pairs.m = key.size(0), pairs.d = query.size(1);
-    pairs.depth = sizeof(P) == 2 ? ceil_div(pairs.d, 32) * 32 : pairs.d;
+    pairs.depth = depth_of<P>(pairs.d);
     if (pairs.depth != pairs.d) padded = at::constant_pad_nd(query, {0, pairs.depth - pairs.d});
     pairs.q = data<P>(padded);
     pairs.scale = number<acc_t<P>>(scale);

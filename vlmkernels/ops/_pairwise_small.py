@@ -1,0 +1,97 @@
+"""The contrastive losses of problems so small that streaming kernels would cost more than the work itself.
+
+The matrix of similarities is held: the forward forms the loss and, where gradients are needed, those of the
+logits, which the backward multiplies with the features. Calls are kept short: two kernels, and a Function
+without the layers of a registered op, which is why traced code does not come here.
+"""
+
+import torch
+from torch import Tensor
+
+from vlmkernels._library import define_part, has_kernel
+from vlmkernels._modules import is_transformed
+from vlmkernels.ops import _pairwise as pairwise
+
+# Queries or keys up to which this is faster than the streaming kernels.
+LIMIT = 512
+
+# S_ij = scale a_i b_j <q_i, k_j> + bias, with a, b inverse norms or 1; the pairs (i, i) are positive. Without
+# a bias the loss is the mean cross-entropy along the rows, averaged with that along the columns when
+# symmetric; with one it is the sum of the logistic losses of all pairs over N. G = dloss/dS:
+#   slope_ij = G_ij b_j [N, M]    slope_t_ji = G_ij a_i [M, N]    0 at positives, rows padded to 64
+#   positive_i = G_ii             dscalars: the derivatives by scale and bias
+# Outputs that are not needed are empty.
+_fwd = define_part(
+    "small_loss(Tensor query, Tensor key, Tensor scale, Tensor? bias, bool symmetric, float label_smoothing,"
+    " bool normalize, bool need_query, bool need_key, bool need_scalars)"
+    " -> (Tensor loss, Tensor slope, Tensor slope_t, Tensor positive, Tensor dscalars)",
+    flops=lambda query, key, *_, **__: pairwise.flops(query, key),
+)
+_bwd = define_part(
+    "small_loss_bwd(Tensor dloss, Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor slope,"
+    " Tensor slope_t, Tensor positive, Tensor dscalars, bool normalize, bool[4] needs)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dscale, Tensor dbias)",
+    flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
+)
+_HERE = has_kernel("small_loss", "CPU")
+
+
+def serves(query: Tensor, key: Tensor) -> bool:
+    """Whether the problem is small, on a CPU, and neither traced, whose sizes must not decide the path, nor
+    under transforms, which the op refuses.
+    """
+    if not _HERE or query.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return False
+    if torch.is_autocast_enabled("cpu") or not _PLAIN.issuperset((type(query), type(key))):
+        return False
+    (n, d), m = query.shape, key.shape[0]
+    return 0 < n <= LIMIT and 0 < m <= LIMIT and d > 0
+
+
+def loss(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    scale: Tensor,
+    bias: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
+    normalize: bool,
+) -> Tensor:
+    """The cross-entropy, or with a bias the logistic loss; key i is the positive of query i."""
+    inputs = (query, key, scale, bias, symmetric, label_smoothing, normalize)
+    needs = [t is not None and t.requires_grad for t in inputs[:4]]
+    if torch.is_grad_enabled() and any(needs):
+        return _Loss.apply(*inputs, needs[0], needs[1], needs[2] or needs[3])
+    return _fwd(*inputs, False, False, False)[0]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, scale, bias, *options):
+        loss, *formed = _fwd(query, key, scale, bias, *options)
+        ctx.save_for_backward(query, key, scale, bias, *formed)
+        ctx.normalize = options[2]
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        needs = list(ctx.needs_input_grad[:4])
+        form = _Gradients.apply if torch.is_grad_enabled() else _bwd
+        grads = form(dloss, *ctx.saved_tensors, ctx.normalize, needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+class _Gradients(torch.autograd.Function):
+    """Under create_graph: the gradients, which have no derivative."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.name = "info_nce" if inputs[4] is None else "sigmoid_loss"
+        return _bwd(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"vlmkernels.{ctx.name} has no second derivative")
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
