@@ -96,6 +96,7 @@ def test_compute_sanitizer_of_a_wheel_is_found(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     tool = folder / "compute-sanitizer"
     tool.touch(0o755)
+    (tmp_path / "nvidia" / "__init__.py").touch()  # as NVIDIA's wheels for CUDA 12: it hides folders without
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)

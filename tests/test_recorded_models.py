@@ -52,6 +52,8 @@ def assert_recorded(recorded, module):
 @every
 @torch.no_grad()
 def test_export_with_any_batch_and_length(name, strict):
+    if name.startswith("simvlm") and torch.__version__ < "2.13":
+        pytest.skip("torch before 2.13 does not export a softmax of as many rows as a mask holds")
     model, batch = build(name).model, build(name).batch(3, 10)
     case = build(name)
     rows, length = Dim("rows", min=2, max=64), Dim("length", min=4, max=12)

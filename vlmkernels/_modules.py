@@ -64,7 +64,7 @@ def is_transformed() -> bool:
     """Whether torch.func or forward-mode derivatives are at work, or a recorder that knows only ops."""
     return (
         torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag  # torch 2.9 to 2.11 compile is_exporting() as true
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

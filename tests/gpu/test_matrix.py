@@ -117,7 +117,8 @@ def without(old: Code, pattern: str) -> Code:
     return dataclasses.replace(old, instructions=tuple(kept))
 
 
-def test_rules_see_each_fault():
+def test_rules_see_each_fault(monkeypatch):
+    monkeypatch.setattr(matrix, "BUDGETED", (triton.__version__,))
     launch, right = compiled("info_nce bf16 small", "info_nce._stats", "sm_90")
 
     def found(wrong: Code) -> list[str]:
@@ -290,7 +291,8 @@ def test_model_sees_products_that_are_made_twice():
     assert twice.rank < once.rank
 
 
-def test_ranking_rejects_a_tile_that_spills():
+def test_ranking_rejects_a_tile_that_spills(monkeypatch):
+    monkeypatch.setattr(matrix, "BUDGETED", (triton.__version__,))
     sweep = next(x for x in SWEEPS if x.kernel == "_attention_bwd._key_grads" and x.key == (True, 64))
     name, rank, why = measure(SWEEPS.index(sweep), _attention.Tile(128, 128, 4, 2), "sm_80")
     assert (name, rank) == ("128x128 4w 2s", 0)

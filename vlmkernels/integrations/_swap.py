@@ -126,7 +126,7 @@ def own_code_runs() -> bool:
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
-    if _symbolic_trace._is_fx_tracing_flag:
+    if _symbolic_trace.is_fx_symbolic_tracing():
         return True
     modes = torch._C._len_torch_dispatch_stack() > 0
     return modes and any(torch._C._get_dispatch_mode(kind) is not None for kind in (_PROXY, _FAKE))
