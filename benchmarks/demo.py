@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 import vlmkernels
 from benchmarks import demo_report, demo_timing
 from benchmarks import run as bench
+from vlmkernels._files import write_text
 from vlmkernels.data import Emoji3, load_emoji3
 from vlmkernels.models._pretrained import read_config as read_model_config
-from vlmkernels.models._pretrained import write_atomic
 from vlmkernels.train import TrainConfig, train
 from vlmkernels.train.config import read_config
 from vlmkernels.train.embed import encode_images, encode_texts, load_model
@@ -209,10 +209,10 @@ def run(out: Path, *, quick: bool, epochs: int, seed: int, progress: bool = True
         "timings": timings,
     }
     text = json.dumps(results, indent=1) + "\n"
-    write_atomic(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "results.json", text)
     report = out / "report.html"
     page = demo_report.render(results, found)
-    write_atomic(report, lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(report, page)
     return report
 
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from benchmarks import demo, measure, peers
 from benchmarks.models.peer_models import open_clip_model
 from benchmarks.models.work import parts_of
+from vlmkernels._files import write_text
 from vlmkernels.data import load_emoji3
-from vlmkernels.models._pretrained import write_atomic
 from vlmkernels.models.clip import CLIP, MAX_LOG_SCALE
 from vlmkernels.train import loop
 from vlmkernels.train.config import TrainConfig, read_config
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     steps = f"-{args.max_steps}steps" if args.max_steps else ""
     target = args.results / f"{args.precision}{steps}.json"
-    write_atomic(target, lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
+    write_text(target, json.dumps(result, indent=1) + "\n")
     print(f"all seeds\n{summary(runs)}\nResult: {target}")
 
 

@@ -31,8 +31,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from benchmarks import demo
+from vlmkernels._files import write_text
 from vlmkernels.data import Sample, Scenes, load_scenes, slot_accuracy
-from vlmkernels.train.checkpoint import write_file
 from vlmkernels.train.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
             **run,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / f"seed-{seed}.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
     print(f"{table(stored(folder))}\nResults: {folder}")
     return held
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import demo
+from vlmkernels._files import write_text
 from vlmkernels.data import load_emoji3
-from vlmkernels.models._pretrained import write_atomic
 from vlmkernels.train.config import read_config
 from vlmkernels.train.embed import load_model
 from vlmkernels.train.evaluate import evaluate_model
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = json.dumps(result, indent=1) + "\n"
     args.results.mkdir(parents=True, exist_ok=True)
     target = stored(args.results, args.loss, epochs, args.max_steps)
-    write_atomic(target, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(target, text)
     other = stored(args.results, LOSSES[1 - LOSSES.index(args.loss)], epochs, args.max_steps)
     print(summary(result, json.loads(other.read_text(encoding="utf-8")) if other.is_file() else None))
     print(f"Result: {target}")

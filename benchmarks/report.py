@@ -8,12 +8,12 @@ run that measured it. Documents hold `<!-- benchmarks: NAME -->` ... `<!-- /benc
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from vlmkernels._files import write_text
 
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 COLUMNS = (
@@ -29,17 +29,9 @@ SAVED = COLUMNS.index("kept for the backward")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
+    """A reader sees the old file or the new one; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_text(path, text)
 
 
 def merge(

@@ -1,6 +1,7 @@
 """The benchmark harness on tiny cases: ratios, missing peers, red ops, memory, results on disk, tables."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -310,7 +311,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_atomically(path, "new")
     assert path.read_text() == "old"

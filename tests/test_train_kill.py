@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
+from vlmkernels._files import write_bytes
 from vlmkernels.train import checkpoint, load_bundle
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -126,7 +127,7 @@ def write_again(folder, moment):
     with checkpoint.whole_folder(folder / "final") as final:
         for name in ("a", "b"):
             (final / name).write_text("new")
-    checkpoint.write_file(folder / "file", b"new")
+    write_bytes(folder / "file", b"new")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="two folders are exchanged in one step on Linux alone")
@@ -138,7 +139,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
         with checkpoint.whole_folder(folder / "final") as final:
             for name in ("a", "b"):
                 (final / name).write_text("old")
-        checkpoint.write_file(folder / "file", b"old")
+        write_bytes(folder / "file", b"old")
         process = CONTEXT.Process(target=write_again, args=(folder, moment))
         process.start()
         process.join()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlmkernels import _native
+from vlmkernels._files import write_text
 from vlmkernels._optional import cache_folder, read_object
 from vlmkernels._version import __version__
 
@@ -198,12 +199,7 @@ def calibrate() -> tuple[Path, dict[str, Any]]:
         "machine": machine(), "threads": torch.get_num_threads(), "choice": choice, "seconds": seconds
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(stored, indent=1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(stored, indent=1))
     CHOICE, WHY = choice, f"measured: {path}"
     apply(choice)
     return path, stored

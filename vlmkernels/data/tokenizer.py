@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -20,6 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from vlmkernels._files import write_text
 from vlmkernels.data._text import is_unicode
 
 if TYPE_CHECKING:
@@ -99,24 +99,11 @@ def _pad(rows: list[list[int]], length: int, pad_id: int, last_id: int) -> Tenso
     return result
 
 
-def _write(path: Path, text: str) -> None:
-    """Write through a temporary file of the same folder: readers see the old file or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def _save(folder: str | os.PathLike[str], tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / _TOKENIZER, tokenizer.to_str())
-    _write(target / _CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(target / _TOKENIZER, tokenizer.to_str())
+    write_text(target / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _read_config(folder: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-Intervals = tuple[Tensor, Tensor]  # start and end, each [Tq] or [B, Tq]
+from vlmkernels.intervals import Intervals
 
 _ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
 _LOWEST = {torch.bool: None} | {dtype: torch.finfo(dtype).min for dtype in _ADDED}

@@ -21,8 +21,8 @@ import vlmkernels
 from vlmkernels import intervals
 from vlmkernels._modules import are_plain, is_exactly
 from vlmkernels.integrations import _masks
-from vlmkernels.integrations._masks import Intervals
 from vlmkernels.integrations._swap import Rule, own, own_code_runs
+from vlmkernels.intervals import Intervals
 
 
 def attend(

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from vlmkernels._files import write_atomic, write_text
 from vlmkernels.models._files import WEIGHTS_FILE, Source, read_json, read_state_dict
 
 CONFIG_FILE = "config.json"
@@ -60,10 +61,9 @@ class Pretrained(nn.Module):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomic(path / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+        save_tensors(tensors, path / WEIGHTS_FILE, {"format": "pt"})
         fields = {"model_type": self.model_type, **dataclasses.asdict(self.config)}
-        text = json.dumps(fields, indent=2) + "\n"
-        write_atomic(path / CONFIG_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -231,13 +231,9 @@ def _without_memory(build: Callable[[], Model], most: int) -> Model:
         handle.remove()
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name beside `path` and renames the result to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # what save_file makes of an OSError
+        write_atomic(path, lambda partial: save_file(dict(tensors), partial, dict(metadata)))
+    except SafetensorError as error:  # what save_file makes of an OSError, such as that of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

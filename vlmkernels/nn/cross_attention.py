@@ -18,12 +18,11 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels import intervals as build
 from vlmkernels._modules import is_exactly, unheard
+from vlmkernels.intervals import Intervals
 from vlmkernels.nn import _layers as layers
 
 if TYPE_CHECKING:
     from vlmkernels.nn.media_cache import MediaCache
-
-Intervals = tuple[Tensor, Tensor]
 
 
 class MaskedCrossAttention(nn.Module):

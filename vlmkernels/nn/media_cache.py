@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals as build
-from vlmkernels.nn.cross_attention import Intervals, MaskedCrossAttention
+from vlmkernels.intervals import Intervals
+from vlmkernels.nn.cross_attention import MaskedCrossAttention
 
 
 class MediaCache:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vlmkernels._files import write_text
 from vlmkernels.data import (
     CLIP_MEAN,
     CLIP_STD,
@@ -29,7 +30,6 @@ from vlmkernels.models._files import check_content, read_json
 from vlmkernels.models._pretrained import config_from_dict, naming
 from vlmkernels.models._pretrained import read_config as read_model_config
 
-from .checkpoint import write_file
 from .config import CAPTIONERS, TrainConfig
 
 TRANSFORM_FILE = "transform.json"
@@ -81,7 +81,7 @@ class Bundle:
         self.tokenizer.save(path)
         if self.transform is not None:
             values = self.transform.for_inference().to_dict()
-            write_file(path / TRANSFORM_FILE, (json.dumps(values, indent=2) + "\n").encode())
+            write_text(path / TRANSFORM_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Bundle:

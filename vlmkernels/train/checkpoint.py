@@ -24,48 +24,13 @@ import numpy
 import torch
 from filelock import FileLock, Timeout
 
+from vlmkernels._files import PARTIAL, named, sync, write_text
+
 log = logging.getLogger("vlmkernels.train")
 FOLDER = "checkpoints"
 STATE = "state.pt"
 CHECKSUMS = "sha256sums"
 LOCK = ".lock"
-_PARTIAL = ".partial-"
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk; folders cannot be opened on Windows and need no flush there."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Errors of writing in this block name ``path``: those of a full disk name nothing."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    try:
-        with named(path), open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def file_digest(path: Path) -> str:
@@ -112,8 +77,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     is gone and ``folder`` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(_PARTIAL + folder.name)
-    replaced = folder.with_name(_PARTIAL + "old-" + folder.name)
+    partial = folder.with_name(PARTIAL + folder.name)
+    replaced = folder.with_name(PARTIAL + "old-" + folder.name)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -121,8 +86,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with named(folder):
             yield partial
         for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -131,7 +96,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     elif not _exchange(partial, folder):
         os.rename(folder, replaced)
         os.rename(partial, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -175,7 +140,7 @@ def clean(run: Path) -> list[str]:
     """Remove what an interrupted write left in a run folder; returns the names removed."""
     removed = []
     for parent in (run, run / FOLDER):
-        for path in sorted(parent.glob(_PARTIAL + "*")) if parent.is_dir() else []:
+        for path in sorted(parent.glob(PARTIAL + "*")) if parent.is_dir() else []:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -212,7 +177,7 @@ def save(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint, renamed first: one that is half removed must not look like a checkpoint."""
-    doomed = folder.with_name(_PARTIAL + "old-" + folder.name)
+    doomed = folder.with_name(PARTIAL + "old-" + folder.name)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -303,4 +268,4 @@ def keep_metrics_until(path: Path, step: int) -> None:
             continue
         if known:
             kept.write(line + "\n")
-    write_file(path, kept.getvalue().encode())
+    write_text(path, kept.getvalue())

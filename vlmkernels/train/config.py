@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from vlmkernels._files import write_text
+
 CAPTIONERS = ("lm", "flamingo", "simvlm")
 OBJECTIVES = ("clip", "align", "siglip", *CAPTIONERS)
 SHIPPED = "configs"
@@ -245,6 +247,4 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 def write_config(path: Path, config: TrainConfig) -> None:
     """Write ``config`` as YAML, whole or not at all."""
-    from .checkpoint import write_file
-
-    write_file(path, yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))

@@ -15,15 +15,15 @@ from typing import Any, cast
 import numpy
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from vlmkernels._files import write_atomic
 from vlmkernels.data import BrokenImageError, Sample, read_image
 from vlmkernels.data.images import transformed
 from vlmkernels.data.samples import warn_skipped
-from vlmkernels.models._pretrained import write_atomic
+from vlmkernels.models._pretrained import save_tensors
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 EMBEDDERS = ("clip", "align")
@@ -271,21 +271,15 @@ def write_embeddings(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write features and keys, whole or not at all, in the format of ``path``'s ending; or OSError."""
-    if path.suffix == ".npz":
+    if path.suffix != ".npz":
+        described = {"keys": json.dumps(list(keys)), **(metadata or {})}
+        return save_tensors({"embeddings": features.contiguous()}, path, described)
 
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                numpy.savez(file, embeddings=features.numpy(), keys=numpy.array(keys, dtype=str))
-    else:
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:  # numpy would add an ending to a name
+            numpy.savez(file, embeddings=features.numpy(), keys=numpy.array(keys, dtype=str))
 
-        def write(temporary: Path) -> None:
-            values = {"embeddings": features.contiguous()}
-            try:
-                save_file(values, temporary, {"keys": json.dumps(list(keys)), **(metadata or {})})
-            except SafetensorError as error:  # such as a full disk
-                raise OSError(f"{path}: {error}") from error
-
-    write_atomic(path, write)
+    return write_atomic(path, write)
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> tuple[Tensor, list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from . import checkpoint
+from vlmkernels._files import named
 
 METRICS = "metrics.jsonl"
 
@@ -91,7 +91,7 @@ class Recorder:
         self._values = values = {**values, "pairs_per_second": round(rate, 1)}
         if self._file is not None:
             line = json.dumps({"step": step, "epoch": epoch, **values, "time": time.time()}) + "\n"
-            with checkpoint.named(self._path):
+            with named(self._path):
                 self._file.write(line)
                 self._file.flush()
         self._accelerator.log({f"train/{name}": value for name, value in values.items()}, step=step)

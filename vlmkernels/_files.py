@@ -1,0 +1,53 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PARTIAL = ".partial-"  # names of what is being written begin with it
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of writing in this block name ``path``: those of a full disk name nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk; folders cannot be opened on Windows and need no flush there."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary name beside ``path`` and rename what it wrote to ``path``."""
+    partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    try:
+        with named(path):
+            write(partial)
+            sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    write_atomic(path, lambda partial: partial.write_bytes(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text whole or not at all."""
+    write_bytes(path, text.encode())
