@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "check.h"
-#include "vlmkernels/gated_linear_residual.h"
 #include "vlmkernels/dense.h"
+#include "vlmkernels/gated_linear_residual.h"
 
 namespace {
 

@@ -260,7 +260,7 @@ class _AddFeedForward(torch.autograd.Function):
         else:
             hidden = _activate(pre, ctx.activation)
         needs = (need_w1 or any(need_norm), need_w2, need_gate)
-        dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, needs)
+        dhidden, dw2, dgate = _linear_backward(dout, hidden, w2, gate, row_mask, *needs)
         dx = dgain = dshift = dw1 = None
         if dhidden is not None:
             name = ctx.activation
