@@ -153,6 +153,11 @@ def test_only_the_registry_talks_to_torch_library():
         assert found == [], path.relative_to(ROOT)
 
 
+def test_kernels_in_triton_know_no_ops():
+    for path in ROOT.glob("vlmkernels/triton/*.py"):
+        assert [name for name in imports(path) if name.startswith("vlmkernels.ops")] == [], path.name
+
+
 def test_references_stand_alone():
     for path in ROOT.glob("vlmkernels/reference/*.py"):
         others = [

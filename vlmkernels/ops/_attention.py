@@ -1,17 +1,9 @@
-"""What the attention ops share: checks of the arguments, the layout of their results."""
-
-from collections.abc import Sequence
+"""What the attention ops share: checks of the arguments, their FLOPs."""
 
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-
-
-def laid_out(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for [B, heads, T, D] in the order [B, T, heads, D]."""
-    b, h, t, d = shape
-    return like.new_empty((b, t, h, d)).transpose(1, 2)
 
 
 def flops(query: torch.Size, keys: int, dv: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
+from vlmkernels.reference._attention import laid_out
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
 
 
@@ -92,14 +93,14 @@ def interval_attention(
 def _fake(query, key, value, start, end, scale, relative_bias, grid_rows, grid_cols):
     b, h, tq, _ = query.shape
     lse = query.new_empty((b, h, tq), dtype=torch.promote_types(query.dtype, torch.float32))
-    return attention.laid_out(query, (b, h, tq, value.shape[-1])), lse
+    return laid_out(query, (b, h, tq, value.shape[-1])), lse
 
 
 def _fake_bwd(
     dout, dlse, query, key, value, start, end, out, lse, scale, relative_bias, grid_rows, grid_cols, needs
 ):
     grads = [
-        attention.laid_out(x, x.shape) if need else x.new_empty(0)
+        laid_out(x, x.shape) if need else x.new_empty(0)
         for x, need in zip((query, key, value), needs, strict=False)
     ]
     bias = query if relative_bias is None else relative_bias

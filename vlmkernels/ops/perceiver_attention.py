@@ -6,6 +6,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
+from vlmkernels.reference._attention import laid_out
 from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
 
 
@@ -59,7 +60,7 @@ def perceiver_attention(
 def _fake(query, media_key, media_value, latent_key, latent_value, media_lengths, scale):
     b, h, n, _ = query.shape
     lse = query.new_empty((b, h, n), dtype=torch.promote_types(query.dtype, torch.float32))
-    return attention.laid_out(query, (b, h, n, media_value.shape[-1])), lse
+    return laid_out(query, (b, h, n, media_value.shape[-1])), lse
 
 
 def _fake_bwd(
@@ -67,8 +68,7 @@ def _fake_bwd(
 ):
     inputs = (query, media_key, media_value, latent_key, latent_value)
     return tuple(
-        attention.laid_out(x, x.shape) if need else x.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        laid_out(x, x.shape) if need else x.new_empty(0) for x, need in zip(inputs, needs, strict=True)
     )
 
 

@@ -12,6 +12,8 @@ In grouped-query attention the sums over i run over all query heads that share a
 import torch
 from torch import Tensor
 
+from vlmkernels.reference._attention import laid_out
+
 
 def interval_attention(
     query: Tensor,  # [B, H, Tq, Dh]
@@ -126,5 +128,5 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """In the dtype of `like`, [B, heads, T, D] with the memory of [B, T, heads, D]."""
-    return x.to(like.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    """In the dtype of `like` and the layout of results."""
+    return laid_out(like, x.shape).copy_(x)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.ops._attention import laid_out
+from vlmkernels.reference._attention import laid_out
 from vlmkernels.triton._tiles import architecture, rows_contiguous, tf32_allowed
 
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # the maximum of no logits, finite: its distance to itself is 0

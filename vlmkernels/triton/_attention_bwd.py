@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.ops._attention import laid_out
+from vlmkernels.reference._attention import laid_out
 from vlmkernels.triton._attention import (
     Exceptions,
     Source,
