@@ -339,4 +339,4 @@ def test_warps_that_hold_the_same_columns():
     text = binary.asm["ptx"]
     said = verdict(launch, binary, without(text, r"bar\.sync\s+0;", 0))
     assert "race: store without a barrier to what another warp loaded (ACC)" in said
-    assert "_tiles.py" in said
+    assert "_pairwise.py" in said
