@@ -14,7 +14,7 @@ from vlmkernels._library import TRITON, define_part, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops import _sums as sums
-from vlmkernels.reference._pairwise import check_pair
+from vlmkernels.reference._pairwise import check_features, check_pair
 
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
@@ -106,7 +106,7 @@ class _Targets:
 def forward(
     query, key, scale, positives, key_ids, weight, symmetric, smoothing, normalize, reduction, store_bytes
 ):
-    pairwise.check_features("info_nce", query, key)
+    check_features("info_nce", query, key)
     store_size = pairwise.store_size(query, key, store_bytes)
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
@@ -157,7 +157,7 @@ def backward(
     row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes,
     needs,
 ):  # fmt: skip
-    pairwise.check_features("info_nce_bwd", query, key)
+    check_features("info_nce_bwd", query, key)
     if query.numel() == 0:  # no queries, or features of width 0
         return tuple(
             x.new_zeros(x.shape if need else 0) for x, need in zip((query, key, scale), needs, strict=True)

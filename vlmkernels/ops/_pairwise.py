@@ -38,12 +38,6 @@ def feature_faults(query: Tensor, key: Tensor) -> list[str]:
     return faults + arguments.dtype_faults(tensors, tensors)
 
 
-def check_features(op: str, query: Tensor, key: Tensor) -> None:
-    """What a raw op reads before a kernel sees it: of features that do not fit there is no end of norms."""
-    if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
-        raise ValueError(f"{op}: " + "; ".join(feature_faults(query, key)))
-
-
 def scalar_faults(name: str, value: float | Tensor, query: Tensor) -> list[str]:
     if not isinstance(value, Tensor):
         if not arguments.is_number(value):

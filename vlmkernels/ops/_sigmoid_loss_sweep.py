@@ -11,7 +11,7 @@ from vlmkernels._library import TRITON, define_part, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops import _sums as sums
-from vlmkernels.reference._pairwise import check_pair
+from vlmkernels.reference._pairwise import check_features, check_pair
 
 # z_ij = scale a_i b_j <q_i, k_j> + bias with a, b inverse norms or 1; u = row_coef; t_ij = +1 on positives,
 # -1 elsewhere. One form is given: j = positives_i (-1: none), or query_ids_i = key_ids_j.
@@ -49,7 +49,7 @@ def backward(dloss, query, key, scale, bias, positives, key_ids, normalize, redu
 def _sweep(
     query, key, scale, bias, positives, key_ids, normalize, row_coef, need_loss, needs
 ) -> list[Tensor]:
-    pairwise.check_features("sigmoid_loss", query, key)
+    check_features("sigmoid_loss", query, key)
     check_pair("sigmoid_loss", positives, key_ids)
     index = query_ids = None
     if key_ids is not None:

@@ -18,6 +18,15 @@ def feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
     return x.new_empty(x.shape).copy_(grad)
 
 
+def check_features(op: str, query: Tensor, key: Tensor) -> None:
+    """The raw ops get any features, and norms of other widths may have no end."""
+    if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{op}: query must be [N, D] and key [M, D], "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+
+
 def check_pair(op: str, positives: Tensor | None, key_ids: Tensor | None) -> None:
     """The raw ops get the two of (query_ids, key_ids) one by one."""
     if positives is None and key_ids is not None:

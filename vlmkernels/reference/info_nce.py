@@ -13,7 +13,7 @@ features are normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
 import torch
 from torch import Tensor
 
-from vlmkernels.reference._pairwise import feature_grad, features, matches
+from vlmkernels.reference._pairwise import check_features, feature_grad, features, matches
 
 
 def info_nce(
@@ -50,6 +50,7 @@ def info_nce_fwd(
     Returns:
         (loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store).
     """
+    check_features("info_nce", query, key)
     loss, logits = _loss(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
     )
@@ -65,10 +66,12 @@ def info_nce_bwd(
     store_bytes, needs,
 ):  # fmt: skip
     """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
+    check_features("info_nce_bwd", query, key)
     work = row_max.dtype
     q, k = features(query, normalize, work), features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
-    logits = scale.to(work).reshape(()) * cosine
+    factor = scale.to(work).reshape(())
+    logits = factor * cosine
     rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
     u, v = _coefficients(dloss, rows, cols, weight, symmetric, reduction)
     dlogits = u[:, None] * (((logits - row_max[:, None]) - row_log[:, None]).exp() - rows)  # [N, M]
@@ -76,9 +79,9 @@ def info_nce_bwd(
         dlogits += v * (((logits - col_max) - col_log).exp() - cols)
     dquery, dkey, dscale = query.new_empty(0), key.new_empty(0), scale.new_empty(0)
     if needs[0]:
-        dquery = feature_grad(scale * (dlogits @ k), query, normalize)
+        dquery = feature_grad(factor * (dlogits @ k), query, normalize)
     if needs[1]:
-        dkey = feature_grad(scale * (dlogits.T @ q), key, normalize)
+        dkey = feature_grad(factor * (dlogits.T @ q), key, normalize)
     if needs[2]:
         dscale = (dlogits * cosine).sum().to(scale.dtype).reshape(scale.shape)
     return dquery, dkey, dscale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vlmkernels.reference._pairwise import feature_grad, features, matches
+from vlmkernels.reference._pairwise import check_features, feature_grad, features, matches
 
 
 def sigmoid_loss(
@@ -37,6 +37,7 @@ def sigmoid_loss_fwd(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
     """The raw op: (loss, dquery, dkey, dscale, dbias); a gradient that nobody needs has size 0."""
+    check_features("sigmoid_loss", query, key)
     pair = positives if key_ids is None else (positives, key_ids)
     loss = sigmoid_loss(query, key, scale, bias, positives=pair, normalize=normalize, reduction=reduction)
     needs = (need_query, need_key, need_scalars, need_scalars)
@@ -47,18 +48,20 @@ def sigmoid_loss_fwd(
 
 def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
     """(dquery, dkey, dscale, dbias); an output that `needs` does not ask for has size 0."""
+    check_features("sigmoid_loss_bwd", query, key)
     work = torch.promote_types(query.dtype, torch.float32)
     q, k = features(query, normalize, work), features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
-    z = scale.to(work).reshape(()) * cosine + bias.to(work).reshape(())
+    factor = scale.to(work).reshape(())
+    z = factor * cosine + bias.to(work).reshape(())
     signs = _signs(positives, key_ids, z)
     u = dloss.to(work) / (max(len(q), 1) if reduction == "mean" else 1)
     dz = -u.reshape(-1, 1) * signs * (-signs * z).sigmoid()  # [N, M]
     dquery, dkey, dscale, dbias = query.new_empty(0), key.new_empty(0), scale.new_empty(0), bias.new_empty(0)
     if needs[0]:
-        dquery = feature_grad(scale * (dz @ k), query, normalize)
+        dquery = feature_grad(factor * (dz @ k), query, normalize)
     if needs[1]:
-        dkey = feature_grad(scale * (dz.T @ q), key, normalize)
+        dkey = feature_grad(factor * (dz.T @ q), key, normalize)
     if needs[2]:
         dscale = (dz * cosine).sum().to(scale.dtype).reshape(scale.shape)
     if needs[3]:
