@@ -7,7 +7,7 @@
     python -m benchmarks.run --write-docs           the tables in README.md and docs/ from the stored results
     python -m benchmarks.run --against REV          this tree beside an earlier revision, nothing written
 
-The tests of an op run first and a red op is not timed.
+The tests of an op run first and a red op is not timed, unless --no-tests leaves them out; tables say so.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
-    # The exhaustive runs do not fit the time of `make test`, which has a part of each of them.
+    # Nothing is left out for good: `make test` has a part of each exhaustive run, `make test-all` the whole.
     skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
     for item in items:
         if "slow" in item.keywords:

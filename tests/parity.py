@@ -13,6 +13,13 @@ def peer(name):
     return peers.load(name)
 
 
+def needs(library):
+    """Marks tests that are skipped where a peer is not installed."""
+    return pytest.mark.skipif(
+        peers.why_not(library) is not None, reason=f"{library}: {peers.why_not(library)}"
+    )
+
+
 def randomize(module):
     """Parameters away from where they begin (gates at 0, gains at 1), in float64."""
     with torch.no_grad():

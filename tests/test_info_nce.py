@@ -441,30 +441,6 @@ def test_bad_input(change, message):
         vlmkernels.info_nce(**{**good, **change})
 
 
-@pytest.mark.parametrize(
-    ("positives", "got"),
-    [
-        ((None, torch.arange(4)), "(NoneType, Tensor)"),
-        ((torch.arange(4), None), "(Tensor, NoneType)"),
-        ((torch.arange(4),), "(Tensor)"),
-        ([torch.arange(4), torch.arange(4)], "list"),
-        ((), "()"),
-    ],
-    ids=str,
-)
-def test_targets_of_which_one_is_missing(positives, got):
-    x = torch.randn(4, 5)
-    with pytest.raises(TypeError) as error:
-        vlmkernels.info_nce(x, x, 1.0, positives=positives)
-    assert str(error.value).endswith(f"(dense Tensor, dense Tensor) or None, got {got}")
-    with pytest.raises(
-        ValueError, match="info_nce: key_ids want the ids of the queries in positives, got None"
-    ):
-        torch.ops.vlmkernels.info_nce(
-            x, x, torch.tensor(1.0), None, torch.arange(4), None, True, 0.0, False, "mean", 0
-        )
-
-
 def test_positive_out_of_range_is_an_index_error():
     for bad in (-1, 4, -99):
         with pytest.raises(IndexError, match=r"\[0, M = 4\) or -100"):

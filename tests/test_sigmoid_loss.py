@@ -295,40 +295,6 @@ def test_bad_input(change, message):
         vlmkernels.sigmoid_loss(**{**good, **change})
 
 
-@pytest.mark.parametrize(
-    ("positives", "got"),
-    [
-        ((None, torch.arange(4)), "(NoneType, Tensor)"),
-        ((torch.arange(4), None), "(Tensor, NoneType)"),
-        ((torch.arange(4),), "(Tensor)"),
-        ([torch.arange(4), torch.arange(4)], "list"),
-        ((), "()"),
-    ],
-    ids=str,
-)
-def test_targets_of_which_one_is_missing(positives, got):
-    x = torch.randn(4, 5)
-    with pytest.raises(TypeError) as error:
-        vlmkernels.sigmoid_loss(x, x, 1.0, 0.0, positives=positives)
-    assert str(error.value).endswith(f"(dense Tensor, dense Tensor) or None, got {got}")
-    with pytest.raises(
-        ValueError, match="sigmoid_loss: key_ids want the ids of the queries in positives, got None"
-    ):
-        torch.ops.vlmkernels.sigmoid_loss(
-            x,
-            x,
-            torch.tensor(1.0),
-            torch.tensor(0.0),
-            None,
-            torch.arange(4),
-            False,
-            "mean",
-            False,
-            False,
-            False,
-        )
-
-
 def test_positive_out_of_range_is_an_index_error():
     with pytest.raises(IndexError, match=r"\[0, M = 4\) or -100"):
         vlmkernels.sigmoid_loss(

@@ -34,7 +34,7 @@ class Rule(nn.Module):
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:
         """Whether this rule speaks about the module."""
-        raise NotImplementedError  # not abc: the swapped class would get its metaclass
+        raise NotImplementedError  # every rule has its own; with abc, swapped classes would get its metaclass
 
     @classmethod
     def patch_refuses(cls, module: nn.Module) -> str | None:

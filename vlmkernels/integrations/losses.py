@@ -108,7 +108,7 @@ class _ModelLoss(LossRule):
         return qualified_name(type(module)) == cls.name
 
     def contrastive_loss(self, texts: Tensor, images: Tensor) -> Tensor:
-        raise NotImplementedError  # each model has its own; not abc, as in Rule
+        raise NotImplementedError  # every model has its own; why there is no abc, Rule says
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("return_loss"):
