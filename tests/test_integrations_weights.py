@@ -19,6 +19,7 @@ from benchmarks import peers
 from tests.test_integrations import needs, tiny_clip
 from tests.test_integrations_linear import Gated, Line
 from vlmkernels.integrations import patch, unpatch
+from vlmkernels.nn.dense import MLP
 
 
 class Counted(nn.Module):
@@ -385,3 +386,18 @@ def test_patched_again_and_back():
     assert [type(m) for m in model.modules()] == classes
     assert [set(vars(m)) for m in model.modules()] == attributes
     assert torch.equal(model(**inputs).logits_per_image, wanted)
+
+
+@pytest.mark.parametrize("kind", [nn.GELU, nn.ReLU, nn.SiLU])
+def test_an_activation_replaced_for_a_whole_class(kind, monkeypatch):
+    plain = nn.Sequential(nn.Linear(6, 8), kind(), nn.Linear(8, 6))
+    ours, late, own = copy.deepcopy(plain), copy.deepcopy(plain), MLP(*copy.deepcopy(plain))
+    patch(ours)
+    x, forward = torch.randn(5, 6), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, y: forward(self, y) * 3)
+    patch(late)
+    for module in (ours, late, own):
+        torch.testing.assert_close(module(x), plain(x))
+    monkeypatch.undo()
+    for module in (ours, own):
+        torch.testing.assert_close(module(x), plain(x))

@@ -13,7 +13,8 @@ from torch.nn.modules import module as torch_module
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
 
 # As torch has them: some programs replace the forward of a whole class.
-_FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.RMSNorm)}
+_REPLACEABLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU)
+_FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in _REPLACEABLE}
 
 
 def unheard(module: nn.Module) -> bool:

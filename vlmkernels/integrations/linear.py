@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, passable, unheard
+from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
 from vlmkernels.integrations._chains import chain_of, gated_of
 from vlmkernels.integrations._swap import Rule, qualified_name
 
@@ -37,6 +37,8 @@ _ACTIVATIONS = {
 
 def activation_of(module: nn.Module) -> str | None:
     """The word for our ops; None for an activation that they do not have."""
+    if not has_own_forward(type(module)):
+        return None
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return _ACTIVATIONS.get(qualified_name(type(module)))

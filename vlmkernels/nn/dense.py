@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, passable, unheard
+from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
 
 
 class QuickGELU(nn.Module):
@@ -36,7 +36,7 @@ _NAMES: dict[type[nn.Module], str] = {
 
 def activation_name(module: nn.Module) -> str | None:
     """The name under which the ops know an activation; None where they do not, or it has to be called."""
-    if not unheard(module):
+    if not (unheard(module) and has_own_forward(type(module))):
         return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
