@@ -8,9 +8,7 @@ a name, so that a later one takes the place of an earlier, and the run that made
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,38 +19,25 @@ import triton
 
 from benchmarks.measure import ROOT
 from benchmarks.report import write_atomically
+from benchmarks.sources import digest, of_python
 from vlmkernels._library import KERNELS
 
 TABLES = ("rows", "verdicts", "ceilings", "sweeps")
 UNTESTED, GREEN, RED = "untested", "green", "red"
 
 
-def sources(op: str) -> list[Path]:
-    """The files that an op is made of: its module, and what that imports of the library."""
-    found: dict[Path, None] = {}
-    waiting = [f"vlmkernels.ops.{op}"]
-    while waiting:
-        path = ROOT / (waiting.pop().replace(".", "/") + ".py")
-        if path in found or not path.is_file():
-            continue
-        found[path] = None
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
-            if isinstance(node, ast.ImportFrom):
-                names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
-            waiting += [name for name in names if name.startswith("vlmkernels.")]
+def sources(op: str) -> set[Path]:
+    """The files that an op is made of on a GPU."""
     header = f"csrc/include/vlmkernels/{op}_cuda.h"
     in_cuda = ("csrc/cuda/device.cuh", f"csrc/cuda/{op}.*", header, f"python/cuda/{op}.cpp")
-    return sorted([*found, *(path for pattern in in_cuda for path in ROOT.glob(pattern))])
+    return of_python(op) | {path for pattern in in_cuda for path in ROOT.glob(pattern)}
 
 
 @functools.cache
 def fingerprint(op: str) -> str:
     """Of the sources of an op, who compiles them, and which of its kernels runs."""
-    digest = hashlib.sha256(f"{torch.__version__} {triton.__version__} {KERNELS.get((op, 'CUDA'))}".encode())
-    for path in sources(op):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    compilers = f"{torch.__version__} {triton.__version__} {KERNELS.get((op, 'CUDA'))}"
+    return digest(sources(op), ROOT, also=compilers)
 
 
 def row_name(op: str, form: str, type: str, direction: str) -> str:
