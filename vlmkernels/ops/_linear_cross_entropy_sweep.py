@@ -18,9 +18,9 @@ from vlmkernels.reference.linear_cross_entropy import check
 #   dh = g W        dW = g^T h        dbias_j = sum_i g_ij
 # Gradients that are not needed have size 0.
 _parts = define_part(
-    "linear_cross_entropy_sweep(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor?"
-    " column_scale, Tensor row_coef, float label_smoothing, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor row_loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "linear_cross_entropy_sweep(Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
+    " Tensor? column_scale, Tensor row_coef, float label_smoothing, bool need_hidden, bool need_weight,"
+    " bool need_bias) -> (Tensor row_loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
     flops=lambda hidden, weight, *rest, **_: pairwise.flops(hidden, weight, 1 + sum(rest[-3:-1])),
 )
 
