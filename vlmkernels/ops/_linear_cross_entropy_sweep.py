@@ -51,7 +51,10 @@ def _sweep(
             h, w, few(target), bias, column_scale, u, label_smoothing, *needs
         )
     else:  # and so no row is counted
-        rows, dhidden, dweight, dbias = u, *empty_grads((h, w, weight if bias is None else bias), needs)
+        rows, dhidden, dweight, dbias = (
+            u,
+            *empty_grads((h, w, weight.new_empty(0) if bias is None else bias), needs),
+        )
     if needs[0]:
         dhidden = dhidden[:, : hidden.shape[1]].contiguous()
         dhidden = dhidden if every else hidden.new_zeros(hidden.shape).index_copy(0, counted, dhidden)

@@ -109,7 +109,7 @@ def _fake_bwd(dloss, hidden, weight, target, bias, *rest):
 
 
 def _empty(hidden, weight, bias, needs):
-    return empty_grads((hidden, weight, weight.new_empty(0) if bias is None else bias), needs)
+    return empty_grads((hidden, weight, weight.new_empty(weight.shape[0]) if bias is None else bias), needs)
 
 
 def _flops(hidden, weight, *_, out_shape):
