@@ -275,8 +275,8 @@ def hidden(draw: Draw, *, ignored: bool, zero: bool) -> list:
     target = draw.ids(n, v) if v else torch.full((n,), -100)
     if ignored:
         target = torch.where(torch.rand(n) < 0.7, target, -100)
-    vectors = [draw.maybe(draw.floats(v)) for _ in range(2)]
-    return [x, draw.floats(v, d, dtype=x.dtype), target, *vectors]
+    bias = draw.maybe(draw.floats(v, dtype=x.dtype))
+    return [x, draw.floats(v, d, dtype=x.dtype), target, bias, draw.maybe(draw.floats(v))]
 
 
 @arguments
