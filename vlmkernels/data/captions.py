@@ -81,14 +81,14 @@ class CaptionTokenizer(ClipTokenizer):
 
 
 class CaptionCollate:
-    """Samples to a batch for a captioning model: a dict of images, tokens, texts and keys.
+    """Collates samples for a captioning model into a dict of images, tokens, texts and keys.
 
     layout "prefix" (SimVLM): images [B, 3, H, W], tokens [B, L] start, caption, end, padding.
     layout "interleaved" (Flamingo): images [R, K, 1, 3, H, W] and tokens [R, T], R = ceil(B / K) rows of K =
-    ``images_per_row`` samples each; a last row with fewer samples is filled with images of zeros, which no
-    token of the row points to. layout "text" (a language model): tokens as interleaved, no images.
+    ``images_per_row`` samples each; a last row with fewer samples is padded with images of zeros, to which no
+    token of the row refers. layout "text" (a language model): tokens as interleaved, no images.
     texts and keys are those of the B samples. B may be 0; the images are then of ``image_size``, an int or
-    (H, W), and without it an empty list.
+    (H, W), or an empty list without it.
     """
 
     LAYOUTS = ("prefix", "interleaved", "text")
