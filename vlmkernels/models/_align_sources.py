@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmkernels.models._foreign_config import Part
-from vlmkernels.models.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
+from vlmkernels.models.parts.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
+from vlmkernels.models.parts.foreign_config import Part
 
 # Hugging Face's AlignTextConfig and AlignVisionConfig: what is read, with their defaults, ...
 TEXT: dict[str, Any] = {

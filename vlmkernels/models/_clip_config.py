@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlmkernels.models._pretrained import LATER, below
+from vlmkernels.models.parts.pretrained import LATER, below
 
 VISION_POOLS = ("class", "mean")
 TEXT_POOLS = ("eot", "last")

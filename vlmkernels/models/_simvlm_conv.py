@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmkernels.models.efficientnet import drop_branch
+from vlmkernels.models.parts.efficientnet import drop_branch
 
 
 class Bottleneck(nn.Module):

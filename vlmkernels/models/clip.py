@@ -22,12 +22,12 @@ import vlmkernels
 from vlmkernels import intervals
 from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
-from vlmkernels.models import _padding
 from vlmkernels.models._clip_config import CONFIGS as CONFIGS
 from vlmkernels.models._clip_config import ClipConfig as ClipConfig
 from vlmkernels.models._clip_resnet import ModifiedResNet
-from vlmkernels.models._files import Source
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.models.parts import padding
+from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
 
@@ -289,8 +289,8 @@ class CLIP(Pretrained):
             sign = "=" if padding_counts else "<="
             raise ValueError(f"tokens: wants [B, L] with L {sign} {length}, got {list(tokens.shape)}")
         last = self._pooled_places(tokens)
-        if not padding_counts and _padding.can_drop(tokens):
-            tokens, positions, bounds = _padding.drop(tokens, last + 1)
+        if not padding_counts and padding.can_drop(tokens):
+            tokens, positions, bounds = padding.drop(tokens, last + 1)
             position_embeddings = F.embedding(positions, self.positional_embedding)
             seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
         else:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models.clip import LayerNorm
+from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.nn.dense import MLP, Linear, add, tied_logits
 
 IGNORE = -100

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
-from vlmkernels.models import decoder, generation
-from vlmkernels.models._files import read_state_dict
-from vlmkernels.models._pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models import decoder
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
+from vlmkernels.models.parts import generation
+from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
-from vlmkernels.models._pretrained import Pretrained, below
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
 from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
-from vlmkernels.models.generation import generate
+from vlmkernels.models.parts.generation import generate
+from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.nn.dense import Linear, tied_logits
 
 FORMS = ("encoder_decoder", "prefix_lm")
