@@ -11,7 +11,7 @@ from benchmarks import peers
 from tests.simvlm_tiny import FORMS, randomize, tiny_batch, tiny_config, tiny_model
 from vlmkernels import intervals
 from vlmkernels.models._simvlm_blocks import Block
-from vlmkernels.models._simvlm_conv import ConvStage
+from vlmkernels.models.parts.resnet import ResNet
 from vlmkernels.models.simvlm import SimVLM
 
 needs_torchvision = pytest.mark.skipif(
@@ -102,25 +102,28 @@ def test_decoder_block_is_torchs_decoder_layer():
 
 
 @needs_torchvision
+@pytest.mark.parametrize("stages", [3, 4])
 @pytest.mark.parametrize("training", [False, True])
-def test_conv_stage_is_torchvisions_resnet(training):
+def test_conv_stage_is_torchvisions_resnet(training, stages):
     resnet = peers.load("torchvision.models.resnet")
     theirs = resnet.ResNet(resnet.Bottleneck, [1, 2, 2, 1]).double()
     randomize(theirs)
-    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith(("layer4", "fc"))}
-    ours = ConvStage((1, 2, 2), 64).double()
+    absent = ("fc",) if stages == 4 else ("layer4", "fc")
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith(absent)}
+    ours = ResNet((1, 2, 2, 1)[:stages], 64).double()
     ours.load_state_dict(state)  # strict: the names are torchvision's
     ours.train(training), theirs.train(training)
-    images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
 
     expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-    expected = theirs.layer3(theirs.layer2(theirs.layer1(expected)))
+    for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)[:stages]:
+        expected = stage(expected)
     out = ours(images)
-    assert out.shape == (2, ours.channels, 48 // ours.stride, 64 // ours.stride)
+    assert out.shape == (2, ours.channels, 64 // ours.stride, 96 // ours.stride)
     close(out, expected)
     weight = torch.randn_like(out)
     mine, other = gradients(ours, (out * weight).sum()), gradients(theirs, (expected * weight).sum())
-    assert set(mine) == {name for name in other if not name.startswith(("layer4", "fc"))}
+    assert set(mine) == {name for name in other if not name.startswith(absent)}
     for name, gradient in mine.items():
         close(gradient, other[name], rtol=1e-8, atol=1e-8)
     close(ours.state_dict()["layer3.1.bn3.running_var"], theirs.state_dict()["layer3.1.bn3.running_var"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.clip import LayerNorm
-from vlmkernels.models.parts.efficientnet import drop_branch
+from vlmkernels.models.parts.stochastic_depth import drop_branch
 from vlmkernels.nn.dense import MLP, Linear, add
 
 

@@ -24,9 +24,9 @@ from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models._clip_config import CONFIGS as CONFIGS
 from vlmkernels.models._clip_config import ClipConfig as ClipConfig
-from vlmkernels.models._clip_resnet import ModifiedResNet
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.models.parts.resnet import ModifiedResNet
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.models._simvlm_blocks import Block, KeysValues
-from vlmkernels.models._simvlm_conv import ConvStage
 from vlmkernels.models.clip import LayerNorm
 from vlmkernels.models.parts.generation import generate
 from vlmkernels.models.parts.pretrained import Pretrained, below
+from vlmkernels.models.parts.resnet import ResNet
 from vlmkernels.nn.dense import Linear, tied_logits
 
 FORMS = ("encoder_decoder", "prefix_lm")
@@ -120,7 +120,7 @@ class SimVLM(Pretrained):
         assert config.heads is not None  # set by SimVLMConfig
         width, grid = config.width, config.grid
         self.image_tokens = grid[0] * grid[1]
-        self.conv_stage = ConvStage(
+        self.conv_stage = ResNet(
             config.conv_blocks,
             config.conv_width,
             pool=config.conv_pool,

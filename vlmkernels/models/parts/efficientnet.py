@@ -14,9 +14,10 @@ of Hugging Face's ALIGN vision model.
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmkernels.models.parts.stochastic_depth import drop_branch
 
 # name: (width, depth, resolution), the published compound coefficients
 COEFFICIENTS: dict[str, tuple[float, float, int]] = {
@@ -50,14 +51,6 @@ def round_channels(channels: int, width: float, divisor: int = 8) -> int:
 def round_repeats(repeats: int, depth: float) -> int:
     """Blocks of a stage: depth * repeats, rounded up."""
     return math.ceil(depth * repeats)
-
-
-def drop_branch(x: Tensor, rate: float, training: bool) -> Tensor:  # [B, ...]
-    """Stochastic depth (Huang et al. 2016): a sample is 0 with probability rate, else divided by 1 - rate."""
-    if not training or rate == 0.0:
-        return x
-    keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= rate
-    return x * keep.to(x.dtype) / (1.0 - rate)
 
 
 class StridedPad(nn.Module):
