@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks import peers
 from tests.simvlm_tiny import FORMS, randomize, tiny_batch, tiny_config, tiny_model
 from vlmkernels import intervals
-from vlmkernels.models._simvlm_blocks import Block
 from vlmkernels.models.parts.resnet import ResNet
-from vlmkernels.models.simvlm import SimVLM
+from vlmkernels.models.parts.transformer import Block
+from vlmkernels.models.simvlm import SimVLM, transformer_block
 
 needs_torchvision = pytest.mark.skipif(
     peers.why_not("torchvision") is not None, reason=f"torchvision: {peers.why_not('torchvision')}"
@@ -68,7 +68,7 @@ def compare_gradients(block: Block, ours: dict, layer: nn.Module, theirs: dict, 
 
 
 def test_encoder_block_is_torchs_encoder_layer():
-    block = Block(32, 4, grid=(3, 3)).double()
+    block = transformer_block(32, 4, grid=(3, 3)).double()
     randomize(block)
     layer, names = torch_layer(block, cross=False)
     x = torch.randn(3, 14, 32, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_encoder_block_is_torchs_encoder_layer():
 
 
 def test_decoder_block_is_torchs_decoder_layer():
-    block = Block(32, 4, cross=True).double()
+    block = transformer_block(32, 4, cross=True).double()
     randomize(block)
     layer, names = torch_layer(block, cross=True)
     x, memory = torch.randn(3, 7, 32, dtype=torch.float64), torch.randn(3, 11, 32, dtype=torch.float64)
@@ -326,7 +326,7 @@ def test_stochastic_depth_drops_branches_of_whole_samples_in_conv_stage_and_enco
     assert {b.stochastic_depth for b in model.decoder} == {0.0}
     block, x = model.encoder[0], torch.randn(64, 5, 32, dtype=torch.float64)
     interval = intervals.causal(5)
-    attention, mlp = block.attn(block.ln_1(x), interval, False), lambda y: block.mlp(block.ln_2(y))
+    attention, mlp = block.attn(block.ln_1(x), interval), lambda y: block.mlp(block.ln_2(y))
     dropped = block.train()(x, interval)
     candidates = [x, x + 2 * attention, x + 2 * mlp(x), x + 2 * attention + 2 * mlp(x + 2 * attention)]
     distance = torch.stack([(dropped - c).abs().amax((1, 2)) for c in candidates])  # [4, 64]
@@ -360,7 +360,7 @@ def test_autocast_trains_close_to_float32(form):
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_block_compiles_as_one_graph(cross):
-    block = Block(32, 4, grid=None if cross else (3, 3), cross=cross)
+    block = transformer_block(32, 4, grid=None if cross else (3, 3), cross=cross)
     randomize(block)
 
     def step(x, memory, lengths):

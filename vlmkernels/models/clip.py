@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,185 +19,19 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.intervals import Intervals
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models._clip_config import CONFIGS as CONFIGS
 from vlmkernels.models._clip_config import ClipConfig as ClipConfig
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, naming
 from vlmkernels.models.parts.resnet import ModifiedResNet
+from vlmkernels.models.parts.transformer import LayerNorm, Transformer
+from vlmkernels.models.parts.vit import VisionTransformer
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
+from vlmkernels.nn.dense import QuickGELU
 
 MAX_LOG_SCALE = math.log(100.0)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose result has its input's dtype: under autocast F.layer_norm alone would return fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        return super().forward(x).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; parameter names of nn.MultiheadAttention (one projection for q, k, v)."""
-
-    linear_weights: ClassVar = ("in_proj_weight",)
-    adds_residual: ClassVar = True
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None,  # [B, n] int64
-        residual: Tensor | None = None,  # [B, n or T, D]
-    ) -> Tensor:  # [B, n or T, D]
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        if wanted is None:
-            query, key, value = self._heads(vlmkernels.linear(x, weight, bias), 3)
-        else:
-            (query,) = self._heads(vlmkernels.linear(take_rows(x, wanted), weight[:width], bias[:width]), 1)
-            key, value = self._heads(vlmkernels.linear(x, weight[width:], bias[width:]), 2)
-            seen = seen[0][wanted], seen[1][wanted]
-        out = vlmkernels.interval_attention(query, key, value, *seen)
-        return add(residual, self.out_proj, out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:  # [B, T, parts D] -> [parts, B, heads, T, Dh]
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += Attention(LN x); x += W2 act(W1 LN x)."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, activation: type[nn.Module], eps: float
-    ) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width, eps)
-        c_fc, c_proj = Linear(width, mlp_width), Linear(mlp_width, width)
-        self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or T, D]
-        residual = x if wanted is None else take_rows(x, wanted)
-        x = add(residual, self.attn, self.ln_1(x), seen, wanted)
-        return add(x, self.mlp, self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        activation: type[nn.Module],
-        eps: float,
-    ) -> None:
-        super().__init__()
-        block_sizes = (width, heads, 4 * width if mlp_width is None else mlp_width)
-        self.resblocks = nn.ModuleList(Block(*block_sizes, activation, eps) for _ in range(layers))
-        branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
-        for block in self.resblocks:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.get_parameter("c_fc.weight"), std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.get_parameter("c_proj.weight"), std=branch_std)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,  # [T] each
-        wanted: Tensor | None = None,  # [B, n] int64, all tokens when None
-    ) -> Tensor:  # [B, n or T, D]
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x, seen)
-        return last(x, seen, wanted)
-
-
-class VisionTransformer(nn.Module):
-    """The image tower of ViT-B/32 ... ViT-L/14@336px: images [B, 3, R, R] to embeddings [B, output_dim]."""
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        output_dim: int,
-        activation: type[nn.Module],
-        *,
-        eps: float,
-        ln_pre: bool,
-        pool: str,
-    ) -> None:
-        super().__init__()
-        self.pool = pool
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        tokens = (image_size // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre = LayerNorm(width, eps) if ln_pre else nn.Identity()
-        self.transformer = Transformer(width, layers, heads, mlp_width, activation, eps)
-        self.ln_post = LayerNorm(width, eps)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
-
-    def _tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or 1 + (R / P)^2, D], class token first
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
-        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.transformer(self.ln_pre(x), intervals.full(x.shape[1], device=x.device), wanted)
-
-    def patch_tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        normalize: bool = False,
-    ) -> Tensor:  # [B, (R / P)^2, D]
-        """The last layer's output at the patches, row by row, through `ln_post` if `normalize`."""
-        return self(images, patches=True, normalize=normalize)
-
-    def forward(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        *,
-        patches: bool = False,
-        normalize: bool = False,
-    ) -> Tensor:  # [B, output_dim]
-        """The embeddings, or with `patches` what `patch_tokens` says."""
-        if patches:
-            tokens = self._tokens(images)[:, 1:]
-            return self.ln_post(tokens) if normalize else tokens
-        if self.pool == "mean":
-            pooled = self._tokens(images)[:, 1:].mean(1)
-        else:
-            class_token = torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device)
-            pooled = self._tokens(images, class_token)[:, 0]
-        return self.ln_post(pooled) @ self.proj
 
 
 def _activation(config: ClipConfig) -> type[nn.Module]:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vlmkernels
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
+from vlmkernels.models.parts.attention import SelfAttention, split_heads
 from vlmkernels.nn.dense import Linear, QuickGELU, add, perceptron, take_rows
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -28,16 +28,22 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class SelfAttention(nn.Module):
+class BertAttention(SelfAttention):
     """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all tokens or for those that are wanted."""
 
     def __init__(self, width: int, heads: int, dropout: float, eps: float):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
+        super().__init__(heads)
+        self.dropout = dropout
         self.self = nn.ModuleDict({name: Linear(width, width) for name in ("query", "key", "value")})
         self.output = nn.ModuleDict(
             {"dense": Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
         )
+
+    def project(self, x: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        asking = x if wanted is None else take_rows(x, wanted)
+        sources = {"query": asking, "key": x, "value": x}
+        query, key, value = (split_heads(self.self[name](sources[name]), self.heads)[0] for name in sources)
+        return query, key, value
 
     def forward(
         self,
@@ -46,20 +52,9 @@ class SelfAttention(nn.Module):
         seen: Intervals | None,  # [B, L] each: the mask, where it is one run of tokens in each row
         wanted: Tensor | None,  # [B, n] int64
     ) -> Tensor:  # [B, n or L, D]
-        asking = x
-        if wanted is not None:
-            asking = take_rows(x, wanted)
-            seen = seen and (seen[0].gather(1, wanted), seen[1].gather(1, wanted))
-        query, key, value = (
-            self.self[name](source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, Dh]
-            for name, source in (("query", asking), ("key", x), ("value", x))
-        )
         p = self.dropout if self.training else 0.0
-        if seen is None or p:
-            mixed = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout_p=p)
-        else:
-            mixed = vlmkernels.interval_attention(query, key, value, *seen)
-        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = self.mix(x, seen, wanted, mask=mask, dropout=p)
+        asking = x if wanted is None else take_rows(x, wanted)
         if not p:
             return self.output["LayerNorm"](add(asking, self.output["dense"], mixed))
         return self.output["LayerNorm"](F.dropout(self.output["dense"](mixed), p) + asking)
@@ -69,7 +64,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, activation: str, eps: float):
         super().__init__()
         self.dropout = dropout
-        self.attention = SelfAttention(width, heads, dropout, eps)
+        self.attention = BertAttention(width, heads, dropout, eps)
         self.intermediate = nn.ModuleDict(
             {"dense": Linear(width, mlp_width), "activation": ACTIVATIONS[activation]()}
         )
