@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels.models._align_sources import hf_fields
-from vlmkernels.models.parts.bert import ACTIVATIONS, Bert
+from vlmkernels.models.parts.activations import ACTIVATIONS
+from vlmkernels.models.parts.bert import Bert
 from vlmkernels.models.parts.efficientnet import (
     CHANNELS,
     COEFFICIENTS,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.models.parts.attention import CrossAttention, Keep, MultiheadSelfAttention
-from vlmkernels.models.parts.generation import generate
+from vlmkernels.models.parts.generation import StepOutput, generate
 from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.models.parts.resnet import ResNet
 from vlmkernels.models.parts.transformer import Block, LayerNorm
@@ -437,9 +437,9 @@ class _Decoding:
             self.first_logits = model._logits(model.ln_final(x[rows, self.slot - 1]))
 
     def _keep(self, layer: int, slots: Tensor) -> Keep:  # [N, t]
-        return partial(self.cache.update, layer=layer, slots=slots)
+        return partial(self.cache.update, layer_idx=layer, slots=slots)
 
-    def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
+    def step(self, tokens: Tensor, return_hidden: bool = False) -> Any:  # [N] -> [N, V] or StepOutput
         """Logits of the tokens after `tokens`, which join the cache."""
         x = self.model._embed(tokens[:, None], self.position[:, None])
         seen = intervals.padding(self.slot + 1, 1)
@@ -448,7 +448,9 @@ class _Decoding:
             memory = (self.memory.layers[index], memory_seen) if self.memory.layers else None
             x = block(x, seen, keep=self._keep(index, self.slot[:, None]), memory=memory)
         self.slot, self.position = self.slot + 1, self.position + 1
-        return self.model._logits(self.model.ln_final(x[:, 0]))
+        hidden = self.model.ln_final(x[:, 0])
+        logits = self.model._logits(hidden)
+        return StepOutput(logits, hidden) if return_hidden else logits
 
     def reorder(self, rows: Tensor) -> None:  # [M]
         """The texts become rows of those held; M may differ from N."""

@@ -26,22 +26,22 @@ class KVCache:
         self,
         key: Tensor,  # [B, heads, t, Dh]
         value: Tensor,  # [B, heads, t, Dh]
-        layer: int,
+        layer_idx: int,
         slots: Tensor | None = None,  # [B, t] int64, where there is a capacity
     ) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of t tokens of a layer; returns all it has, [B, heads, T, Dh] each."""
-        if layer == len(self.layers):
+        if layer_idx == len(self.layers):
             self.layers.append((self._first(key), self._first(value)))
             if slots is None:
-                return self.layers[layer]
+                return self.layers[layer_idx]
         if slots is None:
-            old_key, old_value = self.layers[layer]
-            self.layers[layer] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
+            old_key, old_value = self.layers[layer_idx]
+            self.layers[layer_idx] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
         else:
             rows = torch.arange(len(slots), device=slots.device)[:, None]
-            for kept, new in zip(self.layers[layer], (key, value), strict=True):
+            for kept, new in zip(self.layers[layer_idx], (key, value), strict=True):
                 kept[rows, :, slots] = new.transpose(1, 2).to(kept.dtype)
-        return self.layers[layer]
+        return self.layers[layer_idx]
 
     def _first(self, x: Tensor) -> Tensor:  # [B, heads, t, Dh]
         if self.capacity is None:

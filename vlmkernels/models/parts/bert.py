@@ -5,9 +5,6 @@ Devlin et al. 2018 (arXiv:1810.04805): learned positions, post-norm blocks x = L
 are those of Hugging Face's ALIGN text model.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,16 +13,9 @@ from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
+from vlmkernels.models.parts.activations import ACTIVATIONS
 from vlmkernels.models.parts.attention import SelfAttention, split_heads
-from vlmkernels.nn.dense import Linear, QuickGELU, add, perceptron, take_rows
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-}
+from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
 
 
 class BertAttention(SelfAttention):

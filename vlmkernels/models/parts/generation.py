@@ -1,16 +1,19 @@
 """Choosing tokens one by one: greedy, by sampling, or by beam search, for any model with a cache.
 
 A model gives two functions: `step` reads one token of each row and returns the logits of the next, `reorder`
-makes the rows of its caches the given ones. A beam search widens the batch by that same `reorder`.
+makes the rows of its caches the given ones. A beam search widens the batch by that same `reorder`. `Decoding`
+has both for a language model; the steps of all models here return hidden states as well when asked.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Step = Callable[[Tensor], Tensor]  # tokens [N] int64 -> logits [N, V]
 Reorder = Callable[[Tensor], None]  # rows [M] int64, M = N or not
@@ -90,6 +93,101 @@ def generate(
         if len(tokens) == max_new_tokens or (eos_token_id is not None and bool(finished.all())):
             return torch.stack(tokens, 1)
         logits = step(token)
+
+
+class StepOutput(NamedTuple):
+    """What a step returns when hidden states are asked for."""
+
+    logits: Tensor  # [N, V] of the next token
+    hidden: Tensor  # [N, D] of the token read, or [N, t, D] of all that were, as the head reads them
+
+
+class LanguageModelCall:
+    """Calls a language model with the arguments that its forward has."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        known = inspect.signature(language_model.forward).parameters
+        self.takes_positions = "position_ids" in known
+        self.takes_logits_to_keep = "logits_to_keep" in known
+
+    def arguments(
+        self,
+        tokens: Tensor,  # [B, T]
+        attention_mask: Tensor | None,  # [B, past + T]
+        *,
+        last_only: bool = False,
+    ) -> dict[str, Any]:
+        """Positions count from the first token that is not padding."""
+        options: dict[str, Any] = {"input_ids": tokens}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            if self.takes_positions:
+                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+                options["position_ids"] = positions[:, attention_mask.shape[1] - tokens.shape[1] :]
+        if last_only and self.takes_logits_to_keep:
+            options["logits_to_keep"] = 1
+        return options
+
+
+class Decoding:
+    """Texts under way in a language model that is called like a decoder of transformers (see `generate`)."""
+
+    def __init__(self, language_model: nn.Module, call: LanguageModelCall | None = None) -> None:
+        self.language_model = language_model
+        self.call = LanguageModelCall(language_model) if call is None else call
+        self.past: Any = None
+        self.mask: Tensor | None = None
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """The language model's output."""
+        return self.language_model(**arguments)
+
+    @overload
+    def read(
+        self, tokens: Tensor, mask: Tensor | None = ..., return_hidden: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def read(self, tokens: Tensor, mask: Tensor | None, return_hidden: Literal[True]) -> StepOutput: ...
+
+    def read(
+        self,
+        tokens: Tensor,  # [N, t]
+        mask: Tensor | None = None,  # [N, t], 0 at padding on the left
+        return_hidden: bool = False,
+    ) -> Tensor | StepOutput:  # [N, V]
+        """Logits of the token after these, which join the cache; a text may be read in several calls."""
+        if mask is not None:
+            self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
+        arguments = self.call.arguments(tokens, self.mask, last_only=True)
+        arguments.update(past_key_values=self.past, use_cache=True)
+        if return_hidden:
+            arguments["output_hidden_states"] = True
+        out = self.run(arguments)
+        self.past = out.past_key_values
+        return StepOutput(out.logits[:, -1], out.hidden_states[-1]) if return_hidden else out.logits[:, -1]
+
+    @overload
+    def step(self, tokens: Tensor, return_hidden: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def step(self, tokens: Tensor, return_hidden: Literal[True]) -> StepOutput: ...
+
+    def step(
+        self,
+        tokens: Tensor,  # [N]
+        return_hidden: bool = False,
+    ) -> Tensor | StepOutput:  # [N, V]
+        mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
+        if not return_hidden:
+            return self.read(tokens[:, None], mask)
+        logits, hidden = self.read(tokens[:, None], mask, True)
+        return StepOutput(logits, hidden[:, 0])
+
+    def reorder(self, rows: Tensor) -> None:  # [M]
+        """The texts become rows of those held; M may differ from N."""
+        self.past.reorder_cache(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def filter_logits(
