@@ -1,4 +1,4 @@
-"""Folders that version 0.1.0 wrote (tests/data/models-1) load, and what they compute is what it recorded."""
+"""Folders in the first version of the formats (tests/data/models-1): they load and compute what was recorded."""
 
 from pathlib import Path
 

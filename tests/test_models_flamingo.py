@@ -412,6 +412,14 @@ def test_inputs_that_do_not_fit():
         model.lang_encoder(torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 4))
 
 
+def test_it_builds_the_image_tower_of_a_clip_alone(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a whole CLIP was built")
+
+    monkeypatch.setattr(clip.CLIP, "__init__", refuse)
+    assert isinstance(Flamingo(config()).vision_encoder, clip.VisionTransformer)
+
+
 def test_state_dicts_that_do_not_fit(tmp_path):
     model = flamingo()
     given = model.openflamingo_state_dict()
