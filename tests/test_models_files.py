@@ -1,4 +1,4 @@
-"""Folders in the first version of the formats (tests/data/models-1): they load and compute what was recorded."""
+"""Folders in the first version of the formats (tests/data/models-1) load, and compute what was recorded."""
 
 from pathlib import Path
 

@@ -26,9 +26,9 @@ from vlmkernels.data import (
     load_tokenizer,
 )
 from vlmkernels.models import align, clip, decoder, flamingo, simvlm
-from vlmkernels.models.parts.pretrained import config_from_dict, naming
-from vlmkernels.models.parts.pretrained import read_config as read_model_config
-from vlmkernels.models.parts.weight_files import check_content, read_json
+from vlmkernels.models._files import check_content, read_json
+from vlmkernels.models._pretrained import config_from_dict, naming
+from vlmkernels.models._pretrained import read_config as read_model_config
 
 from .config import CAPTIONERS, TrainConfig
 

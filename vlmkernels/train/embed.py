@@ -23,7 +23,7 @@ from vlmkernels._files import write_atomic
 from vlmkernels.data import BrokenImageError, Sample, read_image
 from vlmkernels.data.images import transformed
 from vlmkernels.data.samples import warn_skipped
-from vlmkernels.models.parts.pretrained import save_tensors
+from vlmkernels.models._pretrained import save_tensors
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 EMBEDDERS = ("clip", "align")
