@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmkernels import intervals as build
 from vlmkernels.intervals import Intervals
 from vlmkernels.nn.cross_attention import MaskedCrossAttention
+from vlmkernels.nn.kv_cache import KVCache
 
 
 class MediaCache:
@@ -63,7 +64,10 @@ class MediaCache:
         if faults:
             raise ValueError("MediaCache: " + "; ".join(faults))
         self._attentions = attentions
-        self._keys_values = [a.keys_values(media) for a in attentions]
+        self._kept = KVCache()
+        for layer, attention in enumerate(attentions):
+            key, value = attention.keys_values(media)
+            self._kept.update(key, value, layer)
         self._intervals: Intervals | None = None
         self.num_slots, self.tokens_per_media = media.shape[1:3]
         self.num_media: int | Tensor = self.num_slots if num_media is None else num_media.to(torch.int32)
@@ -112,11 +116,10 @@ class MediaCache:
             place = torch.arange(slots, device=self.seen.device)
             after = place - self.num_media[:, None]
             order = torch.where(after < 0, place, (after + self.num_slots).clamp_max(slots - 1))  # [B, slots]
-        for i, (old_pair, new_pair) in enumerate(zip(self._keys_values, new._keys_values, strict=True)):
-            joined = [torch.cat(pair, 2) for pair in zip(old_pair, new_pair, strict=True)]
-            if order is not None:
-                joined = [self._take(x, order, slots) for x in joined]
-            self._keys_values[i] = joined[0], joined[1]
+        for layer, pair in enumerate(new._kept.layers):
+            self._kept.update(*pair, layer)
+        if order is not None:
+            self._kept.map(lambda x: self._take(x, order, slots))
         self.num_media = self.num_media + new.num_media
         self.num_slots = slots
         self._intervals = None
@@ -126,27 +129,29 @@ class MediaCache:
         if not 0 <= index < self.num_slots:
             raise ValueError(f"MediaCache: index must be in [0, {self.num_slots}), got {index}")
         n = self.tokens_per_media
-        self._map(lambda x: torch.cat([x[:, :, : index * n], x[:, :, (index + 1) * n :]], 2))
+        self._kept.map(lambda x: torch.cat([x[:, :, : index * n], x[:, :, (index + 1) * n :]], 2))
         if isinstance(self.num_media, Tensor):
             self.num_media = self.num_media - (self.num_media > index).int()
         else:
             self.num_media -= 1
         self.num_slots -= 1
         self.seen = self.seen - (self.seen > index).int()
+        self._intervals = None
 
     def reorder(
         self,
         beam_index: Tensor,  # [B']
     ) -> None:
         """Row i of the batch becomes what row ``beam_index[i]`` was; B' may differ from B."""
-        self._map(lambda x: x.index_select(0, beam_index))
+        self._kept.reorder_cache(beam_index)
         if isinstance(self.num_media, Tensor):
             self.num_media = self.num_media.index_select(0, beam_index)
         self.seen = self.seen.index_select(0, beam_index)
+        self._intervals = None
 
     def keys_values(self, attention: MaskedCrossAttention) -> tuple[Tensor, Tensor]:
         """What this layer attends to, each [B, Hkv, M n, Dh]."""
-        for own, pair in zip(self._attentions, self._keys_values, strict=True):
+        for own, pair in zip(self._attentions, self._kept.layers, strict=True):
             if own is attention:
                 return pair
         raise ValueError("MediaCache: the cache was made without this layer")
@@ -163,10 +168,6 @@ class MediaCache:
                 f"the last was for {made}"
             )
         return self._intervals
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._keys_values = [(change(key), change(value)) for key, value in self._keys_values]
-        self._intervals = None
 
     def _take(self, x: Tensor, order: Tensor, slots: int) -> Tensor:
         index = order[:, None, :, None, None]
