@@ -10,17 +10,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from . import kinds
 from .checkpoint import file_digest
 from .config import FREE_ON_RESUME, TrainConfig
 
 Course = dict[str, Any]
 
 
-def of_settings(kind: str, config: TrainConfig) -> Course:
-    """The kind of model and the fields of the configuration that a resumed run may not change."""
+def of_settings(kind: kinds.Kind, config: TrainConfig) -> Course:
+    """The kind of training and its settings that a resumed run may not change."""
     free = FREE_ON_RESUME - {"num_workers"} if config.streams else FREE_ON_RESUME
-    fields = {name: value for name, value in config.to_dict().items() if name not in free}
-    return _plain({"kind": kind, **fields})
+    fields = {name: value for name, value in kind.settings(config).items() if name not in free}
+    return _plain({"kind": kind.name, **fields})
 
 
 def of_inputs(source: Any, tokenizer: Path, transform: Any, model: Any) -> Course:

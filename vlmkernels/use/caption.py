@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import CaptionTokenizer
-from vlmkernels.models.generation import generate
+from vlmkernels.data._text import printable
+from vlmkernels.train import kinds
 
-from .embed import check_batch_size, find_images, inference, load_model, read_files
+from .bundle import check_batch_size, inference, load_model
+from .images import find_images, read_files
 
-CAPTION_MODELS = ("flamingo", "simvlm")
 MAX_NEW_TOKENS = 48
 
 
@@ -27,6 +28,9 @@ class Captioned:
 
     captions: list[tuple[Path, str]]
     skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(printable(f"{path}: {text}") for path, text in self.captions)
 
 
 def write_captions(
@@ -45,10 +49,14 @@ def write_captions(
     length_penalty, generator, as in ``vlmkernels.models.generation.generate``. The model is used in
     evaluation mode. ValueError for options that do not fit.
     """
-    count = images if isinstance(images, int) else len(images)
-    own: Any = model
-    first = tokenizer.sot_id if own.model_type == "simvlm" else tokenizer.image_id
-    start = [first, *tokenizer.encode(prompt)]
+    kind = kinds.of_model(model)
+    if isinstance(images, int):
+        if kind.sees_images:
+            raise ValueError(f"images: wants [B, 3, H, W], got {images}")
+        count = images
+    else:
+        count = len(images)
+    start = [kind.first_token(tokenizer), *tokenizer.encode(prompt)]
     room = tokenizer.context_length - len(start)
     if room < 1:
         raise ValueError(
@@ -58,30 +66,10 @@ def write_captions(
         max_new_tokens = min(MAX_NEW_TOKENS, room)
     with inference(model) as device:
         prompts = torch.tensor([start], device=device).expand(count, -1)
+        seen = images if isinstance(images, int) else images.to(device)
         decoding = {"max_new_tokens": max_new_tokens, **decoding}
-        if own.model_type == "decoder":
-            tokens = _generate_text(own, prompts, tokenizer.endofchunk_id, decoding)
-        elif own.model_type == "simvlm":
-            tokens = own.generate(_tensor(images).to(device), prompts, **decoding)
-        else:
-            tokens = own.generate(_tensor(images).to(device)[:, None, None], prompts, **decoding)
+        tokens = kind.generate(model, tokenizer, seen, prompts, **decoding)
     return [tokenizer.decode(start[1:] + row) for row in tokens.tolist()]
-
-
-def _tensor(images: Tensor | int) -> Tensor:
-    if isinstance(images, int):
-        raise ValueError(f"images: wants [B, 3, H, W], got {images}")
-    return images
-
-
-def _generate_text(model: Any, prompts: Tensor, end: int, decoding: dict[str, Any]) -> Tensor:
-    out = model(prompts, use_cache=True, logits_to_keep=1)
-    past = out.past_key_values
-
-    def step(tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        return model(tokens[:, None], past_key_values=past, use_cache=True).logits[:, -1]
-
-    return generate(out.logits[:, -1], step, past.reorder_cache, eos_token_id=end, **decoding)
 
 
 def caption(
@@ -103,7 +91,7 @@ def caption(
     if isinstance(inputs, (str, os.PathLike)):
         raise ValueError(f"inputs must be a sequence of paths, got one {type(inputs).__name__}")
     files = find_images(inputs)
-    model, tokenizer, transform = load_model(model_folder, device, kinds=CAPTION_MODELS)
+    model, tokenizer, transform = load_model(model_folder, device, fitting=kinds.captioners())
     if options.get("do_sample"):
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         options = {**options, "generator": generator}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,16 +16,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from vlmkernels._files import write_atomic
-from vlmkernels.data import BrokenImageError, Sample, read_image
-from vlmkernels.data.images import transformed
-from vlmkernels.data.samples import warn_skipped
+from vlmkernels.data._text import printable
 from vlmkernels.models._pretrained import save_tensors
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-EMBEDDERS = ("clip", "align")
+from .bundle import check_batch_size, inference, load_model
+from .images import find_images, read_files
+
 KINDS = ("images", "texts")
 FORMATS = (".safetensors", ".npz")
 
@@ -39,50 +36,10 @@ class Embedded:
     count: int
     width: int
     skipped: dict[str, str]
+    kind: str = "images"
 
-
-def load_model(
-    folder: str | os.PathLike[str], device: str = "auto", *, kinds: Sequence[str] = EMBEDDERS
-) -> tuple[nn.Module, Any, Any]:
-    """(model, tokenizer, transform) of a folder that training wrote (RUN/final), the model in evaluation
-    mode.
-
-    ``device`` is "auto" (a CUDA device if there is one), "cpu" or a torch device. ``kinds`` are the model
-    types that will do. FileNotFoundError or ValueError name what is missing or does not fit.
-    """
-    from .bundle import load_bundle
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"model: no folder {folder}; RUN/final of a training run is wanted")
-    bundle = load_bundle(folder, _usable(device))
-    found = bundle.model.model_type
-    if found not in kinds:
-        raise ValueError(f"model: {folder} holds a model of type {found}, this takes {', '.join(kinds)}")
-    return bundle.model, bundle.tokenizer, bundle.transform and bundle.transform.for_inference()
-
-
-def _usable(device: str) -> torch.device:
-    """ValueError unless tensors can be made and read on the device, "auto" being the best there is."""
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.zeros((), device=found).item()
-    except Exception as error:  # its type depends on what is wrong with the device
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"device: {str(device)!r} cannot be used here: {reason}") from error
-    return found
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients for a block, and the earlier mode afterwards; gives the model's
-    device."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
+    def __str__(self) -> str:
+        return f"{self.count} {self.kind}, {self.width} numbers each: {printable(self.out)}"
 
 
 def encode_texts(
@@ -132,82 +89,6 @@ def encode_files(
     return features, kept, skipped
 
 
-def read_files(
-    transform: Callable[[Image.Image], Tensor], files: Iterable[Path], skipped: dict[str, str]
-) -> Iterator[tuple[Path, Tensor]]:
-    """The files with their transformed images; what cannot be read goes to ``skipped`` with the reason."""
-    for file in files:
-        try:
-            image = transformed(transform, read_image(file))
-        except BrokenImageError as error:
-            skipped[str(file)] = str(error)
-            warn_skipped(str(file), str(error))
-        else:
-            yield file, image
-
-
-def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files named in ``inputs`` and the images below the folders in it, in a fixed order, each once.
-
-    Below a folder hidden files and folders are passed over; a folder that cannot be listed is given as if it
-    were an image, so that whoever reads it reports it. FileNotFoundError for a path that does not exist,
-    ValueError when there is no image at all.
-    """
-    found: dict[Path, None] = {}
-    names = [Path(name) for name in inputs]
-    for path in names:
-        if os.path.isdir(path):
-            found.update(dict.fromkeys(sorted(_images_below(path))))
-        elif os.path.lexists(path):
-            found[path] = None
-        else:
-            raise FileNotFoundError(f"inputs: no file or folder {path}")
-    if not found:
-        where = ", ".join(str(name) for name in names) or "an empty list"
-        raise ValueError(f"inputs: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in {where}")
-    return list(found)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found: list[Path] = []
-
-    def on_error(error: OSError) -> None:
-        found.append(Path(error.filename))
-
-    for parent, folders, files in os.walk(folder, onerror=on_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = (name for name in files if not name.startswith("."))
-        found += [Path(parent, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
-    return found
-
-
-def readable(
-    dataset: Any, transform: Callable[[Image.Image], Any] | None, skipped: dict[str, str]
-) -> Iterator[Sample]:
-    """The samples in order, each once, their PIL images transformed unless ``transform`` is None.
-
-    Those that cannot be transformed, or for which a map-style data set raises BrokenImageError, go to
-    ``skipped`` with the reason.
-    """
-    streams = isinstance(dataset, IterableDataset)
-    items: Iterable[Any] = dataset if streams else range(len(dataset))
-    for item in items:
-        try:
-            sample = item if streams else dataset[item]
-        except BrokenImageError as error:
-            if error.key is not None:
-                skipped[error.key] = str(error)
-            continue
-        if transform is not None and isinstance(sample["image"], Image.Image):
-            try:
-                sample = Sample(**{**sample, "image": transformed(transform, sample["image"])})  # type: ignore[typeddict-item]
-            except BrokenImageError as error:
-                skipped[sample["key"]] = str(error)
-                warn_skipped(sample["key"], str(error))
-                continue
-        yield sample
-
-
 def embed(
     model_folder: str | os.PathLike[str],
     inputs: Sequence[str | os.PathLike[str]],
@@ -249,7 +130,7 @@ def embed(
         keys = [str(text) for text in inputs]
         features = encode_texts(model, tokenizer, keys, batch_size=batch_size)
     write_embeddings(target, features, keys, {"kind": kind})
-    return Embedded(target, len(keys), features.shape[1], skipped)
+    return Embedded(target, len(keys), features.shape[1], skipped, kind)
 
 
 def _check_writable(path: Path) -> None:
@@ -296,12 +177,6 @@ def read_embeddings(path: str | os.PathLike[str]) -> tuple[Tensor, list[str]]:
             return file.get_tensor("embeddings"), json.loads((file.metadata() or {})["keys"])
     except Exception as error:
         raise ValueError(f"embeddings: {source} was not written by embed: {error}") from error
-
-
-def check_batch_size(batch_size: int) -> None:
-    """ValueError unless positive."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _width(model: nn.Module) -> int:

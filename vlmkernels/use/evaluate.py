@@ -7,12 +7,13 @@ normalised embeddings of its texts (Radford et al. 2021, section 3.1.4).
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from vlmkernels.data import BrokenImageError, Sample, SkipLog, read_image
+from vlmkernels.train import kinds
 
-from .caption import CAPTION_MODELS
-from .caption_scores import evaluate_captions
-from .embed import (
-    EMBEDDERS,
-    check_batch_size,
-    encode_images,
-    encode_texts,
-    find_images,
-    load_model,
-    readable,
-)
+from .bundle import check_batch_size, load_model
+from .embed import encode_images, encode_texts
+from .images import find_images, readable
+from .scores import Scores
 
 RECALLS = (1, 5, 10)
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
@@ -242,6 +237,31 @@ class ClassFolders(Dataset):
         return Sample(image=image, text=self.class_names[label], key=str(file), label=label, concept=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class ContrastiveScores(Scores):
+    """``retrieval`` (see :func:`retrieval`; None for :class:`ClassFolders`) and ``zero_shot``, a
+    :func:`classification` for each set of class texts; None for data without labels.
+    """
+
+    retrieval: dict[str, Any] | None
+    zero_shot: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        """The numbers, each beside chance."""
+        lines = [self.counted()]
+        for name in ("image_to_text", "text_to_image") if self.retrieval else ():
+            way = (self.retrieval or {})[name]
+            cells = [f"R@{k} {way[f'R@{k}']:.4f} (chance {way['chance'][f'R@{k}']:.4f})" for k in RECALLS]
+            lines.append(f"{name.replace('_', ' ')}: " + ", ".join(cells))
+        for name, scores in (self.zero_shot or {}).items():
+            chance = scores["chance"]
+            lines.append(
+                f"zero-shot, {scores['classes']} classes by {name}: top-1 {scores['top1']:.4f} "
+                f"(chance {chance['top1']:.4f}, largest class {chance['largest_class']:.4f})"
+            )
+        return "\n".join(lines)
+
+
 def evaluate_model(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
@@ -250,14 +270,12 @@ def evaluate_model(
     *,
     batch_size: int = 256,
     class_texts: dict[str, list[list[str]]] | None = None,
-) -> dict[str, Any]:
+) -> ContrastiveScores:
     """Evaluate a model in memory; it is left in the mode it was in and no random number is drawn.
 
     ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
-    applied, or tensors. The result holds ``samples``, ``skipped`` (reason by key), ``retrieval`` (see
-    :func:`retrieval`; None for :class:`ClassFolders`) and ``zero_shot``: one :func:`classification` for each
-    entry of ``class_texts`` (texts of every class), which emoji3 and class folders bring along; None for data
-    without labels.
+    applied, or tensors. Classes are scored for each entry of ``class_texts`` (texts of every class), which
+    emoji3 and class folders bring along.
     """
     check_batch_size(batch_size)
     texts: list[str] = []
@@ -286,21 +304,21 @@ def evaluate_model(
     text_features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
     # Shards may count their keys from zero each; in a table a key is the path of the image.
     named = None if isinstance(dataset, IterableDataset) else keys
-    return {
-        "samples": len(texts),
-        "skipped": skipped,
-        "retrieval": None if folders else retrieval(image_features, text_features, texts, named),
-        "zero_shot": {
-            name: classification(
-                image_features,
-                torch.tensor(labels),
-                class_weights(model, tokenizer, groups, batch_size=batch_size),
-            )
-            for name, groups in (class_texts or {}).items()
-        }
+    classes = {
+        name: classification(
+            image_features,
+            torch.tensor(labels),
+            class_weights(model, tokenizer, groups, batch_size=batch_size),
+        )
+        for name, groups in (class_texts or {}).items()
         if scored
-        else None,
     }
+    return ContrastiveScores(
+        len(texts),
+        skipped,
+        retrieval=None if folders else retrieval(image_features, text_features, texts, named),
+        zero_shot=classes if scored else None,
+    )
 
 
 def open_data(data: Any, *, allow_pipe: bool = False) -> Any:
@@ -324,7 +342,7 @@ def evaluate(
     templates: Sequence[str] | None = None,
     num_beams: int = 1,
     allow_pipe: bool = False,
-) -> dict[str, Any]:
+) -> Scores:
     """Evaluate a trained model (RUN/final) on ``data``.
 
     CLIP and ALIGN: the result is that of :func:`evaluate_model`. ``data`` is "emoji3[:SPLIT]",
@@ -336,19 +354,20 @@ def evaluate(
     """
     check_batch_size(batch_size)
     dataset = open_data(data, allow_pipe=allow_pipe)
-    loaded = load_model(model_folder, device, kinds=(*EMBEDDERS, *CAPTION_MODELS, "decoder"))
-    if cast(Any, loaded[0]).model_type not in EMBEDDERS:
-        if templates is not None or isinstance(dataset, ClassFolders):
-            raise ValueError(f"data: {model_folder} writes captions, classes are for clip and align")
-        return evaluate_captions(*loaded, dataset, batch_size=batch_size, num_beams=num_beams)
-    class_texts = None
-    if templates is not None:
-        names = getattr(dataset, "class_names", None) or getattr(dataset, "group_names", None)
-        if names is None:
-            raise ValueError(
-                "templates: this data has no classes; a folder of class folders or emoji3 is wanted"
-            )
-        class_texts = {"names": [fill(templates, name.split("-")) for name in names]}
-        if not isinstance(dataset, ClassFolders):
-            class_texts = {**emoji_class_texts(dataset), **class_texts}
-    return evaluate_model(*loaded, dataset, batch_size=batch_size, class_texts=class_texts)
+    loaded = load_model(model_folder, device, fitting=kinds.every())
+    kind = kinds.of_model(loaded[0])
+    if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
+        takes = " and ".join(kinds.model_types(kinds.embedders()))
+        raise ValueError(f"data: {model_folder} writes captions, classes are for {takes}")
+    return kind.evaluate(*loaded, dataset, batch_size=batch_size, templates=templates, num_beams=num_beams)
+
+
+def template_texts(templates: Sequence[str], dataset: Any) -> dict[str, list[list[str]]]:
+    """The texts of every class of ``dataset`` by these templates, beside those that emoji3 brings along."""
+    names = getattr(dataset, "class_names", None) or getattr(dataset, "group_names", None)
+    if names is None:
+        raise ValueError("templates: this data has no classes; a folder of class folders or emoji3 is wanted")
+    class_texts = {"names": [fill(templates, name.split("-")) for name in names]}
+    if isinstance(dataset, ClassFolders):
+        return class_texts
+    return {**emoji_class_texts(dataset), **class_texts}

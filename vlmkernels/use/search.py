@@ -13,9 +13,11 @@ import torch
 from vlmkernels._optional import cache_folder
 from vlmkernels.data._text import printable
 
-from .embed import encode_files, encode_texts, find_images, load_model, read_embeddings, write_embeddings
+from .bundle import load_model
+from .embed import encode_files, encode_texts, read_embeddings, write_embeddings
+from .images import find_images
 
-log = logging.getLogger("vlmkernels.train.search")
+log = logging.getLogger("vlmkernels.use.search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Found:
     searched: int
     cached: int
     skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{hit.score:.4f}  {printable(hit.path)}" for hit in self.hits)
 
 
 def search(
