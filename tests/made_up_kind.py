@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels.data import ClipTokenizer
-from vlmkernels.models._pretrained import Pretrained
+from vlmkernels.models.parts.pretrained import Pretrained
 from vlmkernels.train.config import TrainConfig, option
 from vlmkernels.train.kinds import KINDS
 from vlmkernels.train.kinds._contrastive import ContrastiveKind

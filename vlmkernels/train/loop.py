@@ -211,7 +211,7 @@ class Run:
         self.bundle = Bundle(kind.build_model(config, tokenizer), tokenizer, transform)
         inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
         self.course |= inputs
-        course.refuse_other(run, earlier, inputs)
+        course.refuse_other(run, course.with_later_fields(earlier, self.bundle.model), inputs)
         image_size = None if transform is None else transform.image_size
         self.task = kind.build_task(config, tokenizer, image_size)
         self.span = (

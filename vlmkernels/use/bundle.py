@@ -15,8 +15,8 @@ from torch import nn
 
 from vlmkernels._files import write_text
 from vlmkernels.data import ClipTokenizer, ImageTransform, WordPieceTokenizer, load_tokenizer
-from vlmkernels.models._files import check_content, read_json
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming, read_config
+from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, naming, read_config
+from vlmkernels.models.parts.weight_files import check_content, read_json
 from vlmkernels.train import kinds
 
 TRANSFORM_FILE = "transform.json"

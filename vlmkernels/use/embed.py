@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmkernels._files import write_atomic
 from vlmkernels.data._text import printable
-from vlmkernels.models._pretrained import save_tensors
+from vlmkernels.models.parts.pretrained import save_tensors
 
 from .bundle import check_batch_size, inference, load_model
 from .images import find_images, read_files

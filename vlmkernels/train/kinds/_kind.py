@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from vlmkernels.data import ClipTokenizer, ImageTransform, WordPieceTokenizer, image_transform
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, read_config
+from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, read_config
 from vlmkernels.train import kinds
 from vlmkernels.train.config import TrainConfig, settings
 from vlmkernels.use.bundle import load_bundle, read_tokenizer, read_transform

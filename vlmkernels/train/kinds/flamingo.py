@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmkernels.data import CaptionTokenizer, ClipTokenizer, ImageTransform, WordPieceTokenizer
 from vlmkernels.models import flamingo
-from vlmkernels.models._pretrained import read_config
+from vlmkernels.models.parts.pretrained import read_config
 from vlmkernels.train import kinds
 from vlmkernels.train.config import TrainConfig, option
 from vlmkernels.use.bundle import load_bundle, read_tokenizer, read_transform

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.models import decoder
-from vlmkernels.models.generation import generate
+from vlmkernels.models.parts.generation import generate
 
 from ._captioning import RowKind
 
