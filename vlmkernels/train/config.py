@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import reprlib
@@ -76,10 +75,10 @@ def settings() -> dict[str, Setting]:
 class TrainConfig:
     """One training run. Every field is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    So are the options of the kinds (``vlmkernels.train.kinds``), which are given alike,
-    ``TrainConfig(epochs=3, images_per_row=2)``, and kept in ``options`` where they are not the default: the
-    kind reads them. ``batch_size`` counts the pairs of one step over all processes together, so that a run on
-    two processes is the run on one. ValueError lists every setting that does not fit.
+    So are the options of the kinds (``vlmkernels.train.kinds``). They are given in the same way, as in
+    ``TrainConfig(epochs=3, images_per_row=2)``; those that are not the default are kept in ``options``, from
+    which their kind takes them. ``batch_size`` counts the pairs of one step over all processes together, so
+    that a run on two processes is the run on one. ValueError lists every setting that does not fit.
     """
 
     model: str = option("emoji-tiny", "name of a model configuration, as in vlmkernels.models.<kind>.CONFIGS")
@@ -139,7 +138,7 @@ class TrainConfig:
         faults, self.options = [], {}
         for name, setting in known.items():
             try:
-                value = _convert(values.get(name, copy.copy(setting.default)), setting.hint)
+                value = _convert(values.get(name, setting.default), setting.hint)
             except ValueError as error:
                 faults.append(f"{name} {error}")
                 continue

@@ -41,7 +41,7 @@ def embedders() -> list[Kind]:
     return [kind for kind in every() if kind.embeds]
 
 
-def captioners() -> list[Any]:
+def captioners() -> list[Kind]:
     """The kinds whose models write captions of images."""
     return [kind for kind in every() if kind.captions]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -39,6 +40,7 @@ class CaptionKind(Kind):
         """A batch with what a training step draws at random for it."""
         return batch
 
+    @abc.abstractmethod
     def caption_loss(
         self, model: Any, tokenizer: CaptionTokenizer, batch: dict[str, Any], *, with_logits: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -46,12 +48,12 @@ class CaptionKind(Kind):
 
         ``batch`` is a ``CaptionCollate``'s.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def first_token(self, tokenizer: CaptionTokenizer) -> int:
         """What a caption is generated after."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def generate(
         self,
         model: Any,
@@ -61,7 +63,6 @@ class CaptionKind(Kind):
         **decoding: Any,
     ) -> Tensor:
         """Tokens [B, T'] that go on from ``prompts``, the options being those of ``generation.generate``."""
-        raise NotImplementedError
 
     def evaluate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ class Options:
     """Settings of a kind besides those of every run; here none. Fields are made by ``config.option``."""
 
 
-class Kind:
+class Kind(abc.ABC):
     """One kind of training. It has no state: what a run sets is in the ``TrainConfig``."""
 
     name: ClassVar[str]
@@ -120,8 +121,8 @@ class Kind:
             self.new_tokenizer(config, source) if config.init is None else read_tokenizer(Path(config.init))
         )
 
-    def new_tokenizer(self, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def new_tokenizer(self, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer: ...
 
     def build_model(self, config: TrainConfig, tokenizer: Any) -> Pretrained:
         """The model of ``config.init``, or a new one for the tokenizer's ids."""
@@ -134,9 +135,9 @@ class Kind:
         """Fields of the model's configuration that the tokenizer decides."""
         return {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
 
+    @abc.abstractmethod
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Task:
         """The task of a run, with images of ``image_size``: an int, (H, W), or None for no images."""
-        raise NotImplementedError
 
     def trains(self, fields: Mapping[str, Any]) -> bool:
         """Whether a model with these fields of config.json is one of this kind."""
@@ -150,6 +151,7 @@ class Kind:
         """Side of the images that a model of this configuration takes; None: any."""
         return config.image_size
 
+    @abc.abstractmethod
     def evaluate(
         self,
         model: nn.Module,
@@ -162,4 +164,3 @@ class Kind:
         num_beams: int = 1,
     ) -> Scores:
         """What `vlmkernels eval` shows of a trained model; each kind takes of the options what it has."""
-        raise NotImplementedError
