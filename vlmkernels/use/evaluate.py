@@ -237,6 +237,11 @@ class ClassFolders(Dataset):
         return Sample(image=image, text=self.class_names[label], key=str(file), label=label, concept=-1)
 
 
+def _recalls(way: dict[str, Any]) -> str:
+    """The recalls of one direction, each beside chance."""
+    return ", ".join(f"R@{k} {way[f'R@{k}']:.4f} (chance {way['chance'][f'R@{k}']:.4f})" for k in RECALLS)
+
+
 @dataclasses.dataclass(frozen=True)
 class ContrastiveScores(Scores):
     """``retrieval`` (see :func:`retrieval`; None for :class:`ClassFolders`) and ``zero_shot``, a
@@ -249,10 +254,9 @@ class ContrastiveScores(Scores):
     def __str__(self) -> str:
         """The numbers, each beside chance."""
         lines = [self.counted()]
-        for name in ("image_to_text", "text_to_image") if self.retrieval else ():
-            way = (self.retrieval or {})[name]
-            cells = [f"R@{k} {way[f'R@{k}']:.4f} (chance {way['chance'][f'R@{k}']:.4f})" for k in RECALLS]
-            lines.append(f"{name.replace('_', ' ')}: " + ", ".join(cells))
+        if self.retrieval is not None:
+            lines.append(f"image to text: {_recalls(self.retrieval['image_to_text'])}")
+            lines.append(f"text to image: {_recalls(self.retrieval['text_to_image'])}")
         for name, scores in (self.zero_shot or {}).items():
             chance = scores["chance"]
             lines.append(
@@ -300,25 +304,21 @@ def evaluate_model(
         class_texts = emoji_class_texts(dataset)
     elif class_texts is None and folders:
         class_texts = {"names": [fill(TEMPLATES, [name]) for name in dataset.class_names]}
-    scored = class_texts is not None and min(labels) >= 0
     text_features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
     # Shards may count their keys from zero each; in a table a key is the path of the image.
     named = None if isinstance(dataset, IterableDataset) else keys
+    found = None if folders else retrieval(image_features, text_features, texts, named)
+    if class_texts is None or min(labels) < 0:
+        return ContrastiveScores(len(texts), skipped, found, None)
     classes = {
         name: classification(
             image_features,
             torch.tensor(labels),
             class_weights(model, tokenizer, groups, batch_size=batch_size),
         )
-        for name, groups in (class_texts or {}).items()
-        if scored
+        for name, groups in class_texts.items()
     }
-    return ContrastiveScores(
-        len(texts),
-        skipped,
-        retrieval=None if folders else retrieval(image_features, text_features, texts, named),
-        zero_shot=classes if scored else None,
-    )
+    return ContrastiveScores(len(texts), skipped, found, classes)
 
 
 def open_data(data: Any, *, allow_pipe: bool = False) -> Any:
