@@ -248,6 +248,73 @@ class ClipTokenizer:
         return f"{type(self).__name__}(context_length={self.context_length}, vocabulary={self.vocab_size})"
 
 
+class CaptionTokenizer(ClipTokenizer):
+    """CLIP's byte pairs with two more ids, `<image>` and `<|endofchunk|>`, for models that write captions.
+
+    vocabulary: number of ids, of which the last two are `image_id` and `endofchunk_id`; the others are those
+        of ``ClipTokenizer(vocabulary=vocabulary - 2)``.
+
+    Padding is `eot_id`, which no text holds: here the names of special tokens inside a text are ordinary
+    characters. Decoded text is in lower case.
+    """
+
+    image_id: int
+    endofchunk_id: int
+
+    def __init__(self, context_length: int = 77, vocabulary: int = 4098) -> None:
+        super().__init__(context_length, vocabulary - 2)
+
+    def _setup(self, tokenizer: Tokenizer, size: int, context_length: int) -> None:
+        super()._setup(tokenizer, size, context_length)
+        self.image_id, self.endofchunk_id = size, size + 1
+        self.pad_id = self.eot_id
+        self.vocab_size = size + 2
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text without any special token."""
+        return self._tokenizer.encode(clean_text(text)).ids
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of ids up to the first end (of text or of chunk); start of text and `<image>` are left out."""
+        values = [int(i) for i in ids]
+        ends = (self.eot_id, self.endofchunk_id)
+        stop = next((at for at, i in enumerate(values) if i in ends), len(values))
+        return super().decode([i for i in values[:stop] if i != self.image_id])
+
+    def interleaved(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """int64 [B, T]: `<image>caption<|endofchunk|>` for each caption of a row, then `pad_id`.
+
+        T is that of the longest row, 3 where there is no row. A caption longer than its share of
+        `context_length` (the row's captions share it equally) is cut and keeps its end. ValueError where a
+        share is below 3 ids or a row is empty.
+        """
+        if not rows:
+            return torch.empty(0, 3, dtype=torch.int64)
+        most = max(len(row) for row in rows)
+        if min(len(row) for row in rows) == 0:
+            raise ValueError("rows: each needs at least one caption")
+        share = self.context_length // most
+        if share < 3:
+            raise ValueError(
+                f"rows: {most} captions in context_length {self.context_length} leave {share} ids for each, "
+                "expected at least 3"
+            )
+        ids = [
+            [
+                i
+                for text in _as_list(list(row))
+                for i in (self.image_id, *self.encode(text)[: share - 2], self.endofchunk_id)
+            ]
+            for row in rows
+        ]
+        return _pad(ids, max(map(len, ids)), self.pad_id, self.endofchunk_id)
+
+    def lengths(self, tokens: Tensor) -> Tensor:  # [B, L]
+        """int64 [B]: ids of each row up to and including its end of text, L where there is none."""
+        ends = tokens == self.eot_id
+        return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
+
+
 class WordPieceTokenizer:
     """BERT-uncased tokens: [CLS] text [SEP] [PAD]..., lower case, accents stripped (Devlin et al. 2018).
 
@@ -350,8 +417,6 @@ class WordPieceTokenizer:
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceTokenizer:
     """Read the tokenizer that was saved in `folder`, of any kind."""
-    from vlmkernels.data.captions import CaptionTokenizer
-
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")
