@@ -194,11 +194,10 @@ def _linear_grads(
     activation: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight in act(x W^T), None where not needed."""
-    needs = (need_x, need_weight)
-    grads = torch.ops.vlmkernels.linear_bwd(
-        dout.to(weight.dtype), x, weight, None, preactivation, activation, [*needs, False]
+    dx, dweight, _ = torch.ops.vlmkernels.linear_bwd(
+        dout.to(weight.dtype), x, weight, None, preactivation, activation, [need_x, need_weight, False]
     )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))  # type: ignore
+    return dx if need_x else None, dweight if need_weight else None
 
 
 class _NormLinear(torch.autograd.Function):
