@@ -1,4 +1,4 @@
-"""Keys and values of images, computed once for all layers and read at every step of decoding."""
+"""Keys and values of images, computed once for all layers and reused at every decoding step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vlmkernels.nn.kv_cache import KVCache
 
 
 class MediaCache:
-    """The images of a batch as the cross-attention layers of a model see them.
+    """The images of a batch as keys and values of the cross-attention layers of a model.
 
         cache = MediaCache(blocks, media)          # one product per layer, once
-        cache.step(media_locations)                # what the rows of this chunk of text see
+        cache.step(media_locations)                # which images the rows of this chunk of text attend to
         for block in blocks:
             x = block(x, cache=cache)
         cache.step()                               # decoding: one more row, no new image
         ...
 
-    `step` counts the image tokens of the text, so that prefilling in chunks of any size gives what one
-    forward gives. Everything stays on the device of `media`; nothing waits for it.
+    `step` counts the image tokens of the text, so that prefilling in chunks of any size gives the result of a
+    single forward. Everything stays on the device of `media`, without synchronisation.
 
     Args:
         blocks: the `GatedCrossAttentionBlock` or `MaskedCrossAttention` modules of the model.
@@ -34,11 +34,11 @@ class MediaCache:
 
     Attributes:
         seen: int32 ``[B]``, image tokens in the text so far.
-        num_media: images of each sample, an int where all have as many, else int32 ``[B]``.
+        num_media: images of each sample, an int if all have the same number, else int32 ``[B]``.
         num_slots, tokens_per_media: M and n.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class MediaCache:
         *,
         length: int = 1,
     ) -> Intervals:  # two [B, t]
-        """What the next t rows of text see; call it once per forward, before the blocks.
+        """Determines what the next t rows of text attend to; call it once per forward, before the blocks.
 
         Args:
             media_locations: bool ``[B, t]``, True at image tokens; None: `length` rows without any.
-            length: t when there are no `media_locations`.
+            length: t without `media_locations`.
 
         Returns:
             The intervals, which the blocks read from the cache.
@@ -105,7 +105,7 @@ class MediaCache:
         media: Tensor,  # [B, m, n, Dv]
         num_media: Tensor | None = None,  # [B]
     ) -> None:
-        """Puts m more images after those of each sample; it has `num_media` of them, all when None."""
+        """Adds m images after those of each sample; `num_media` of them are valid, all when None."""
         new = MediaCache(self._attentions, media, num_media=num_media)
         if new.seen.shape[0] != self.seen.shape[0] or new.tokens_per_media != self.tokens_per_media:
             wanted = f"[B = {self.seen.shape[0]}, m, n = {self.tokens_per_media}, Dv]"
@@ -125,7 +125,7 @@ class MediaCache:
         self._intervals = None
 
     def drop(self, index: int) -> None:
-        """Takes out image `index`, 0 being the oldest, of every sample, as if it had not been in the text."""
+        """Removes image `index` (0 is the oldest) of every sample, as if it had not been in the text."""
         if not 0 <= index < self.num_slots:
             raise ValueError(f"MediaCache: index must be in [0, {self.num_slots}), got {index}")
         n = self.tokens_per_media
