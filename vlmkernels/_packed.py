@@ -64,6 +64,11 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     return weight._version, weight.data_ptr(), weight.shape, weight.dtype
 
 
+def _is_recorded() -> bool:
+    """Packed weights are no part of a graph, and looking for them must not fix its sizes."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 def packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor | None:
@@ -72,7 +77,7 @@ def packed_linear(
     Raises:
         RuntimeError: the weight has changed since it was packed.
     """
-    if torch.compiler.is_compiling() or is_transformed():
+    if _is_recorded():
         return None
     entry = entry_of(weight)
     if entry is None or torch.is_grad_enabled():
@@ -98,6 +103,8 @@ def by_rows(
     perceptron: Callable[[Tensor, Tensor | None], Tensor | None], x: Tensor, residual: Tensor | None
 ) -> Tensor | None:
     """Calls it with some rows of x and of the residual at a time, so that no hidden layer exists whole."""
+    if _is_recorded():
+        return None
     if x.shape[:-1].numel() <= ROWS:
         return perceptron(x, residual)
     parts = x.reshape(-1, x.shape[-1]).split(ROWS)
