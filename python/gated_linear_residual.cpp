@@ -128,7 +128,7 @@ void need_operands(const Need& need, const char* name, const Tensor& x, const Te
   need.countable({d, k});
 }
 
-Tensor gated_linear_residual(const Tensor& h, const Tensor& weight, const Tensor& x_, const Tensor& gate,
+Tensor gated_linear_residual(const Tensor& x_, const Tensor& h, const Tensor& weight, const Tensor& gate,
                              const optional<Tensor>& row_mask) {
   need_operands(Need("gated_linear_residual"), "x", x_, h, weight, gate, row_mask);
   const auto dtype = c10::promoteTypes(x_.scalar_type(), h.scalar_type());
