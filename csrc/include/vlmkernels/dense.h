@@ -33,7 +33,8 @@ struct Stored {
   Storage type = Storage::f32;
 };
 
-// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual.
+// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual; with t out = residual + t y, the
+// residual in the type of out.
 template <class P>
 struct LinearOutput {
   int64_t o;
@@ -43,6 +44,8 @@ struct LinearOutput {
   Stored residual{};               // [rows, o] or null
   Stored out{};                    // [rows, o]
   Stored gate{};                   // [rows, o] or null
+  const acc_t<P>* t = nullptr;     // [o] or null
+  const int64_t* index = nullptr;  // which rows of these matrices the rows of the product are; null when they are all
 };
 
 // dx = g weight + plus. Where the weight multiplied hidden = act(y), dx = g weight * act'(y); where it multiplied
