@@ -71,14 +71,14 @@ struct Split {
   int64_t last(int64_t task) const { return (task % groups + 1) * col_blocks / groups; }
   // Scratch memory of take().
   static int64_t bytes(int64_t width) {
-    return kBlockRows<P> * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + (kPart + 32) * sizeof(P)) + 128;
+    return kBlockRows<P> * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + kPartStride * sizeof(P)) + 128;
   }
   // The product of a task, without its operands.
   BlockProduct<P> take(int64_t task, int64_t rows, int64_t depth, int64_t width, Scratch& scratch) const {
-    BlockProduct<P> p{tile_product<P>(), nullptr,    nullptr, rows,   depth, width, depth, kPart, width,
-                      first(task),       last(task), nullptr, nullptr};
-    p.tiles = scratch.take<acc_t<P>>((depth > kPart ? p.last - p.first : 1) * rows * width);
-    if (sizeof(P) == 2) p.part = scratch.take<P>(rows * (kPart + 32));
+    BlockProduct<P> p{tile_product<P>(), nullptr, nullptr,     rows,       depth,   width,  depth,
+                      kBlockDepth,       width,   first(task), last(task), nullptr, nullptr};
+    p.tiles = scratch.take<acc_t<P>>((depth > kBlockDepth ? p.last - p.first : 1) * rows * width);
+    if (sizeof(P) == 2) p.part = scratch.take<P>(rows * kPartStride);
     return p;
   }
   int64_t rows, block, col_blocks, row_blocks, most, groups;
@@ -190,7 +190,7 @@ class ForwardTiles {
     constexpr int64_t width = kBlockCols<P>;
     const Split<P> split(rows, o_, width);
     for_tasks(split.tasks(), x.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      const int64_t row = split.row(task), count = split.count(task), padded = whole_units(count);
       auto p = split.take(task, padded, x.depth, width, scratch);
       p.a = x.rows(row, count, padded, scratch), p.b = data<P>(packed_);
       VLMK_CALL(linear, p, f, row, count);
@@ -286,7 +286,7 @@ class BackwardTiles {
     const Operand<P> g(g_, o_, depth_of<P>(o_), index);
     const Split<P> split(rows, k_, width);
     for_tasks(split.tasks(), g.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      const int64_t row = split.row(task), count = split.count(task), padded = whole_units(count);
       auto p = split.take(task, padded, g.depth, width, scratch);
       p.a = g.rows(row, count, padded, scratch), p.b = data<P>(weight_);
       if (!packed_) p.ldb = k_;
@@ -340,8 +340,8 @@ class WeightTiles {
  public:
   WeightTiles(int64_t o, int64_t k, int64_t rows, at::TensorOptions options) : o_(o), k_(k), rows_(rows), split_(o, k, width) {
     options = options.dtype(scalar_type<P>());
-    const int64_t most = std::min(kChunkRows, round_up(rows, 32));
-    a_ = on_huge_pages(at::empty({round_up(most, std::min(kPart, most)) * o}, options));
+    const int64_t most = std::min(kChunkRows, whole_units(rows));
+    a_ = on_huge_pages(at::empty({round_up(most, std::min(kBlockDepth, most)) * o}, options));
     b_ = on_huge_pages(at::empty({most * split_.col_blocks * width}, options));
   }
   // Takes in `rows` rows of g [*, o] and x [*, k], those that `index` lists or the first, which follow those of earlier calls:
@@ -350,7 +350,7 @@ class WeightTiles {
   void add(const Tensor& g_, const Tensor& x_, const int64_t* index, int64_t rows, Finish finish) {
     const Operand<P> g(g_, o_, o_, index), x(x_, k_, k_, index);
     for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
-      const int64_t chunk = std::min(kChunkRows, rows - begin), depth = round_up(chunk, 32), step = std::min(kPart, depth);
+      const int64_t chunk = std::min(kChunkRows, rows - begin), depth = whole_units(chunk), step = std::min(kBlockDepth, depth);
       pack(g, x, begin, chunk);
       for_tasks(split_.tasks(), split_.bytes(width), [&](int64_t task, Scratch& scratch) {
         const int64_t o0 = split_.row(task), count = split_.count(task);
@@ -369,7 +369,7 @@ class WeightTiles {
 
   // g^T as A operand and x as B operand.
   void pack(const Operand<P>& g, const Operand<P>& x, int64_t begin, int64_t chunk) {
-    const int64_t depth = round_up(chunk, 32), step = std::min(kPart, depth);
+    const int64_t depth = whole_units(chunk), step = std::min(kBlockDepth, depth);
     for_tasks(2 * ceil_div(chunk, step), std::max(g.bytes(step), x.bytes(step)), [&](int64_t task, Scratch& scratch) {
       const int64_t first = task / 2 * step, count = std::min(step, chunk - first);
       if (task % 2) {

@@ -14,7 +14,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kTile = kTileRows * kTileCols;
 constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of recomputed tiles that may be held at once
 
 template <class P>
@@ -51,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stats
                           data<A>(positive),
                           data<char>(store),
                           std::min(stored, p.row_blocks() * p.col_blocks())};
-  for_tasks(row_parts * col_parts, (kTile + 3 * kTileCols) * sizeof(A), [&](int64_t task, Scratch& scratch) {
-    VLMK_CALL(info_nce_stats, g, task / col_parts, task % col_parts, scratch.take<A>(kTile + 3 * kTileCols));
+  for_tasks(row_parts * col_parts, (kTileSize + 3 * kTileCols) * sizeof(A), [&](int64_t task, Scratch& scratch) {
+    VLMK_CALL(info_nce_stats, g, task / col_parts, task % col_parts, scratch.take<A>(kTileSize + 3 * kTileCols));
   });
   const int64_t used = g.stored_tiles * tile_bytes<P>();
   if (used < store_size) std::memset(data<char>(store) + used, 0, store_size - used);
@@ -148,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
                     data<A>(key_sums),
                     {data<P>(features.query), p.d, maybe(extra_q), p.a, data<P>(dquery), data<A>(query_dot)},
                     {data<P>(features.key), p.d, maybe(extra_k), p.b, data<P>(dkey), data<A>(key_dot)}};
-  const int64_t tile = kTile * sizeof(A), operands = (kKeyTiles<P> + 1) * kTile * sizeof(P),
+  const int64_t tile = kTileSize * sizeof(A), operands = (kKeyTiles<P> + 1) * kTileSize * sizeof(P),
                 parts = depth_parts(col_blocks, p.d);
   for (int64_t first = 0; first < row_blocks; first = g.last) {
     g.first = first, g.last = end_of_chunk(first);
@@ -156,20 +155,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grads(const Tensor& query, const Tens
     g.pairs = p;
     const int64_t skip = std::max(g.first * col_blocks, stored);
     for_tasks(missing(g.first, g.last), tile, [&](int64_t task, Scratch& scratch) {
-      VLMK_CALL(info_nce_recompute, g, (skip + task) / col_blocks, (skip + task) % col_blocks, scratch.take<A>(kTile));
+      VLMK_CALL(info_nce_recompute, g, (skip + task) / col_blocks, (skip + task) % col_blocks, scratch.take<A>(kTileSize));
     });
     if (need_query) {
       const int64_t sums = kTileRows * p.depth;
       for_tasks(g.last - g.first, sums * sizeof(A) + tile + operands + 256, [&](int64_t task, Scratch& scratch) {
-        A *out = scratch.take<A>(sums), *s = scratch.take<A>(kTile);
-        VLMK_CALL(info_nce_query, g, g.first + task, out, s, scratch.take<P>(2 * kTile));
+        A *out = scratch.take<A>(sums), *s = scratch.take<A>(kTileSize);
+        VLMK_CALL(info_nce_query, g, g.first + task, out, s, scratch.take<P>(2 * kTileSize));
       });
     }
     if (need_key) {
       for_tasks(col_blocks * parts, tile + operands + 256, [&](int64_t task, Scratch& scratch) {
         const int64_t part = task % parts, d0 = part * p.d / parts, d1 = (part + 1) * p.d / parts;
-        A* s = scratch.take<A>(kTile);
-        VLMK_CALL(info_nce_key, g, task / parts, d0, d1, first > 0, s, scratch.take<P>((kKeyTiles<P> + 1) * kTile));
+        A* s = scratch.take<A>(kTileSize);
+        VLMK_CALL(info_nce_key, g, task / parts, d0, d1, first > 0, s, scratch.take<P>((kKeyTiles<P> + 1) * kTileSize));
       });
     }
   }

@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t whole_vectors(int64_t count) { return ceil_div(count, kSmallCols) * kSmallCols; }
+constexpr int64_t whole_vectors(int64_t count) { return round_up(count, kSmallCols); }
 
 optional<Tensor> inverse_norms(const Tensor& x, bool normalize) {
   if (!normalize) return std::nullopt;

@@ -12,7 +12,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kTile = kTileRows * kTileCols;
 constexpr int64_t kWorkspace = int64_t(1) << 25;  // bytes of gradient tiles held at once, or one row block's
 
 template <class P>
@@ -40,11 +39,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
   const Tensor dots = at::empty({p.n + p.m}, options);
   const Tensor key_sums = on_huge_pages(at::empty({need_key ? col_blocks * p.d * kTileCols : 0}, options));
   if (p.n == 0) key_sums.zero_();
-  const int64_t row_bytes = col_blocks * kTile * static_cast<int64_t>(sizeof(P));
+  const int64_t row_bytes = col_blocks * kTileSize * static_cast<int64_t>(sizeof(P));
   const int64_t step =
       need_grad ? std::clamp<int64_t>(kWorkspace / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(row_blocks, 1))
                 : std::max<int64_t>(row_blocks, 1);
-  const Tensor tiles = on_huge_pages(at::empty({need_grad ? step * col_blocks * kTile : 0}, features.query.options()));
+  const Tensor tiles = on_huge_pages(at::empty({need_grad ? step * col_blocks * kTileSize : 0}, features.query.options()));
   const auto ids = [](const Tensor& t) { return t.defined() ? data<int64_t>(t) : nullptr; };
   A* sums = data<A>(parts);
   SigmoidLoss<P> g{p,
@@ -65,25 +64,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& query, co
                    data<A>(key_sums),
                    {data<P>(features.query), p.d, nullptr, p.a, data<P>(dquery), data<A>(dots)},
                    {data<P>(features.key), p.d, nullptr, p.b, data<P>(dkey), data<A>(dots) + p.n}};
-  const int64_t operand = kKeyTiles<P> * kTile * sizeof(P) + 64, split = depth_parts(col_blocks, p.d);
+  const int64_t operand = kKeyTiles<P> * kTileSize * sizeof(P) + 64, split = depth_parts(col_blocks, p.d);
   for (int64_t first = 0; first < row_blocks; first = g.last) {
     g.first = first, g.last = std::min(first + step, row_blocks);
     if (need_key) features.pack_qt(g.first, g.last);
     g.pairs = p;
-    for_tasks((g.last - first) * chunks, kTile * sizeof(A), [&](int64_t task, Scratch& scratch) {
-      VLMK_CALL(sigmoid_loss_tiles, g, first + task / chunks, task % chunks, scratch.take<A>(kTile));
+    for_tasks((g.last - first) * chunks, kTileSize * sizeof(A), [&](int64_t task, Scratch& scratch) {
+      VLMK_CALL(sigmoid_loss_tiles, g, first + task / chunks, task % chunks, scratch.take<A>(kTileSize));
     });
     if (need_query) {
       for_tasks(g.last - first, kTileRows * p.depth * sizeof(A) + operand + 64, [&](int64_t task, Scratch& scratch) {
         A* out = scratch.take<A>(kTileRows * p.depth);
-        VLMK_CALL(sigmoid_loss_query, g, first + task, out, scratch.take<P>(kTile));
+        VLMK_CALL(sigmoid_loss_query, g, first + task, out, scratch.take<P>(kTileSize));
       });
     }
     if (need_key) {
       for_tasks(col_blocks * split, operand, [&](int64_t task, Scratch& scratch) {
         const int64_t part = task % split;
         VLMK_CALL(sigmoid_loss_key, g, task / split, part * p.d / split, (part + 1) * p.d / split, first > 0,
-                  scratch.take<P>(kKeyTiles<P> * kTile));
+                  scratch.take<P>(kKeyTiles<P> * kTileSize));
       });
     }
   }

@@ -68,14 +68,13 @@ struct Columns {
   int64_t c0, c1;
 };
 inline Columns columns_of(const Span& span, int64_t j0, int64_t block) {
-  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(ceil_div(span.hi - j0, kKeyUnit) * kKeyUnit, block)};
+  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(round_up(span.hi - j0, kKeyUnit), block)};
 }
 
 // Queries of a tile's row: whole vectors, and few distinct shapes of products.
 template <class P>
 int64_t tile_width(int64_t queries) {
-  constexpr int64_t step = kPaired<P> ? 32 : 16;
-  return ceil_div(queries, step) * step;
+  return round_up(queries, kPaired<P> ? kUnit : Vectors<float>::lanes);
 }
 
 template <class P>
@@ -149,8 +148,9 @@ constexpr int64_t kStep = kHalves<P> * Vectors<acc_t<P>>::lanes;
 // Where rows of d features hold feature c when their whole steps are in the order of the vectors.
 template <class P>
 int64_t place_in(int64_t c, int64_t d) {
-  if (!kPaired<P> || c >= d / kStep<P> * kStep<P>) return c;
-  return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
+  constexpr int64_t step = kStep<P>;
+  if (!kPaired<P> || c >= d / step * step) return c;
+  return c / step * step + c % 2 * (step / 2) + c % step / 2;
 }
 
 }  // namespace

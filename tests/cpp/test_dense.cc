@@ -50,14 +50,14 @@ void test_gated_linear_residual() {
   };
 
   const std::vector<P> wt = transposed(w, d, k);
-  vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
+  vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kBlockDepth, width, 0,
                           blocks,           tiles.data(), nullptr};
   VLMK_CALL(linear, p, g, int64_t(0), n);
   check_out("gated linear residual", n);
 
   std::vector<P> ht(k * 16);
   VLMK_CALL(pack_transposed_b, h.data(), k, n, k, k, int64_t(16), ht.data());
-  p = {plain_product<P>, w.data(), ht.data(), d, k, 16, k, vlmk::kPart, 16, 0, 1, tiles.data(), nullptr};
+  p = {plain_product<P>, w.data(), ht.data(), d, k, 16, k, vlmk::kBlockDepth, 16, 0, 1, tiles.data(), nullptr};
   VLMK_CALL(linear_few, p, g, int64_t(0), d, n, turned.data());
   check_out("gated linear residual, few rows", n);
   VLMK_CALL(linear_row, g, h.data(), w.data(), k, int64_t(0), d);
@@ -71,7 +71,7 @@ void test_gated_linear_residual() {
   }
   std::vector<double> dots(wide);
   const vlmk::GatedLinearInput<P, P> to_h{k, index.data(), P(2), hs.data(), dh.data(), dots.data()};
-  p = {plain_product<P>, x.data() + d, packed.data(), n, d, width, d, vlmk::kPart, width, 0, wide, tiles.data(), nullptr};
+  p = {plain_product<P>, x.data() + d, packed.data(), n, d, width, d, vlmk::kBlockDepth, width, 0, wide, tiles.data(), nullptr};
   VLMK_CALL(gated_linear_residual_dh, p, to_h, int64_t(0), n);
   double dot = 0;
   for (int64_t r = 0; r < n; ++r) {
@@ -138,14 +138,14 @@ void test_linear() {
   };
 
   const std::vector<P> wt = transposed(w, o, k);
-  vlmk::BlockProduct<P> p{plain_product<P>, x.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
+  vlmk::BlockProduct<P> p{plain_product<P>, x.data(),     wt.data(), n, k, width, k, vlmk::kBlockDepth, width, 0,
                           blocks,           tiles.data(), nullptr};
   VLMK_CALL(linear, p, f, int64_t(0), n);
   check_out("linear", n);
 
   std::vector<P> xt(k * 16);
   VLMK_CALL(pack_transposed_b, x.data(), k, n, k, k, int64_t(16), xt.data());
-  p = {plain_product<P>, w.data(), xt.data(), o, k, 16, k, vlmk::kPart, 16, 0, 1, tiles.data(), nullptr};
+  p = {plain_product<P>, w.data(), xt.data(), o, k, 16, k, vlmk::kBlockDepth, 16, 0, 1, tiles.data(), nullptr};
   VLMK_CALL(linear_few, p, f, int64_t(0), o, n, turned.data());
   check_out("linear, few rows", n);
   VLMK_CALL(linear_row, f, x.data(), w.data(), k, int64_t(0), o);
@@ -159,7 +159,8 @@ void test_linear() {
               packed.data() + k0 * o);
   }
   const vlmk::LinearInput<P> to_x{k, stored(dx), {}, Activation::gelu, stored(x), stored(hidden)};
-  p = {plain_product<P>, residual.data(), packed.data(), n, o, width, o, vlmk::kPart, width, 0, wide, tiles.data(), nullptr};
+  p = {plain_product<P>, residual.data(), packed.data(), n, o, width, o, vlmk::kBlockDepth, width, 0, wide,
+       tiles.data(),     nullptr};
   VLMK_CALL(linear_dx, p, to_x, int64_t(0), n);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t e = 0; e < k; ++e) {
