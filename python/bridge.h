@@ -1,7 +1,8 @@
 #pragma once
-// What every op on a CPU needs: pointers and dtypes of tensors, scratch memory, and the loop over tasks.
+// What every op on a CPU needs: pointers and dtypes of tensors, scratch memory, the loop over tasks, and packed operands.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,6 +29,8 @@ template <class P>
 P* data(const std::optional<at::Tensor>& t) {
   return t ? data<P>(*t) : nullptr;
 }
+
+inline at::Tensor contiguous(const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); }
 
 // The only element of a tensor, infinite where it leaves the range of A.
 template <class A>
@@ -77,6 +80,36 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
       f(task, scratch);
     }
   });
+}
+
+// x [rows, d] as B operand of the product with its transpose, in blocks of `width` rows: see pack_transposed_b.
+template <class P>
+at::Tensor pack_transposed(const at::Tensor& x, int64_t width) {
+  const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
+  const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
+  for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
+    const int64_t first = block * width;
+    VLMK_CALL(pack_transposed_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
+              data<P>(packed) + first * depth);
+  });
+  return packed;
+}
+
+// x [rows, d] as B operand of a product that sums over its rows, in blocks of `width` of them: for bf16 see pack_rows_b, else x
+// itself.
+template <class P>
+at::Tensor pack_rows(const at::Tensor& x, int64_t width) {
+  if constexpr (sizeof(P) == 2) {
+    const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
+    const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
+    for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
+      const int64_t first = block * width;
+      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
+                data<P>(packed) + first * depth);
+    });
+    return packed;
+  }
+  return x;
 }
 
 }  // namespace vlmk

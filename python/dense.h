@@ -128,20 +128,6 @@ inline Tensor result(bool needed, at::IntArrayRef sizes, const Tensor& like) {
   return on_huge_pages(at::empty(needed ? sizes : at::IntArrayRef{0}, like.options()));
 }
 
-// The weight [o, k] as B operand of the product with its transpose.
-template <class P>
-Tensor pack_transposed(const Tensor& weight) {
-  constexpr int64_t width = kBlockCols<P>;
-  const int64_t o = weight.size(0), k = weight.size(1), depth = depth_of<P>(k), blocks = ceil_div(o, width);
-  const Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, weight.options()));
-  for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
-    const int64_t o0 = block * width;
-    VLMK_CALL(pack_transposed_b, data<P>(weight) + o0 * k, k, std::min(width, o - o0), k, depth, width,
-              data<P>(packed) + o0 * depth);
-  });
-  return packed;
-}
-
 // The weight [o, k], its rows times t [o] where that is given, as B operand of the product with itself.
 template <class P>
 Tensor pack_columns(const Tensor& weight, const acc_t<P>* t) {
@@ -176,7 +162,7 @@ class ForwardTiles {
   ForwardTiles(const Tensor& weight, int64_t rows)
       : weight_(weight.to(scalar_type<P>()).contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
     // For few rows packing x and turning the tiles costs less than packing the weight.
-    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_);
+    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_, kBlockCols<P>);
   }
   // f of the product x weight^T of `rows` rows of x [*, k], those that f.index lists or the first.
   void apply(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
