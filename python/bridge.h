@@ -14,6 +14,7 @@
 #include "need.h"
 #include "tile_gemm.h"
 #include "vlmkernels/pack.h"
+#include "vlmkernels/scratch.h"
 
 namespace vlmk {
 
@@ -48,20 +49,13 @@ auto with_operand(at::ScalarType dtype, F f) {
   return f(float());
 }
 
-struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
-    if (!memory) throw std::bad_alloc();
-  }
-  template <class T>
-  T* take(int64_t count) {
-    char* at = memory.get() + used;
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(at);
-  }
-  std::unique_ptr<char, void (*)(void*)> memory;
-  int64_t used = 0;
-};
+// Memory of a Scratch.
+using Memory = std::unique_ptr<char, void (*)(void*)>;
+inline Memory memory_of(int64_t bytes) {
+  Memory memory(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64) + 64)), std::free);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
 
 // Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory. A thread that is done
 // takes the next task: neither tasks of unequal size nor a core that others use as well leave the other threads waiting.
@@ -72,11 +66,11 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
     struct Release {
       ~Release() { tile_product_release(); }
     } release;
-    thread_local Scratch scratch(0);
+    thread_local Memory memory = memory_of(0);
     thread_local int64_t size = 0;
-    if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
+    if (size < scratch_bytes) memory = memory_of(scratch_bytes), size = scratch_bytes;
     for (int64_t task; (task = next++) < count;) {
-      scratch.used = 0;
+      Scratch scratch{memory.get()};
       f(task, scratch);
     }
   });

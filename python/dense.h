@@ -184,7 +184,8 @@ class ForwardTiles {
   }
 
   void one(const Operand<P>& x, const LinearOutput<P>& f) const {
-    Scratch scratch(x.bytes(1));
+    const Memory memory = memory_of(x.bytes(1));
+    Scratch scratch{memory.get()};
     const P* row = x.rows(0, 1, 1, scratch);
     at::parallel_for(0, o_, std::max<int64_t>(64, (1 << 17) / k_), [&](int64_t begin, int64_t end) {
       VLMK_CALL(linear_row, f, row, data<P>(weight_) + begin * k_, k_, begin, end - begin);

@@ -3,23 +3,13 @@
 #include "pack.h"
 #include "vector.h"
 #include "vlmkernels/attention.h"
+#include "vlmkernels/scratch.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
 template <class A>
 constexpr A kNothing = -__builtin_inf();
-
-// Takes pieces of scratch; from a null pointer it measures.
-struct Carve {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return piece;
-  }
-};
 
 template <class T>
 T* row_of(const Tokens<T>& x, int64_t b, int64_t h, int64_t t) {
