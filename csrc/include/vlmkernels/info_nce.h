@@ -8,7 +8,7 @@ namespace vlmk {
 
 // A stored tile: this header, then [kTileRows][kTileCols] of e_ij = exp(S_ij - reference) in the operands' type, 0 beyond the
 // tile's rows and columns and at positives. A tile whose rows or columns lie too far below its maximum for that is marked.
-constexpr int64_t kTileHeader = 64;
+constexpr int64_t kTileHeader = 64;  // its size and that of the tile are known in vlmkernels/_native.py too
 enum class TileKind : int64_t { relative, weighted, absent };
 struct TileInfo {
   double reference;
