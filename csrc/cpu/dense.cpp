@@ -269,7 +269,7 @@ void linear_few(const BlockProduct<P>& p, const LinearOutput<P>& f, int64_t o0, 
 template <class P>
 void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth, int64_t o0, int64_t count) {
   using A = acc_t<P>;
-  constexpr int64_t kSome = 64;
+  constexpr int64_t kSome = 256;
   for (int64_t o = 0; o < count; o += kSome) {
     const int64_t some = min_(kSome, count - o);
     A sums[kSome];

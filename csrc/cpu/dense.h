@@ -31,9 +31,9 @@ void for_tiles(const BlockProduct<P>& p, Done done) {
   }
 }
 
-// sums[i] = <x, row i of w [count, depth]>
+// sums[i] = <x, row i of w [count, depth]>; inlined into what uses the sums the loop is slower.
 template <class P>
-void dot_rows(const P* x, const P* w, int64_t depth, int64_t count, acc_t<P>* sums) {
+__attribute__((noinline)) void dot_rows(const P* x, const P* w, int64_t depth, int64_t count, acc_t<P>* sums) {
   using A = acc_t<P>;
   for (int64_t i = 0; i < count; i += 4) {  // sums that do not wait for one another
     const int64_t last = count - 1 - i;
