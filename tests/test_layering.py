@@ -55,7 +55,8 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
-    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "tile_gemm", "types")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
     *("csrc/cuda/device.cuh", "python/cuda/stream.h"),
 }

@@ -44,12 +44,12 @@ def gated_residual_bwd(draw: Draw) -> list:
 def gated_linear_residual(draw: Draw) -> list:
     rows, d, k = (*draw.lead(), draw.size()), draw.size(), draw.size()
     h, weight = (draw.floats(*shape) for shape in ((*rows, k), (d, k)))
-    return [h, weight.to(h.dtype), draw.floats(*rows, d), draw.gate(d), draw.maybe(draw.mask(*rows))]
+    return [draw.floats(*rows, d), h, weight.to(h.dtype), draw.gate(d), draw.maybe(draw.mask(*rows))]
 
 
 @arguments
 def gated_linear_residual_bwd(draw: Draw) -> list:
-    h, weight, x, gate, mask = gated_linear_residual(draw)
+    x, h, weight, gate, mask = gated_linear_residual(draw)
     return [x, h, weight, gate, mask, draw.needs(3)]
 
 

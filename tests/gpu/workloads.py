@@ -72,7 +72,7 @@ def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=
     h, w, gate = features(n, k, dtype), features(d, k, dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
     x = features(n, d, residual or dtype)
-    out = linear.gated_linear_residual(h, w, x, gate, row_mask)
+    out = linear.gated_linear_residual(x, h, w, gate, row_mask)
     linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, (True, weight, True))
 
 

@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-
-# One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
-# (csrc/include/vlmkernels/info_nce.h).
-TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
+from vlmkernels._native import TILE_COLS, TILE_HEADER, TILE_ROWS
 
 
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
