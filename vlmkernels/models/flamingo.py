@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import activation_of
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder, generation
@@ -26,7 +27,6 @@ from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
-from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -429,7 +429,7 @@ def _not_in_shapes(tower: nn.Module) -> list[Any]:
     """Heads, epsilons, pooling and activation of each module that has them."""
     names = ("heads", "eps", "pool")
     found = [
-        (*(getattr(part, name, None) for name in names), activation_name(part)) for part in tower.modules()
+        (*(getattr(part, name, None) for name in names), activation_of(part)) for part in tower.modules()
     ]
     return [each for each in found if each != (None,) * 4]
 
