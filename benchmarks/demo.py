@@ -30,7 +30,7 @@ from benchmarks import demo_report, demo_timing
 from benchmarks import run as bench
 from vlmkernels._files import write_text
 from vlmkernels.data import Emoji3, load_emoji3
-from vlmkernels.models._pretrained import read_config as read_model_config
+from vlmkernels.models.parts.pretrained import read_config as read_model_config
 from vlmkernels.train import TrainConfig, train
 from vlmkernels.train.config import read_config
 from vlmkernels.train.embed import encode_images, encode_texts, load_model

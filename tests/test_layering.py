@@ -134,6 +134,18 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def test_parts_of_models_know_no_system():
+    """And a system is made of parts, not of another system; Flamingo has two in it."""
+    systems = ("align", "clip", "decoder", "flamingo", "simvlm")
+    folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
+    joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
+    for path in [*folder.glob("parts/*.py"), *folder.glob("[!_]*.py"), *folder.glob("_[!_]*.py")]:
+        read = {name.removeprefix(room).split(".")[0].lstrip("_") for name in imports(path) if room in name}
+        own = path.stem.lstrip("_").split("_")[0]
+        others = {name for name in read for system in systems if name.split("_")[0] == system != own}
+        assert others <= joined.get(path.stem, set()), path.name
+
+
 def test_the_library_does_not_import_its_peers():
     peers = ("torchvision", "open_clip", "transformers", "timm", "open_flamingo", "sentence_transformers")
     peers += ("benchmarks", "tests")

@@ -1,7 +1,7 @@
-"""Linear layers and multilayer perceptrons on `vlmkernels.linear`, `mlp` and `gated_mlp`.
+"""Linear layers and MLPs on `vlmkernels.linear`, `mlp` and `gated_mlp`.
 
-A layer with hooks, a parametrization or quantized weights is never passed over: the layers then run one by
-one. On an accelerator torch's own products stay.
+A layer with hooks, a parametrization or quantized weights is always called: the layers then run one by one.
+On an accelerator torch's own products are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALL = ("*",)  # every child, in order
 
 
 def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether x can go through layers of these weights and biases on the CPU, all of one dtype."""
+    """Whether our ops support the operands: plain tensors on the CPU, of one dtype outside autocast."""
     if not (
         x is not None
         and are_plain(x, weight, *others)
@@ -77,8 +77,8 @@ class TorchLinear(LinearRule):
 class Perceptron(LinearRule):
     """torch.nn.Sequential, and classes whose forward calls their children one after the other.
 
-    Linear, activation and Linear become one op, Linear and activation another; nn.Identity and a Dropout that
-    does nothing are passed over.
+    Linear, activation and Linear become one op, Linear and activation another; nn.Identity and an inactive
+    Dropout are skipped.
     """
 
     patch_runs = "vlmkernels.mlp, or linear with the activation"
@@ -156,7 +156,7 @@ class GatedPerceptron(LinearRule):
 
 
 def _steps(module: nn.Module) -> list[Any]:
-    """What the module calls, one after the other; empty where it does anything else."""
+    """The modules that the forward calls one after the other; empty if it does anything else."""
     names: Any = module.patch_steps if isinstance(module, Perceptron) else _names(type(module))
     names = list(module._modules) if names == _ALL else names
     return [step for step in (getattr(module, name, None) for name in names) if not _passes(step)]
@@ -167,19 +167,19 @@ def _names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _passes(step: Any) -> bool:
-    """Whether a step does nothing and nobody would notice that it is not called."""
+    """Whether a step does nothing and can be skipped unobserved."""
     idle = type(step) is nn.Identity or (type(step) is nn.Dropout and not (step.training and step.p > 0))
     return idle and not must_be_called(step)
 
 
 def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer that need not be called; None for all other steps."""
+    """Weight and bias of a linear layer that does not have to be called; None for all other steps."""
     free = isinstance(step, nn.Linear) and passable(step, nn.Linear)
     return (step.weight, step.bias) if free else None
 
 
 def _word(step: Any) -> str | None:
-    """What our ops call the step, if it is an activation that need not be called."""
+    """Our ops' name of the step, if it is an activation that does not have to be called."""
     return activation_of(step) if isinstance(step, nn.Module) and not must_be_called(step) else None
 
 
