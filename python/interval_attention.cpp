@@ -1,6 +1,7 @@
 // vlmkernels::interval_attention and interval_attention_bwd for CPU tensors (contracts: vlmkernels/ops/interval_attention.py).
-#include <ATen/core/List.h>
 #include <torch/library.h>
+
+#include <array>
 
 #include "attention.h"
 

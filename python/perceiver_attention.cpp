@@ -1,8 +1,9 @@
 // vlmkernels::perceiver_attention and perceiver_attention_bwd for CPU tensors (contracts:
 // vlmkernels/ops/perceiver_attention.py).
-#include <ATen/core/List.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
+
+#include <array>
 
 #include "attention.h"
 
