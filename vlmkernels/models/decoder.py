@@ -201,10 +201,8 @@ class CausalLM(Pretrained):
         start, end = intervals.causal(length - past, past, device=input_ids.device)  # [T]
         positions = torch.arange(past, length, device=input_ids.device)
         if attention_mask is not None:
-            real = attention_mask.bool()
-            first = real.int().argmax(1, keepdim=True)  # [B, 1]
-            start = torch.maximum(start, first).to(torch.int32)  # [B, T]
-            end = torch.minimum(end, first + real.sum(1, keepdim=True)).to(torch.int32)
+            first, last = (x[:, None] for x in intervals.runs(attention_mask.bool()))  # [B, 1]
+            start, end = torch.maximum(start, first), torch.minimum(end, last)  # [B, T]
             positions = (positions - first).clamp_min(0)
         x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)  # [B, T, D]
         hidden = [x]

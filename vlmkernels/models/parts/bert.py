@@ -130,12 +130,10 @@ def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     """
     if mask.device.type != "cpu" or is_traced():
         return None
-    start = mask.int().argmax(1, keepdim=True)
-    end = start + mask.sum(1, keepdim=True)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    if not torch.equal((place >= start) & (place < end), mask) or not bool((end > start).all()):
+    start, end = intervals.runs(mask)
+    if not intervals.are_runs(mask, start, end) or not bool((end > start).all()):
         return None
-    return start.expand_as(mask), end.expand_as(mask)
+    return start[:, None].expand_as(mask), end[:, None].expand_as(mask)
 
 
 class Bert(nn.Module):
