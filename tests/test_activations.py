@@ -9,7 +9,7 @@ from torch import nn
 import vlmkernels
 from tests.parity import peer
 from vlmkernels import _native
-from vlmkernels._activations import ACTIVATIONS, activation_of
+from vlmkernels._activations import ACTIVATIONS, HUGGING_FACE, activation_of
 from vlmkernels.reference import _dense as reference
 
 
@@ -40,6 +40,13 @@ def test_classes_of_other_libraries_compute_the_same(qualified):
     activation = activation_of(module)
     assert activation is not None
     torch.testing.assert_close(module(x), ACTIVATIONS[activation].module()(x))
+
+
+@pytest.mark.parametrize("word", HUGGING_FACE)
+def test_the_words_of_hugging_face_mean_the_same(word):
+    module = peer("transformers.activations").ACT2FN[word]
+    x = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    torch.testing.assert_close(module(x), ACTIVATIONS[HUGGING_FACE[word]].module()(x))
 
 
 def test_others_have_no_name():

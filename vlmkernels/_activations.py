@@ -28,38 +28,51 @@ class SquaredReLU(nn.Module):
 
 class Activation(NamedTuple):
     module: Callable[[], nn.Module]
-    onednn: tuple[str, str] | None  # name and form by which oneDNN applies it to a product itself
+    onednn: tuple[str, str] | None = None  # name and form by which oneDNN applies it to a product itself
     others: tuple[str, ...] = ()  # classes of other libraries
+    hugging_face: tuple[str, ...] = ()  # in configurations
 
 
 ACTIVATIONS = {
     "gelu": Activation(
-        nn.GELU,
-        ("gelu", "none"),
-        ("timm.layers.activations.GELU", "transformers.activations.GELUActivation"),
+        module=nn.GELU,
+        onednn=("gelu", "none"),
+        others=("timm.layers.activations.GELU", "transformers.activations.GELUActivation"),
+        hugging_face=("gelu",),
     ),
     "gelu_tanh": Activation(
-        partial(nn.GELU, approximate="tanh"),
-        ("gelu", "tanh"),
-        (
+        module=partial(nn.GELU, approximate="tanh"),
+        onednn=("gelu", "tanh"),
+        others=(
             "timm.layers.activations.GELUTanh",
             "transformers.activations.GELUTanh",
             "transformers.activations.NewGELUActivation",
         ),
+        hugging_face=("gelu_new", "gelu_pytorch_tanh"),
     ),
     "quick_gelu": Activation(
-        QuickGELU,
-        None,
-        (
+        module=QuickGELU,
+        others=(
             "open_clip.transformer.QuickGELU",
             "timm.layers.activations.QuickGELU",
             "transformers.activations.QuickGELUActivation",
         ),
+        hugging_face=("quick_gelu",),
     ),
-    "silu": Activation(nn.SiLU, ("swish", ""), ("transformers.activations.SiLUActivation",)),
-    "relu": Activation(nn.ReLU, ("relu", "")),
-    "squared_relu": Activation(SquaredReLU, None, ("transformers.activations.ReLUSquaredActivation",)),
+    "silu": Activation(
+        module=nn.SiLU,
+        onednn=("swish", ""),
+        others=("transformers.activations.SiLUActivation",),
+        hugging_face=("silu", "swish"),
+    ),
+    "relu": Activation(module=nn.ReLU, onednn=("relu", ""), hugging_face=("relu",)),
+    "squared_relu": Activation(
+        module=SquaredReLU,
+        others=("transformers.activations.ReLUSquaredActivation",),
+        hugging_face=("relu2",),
+    ),
 }
+HUGGING_FACE = {word: name for name, activation in ACTIVATIONS.items() for word in activation.hugging_face}
 _OURS = {type(activation.module()): name for name, activation in ACTIVATIONS.items()}
 _OTHERS = {cls: name for name, activation in ACTIVATIONS.items() for cls in activation.others}
 

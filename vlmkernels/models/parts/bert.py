@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
-from vlmkernels.models.parts.activations import ACTIVATIONS
 from vlmkernels.models.parts.attention import SelfAttention, split_heads
 from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
 
@@ -56,7 +56,7 @@ class Layer(nn.Module):
         self.dropout = dropout
         self.attention = BertAttention(width, heads, dropout, eps)
         self.intermediate = nn.ModuleDict(
-            {"dense": Linear(width, mlp_width), "activation": ACTIVATIONS[activation]()}
+            {"dense": Linear(width, mlp_width), "activation": ACTIVATIONS[activation].module()}
         )
         self.output = nn.ModuleDict(
             {"dense": Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
