@@ -1,6 +1,7 @@
 """The walls of the house: what may include what, and that every op has all its parts."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import os
@@ -15,6 +16,7 @@ import torch
 import vlmkernels
 from benchmarks.cases import all_cases
 from vlmkernels.ops import FAMILIES
+from vlmkernels.train import kinds
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(
@@ -233,6 +235,77 @@ def test_references_stand_alone():
             if n.startswith("vlmkernels.") and not n.startswith("vlmkernels.reference")
         ]
         assert others == [], path.name
+
+
+PACKAGE = ROOT / "vlmkernels"
+KINDS_FOLDER = PACKAGE / "train" / "kinds"
+
+
+def files_around_the_kinds() -> list[Path]:
+    """Those of train, use, data and the command, without the kinds themselves."""
+    found = [path for room in ("train", "use", "data") for path in PACKAGE.glob(f"{room}/**/*.py")]
+    return [PACKAGE / "cli.py", *(path for path in found if path.parent != KINDS_FOLDER)]
+
+
+def literals(path: Path) -> set[str]:
+    """The texts of a file, but for docstrings. A help or an error that mentions a word is another text."""
+    tree = ast.parse(path.read_text())
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    told = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, places) and is_told(node)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def is_told(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return ast.get_docstring(node, clean=False) is not None
+
+
+@pytest.mark.parametrize(
+    "path", files_around_the_kinds(), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+def test_only_the_kinds_know_a_kind(path):
+    """None is chosen by its name, by the type of its model, by its class or by that of its model."""
+    every = kinds.every()
+    names = {*kinds.KINDS, *(kind.model.model_type for kind in every)}
+    assert literals(path) & names == set()
+    modules = {kind.model.__module__ for kind in every}
+    classes = {f"{home}.{kind.model.__name__}" for kind in every for home in (*modules, "vlmkernels.models")}
+    assert imports(path) & (modules | classes) == set()
+    assert [name for name in imports(path) if re.search(r"(^|\.)kinds\.\w+\.", name)] == []
+
+
+def test_every_kind_is_a_file():
+    files = {path.stem for path in KINDS_FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    assert files == set(kinds.KINDS)
+    for name, place in kinds.KINDS.items():
+        assert place.startswith(f"vlmkernels.train.kinds.{name}:")
+
+
+def test_what_uses_models_does_not_train():
+    """It asks the kinds, which are imported when they are asked."""
+    for path in PACKAGE.glob("use/*.py"):
+        found = {name for name in imports(path) if name.startswith("vlmkernels.train")}
+        assert found <= {"vlmkernels.train.kinds"}, path.name
+    tree = ast.parse((KINDS_FOLDER / "__init__.py").read_text())
+    loaded = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not any(name is None or name.startswith("vlmkernels") for name in loaded)
+
+
+def modules_read(path: Path) -> set[Path]:
+    """The files that one imports anywhere, later included; what a package re-exports is not seen."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            start = path.parents[node.level - 1] if node.level else ROOT
+            home = start.joinpath(*(node.module or "").split("."))
+            found |= {home.with_suffix(".py"), *(home / f"{alias.name}.py" for alias in node.names)}
+    return {each for each in found if each.is_file()}
+
+
+def test_no_file_is_imported_by_what_it_imports():
+    rooms = [path for room in ("train", "use", "data") for path in PACKAGE.glob(f"{room}/**/*.py")]
+    files = [path for path in rooms if path.name != "__init__.py"]
+    graphlib.TopologicalSorter({path: modules_read(path) for path in files}).prepare()
 
 
 def test_objects_of_an_instruction_set_leak_no_weak_symbol():

@@ -63,7 +63,7 @@ struct LinearInput {
 template <class P>
 struct LinearWeight {
   int64_t k;
-  acc_t<P>* sums;  // [o, k], where sums of earlier rows are, if there are more than one task takes
+  acc_t<P>* sums;  // [o, k] sums over earlier rows, if the rows take more than one task
   Stored dweight;  // [o, k]
 };
 
@@ -82,14 +82,14 @@ VLMK_PER_ISA(
     // For a single row x [depth], without tile products: w [count, depth] are rows of the weight from channel o0 on.
     template <class P>
     void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth, int64_t o0, int64_t count);
-    // What follows the product x weight^T [rows, o] that is in memory, for rows [row, row + count).
+    // The epilogue of a product x weight^T [rows, o] in memory, for rows [row, row + count).
     template <class P> void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count);
     // B is the weight. The product's rows are rows [row, row + count).
     template <class P> void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, int64_t count);
-    // What follows the product g weight [rows, k] that is in memory, for rows [row, row + count).
+    // The epilogue of a product g weight [rows, k] in memory, for rows [row, row + count).
     template <class P> void linear_dx_finish(const LinearInput<P>& f, Stored product, int64_t row, int64_t count);
-    // A is g^T of `count` channels from o0 on, B is x, both of some rows: their products are added to those of earlier rows
-    // when `add`, and give dweight when `finish`.
+    // A is g^T of `count` channels from o0 on, B is x, both of some rows: their product is added to the sums over earlier
+    // rows if `add`, and written to dweight if `finish`.
     template <class P>
     void linear_dw(const BlockProduct<P>& p, const LinearWeight<P>& f, int64_t o0, int64_t count, bool add, bool finish);
     // Rows [row, row + count) of g = dout * act'(y) [rows, o] where g is not null, and the sums of its columns, [o], where

@@ -19,7 +19,7 @@ struct GatedLinearInput {
   int64_t k;
   const int64_t* index;  // which rows of h and dh the rows of dout are; null when they are all
   acc_t<P> t;
-  const T* h;    // [rows, k], or null when the second is not asked for
+  const T* h;    // [rows, k], or null if the dots are not needed
   T* dh;         // [rows, k]
   double* dots;  // [row blocks][column blocks], or null
 };
@@ -29,8 +29,8 @@ template <class P, class T>
 struct GatedLinearWeight {
   int64_t d, k;
   const acc_t<P>* t;   // [d]
-  const T* weight;     // [d, k], or null when part is not asked for
-  acc_t<P>* products;  // [d, k], where sums of earlier rows are, if there are more than one task takes
+  const T* weight;     // [d, k], or null if part is not needed
+  acc_t<P>* products;  // [d, k] sums over earlier rows, if the rows take more than one task
   T* dweight;          // [d, k], or null
   acc_t<P>* part;      // [column blocks][d]
 };
