@@ -1,13 +1,13 @@
 """The walls of the house: what may include what, and that every op has all its parts."""
 
 import ast
-import graphlib
 import importlib
 import inspect
 import os
 import re
 import subprocess
 from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -160,30 +160,28 @@ def test_the_library_does_not_import_its_peers():
         assert found == [], f"{path.relative_to(ROOT)} imports {found}"
 
 
-# Imports within a function that close a loop: the loader of all tokenizers stands beside two of their kinds.
-LATE = {"vlmkernels.data.tokenizer": {"vlmkernels.data.captions"}}
-
-
 def test_imports_make_no_loops():
     """Those within functions included: they may wait for what is slow to load, and hide no loop."""
-    paths = {}
+    paths = {}  # of modules, by their names
     for path in ROOT.glob("vlmkernels/**/*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+        paths[".".join(parts[:-1] if path.stem == "__init__" else parts)] = path
 
-    def imported(node: ast.AST) -> set[str]:
+    def read(node: ast.AST, package: str) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return set()
         if isinstance(node, ast.Import):
             return {alias.name for alias in node.names} & paths.keys()
-        if isinstance(node, ast.ImportFrom) and node.module in paths:
-            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            return {name if name in paths else node.module for name in names.values()}
-        return set().union(*map(imported, ast.iter_child_nodes(node)))
+        if isinstance(node, ast.ImportFrom):
+            home = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{home}.{alias.name}" for alias in node.names}
+            return {name if name in paths else home for name in names} & paths.keys()
+        return set().union(*(read(child, package) for child in ast.iter_child_nodes(node)))
 
-    graph = {name: imported(ast.parse(path.read_text())) - {name} for name, path in paths.items()}
-    for name, late in LATE.items():
-        graph[name] = graph.get(name, set()) - late
+    graph = {}
+    for name, path in paths.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        graph[name] = read(ast.parse(path.read_text()), package) - {name}
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -289,23 +287,6 @@ def test_what_uses_models_does_not_train():
     tree = ast.parse((KINDS_FOLDER / "__init__.py").read_text())
     loaded = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert not any(name is None or name.startswith("vlmkernels") for name in loaded)
-
-
-def modules_read(path: Path) -> set[Path]:
-    """The files that one imports anywhere, later included; what a package re-exports is not seen."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            start = path.parents[node.level - 1] if node.level else ROOT
-            home = start.joinpath(*(node.module or "").split("."))
-            found |= {home.with_suffix(".py"), *(home / f"{alias.name}.py" for alias in node.names)}
-    return {each for each in found if each.is_file()}
-
-
-def test_no_file_is_imported_by_what_it_imports():
-    rooms = [path for room in ("train", "use", "data") for path in PACKAGE.glob(f"{room}/**/*.py")]
-    files = [path for path in rooms if path.name != "__init__.py"]
-    graphlib.TopologicalSorter({path: modules_read(path) for path in files}).prepare()
 
 
 def test_objects_of_an_instruction_set_leak_no_weak_symbol():
