@@ -37,17 +37,19 @@ bool any_absent(const Tensor& store, int64_t stored) {
 }
 
 void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
-                 const optional<Tensor>& b, const Tensor& positives, int64_t store_bytes) {
+                 const optional<Tensor>& b, const Tensor& positives) {
   need_features(need, query, key, scale, a, b);
   need.that(query.size(0) > 0 && key.size(0) > 0, "query and key must have rows, got sizes ", query.sizes(), " and ",
             key.sizes());
   need.indices("positives", positives, query.size(0), key.size(0));
-  need.that(store_bytes >= 0, "store_bytes must not be negative, got ", store_bytes);
 }
 
 auto info_nce_stats(const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& a,
-                    const optional<Tensor>& b, const Tensor& positives, bool columns, int64_t store_size) {
-  need_inputs(Need("info_nce_stats"), query, key, scale, a, b, positives, store_size);
+                    const optional<Tensor>& b, const Tensor& positives, bool columns, int64_t store_size,
+                    int64_t /*workspace_bytes*/) {
+  const Need need("info_nce_stats");
+  need_inputs(need, query, key, scale, a, b, positives);
+  need.that(store_size >= 0, "store_size must not be negative, got ", store_size);
   return with_operand(query.scalar_type(), [&](auto type) {
     using P = decltype(type);
     using A = acc_t<P>;
@@ -99,9 +101,10 @@ auto info_nce_grads(const Tensor& query, const Tensor& key, const Tensor& scale,
                     const optional<Tensor>& b, const Tensor& positives, const Tensor& row_max, const Tensor& row_log,
                     const Tensor& col_max, const Tensor& col_log, const Tensor& row_coef, const Tensor& col_coef,
                     const Tensor& positive_coef, const optional<Tensor>& query_extra, const optional<Tensor>& key_extra,
-                    const Tensor& store, int64_t store_bytes, bool need_query, bool need_key) {
+                    const Tensor& store, int64_t workspace_bytes, bool need_query, bool need_key) {
   const Need need("info_nce_grads");
-  need_inputs(need, query, key, scale, a, b, positives, store_bytes);
+  need_inputs(need, query, key, scale, a, b, positives);
+  need.that(workspace_bytes >= 0, "workspace_bytes must not be negative, got ", workspace_bytes);
   const int64_t n = query.size(0), m = key.size(0), d = query.size(1), cols = col_max.numel() ? m : 0;
   const auto sums = sum_type(query.scalar_type());
   need.tensor("row_max", row_max, n, sums);
@@ -138,7 +141,7 @@ auto info_nce_grads(const Tensor& query, const Tensor& key, const Tensor& scale,
     const Tensor extra_q = contiguous(query_extra), extra_k = contiguous(key_extra);
 
     // Row blocks go through in chunks whose recomputed tiles fit the workspace; one chunk when everything is stored.
-    const int64_t capacity = std::max(kMinimumWorkspace, store_bytes - store.numel()) / tile_bytes<P>();
+    const int64_t capacity = std::max(kMinimumWorkspace, workspace_bytes) / tile_bytes<P>();
     const auto missing = [&](int64_t first, int64_t last) {
       return std::max<int64_t>(0, last * col_blocks - std::max(first * col_blocks, stored));
     };

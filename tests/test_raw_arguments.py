@@ -89,7 +89,6 @@ CALLS = [  # the op, its arguments, and what the error says
         [Q, LONG, LONG, BOUNDS, BOUNDS, *SCALE],
         r"key must have at most .*, got 2147483648",
     ),
-    ("interval_attention_bwd", [*SAVED, LSE, *SCALE, ALL[:3]], r"needs must have 4 elements, got 3"),
     (
         "interval_attention_bwd",
         [*SAVED, LSE, *SCALE, ALL[:4]],
@@ -102,7 +101,6 @@ CALLS = [  # the op, its arguments, and what the error says
     ),
     ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
     ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
-    ("perceiver_attention_bwd", [*[Q] * 6, None, Q, LSE, 1.0, ALL[:4]], r"needs must have 5 elements, got 4"),
     ("small_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
     ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
     (
@@ -110,20 +108,24 @@ CALLS = [  # the op, its arguments, and what the error says
         [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],
         r"slope must be .*\[4, 64\]",
     ),
-    ("info_nce_stats", [*MANY, ones(1), ones(1), IDS[:1], True, 0], r"query_inv_norm must be .*\[200000\]"),
-    ("info_nce_stats", [*MANY, *NO_BIAS, IDS[:1], True, 0], r"positives must be .*\[200000\] of int64"),
     (
         "info_nce_stats",
-        [F, F, ones(2), *NO_BIAS, IDS, True, 0],
+        [*MANY, ones(1), ones(1), IDS[:1], True, 0, 0],
+        r"query_inv_norm must be .*\[200000\]",
+    ),
+    ("info_nce_stats", [*MANY, *NO_BIAS, IDS[:1], True, 0, 0], r"positives must be .*\[200000\] of int64"),
+    (
+        "info_nce_stats",
+        [F, F, ones(2), *NO_BIAS, IDS, True, 0, 0],
         r"scale must have one element, got sizes \[2\]",
     ),
     (
         "info_nce_stats",
-        [*PAIR, IDS + 4, True, 0],
+        [*PAIR, IDS + 4, True, 0, 0],
         r"positives must be in \[0, 4\) or -1, got values from 4 to 4",
     ),
-    ("info_nce_stats", [*PAIR, IDS, True, -1], r"store_bytes must not be negative, got -1"),
-    ("info_nce_stats", [F, zeros(0, 3), ones(1), *NO_BIAS, IDS - 1, True, 0], r"must have rows"),
+    ("info_nce_stats", [*PAIR, IDS, True, -1, 0], r"store_size must not be negative, got -1"),
+    ("info_nce_stats", [F, zeros(0, 3), ones(1), *NO_BIAS, IDS - 1, True, 0, 0], r"must have rows"),
     (
         "info_nce_grads",
         [*PAIR, IDS - 2, *STATS, zeros(0).byte(), 0, True, True],

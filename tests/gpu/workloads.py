@@ -42,7 +42,7 @@ def info_nce(n, m, d, dtype, *, normalize=False, columns=True, query=True, key=T
     q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
     a, b = (meta(n), meta(m)) if normalize else (None, None)
     positives, scale = meta(n, dtype=torch.int64), meta()
-    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 1 << 28)
+    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 0, 1 << 28)
     row, col = [meta(n) for _ in range(4)], [meta(m if columns else 0) for _ in range(3)]
     extras = (meta(n, d), meta(m, d)) if extra else (None, None)
     nce.info_nce_grads(
