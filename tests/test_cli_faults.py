@@ -14,7 +14,7 @@ from PIL import Image
 from tests.train_tiny import tiny_values, write_pairs, write_tar
 from vlmkernels.cli import main
 from vlmkernels.train import TrainConfig, train
-from vlmkernels.train.embed import read_embeddings
+from vlmkernels.use.embed import read_embeddings
 
 RED = "\x1b[31mred.png"
 NAMES = [RED, "new\nline.png", "\u202eback.png", "bell\x07.png", "字.png", "plain.png"]

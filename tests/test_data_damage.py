@@ -22,8 +22,8 @@ from vlmkernels.data import (
     load_tokenizer,
 )
 from vlmkernels.data._text import printable
-from vlmkernels.train.embed import find_images
-from vlmkernels.train.evaluate import ClassFolders
+from vlmkernels.use.evaluate import ClassFolders
+from vlmkernels.use.images import find_images
 
 
 def rows(path, text, **options):

@@ -21,8 +21,8 @@ from vlmkernels.data import (
     read_image,
     transforms,
 )
-from vlmkernels.train.embed import encode_files
-from vlmkernels.train.evaluate import ClassFolders
+from vlmkernels.use.embed import encode_files
+from vlmkernels.use.evaluate import ClassFolders
 
 GREY = numpy.array([[0, 60], [128, 255]], numpy.uint8)
 

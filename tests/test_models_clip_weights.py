@@ -14,8 +14,8 @@ from benchmarks.models.peer_models import transformers_clip
 from tests.test_models_clip import VIT, needs_open_clip, needs_transformers, randomise
 from vlmkernels.models import CLIP, ClipConfig, _clip_sources
 from vlmkernels.models._clip_sources import hf_fields, open_clip_fields
-from vlmkernels.models._pretrained import config_from_dict
 from vlmkernels.models.clip import CONFIGS
+from vlmkernels.models.parts.pretrained import config_from_dict
 from vlmkernels.testing import assert_as_good
 
 LIST = peers.load("open_clip").list_models() if peers.why_not("open_clip") is None else ()

@@ -193,7 +193,7 @@ def test_a_failed_call_leaves_nothing_behind():
     model = flamingo()
     vision_x, lang_x = inputs()
     wanted, plain = model(vision_x, lang_x)["logits"], model.lang_encoder(lang_x).logits
-    last = model.lang_encoder.layers[-1]
+    last = model.lang_encoder.transformer.h[-1]
 
     def fail(*_):
         raise KeyError("stop")
@@ -305,7 +305,7 @@ def test_saved_and_loaded(part, tmp_path):
     assert not again.training
     if part == "flamingo":
         loss_of(again).backward()
-        gradient = again.lang_encoder.embed_tokens.weight.grad
+        gradient = again.lang_encoder.transformer.wte.weight.grad
         assert gradient.abs().sum(1).nonzero().flatten().tolist() == [MEDIA, END]
 
 
@@ -412,10 +412,18 @@ def test_inputs_that_do_not_fit():
         model.lang_encoder(torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 4))
 
 
+def test_it_builds_the_image_tower_of_a_clip_alone(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a whole CLIP was built")
+
+    monkeypatch.setattr(clip.CLIP, "__init__", refuse)
+    assert isinstance(Flamingo(config()).vision_encoder, clip.VisionTransformer)
+
+
 def test_state_dicts_that_do_not_fit(tmp_path):
     model = flamingo()
     given = model.openflamingo_state_dict()
-    name = "lang_encoder.layers.1.gated_cross_attn_layer.ff.1.weight"
+    name = "lang_encoder.transformer.h.1.gated_cross_attn_layer.ff.1.weight"
     wrong = {key: tensor for key, tensor in given.items() if key != "perceiver.latents"}
     wrong |= {name: torch.zeros(3), "perceiver.layers.9.0.to_q.weight": torch.zeros(1)}
     before = copy.deepcopy(model.state_dict())
@@ -431,8 +439,8 @@ def test_state_dicts_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         model.load_openflamingo_state_dict(tmp_path / "none.pt")
     model.load_openflamingo_state_dict(
-        given | {"lang_encoder.layers.0.decoder_layer.old_buffer": torch.zeros(1)}
+        given | {"lang_encoder.transformer.h.0.decoder_layer.old_buffer": torch.zeros(1)}
     )
     grown = torch.zeros(VOCABULARY + 8, WIDTH)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[48, 32\], here \[40, 32\]"):
-        model.load_openflamingo_state_dict(given | {"lang_encoder.embed_tokens.weight": grown})
+    with pytest.raises(ValueError, match=r"wte.weight is \[48, 32\], here \[40, 32\]"):
+        model.load_openflamingo_state_dict(given | {"lang_encoder.transformer.wte.weight": grown})

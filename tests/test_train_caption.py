@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tests.train_tiny import (
 )
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.models.clip import CLIP
-from vlmkernels.train import TrainConfig, load_bundle, loop, train
-from vlmkernels.train.bundle import build_model
-from vlmkernels.train.tasks import IGNORE, Captioning, prefix_labels, prefix_lengths
+from vlmkernels.models.decoder import IGNORE
+from vlmkernels.train import TrainConfig, kinds, load_bundle, loop, train
+from vlmkernels.train.kinds.simvlm import prefix_labels, prefix_lengths
 
 KINDS = ("lm", "flamingo", "simvlm")
 
@@ -106,16 +107,14 @@ def test_flamingo_trains_resampler_and_gated_layers_only(values, tmp_path, parts
     others = [i for i in range(tokenizer.vocab_size) if i not in rows]
     assert all(trained[name].equal(value) for name, value in vision.items())
     for name, value in language.items():
-        layers = name.replace("layers.", "layers.", 1).split(".")
-        if layers[0] == "layers":
-            layers.insert(2, "decoder_layer")
-        found = trained[".".join(["lang_encoder", *layers])]
-        if name == "embed_tokens.weight":
+        inside = re.sub(r"(transformer\.h\.\d+)", r"\1.decoder_layer", name)
+        found = trained[f"lang_encoder.{inside}"]
+        if name == "transformer.wte.weight":
             assert found[others].equal(value[others])
             assert not found[rows].equal(value[rows])
         else:
             assert found.equal(value)
-    fresh = build_model("flamingo", TrainConfig(**values("flamingo")), tokenizer).state_dict()
+    fresh = kinds.find("flamingo").build_model(TrainConfig(**values("flamingo")), tokenizer).state_dict()
     new = [n for n in trained if n.startswith("perceiver.") or "gated_cross_attn_layer" in n]
     assert new
     assert all(not trained[name].equal(fresh[name]) for name in new)
@@ -130,8 +129,8 @@ def test_flamingo_starts_as_its_language_model(values, parts):
         config = TrainConfig(**values(kind))
         model = load_bundle(parts["language_model"]).model
         if kind == "flamingo":
-            model = build_model(kind, config, tokenizer)
-        task = Captioning(kind, config, tokenizer)
+            model = kinds.find(kind).build_model(config, tokenizer)
+        task = kinds.find(kind).build_task(config, tokenizer)
         losses[kind], measure = task.loss(model.eval(), task.collate(samples), 0, True)
         assert measure()["loss"] == losses[kind].item()
     assert losses["lm"].equal(losses["flamingo"])
@@ -151,10 +150,10 @@ def test_counted_tokens_of_the_rows():
             return type("Output", (dict,), {"logits": logits})({"logits": logits, "loss": torch.tensor(1.0)})
 
     model = Uniform()
-    task = Captioning("lm", config, tokenizer)
+    task = kinds.find("lm").build_task(config, tokenizer)
     loss, _ = task.loss(model, task.collate(samples), 0, True)
     assert loss.item() == pytest.approx(math.log(602))
-    task = Captioning("flamingo", config, tokenizer)
+    task = kinds.find("flamingo").build_task(config, tokenizer)
     task.loss(model, task.collate(samples), 0, True)
     for row, sample in zip(model.labels, samples, strict=True):
         expected = [*tokenizer.encode(sample["text"]), tokenizer.endofchunk_id]
@@ -182,7 +181,7 @@ def test_prefixes_are_uniform_and_drawn_per_step_and_sample():
 def test_several_images_in_a_row(values, tmp_path):
     train("flamingo", TrainConfig(**values("flamingo", images_per_row=3)))
     bundle = load_bundle(tmp_path / "run" / "final")
-    task = Captioning("flamingo", TrainConfig(images_per_row=3), bundle.tokenizer)
+    task = kinds.find("flamingo").build_task(TrainConfig(images_per_row=3), bundle.tokenizer)
     generator = torch.Generator().manual_seed(0)
     samples = [
         {"image": torch.randn(3, 16, 16, generator=generator), "text": f"red dot {i}", "key": str(i)}

@@ -10,7 +10,8 @@ from torch import nn
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 from vlmkernels.cli import main
 from vlmkernels.train import TrainConfig, checkpoint, gate, loop, train
-from vlmkernels.train.tasks import Captioning, Contrastive
+from vlmkernels.train.kinds._captioning import Captioning
+from vlmkernels.train.kinds._contrastive import Contrastive
 
 TASKS = {"clip": Contrastive, "simvlm": Captioning, "lm": Captioning}
 

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import nn
 
 from tests.test_cli import fail
-from vlmkernels.data import BrokenImageError, load_pairs
+from vlmkernels.data import BrokenImageError, load_pairs, read_image
 from vlmkernels.models import ALIGN, CLIP
-from vlmkernels.models._files import read_state_dict
+from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.train import checkpoint
-from vlmkernels.train.embed import read_embeddings, read_image
+from vlmkernels.use.embed import read_embeddings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.models.peer_models import open_clip_model
 from tests.test_models_clip import RESNET, VIT, inputs, needs_open_clip, randomise
-from vlmkernels.models._files import CONTAINERS, read_state_dict
+from vlmkernels.models.parts.weight_files import CONTAINERS, read_state_dict
 
 
 class Tower(nn.Module):

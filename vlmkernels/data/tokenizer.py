@@ -29,7 +29,7 @@ CLIP_VOCABULARY = 49408
 _BYTES = 256
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 _SPECIAL_PATTERN = re.compile("|".join(_SPECIAL))
-# U+0345 is a mark whose case forms are letters: CLIP's case-insensitive pattern matches it nowhere.
+# U+0345 is a mark whose case forms are letters: CLIP's case-insensitive pattern does not match it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _CONFIG = "tokenizer_config.json"
 _TOKENIZER = "tokenizer.json"
@@ -53,11 +53,11 @@ def _merges() -> tuple[tuple[str, str], ...]:
 
 
 def clean_text(text: str) -> str:
-    """CLIP's cleaning: ftfy (if installed), HTML entities undone twice, single blanks, lower case.
+    """CLIP's text cleaning: ftfy (if installed), HTML unescaped twice, single spaces, lower case.
 
     Without the `ftfy` package broken encodings are not repaired and curly quotes, ligatures, full-width
-    letters and control characters stay as they are; Unicode is brought to NFC either way. Plain ASCII text
-    gives the same.
+    letters and control characters are unchanged; Unicode is normalised to NFC either way. The result for
+    plain ASCII text is the same.
     """
     _checked(text)
     if find_spec("ftfy") is not None:
@@ -90,7 +90,7 @@ def _check_length(context_length: int) -> int:
 
 
 def _pad(rows: list[list[int]], length: int, pad_id: int, last_id: int) -> Tensor:
-    """Rows to int64 [B, length]; a row that is too long is cut and ends with `last_id`."""
+    """Rows as int64 [B, length]; a row that is too long is truncated and ends with `last_id`."""
     result = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     for i, row in enumerate(rows):
         if len(row) > length:
@@ -150,15 +150,15 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 class ClipTokenizer:
     """CLIP's tokenizer: ids equal `open_clip.SimpleTokenizer` (Radford et al. 2021, arXiv:2103.00020).
 
-    context_length: columns of the result. Longer texts are cut, the end token stays in the last column.
+    context_length: columns of the result. Longer texts are truncated, with the end token in the last column.
     vocabulary: number of ids. None is CLIP's 49,408; a smaller number (514 or more) keeps the 512 byte
         symbols and the most frequent merges, with the ids they have in CLIP, and puts start and end of text
-        at the two highest ids. Any text can be written in either; a small vocabulary needs more tokens and a
-        smaller embedding.
+        at the two highest ids. Both can encode any text; a small vocabulary needs more tokens and a smaller
+        embedding.
 
     Attributes: sot_id, eot_id, pad_id (0, as in CLIP, where it is also the id of "!"), vocab_size.
-    See `clean_text` for what differs where the ftfy package is not installed. Letters that Unicode added
-    after the version known to the tokenizers package are split like punctuation.
+    See `clean_text` for the differences without the ftfy package. Letters that are newer than the Unicode
+    version of the tokenizers package are split like punctuation.
     """
 
     def __init__(self, context_length: int = 77, vocabulary: int | None = None) -> None:
@@ -208,7 +208,7 @@ class ClipTokenizer:
         return ids + self._tokenizer.encode(text[done:]).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of ids; start and end of text are left out and the text stops at the first end."""
+        """Text of ids up to the first end of text, without the start and end tokens."""
         values = [int(i) for i in ids]
         if self.eot_id in values:
             values = values[: values.index(self.eot_id)]
@@ -248,6 +248,73 @@ class ClipTokenizer:
         return f"{type(self).__name__}(context_length={self.context_length}, vocabulary={self.vocab_size})"
 
 
+class CaptionTokenizer(ClipTokenizer):
+    """CLIP's byte pairs with two more ids, `<image>` and `<|endofchunk|>`, for models that write captions.
+
+    vocabulary: number of ids, of which the last two are `image_id` and `endofchunk_id`; the others are those
+        of ``ClipTokenizer(vocabulary=vocabulary - 2)``.
+
+    Padding is `eot_id`, which no text holds: here the names of special tokens inside a text are ordinary
+    characters. Decoded text is in lower case.
+    """
+
+    image_id: int
+    endofchunk_id: int
+
+    def __init__(self, context_length: int = 77, vocabulary: int = 4098) -> None:
+        super().__init__(context_length, vocabulary - 2)
+
+    def _setup(self, tokenizer: Tokenizer, size: int, context_length: int) -> None:
+        super()._setup(tokenizer, size, context_length)
+        self.image_id, self.endofchunk_id = size, size + 1
+        self.pad_id = self.eot_id
+        self.vocab_size = size + 2
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text without any special token."""
+        return self._tokenizer.encode(clean_text(text)).ids
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of ids up to the first end (of text or of chunk); start of text and `<image>` are left out."""
+        values = [int(i) for i in ids]
+        ends = (self.eot_id, self.endofchunk_id)
+        stop = next((at for at, i in enumerate(values) if i in ends), len(values))
+        return super().decode([i for i in values[:stop] if i != self.image_id])
+
+    def interleaved(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """int64 [B, T]: `<image>caption<|endofchunk|>` for each caption of a row, then `pad_id`.
+
+        T is that of the longest row, 3 where there is no row. A caption longer than its share of
+        `context_length` (the row's captions share it equally) is cut and keeps its end. ValueError where a
+        share is below 3 ids or a row is empty.
+        """
+        if not rows:
+            return torch.empty(0, 3, dtype=torch.int64)
+        most = max(len(row) for row in rows)
+        if min(len(row) for row in rows) == 0:
+            raise ValueError("rows: each needs at least one caption")
+        share = self.context_length // most
+        if share < 3:
+            raise ValueError(
+                f"rows: {most} captions in context_length {self.context_length} leave {share} ids for each, "
+                "expected at least 3"
+            )
+        ids = [
+            [
+                i
+                for text in _as_list(list(row))
+                for i in (self.image_id, *self.encode(text)[: share - 2], self.endofchunk_id)
+            ]
+            for row in rows
+        ]
+        return _pad(ids, max(map(len, ids)), self.pad_id, self.endofchunk_id)
+
+    def lengths(self, tokens: Tensor) -> Tensor:  # [B, L]
+        """int64 [B]: ids of each row up to and including its end of text, L where there is none."""
+        ends = tokens == self.eot_id
+        return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
+
+
 class WordPieceTokenizer:
     """BERT-uncased tokens: [CLS] text [SEP] [PAD]..., lower case, accents stripped (Devlin et al. 2018).
 
@@ -285,7 +352,7 @@ class WordPieceTokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int = 8192, context_length: int = 64
     ) -> WordPieceTokenizer:
-        """Learn at most `vocab_size` pieces from `texts`. ValueError if there is no text or no room."""
+        """Learn at most `vocab_size` pieces from `texts`. ValueError without texts or if it is too small."""
         texts = [_checked(text) for text in _as_list(list(texts))]
         if not any(text.strip() for text in texts):
             raise ValueError("texts has no text to learn from")
@@ -295,8 +362,7 @@ class WordPieceTokenizer:
         normalizer: Any = tokenizer.normalizer
         letters = sorted({letter for text in texts for letter in normalizer.normalize_str(text)} - {" "})
         # The trainer numbers the pieces ##x in the order of a hash map and breaks ties between equally
-        # frequent
-        # pairs by number. Naming them first fixes both: the same texts give the same vocabulary.
+        # frequent pairs by number. Listing them first fixes both: the same texts give the same vocabulary.
         first = [*cls.SPECIAL, *(f"##{letter}" for letter in letters)]
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
@@ -322,11 +388,11 @@ class WordPieceTokenizer:
         return self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of ids, special tokens left out."""
+        """Text of ids, without special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """int64 [B, L]: [CLS], pieces, [SEP], then [PAD]. A longer text is cut and keeps its [SEP]."""
+        """int64 [B, L]: [CLS], pieces, [SEP], then [PAD]. A longer text is truncated and keeps its [SEP]."""
         length = self.context_length if context_length is None else _check_length(context_length)
         rows = [[self.cls_id, *self.encode(text), self.sep_id] for text in _as_list(texts)]
         return _pad(rows, length, self.pad_id, self.sep_id)
@@ -351,8 +417,6 @@ class WordPieceTokenizer:
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceTokenizer:
     """Read the tokenizer that was saved in `folder`, of any kind."""
-    from vlmkernels.data.captions import CaptionTokenizer
-
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")

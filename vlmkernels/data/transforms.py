@@ -21,8 +21,8 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _RESIZE_MODES = ("shortest", "longest", "squash")
-# A picture of 1 x 60,000 pixels has 3,000 million of them when its short side is 224. Beyond these limits
-# only what is shown is resized, and sides are first reduced by whole factors.
+# An image of 1 x 60,000 pixels would have 3,000 million of them with a short side of 224. Beyond these limits
+# only the visible part is resized, and sides are first reduced by integer factors.
 _RESIZED_PIXELS = 2**24
 _SIDE = 2**15
 
@@ -38,7 +38,7 @@ def _numbers(values: Any, count: int, kind: Any = (int, float)) -> bool:
 
 
 def _middle(old: int, new: int, shown: int) -> tuple[float, float]:
-    """Where the `shown` pixels in the middle of `new`, the resized side, come from on the `old` side."""
+    """The range on the `old` side of the `shown` centre pixels of the resized side, `new`."""
     first = round((new - shown) / 2)
     return first * (old / new), min((first + shown) * (old / new), old)
 
@@ -46,7 +46,7 @@ def _middle(old: int, new: int, shown: int) -> tuple[float, float]:
 def _resize(
     image: Image.Image, size: tuple[int, int], interpolation: str, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """The part `box` of an image, resized; what Pillow needs for each row and column is bounded."""
+    """The part `box` of an image, resized; Pillow's memory per row and column is bounded."""
     gap = 3.0 if max(box[2] - box[0], box[3] - box[1]) > _SIDE else None
     return image.resize(size, _FILTERS[interpolation], box, gap)
 
@@ -55,7 +55,7 @@ def _resize(
 class ImageTransform:
     """A callable PIL image -> float32 [3, H, W], made by `image_transform`, which documents the fields.
 
-    Frozen and JSON-serialisable: `to_dict` and `from_dict` keep it beside a checkpoint.
+    Frozen and JSON-serialisable: `to_dict` and `from_dict` store it with a checkpoint.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -97,7 +97,7 @@ class ImageTransform:
             raise ValueError(f"jitter is {self.jitter!r}, expected 0 <= jitter < 1")
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Tensor:
-        """float32 [3, H, W]. `rng` drives the augmentation; without it torch's generator gives the seed."""
+        """float32 [3, H, W]. `rng` drives the augmentation; by default it is seeded by torch's generator."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"image is a {type(image).__name__}, expected a PIL.Image")
         if self.train:
@@ -116,7 +116,7 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
-        """The inverse of `to_dict` (also after JSON made lists of the tuples). ValueError if it is none."""
+        """The inverse of `to_dict` (also after JSON turned tuples into lists). ValueError if invalid."""
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             got = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
@@ -124,7 +124,7 @@ class ImageTransform:
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**arguments)
-        except TypeError as error:  # a number where a pair belongs, a text where a number does
+        except TypeError as error:  # a number instead of a pair, a string instead of a number
             raise ValueError(f"not the values of an image transform, {error}: {values}") from error
 
     def for_inference(self) -> ImageTransform:
@@ -212,12 +212,12 @@ def image_transform(
     (an alpha channel is dropped, not blended). Sizes are an int (square) or (height, width).
     resize_mode: "shortest" side to the target and crop, "longest" side to the target and pad with `fill`, or
     "squash".
-    resize_size: size of the resize where it differs from the crop `image_size`.
+    resize_size: size of the resize if it differs from the crop `image_size`.
     interpolation: "bicubic", "bilinear" or "nearest", Pillow's antialiased filters.
 
     Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
-    target; mirrored with probability `flip` (0: captions may say left and right); brightness, contrast and
-    saturation are each scaled by a factor in 1 +- `jitter`.
+    target; flipped horizontally with probability `flip` (0: captions may contain left and right); brightness,
+    contrast and saturation are each scaled by a factor in 1 +- `jitter`.
 
     Raises ValueError naming the argument that is out of range.
     """

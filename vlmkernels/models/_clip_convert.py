@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels.models._clip_sources import OPEN_CLIP_FILE, OPEN_CLIP_WEIGHTS, hf_fields, open_clip_fields
-from vlmkernels.models._files import Source, read_json, read_state_dict, weights_file
-from vlmkernels.models._pretrained import CONFIG_FILE, naming
+from vlmkernels.models.parts.pretrained import CONFIG_FILE, naming
+from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict, weights_file
 
 OPENAI_BUFFERS = ("input_resolution", "context_length", "vocab_size")
 NOT_IN_SHAPES = ("quick_gelu", "vision_heads", "text_heads")

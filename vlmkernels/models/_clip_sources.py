@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmkernels.models._foreign_config import Part
+from vlmkernels.models.parts.foreign_config import Part
 
 OPEN_CLIP_FILE = "open_clip_config.json"
 # In the order in which open_clip looks for them.

@@ -7,17 +7,17 @@ The model is any module called like a decoder of transformers (which is not impo
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.intervals import Intervals
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
 
-# Where a language model keeps its layers: OPT, GPT-NeoX, Llama and its kin, GPT-2 and GPT-J, MPT, `CausalLM`.
+# Where a language model keeps its layers: OPT, GPT-NeoX, Llama and its kin, GPT-2, GPT-J and `CausalLM`, MPT.
 LAYERS = (
     "model.decoder.layers",
     "gpt_neox.layers",
@@ -36,7 +36,7 @@ class MediaCondition:
 
     def __init__(self) -> None:
         self.media: Tensor | None = None  # [B, M, n, Dv]
-        self.intervals: tuple[Tensor, Tensor] | None = None  # each [B, T], columns of the M n media tokens
+        self.intervals: Intervals | None = None  # each [B, T], columns of the M n media tokens
         self.cache: MediaCache | None = None  # holds both of the above, for decoding
 
     @property
@@ -149,33 +149,6 @@ def _keep_rows(rows: list[int], gradient: Tensor) -> Tensor:  # [V, D]
     kept = torch.zeros_like(gradient)
     kept[rows] = gradient[rows]
     return kept
-
-
-class LanguageModelCall:
-    """Calls a language model with the arguments that its forward has."""
-
-    def __init__(self, language_model: nn.Module) -> None:
-        known = inspect.signature(language_model.forward).parameters
-        self.takes_positions = "position_ids" in known
-        self.takes_logits_to_keep = "logits_to_keep" in known
-
-    def arguments(
-        self,
-        tokens: Tensor,  # [B, T]
-        attention_mask: Tensor | None,  # [B, past + T]
-        *,
-        last_only: bool = False,
-    ) -> dict[str, Any]:
-        """Positions count from the first token that is not padding."""
-        options: dict[str, Any] = {"input_ids": tokens}
-        if attention_mask is not None:
-            options["attention_mask"] = attention_mask
-            if self.takes_positions:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-                options["position_ids"] = positions[:, attention_mask.shape[1] - tokens.shape[1] :]
-        if last_only and self.takes_logits_to_keep:
-            options["logits_to_keep"] = 1
-        return options
 
 
 def without_duplicates(state_dict: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:

@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels.models._align_sources import hf_fields
-from vlmkernels.models._files import Source, read_json, read_state_dict
-from vlmkernels.models._pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
-from vlmkernels.models.bert import ACTIVATIONS, Bert
-from vlmkernels.models.efficientnet import (
+from vlmkernels.models.parts.bert import Bert
+from vlmkernels.models.parts.efficientnet import (
     CHANNELS,
     COEFFICIENTS,
     PADDINGS,
@@ -38,6 +37,8 @@ from vlmkernels.models.efficientnet import (
     round_channels,
     round_repeats,
 )
+from vlmkernels.models.parts.pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
+from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
 from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import Linear
 

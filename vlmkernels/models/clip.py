@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,185 +20,112 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.intervals import Intervals
+from vlmkernels._activations import QuickGELU
 from vlmkernels.models import _clip_convert as convert
-from vlmkernels.models import _padding
-from vlmkernels.models._clip_config import CONFIGS as CONFIGS
-from vlmkernels.models._clip_config import ClipConfig as ClipConfig
-from vlmkernels.models._clip_resnet import ModifiedResNet
-from vlmkernels.models._files import Source
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.models.parts import padding
+from vlmkernels.models.parts.pretrained import LATER, Pretrained, below, config_from_dict, naming
+from vlmkernels.models.parts.resnet import ModifiedResNet
+from vlmkernels.models.parts.transformer import LayerNorm, Transformer
+from vlmkernels.models.parts.vit import VisionTransformer
+from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
 
 MAX_LOG_SCALE = math.log(100.0)
+VISION_POOLS = ("class", "mean")
+TEXT_POOLS = ("eot", "last")
+SIZES = (
+    *("embed_dim", "image_size", "vision_layers", "vision_width", "vision_heads", "patch_size"),
+    *("context_length", "vocab_size", "text_width", "text_layers", "text_heads"),
+    *("vision_mlp_width", "text_mlp_width"),
+)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose result has its input's dtype: under autocast F.layer_norm alone would return fp32."""
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a CLIP. Defaults: ViT-B/32 with GELU.
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        return super().forward(x).to(x.dtype)
+    `vision_layers` is a number for a ViT, which needs `patch_size`, or four numbers for a ModifiedResNet,
+    which has none. `vision_heads` and `text_heads` of None mean a head width of 64 (for a ModifiedResNet: of
+    its attention pooling, 32 * vision_width wide), `vision_mlp_width` and `text_mlp_width` of None 4 times
+    the width. `quick_gelu` is x * sigmoid(1.702 x) in place of GELU; OpenAI's weights need it.
+    `init_logit_bias` of None means no logit bias, hence the softmax loss; a number means the sigmoid loss.
 
+    A ViT pools its "class" token or the "mean" of its patches; `vision_ln_pre` is the LayerNorm before its
+    blocks. A text is pooled at its end ("eot"), or at the "last" of `context_length` tokens, padding or not;
+    `text_causal=False` lets its tokens see all others, padding too. CLIPA differs from CLIP in these four.
+    `vision_eps` and `text_eps` are those of the LayerNorms.
+    """
 
-class Attention(nn.Module):
-    """Multi-head self-attention; parameter names of nn.MultiheadAttention (one projection for q, k, v)."""
+    embed_dim: int = 512
+    image_size: int = 224
+    vision_layers: int | tuple[int, int, int, int] = 12
+    vision_width: int = 768
+    vision_heads: int | None = None
+    patch_size: int | None = 32
+    context_length: int = 77
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int | None = None
+    quick_gelu: bool = False
+    pad_id: int = 0
+    eot_id: int = 49407
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
+    vision_mlp_width: int | None = field(default=None, metadata=LATER)
+    text_mlp_width: int | None = field(default=None, metadata=LATER)
+    vision_eps: float = field(default=1e-5, metadata=LATER)
+    text_eps: float = field(default=1e-5, metadata=LATER)
+    vision_ln_pre: bool = field(default=True, metadata=LATER)
+    vision_pool: str = field(default="class", metadata=LATER)
+    text_pool: str = field(default="eot", metadata=LATER)
+    text_causal: bool = field(default=True, metadata=LATER)
 
-    linear_weights: ClassVar = ("in_proj_weight",)
-    adds_residual: ClassVar = True
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None,  # [B, n] int64
-        residual: Tensor | None = None,  # [B, n or T, D]
-    ) -> Tensor:  # [B, n or T, D]
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        if wanted is None:
-            query, key, value = self._heads(vlmkernels.linear(x, weight, bias), 3)
-        else:
-            (query,) = self._heads(vlmkernels.linear(take_rows(x, wanted), weight[:width], bias[:width]), 1)
-            key, value = self._heads(vlmkernels.linear(x, weight[width:], bias[width:]), 2)
-            seen = seen[0][wanted], seen[1][wanted]
-        out = vlmkernels.interval_attention(query, key, value, *seen)
-        return add(residual, self.out_proj, out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:  # [B, T, parts D] -> [parts, B, heads, T, Dh]
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += Attention(LN x); x += W2 act(W1 LN x)."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, activation: type[nn.Module], eps: float
-    ) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width, eps)
-        c_fc, c_proj = Linear(width, mlp_width), Linear(mlp_width, width)
-        self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or T, D]
-        residual = x if wanted is None else take_rows(x, wanted)
-        x = add(residual, self.attn, self.ln_1(x), seen, wanted)
-        return add(x, self.mlp, self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        activation: type[nn.Module],
-        eps: float,
-    ) -> None:
-        super().__init__()
-        block_sizes = (width, heads, 4 * width if mlp_width is None else mlp_width)
-        self.resblocks = nn.ModuleList(Block(*block_sizes, activation, eps) for _ in range(layers))
-        branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
-        for block in self.resblocks:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.get_parameter("c_fc.weight"), std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.get_parameter("c_proj.weight"), std=branch_std)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,  # [T] each
-        wanted: Tensor | None = None,  # [B, n] int64, all tokens when None
-    ) -> Tensor:  # [B, n or T, D]
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x, seen)
-        return last(x, seen, wanted)
-
-
-class VisionTransformer(nn.Module):
-    """The image tower of ViT-B/32 ... ViT-L/14@336px: images [B, 3, R, R] to embeddings [B, output_dim]."""
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        output_dim: int,
-        activation: type[nn.Module],
-        *,
-        eps: float,
-        ln_pre: bool,
-        pool: str,
-    ) -> None:
-        super().__init__()
-        self.pool = pool
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        tokens = (image_size // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre = LayerNorm(width, eps) if ln_pre else nn.Identity()
-        self.transformer = Transformer(width, layers, heads, mlp_width, activation, eps)
-        self.ln_post = LayerNorm(width, eps)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
-
-    def _tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or 1 + (R / P)^2, D], class token first
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
-        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.transformer(self.ln_pre(x), intervals.full(x.shape[1], device=x.device), wanted)
-
-    def patch_tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        normalize: bool = False,
-    ) -> Tensor:  # [B, (R / P)^2, D]
-        """The last layer's output at the patches, row by row, through `ln_post` if `normalize`."""
-        return self(images, patches=True, normalize=normalize)
-
-    def forward(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        *,
-        patches: bool = False,
-        normalize: bool = False,
-    ) -> Tensor:  # [B, output_dim]
-        """The embeddings, or with `patches` what `patch_tokens` says."""
-        if patches:
-            tokens = self._tokens(images)[:, 1:]
-            return self.ln_post(tokens) if normalize else tokens
-        if self.pool == "mean":
-            pooled = self._tokens(images)[:, 1:].mean(1)
-        else:
-            class_token = torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device)
-            pooled = self._tokens(images, class_token)[:, 0]
-        return self.ln_post(pooled) @ self.proj
+    def __post_init__(self) -> None:
+        if too_small := below(self, 1, *SIZES):
+            raise ValueError("ClipConfig: " + "; ".join(too_small))
+        resnet = not isinstance(self.vision_layers, int)
+        pool_width = self.vision_width * 32 if resnet else self.vision_width
+        faults = []
+        if not isinstance(self.quick_gelu, bool):
+            faults.append(f"quick_gelu wants True or False, got {self.quick_gelu!r}")
+        if not isinstance(self.vision_layers, int) and len(self.vision_layers) != 4:
+            faults.append(
+                f"vision_layers wants one number (ViT) or four (ModifiedResNet), got {self.vision_layers}"
+            )
+        if resnet and self.patch_size is not None:
+            faults.append(f"patch_size is {self.patch_size}, a ModifiedResNet wants None")
+        of_vit = ("vision_mlp_width", "vision_eps", "vision_ln_pre", "vision_pool")
+        if resnet and (
+            given := [name for name in of_vit if getattr(self, name) != getattr(ClipConfig, name)]
+        ):
+            faults.append(f"{', '.join(given)} given, a ModifiedResNet has none")
+        for name, allowed in (("vision_pool", VISION_POOLS), ("text_pool", TEXT_POOLS)):
+            if getattr(self, name) not in allowed:
+                faults.append(f"{name} is {getattr(self, name)!r}, wants one of {', '.join(allowed)}")
+        for name in ("vision_eps", "text_eps"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} is {getattr(self, name)}, wants 0 or more")
+        if resnet and self.image_size % 32:
+            faults.append(f"image_size is {self.image_size}, a ModifiedResNet wants a multiple of 32")
+        if not resnet and (self.patch_size is None or self.image_size % self.patch_size):
+            faults.append(
+                f"image_size is {self.image_size}, wants a multiple of patch_size {self.patch_size}"
+            )
+        for tower, width in (("vision", pool_width), ("text", self.text_width)):
+            heads = getattr(self, f"{tower}_heads")
+            if heads is None:
+                heads = max(width // 64, 1)
+                object.__setattr__(self, f"{tower}_heads", heads)
+            if width % heads:
+                faults.append(f"{tower}_heads is {heads}, wants a divisor of the width {width}")
+        for name in ("pad_id", "eot_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                faults.append(
+                    f"{name} is {getattr(self, name)}, wants an id below vocab_size {self.vocab_size}"
+                )
+        if faults:
+            raise ValueError("ClipConfig: " + "; ".join(faults))
 
 
 def _activation(config: ClipConfig) -> type[nn.Module]:
@@ -289,8 +216,8 @@ class CLIP(Pretrained):
             sign = "=" if padding_counts else "<="
             raise ValueError(f"tokens: wants [B, L] with L {sign} {length}, got {list(tokens.shape)}")
         last = self._pooled_places(tokens)
-        if not padding_counts and _padding.can_drop(tokens):
-            tokens, positions, bounds = _padding.drop(tokens, last + 1)
+        if not padding_counts and padding.can_drop(tokens):
+            tokens, positions, bounds = padding.drop(tokens, last + 1)
             position_embeddings = F.embedding(positions, self.positional_embedding)
             seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
         else:
@@ -457,3 +384,63 @@ class CLIP(Pretrained):
         with naming(source):
             config = config_from_dict(ClipConfig, convert.complete(weights, fields))
             return cls.with_weights(config, weights)
+
+
+def _vit(
+    embed_dim: int, image_size: int, patch_size: int, layers: int, width: int, text: int, **more: Any
+) -> ClipConfig:
+    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": patch_size}
+    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision, **more)
+
+
+def _resnet(
+    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text: int
+) -> ClipConfig:
+    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": None}
+    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision)
+
+
+OPENAI = {
+    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
+    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
+    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
+    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
+    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
+    "ViT-B-32": _vit(512, 224, 32, 12, 768, 512),
+    "ViT-B-16": _vit(512, 224, 16, 12, 768, 512),
+    "ViT-L-14": _vit(768, 224, 14, 24, 1024, 768),
+    "ViT-L-14-336": _vit(768, 336, 14, 24, 1024, 768),
+}
+
+LARGER = {
+    "ViT-H-14": _vit(1024, 224, 14, 32, 1280, 1024, vision_heads=16, text_layers=24),
+    "ViT-g-14": _vit(1024, 224, 14, 40, 1408, 1024, vision_heads=16, vision_mlp_width=6144, text_layers=24),
+    "ViT-bigG-14": _vit(
+        1280, 224, 14, 48, 1664, 1280, vision_heads=16, vision_mlp_width=8192, text_layers=32
+    ),
+}
+
+# open_clip's names: OpenAI's own weights belong to the "-quickgelu" ones.
+CONFIGS: dict[str, ClipConfig] = {
+    **OPENAI,
+    **LARGER,
+    **{
+        f"{name}-quickgelu": replace(config, quick_gelu=True)
+        for name, config in {**OPENAI, **LARGER}.items()
+        if name != "ViT-g-14"  # open_clip has none
+    },
+    "emoji-tiny": ClipConfig(
+        embed_dim=128,
+        image_size=48,
+        vision_layers=4,
+        vision_width=128,
+        vision_heads=4,
+        patch_size=8,
+        context_length=32,
+        vocab_size=4096,
+        eot_id=4095,
+        text_width=128,
+        text_layers=2,
+        text_heads=4,
+    ),
+}

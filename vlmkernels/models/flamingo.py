@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import activation_of
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
-from vlmkernels.models import decoder, generation
-from vlmkernels.models._files import read_state_dict
-from vlmkernels.models._pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models import decoder
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
+from vlmkernels.models.parts import generation
+from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
-from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -112,6 +113,7 @@ class Flamingo(Pretrained):
 
     model_type: ClassVar[str] = "flamingo"
     config_class: ClassVar[type] = FlamingoConfig
+    format: ClassVar[dict[str, Any]] = CausalLM.format  # of the language model in it
     config: FlamingoConfig
 
     def __init__(
@@ -157,7 +159,7 @@ class Flamingo(Pretrained):
         ]
         self._condition = lm.MediaCondition()
         self._layers_path = path
-        self._call = lm.LanguageModelCall(lang_encoder)
+        self._call = generation.LanguageModelCall(lang_encoder)
         self.vision_encoder = vision_encoder.requires_grad_(False).eval()
         self.perceiver = PerceiverResampler(
             vision_width,
@@ -384,6 +386,10 @@ class Flamingo(Pretrained):
             )
         super().save_pretrained(folder)
 
+    def upgrade(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ours = isinstance(self.lang_encoder, CausalLM)
+        return decoder.gpt2_names(state_dict, "lang_encoder.") if ours else dict(state_dict)
+
     def openflamingo_state_dict(self) -> dict[str, Tensor]:
         """What is trained, under the names of an OpenFlamingo checkpoint: all that such a file needs."""
         embedding = lm.input_embeddings(self.lang_encoder).weight
@@ -402,7 +408,7 @@ class Flamingo(Pretrained):
         listing every missing, unknown and mis-shaped key; FileNotFoundError.
         """
         own = self.state_dict()
-        given = lm.without_duplicates(read_state_dict(source), self._layers_path)
+        given = self.upgrade(lm.without_duplicates(read_state_dict(source), self._layers_path))
         trained = {
             name for name in [*own, *given] if name.startswith("perceiver.") or f".{lm.GATED}." in name
         }
@@ -429,42 +435,26 @@ def _not_in_shapes(tower: nn.Module) -> list[Any]:
     """Heads, epsilons, pooling and activation of each module that has them."""
     names = ("heads", "eps", "pool")
     found = [
-        (*(getattr(part, name, None) for name in names), activation_name(part)) for part in tower.modules()
+        (*(getattr(part, name, None) for name in names), activation_of(part)) for part in tower.modules()
     ]
     return [each for each in found if each != (None,) * 4]
 
 
-class _Decoding:
-    """One run of `generate`: what has been read, in the caches of the images and of the language model."""
+class _Decoding(generation.Decoding):
+    """One run of `generate`: the language model's texts, and the images that they see."""
 
     def __init__(self, model: Flamingo, media: Tensor) -> None:
+        super().__init__(model.lang_encoder, model._call)
         self.model = model
         self.media = MediaCache(model.gated_blocks(), media)
-        self.past: Any = None
-        self.mask: Tensor | None = None
 
-    def read(
-        self,
-        tokens: Tensor,  # [N, t]
-        mask: Tensor | None,  # [N, t]
-    ) -> Tensor:  # [N, V]
-        if mask is not None:
-            self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
-        self.media.step(tokens == self.model.config.media_token_id)
-        arguments = self.model._call.arguments(tokens, self.mask, last_only=True)
-        arguments.update(past_key_values=self.past, use_cache=True)
-        out = self.model._language_model(arguments, cache=self.media)
-        self.past = out.past_key_values
-        return out.logits[:, -1]
-
-    def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
-        return self.read(tokens[:, None], mask)
+    def run(self, arguments: dict[str, Any]) -> Any:
+        self.media.step(arguments["input_ids"] == self.model.config.media_token_id)
+        return self.model._language_model(arguments, cache=self.media)
 
     def reorder(self, rows: Tensor) -> None:  # [M]
+        super().reorder(rows)
         self.media.reorder(rows)
-        self.past.reorder_cache(rows)
-        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def _openflamingo(width: int, layers: int, every: int) -> FlamingoConfig:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
-from vlmkernels.models._pretrained import Pretrained, below
-from vlmkernels.models._simvlm_blocks import Block, KeysValues
-from vlmkernels.models._simvlm_conv import ConvStage
-from vlmkernels.models.clip import LayerNorm
-from vlmkernels.models.generation import generate
+from vlmkernels.models.parts.attention import CrossAttention, Keep, MultiheadSelfAttention
+from vlmkernels.models.parts.generation import StepOutput, generate
+from vlmkernels.models.parts.pretrained import Pretrained, below
+from vlmkernels.models.parts.resnet import ResNet
+from vlmkernels.models.parts.transformer import Block, LayerNorm
 from vlmkernels.nn.dense import Linear, tied_logits
+from vlmkernels.nn.kv_cache import KVCache
 
 FORMS = ("encoder_decoder", "prefix_lm")
 
@@ -102,6 +104,18 @@ class SimVLMConfig:
         return side, side
 
 
+def transformer_block(
+    width: int, heads: int, *, grid: tuple[int, int] | None = None, cross: bool = False, **rates: Any
+) -> Block:
+    """A layer of the encoder, whose image tokens have places on the grid, or of the decoder.
+
+    The paper speaks of relative attention for image patches and gives no table; one table a layer and head,
+    as in CoAtNet (Dai et al. 2021), is this code's reading.
+    """
+    attn = MultiheadSelfAttention(width, heads, grid=grid, std=width**-0.5)
+    return Block(width, attn, 4 * width, cross=CrossAttention(width, heads) if cross else None, **rates)
+
+
 class SimVLM(Pretrained):
     """The conv stage, the transformer and the tied head. Build with `SimVLM(CONFIGS["emoji-tiny"])`.
 
@@ -120,7 +134,7 @@ class SimVLM(Pretrained):
         assert config.heads is not None  # set by SimVLMConfig
         width, grid = config.width, config.grid
         self.image_tokens = grid[0] * grid[1]
-        self.conv_stage = ConvStage(
+        self.conv_stage = ResNet(
             config.conv_blocks,
             config.conv_width,
             pool=config.conv_pool,
@@ -131,7 +145,7 @@ class SimVLM(Pretrained):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.text_position = nn.Parameter(0.02 * torch.randn(config.context_length, width))
         self.encoder = nn.ModuleList(
-            Block(
+            transformer_block(
                 width,
                 config.heads,
                 grid=grid,
@@ -143,7 +157,7 @@ class SimVLM(Pretrained):
         cross = config.form == "encoder_decoder"
         self.cross_norm = LayerNorm(width) if cross else None
         self.decoder = nn.ModuleList(
-            Block(width, config.heads, cross=cross, dropout=config.dropout)
+            transformer_block(width, config.heads, cross=cross, dropout=config.dropout)
             for _ in range(config.decoder_layers)
         )
         self.ln_final = LayerNorm(width)
@@ -398,49 +412,50 @@ class _Decoding:
         self, model: SimVLM, images: Tensor | None, tokens: Tensor, lengths: Tensor, new_tokens: int
     ) -> None:
         self.model = model
-        self.memories: list[KeysValues] = []
+        self.memory = KVCache()  # of the encoder's result, for cross-attention
         self.memory_length = lengths
         text, rows = model._embed(tokens), torch.arange(tokens.shape[0], device=tokens.device)
         if model.config.form == "encoder_decoder":
             memory, self.memory_length = model._encode(images, text, lengths)
             self.blocks = _blocks(model.decoder)
-            self.memories = [block.cross.keys_values(memory) for block in self.blocks]
-            self.caches = self._empty_caches(text, new_tokens)
+            for index, block in enumerate(self.blocks):
+                self.memory.update(*block.cross.keys_values(memory), index)
+            self.cache = KVCache(new_tokens)
             # The decoder starts with the last token of the prefix. Where the next token goes, [N] each:
-            self.slot, self.position = torch.zeros_like(lengths), lengths - 1  # in the caches, in its text
+            self.slot, self.position = torch.zeros_like(lengths), lengths - 1  # in the cache, in its text
             self.first_logits = self.step(tokens[rows, lengths - 1])
         else:
             x = model._encoder_input(images, text)
             self.blocks = _blocks(model.encoder, model.decoder)
-            self.caches = self._empty_caches(text, x.shape[1] + new_tokens)
+            self.cache = KVCache(x.shape[1] + new_tokens)
             # New tokens follow their own prefix and overwrite its padding.
             self.slot, self.position = x.shape[1] - text.shape[1] + lengths, lengths
-            interval = intervals.prefix_lm(self.slot, x.shape[1])
+            seen = intervals.prefix_lm(self.slot, x.shape[1])
             slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-            for block, cache in zip(self.blocks, self.caches, strict=True):
-                x = block(x, interval, has_image=images is not None, cache=(cache, slots))
+            for index, block in enumerate(self.blocks):
+                x = block(x, seen, keep=self._keep(index, slots), has_image=images is not None)
             self.first_logits = model._logits(model.ln_final(x[rows, self.slot - 1]))
 
-    def _empty_caches(self, x: Tensor, capacity: int) -> list[KeysValues]:
-        heads = self.blocks[0].attn.heads
-        shape = x.shape[0], capacity, heads, x.shape[-1] // heads
-        return [KeysValues(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.blocks]
+    def _keep(self, layer: int, slots: Tensor) -> Keep:  # [N, t]
+        return partial(self.cache.update, layer_idx=layer, slots=slots)
 
-    def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        """Logits of the tokens after `tokens`, which join the caches."""
+    def step(self, tokens: Tensor, return_hidden: bool = False) -> Any:  # [N] -> [N, V] or StepOutput
+        """Logits of the tokens after `tokens`, which join the cache."""
         x = self.model._embed(tokens[:, None], self.position[:, None])
-        interval = intervals.padding(self.slot + 1, 1)
-        memory_interval = intervals.padding(self.memory_length, 1)
-        for i, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
-            memory = (self.memories[i], memory_interval) if self.memories else None
-            x = block(x, interval, memory=memory, cache=(cache, self.slot[:, None]))
+        seen = intervals.padding(self.slot + 1, 1)
+        memory_seen = intervals.padding(self.memory_length, 1)
+        for index, block in enumerate(self.blocks):
+            memory = (self.memory.layers[index], memory_seen) if self.memory.layers else None
+            x = block(x, seen, keep=self._keep(index, self.slot[:, None]), memory=memory)
         self.slot, self.position = self.slot + 1, self.position + 1
-        return self.model._logits(self.model.ln_final(x[:, 0]))
+        hidden = self.model.ln_final(x[:, 0])
+        logits = self.model._logits(hidden)
+        return StepOutput(logits, hidden) if return_hidden else logits
 
     def reorder(self, rows: Tensor) -> None:  # [M]
         """The texts become rows of those held; M may differ from N."""
-        self.caches = [cache.select(rows) for cache in self.caches]
-        self.memories = [memory.select(rows) for memory in self.memories]
+        self.cache.reorder_cache(rows)
+        self.memory.reorder_cache(rows)
         self.memory_length = self.memory_length[rows]
         self.slot, self.position = self.slot[rows], self.position[rows]
 

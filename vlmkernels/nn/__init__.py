@@ -1,4 +1,4 @@
-"""Modules over the ops."""
+"""Modules on top of the ops."""
 
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
 from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, SigLipLoss

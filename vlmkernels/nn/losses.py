@@ -1,7 +1,7 @@
-"""Contrastive losses as modules, over `vlmkernels.info_nce` and `vlmkernels.sigmoid_loss`.
+"""Contrastive losses as modules, on `vlmkernels.info_nce` and `vlmkernels.sigmoid_loss`.
 
-`ClipLoss` and `SigLipLoss` take the place of open_clip 3.3.0's classes: same constructor, same forward, no N
-x N matrix.
+`ClipLoss` and `SigLipLoss` replace open_clip 3.3.0's classes: same constructor, same forward, but no N x N
+matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlmkernels.nn._bounds import within
 
 
 class _PairLoss(nn.Module):
-    """What the two losses over image-text pairs share: the process layout and the exchange of features."""
+    """Base class of the two losses over image-text pairs: the process layout and the gather of features."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class _PairLoss(nn.Module):
         return shard_sizes(len(image_features), image_features.device)
 
     def _targets(self, sizes: list[int], device: torch.device) -> Tensor:
-        """The column of each local row's pair among the gathered rows, [n] int64."""
+        """The index of each local row's pair among the gathered rows, [n] int64."""
         return sum(sizes[: self.rank]) + torch.arange(sizes[self.rank], device=device)
 
     def _share(self, sizes: list[int]) -> float:
-        """Weight of a mean over local rows, such that the mean over the ranks is the mean over all rows."""
+        """Weight of the mean over local rows, so that the mean over the ranks is the mean over all rows."""
         return sizes[self.rank] * self.world_size / sum(sizes) if sum(sizes) else 0.0
 
 
@@ -52,12 +52,12 @@ class ClipLoss(_PairLoss):
     """Symmetric InfoNCE over image-text pairs, as open_clip.ClipLoss (Radford et al. 2021).
 
     With `world_size` > 1 the features of all processes are gathered, always with their gradients
-    (`gather_with_grad` is accepted and changes nothing: without them the gradient is not that of the loss).
+    (`gather_with_grad` is accepted and has no effect: without them the gradient is not that of the loss).
     Shards may differ in size. After DistributedDataParallel's averaging, gradients equal those of one process
     with the joint batch. `local_loss=False`: every rank returns the loss of the joint batch.
     `local_loss=True`: a rank computes its own rows and columns only, and returns its share of the loss: the
-    mean over the ranks is the loss of the joint batch. `cache_labels` changes nothing, there are no labels to
-    build. `use_horovod=True` is a ValueError.
+    mean over the ranks is the loss of the joint batch. `cache_labels` has no effect, since no labels are
+    built. `use_horovod=True` raises a ValueError.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ClipLoss(_PairLoss):
         image_features: Tensor,  # [N, D], L2-normalised
         text_features: Tensor,  # [N, D], L2-normalised
         logit_scale: Tensor | float,  # one element
-        logit_bias: Tensor | float | None = None,  # adds the same to every logit: no effect on a softmax
+        logit_bias: Tensor | float | None = None,  # a constant added to every logit: no effect on the softmax
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The scalar loss, fp32 (fp64 for fp64 features); {"contrastive_loss": loss} with `output_dict`."""
@@ -108,12 +108,11 @@ class ClipLoss(_PairLoss):
 class SigLipLoss(_PairLoss):
     """Pairwise sigmoid loss, as open_clip.SigLipLoss (Zhai et al. 2023).
 
-    With `world_size` > 1 each rank scores its images against the texts of all ranks and returns its share of
-    the loss: the mean over the ranks is the loss of the joint batch, gradients alike after
-    DistributedDataParallel's averaging. Shards may differ in size. open_clip's four patterns of exchange
-    (`dist_impl`: "bidir", "shift", "reduce", "gather") are accepted; they give one and the same loss, and
-    here all of them gather. `chunk_size` and `cache_labels` change nothing: no N x N matrix is built in any
-    case.
+    With `world_size` > 1 each rank compares its images with the texts of all ranks and returns its share of
+    the loss: the mean over the ranks is the loss of the joint batch, and after DistributedDataParallel's
+    averaging so are the gradients. Shards may differ in size. open_clip's four communication patterns
+    (`dist_impl`: "bidir", "shift", "reduce", "gather") are accepted; they give the same loss, and here all of
+    them gather. `chunk_size` and `cache_labels` have no effect, since no N x N matrix is built.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class InfoNCELoss(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Puts log_scale back to at most ln max_scale; to be called after each optimizer step."""
+        """Clamps log_scale to at most ln max_scale; call it after each optimizer step."""
         self.log_scale.clamp_(max=math.log(self.max_scale))
 
     def forward(

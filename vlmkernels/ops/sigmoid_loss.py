@@ -118,7 +118,7 @@ _op = define(
     autocast=("query", "key"),
 )
 _bwd = define(
-    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
+    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[4] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),

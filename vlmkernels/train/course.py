@@ -10,17 +10,29 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from vlmkernels.models.parts.pretrained import config_from_dict
+
+from . import kinds
 from .checkpoint import file_digest
 from .config import FREE_ON_RESUME, TrainConfig
 
 Course = dict[str, Any]
 
 
-def of_settings(kind: str, config: TrainConfig) -> Course:
-    """The kind of model and the fields of the configuration that a resumed run may not change."""
+def of_settings(kind: kinds.Kind, config: TrainConfig) -> Course:
+    """The kind of training and its settings that a resumed run may not change."""
     free = FREE_ON_RESUME - {"num_workers"} if config.streams else FREE_ON_RESUME
-    fields = {name: value for name, value in config.to_dict().items() if name not in free}
-    return _plain({"kind": kind, **fields})
+    fields = {name: value for name, value in kind.settings(config).items() if name not in free}
+    return _plain({"kind": kind.name, **fields})
+
+
+def with_later_fields(earlier: Course, model: Any) -> Course:
+    """A run's course, its model configuration with the fields that came later, at their defaults."""
+    stored, config = earlier.get("model configuration"), getattr(model, "config", None)
+    if not stored or config is None:
+        return earlier
+    complete = dataclasses.asdict(config_from_dict(type(config), stored))
+    return {**earlier, **_plain({"model configuration": complete})}
 
 
 def of_inputs(source: Any, tokenizer: Path, transform: Any, model: Any) -> Course:

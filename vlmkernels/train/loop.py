@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from vlmkernels.data import ImageTransform, load_pairs
 from vlmkernels.data._text import printable
 from vlmkernels.data.tokenizer import load_tokenizer
+from vlmkernels.use.bundle import Bundle
 
-from . import batches, checkpoint, course
-from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
-from .config import OBJECTIVES, TrainConfig, read_config, write_config
+from . import batches, checkpoint, course, kinds
+from .config import TrainConfig, read_config, write_config
 from .gate import Gate, check_finite
 from .optim import build_average, build_optimizer, learning_rate
-from .record import METRICS, Recorder
-from .tasks import build_task
+from .record import METRICS, Recorder, score_text
 
 log = logging.getLogger("vlmkernels.train")
 Result = TypeVar("Result")
@@ -52,9 +51,15 @@ class Summary:
     seconds: float
     pairs_per_second: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps, loss {self.loss:.4f}, {score_text(self.scores)}, {self.seconds:.1f} s, "
+            f"{self.pairs_per_second:.0f} pairs/s\nmodel: {printable(self.final)}"
+        )
+
 
 def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summary:
-    """Train ``kind`` (clip, align, siglip, lm, flamingo or simvlm) as ``config`` says; write the run folder.
+    """Train ``kind`` (a name in ``vlmkernels.train.kinds.KINDS``) as ``config`` says; write the run folder.
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
     ``keep``, as step-00000120) and final/. ``allow_pipe`` lets ``config.data`` be a URL that runs a program
@@ -63,9 +68,8 @@ def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summar
     of them is saved. A KeyboardInterrupt is raised again, as is an OSError, such as that of a full disk; the
     run can then be resumed from its last checkpoint.
     """
-    if kind not in OBJECTIVES:
-        raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
-    if kind not in ("clip", "align") and config.label_smoothing:
+    chosen = kinds.find(kind)
+    if chosen.label_smoothing is None and config.label_smoothing:
         raise ValueError(
             f"label_smoothing belongs to the softmax losses, not to {kind}; got {config.label_smoothing}"
         )
@@ -87,7 +91,7 @@ def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summar
     )
     try:
         with _deterministic(config.deterministic), contextlib.ExitStack() as held:
-            return Run(kind, config, accelerator, run, held, allow_pipe=allow_pipe).execute()
+            return Run(chosen, config, accelerator, run, held, allow_pipe=allow_pipe).execute()
     finally:
         if own_group:
             accelerator.state.destroy_process_group()
@@ -162,7 +166,7 @@ class Run:
 
     def __init__(
         self,
-        kind: str,
+        kind: kinds.Kind,
         config: TrainConfig,
         accelerator: Accelerator,
         run: Path,
@@ -172,8 +176,9 @@ class Run:
     ) -> None:
         self.kind, self.config, self.accelerator, self.run = kind, config, accelerator, run
         set_seed(config.seed)
-        check_model(kind, config)
-        transform = build_transform(kind, config)
+        if faults := kind.faults(config):
+            raise ValueError("; ".join(faults))
+        transform = kind.build_transform(config)
         drawn = transform
         if config.augment and transform is not None:
             drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
@@ -203,12 +208,12 @@ class Run:
             earlier = course.of_settings(kind, TrainConfig(**read_config(run / "config.yaml")))
         course.refuse_other(run, earlier, self.course)
         tokenizer = load_tokenizer(run / TOKENIZER)
-        self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
+        self.bundle = Bundle(kind.build_model(config, tokenizer), tokenizer, transform)
         inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
         self.course |= inputs
-        course.refuse_other(run, earlier, inputs)
+        course.refuse_other(run, course.with_later_fields(earlier, self.bundle.model), inputs)
         image_size = None if transform is None else transform.image_size
-        self.task = build_task(kind, config, tokenizer, image_size)
+        self.task = kind.build_task(config, tokenizer, image_size)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
@@ -254,7 +259,7 @@ class Run:
                 log.info("removed %s, which an interrupted write left", name)
             start = starting_point(self.run, config.resume)
             if start is None:
-                tokenizer = build_tokenizer(self.kind, config, self.source)
+                tokenizer = self.kind.build_tokenizer(config, self.source)
                 with checkpoint.whole_folder(self.run / TOKENIZER) as folder:
                     tokenizer.save(folder)
                 return None
@@ -298,7 +303,7 @@ class Run:
                 checkpoint.remove(later)
         checkpoint.keep_metrics_until(self.run / METRICS, self.step)
         stored = dataclasses.replace(self.config, out=str(self.run), resume=None)
-        write_config(self.run / "config.yaml", stored)
+        write_config(self.run / "config.yaml", self.kind.settings(stored))
 
     def _loop(self, recorder: Recorder) -> None:
         config = self.config
@@ -427,7 +432,7 @@ class Run:
         last = checkpoint.step_of(found[-1])
         if would_stop_again:
             return f"the last good checkpoint, of step {last}, is {found[-1]}"
-        command = f"vlmkernels train {self.kind} --out {self.run} --resume auto"
+        command = f"vlmkernels train {self.kind.name} --out {self.run} --resume auto"
         return (
             f"interrupted after step {self.step}; the last checkpoint is of step {last}; continue: {command}"
         )

@@ -10,8 +10,6 @@ from torch import Tensor
 from vlmkernels import distributed
 from vlmkernels.ops import info_nce, sigmoid_loss
 
-LABEL_SMOOTHING = {"clip": 0.0, "align": 0.1, "siglip": 0.0}
-
 
 def process_count() -> int:
     """Number of processes that train together."""

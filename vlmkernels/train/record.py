@@ -27,12 +27,12 @@ def _last_values(path: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-SHORT = {"retrieval_at_1": "R@1", "perplexity": "perplexity", "token_accuracy": "token accuracy"}
+SHORT = {"retrieval_at_1": "R@1"}
 
 
 def score_text(scores: Mapping[str, float]) -> str:
     """Scores by their short names, for people."""
-    return ", ".join(f"{SHORT[name]} {value:.3f}" for name, value in scores.items())
+    return ", ".join(f"{SHORT.get(n, n.replace('_', ' '))} {value:.3f}" for n, value in scores.items())
 
 
 class Recorder:

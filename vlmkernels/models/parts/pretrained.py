@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from vlmkernels._files import write_atomic, write_text
-from vlmkernels.models._files import WEIGHTS_FILE, Source, read_json, read_state_dict
+from vlmkernels.models.parts.weight_files import WEIGHTS_FILE, Source, read_json, read_state_dict
 
 CONFIG_FILE = "config.json"
 Config = TypeVar("Config")
@@ -42,11 +42,14 @@ LATER = {"later": True}
 class Pretrained(nn.Module):
     """A module with a frozen dataclass `config` that can be saved to, and built from, a folder.
 
-    A subclass sets `model_type` (written to config.json and checked on loading) and `config_class`.
+    A subclass sets `model_type` (written to config.json and checked on loading) and `config_class`. Where the
+    format of its weights changed, `format` says in config.json which one they have; files without these
+    entries are of the first one, which `upgrade` knows.
     """
 
     model_type: ClassVar[str]
     config_class: ClassVar[type]
+    format: ClassVar[dict[str, Any]] = {}
     config: Any
 
     def __init__(self, config: Any) -> None:
@@ -62,7 +65,7 @@ class Pretrained(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_tensors(tensors, path / WEIGHTS_FILE, {"format": "pt"})
-        fields = {"model_type": self.model_type, **dataclasses.asdict(self.config)}
+        fields = {"model_type": self.model_type, **self.format, **dataclasses.asdict(self.config)}
         write_text(path / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
     @classmethod
@@ -79,6 +82,9 @@ class Pretrained(nn.Module):
         model_type = fields.pop("model_type", None)
         if model_type != cls.model_type:
             raise ValueError(f"{path}: model_type is {model_type!r}, {cls.__name__} wants {cls.model_type!r}")
+        given = {name: fields.pop(name) for name in cls.format if name in fields}
+        if given and given != cls.format:
+            raise ValueError(f"{path}: weights of the format {given}, {cls.__name__} reads {cls.format}")
         with naming(path):
             config: Any = config_from_dict(cls.config_class, fields, complete=True)
         state_dict = read_state_dict(folder)
@@ -100,11 +106,15 @@ class Pretrained(nn.Module):
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies `state_dict` in, after `check_weights`."""
         self.check_weights(state_dict)
-        self.load_state_dict(dict(state_dict))
+        self.load_state_dict(self.upgrade(state_dict))
+
+    def upgrade(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of any version of the format as those of the last."""
+        return dict(state_dict)
 
     def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """ValueError listing every missing and unknown key and those of another shape or kind of number."""
-        own = self.state_dict()
+        own, state_dict = self.state_dict(), self.upgrade(state_dict)
         shared = {name: tensor for name, tensor in state_dict.items() if name in own}
         lists = {
             "missing": [name for name in own if name not in state_dict],

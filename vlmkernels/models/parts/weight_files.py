@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlmkernels.models import _torchscript
+from vlmkernels.models.parts import torchscript
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -112,7 +112,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         )
         raise ValueError(f"{path}: damaged or no file of weights ({cause}); fetch it again") from error
     tensors = _unwrapped(content, str(path))
-    special = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    special = [name for name, tensor in tensors.items() if not _is_loadable(tensor)]
     if special:
         raise ValueError(f"{path}: wants dense tensors that are not quantized, got {', '.join(special)}")
     size, whole = path.stat().st_size, sum(each.numel() * each.element_size() for each in tensors.values())
@@ -139,14 +139,14 @@ def _load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-        if _torchscript.is_archive([member.filename for member in members]):
-            return _torchscript.read(path)
+        if torchscript.is_archive([member.filename for member in members]):
+            return torchscript.read(path)
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("compressed, torch.save never does that")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_loadable(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from vlmkernels.data import CaptionCollate, CaptionTokenizer, Sample, slot_accuracy
+from vlmkernels.data._text import printable
 from vlmkernels.models.decoder import IGNORE
+from vlmkernels.train import kinds
 
+from .bundle import check_batch_size, inference
 from .caption import write_captions
-from .embed import check_batch_size, inference, readable
-from .tasks import LAYOUTS, caption_loss
+from .images import readable
+from .scores import Scores
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 
@@ -56,6 +60,35 @@ def reference_scores(
     return {**{f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}, "CIDEr": float(cider)}
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionScores(Scores):
+    """``perplexity`` and ``token_accuracy`` over all counted tokens of all captions (``tokens``; the end of a
+    caption is one), ``reference_scores`` of what the model writes (None without the package pycocoevalcap),
+    on scenes ``slots`` (see ``vlmkernels.data.slot_accuracy``), and ``captions``: key, caption and references
+    of each image.
+    """
+
+    tokens: int
+    perplexity: float
+    token_accuracy: float
+    reference_scores: dict[str, float] | None
+    slots: dict[str, float] | None
+    captions: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        """The numbers, and three of the captions."""
+        accuracy = f"token accuracy {self.token_accuracy:.4f} ({self.tokens} tokens)"
+        lines = [self.counted(), f"perplexity {self.perplexity:.3f}, {accuracy}"]
+        for title, found in (("references", self.reference_scores), ("slots exactly right", self.slots)):
+            if found:
+                lines.append(f"{title}: " + ", ".join(f"{k} {value:.4f}" for k, value in found.items()))
+        if self.reference_scores is None:
+            lines.append("references: BLEU and CIDEr need pip install pycocoevalcap")
+        for each in self.captions[:3]:
+            lines.append(printable(f"{each['key']}: {each['caption']} ({each['references'][0]})"))
+        return "\n".join(lines)
+
+
 def evaluate_captions(
     model: nn.Module,
     tokenizer: CaptionTokenizer,
@@ -64,25 +97,21 @@ def evaluate_captions(
     *,
     batch_size: int = 64,
     **decoding: Any,
-) -> dict[str, Any]:
+) -> CaptionScores:
     """Evaluate a Flamingo, a SimVLM or a language model, which gets the texts alone.
 
     ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
-    applied, or tensors. The result: ``samples``, ``skipped``, ``perplexity`` and ``token_accuracy`` over all
-    counted tokens of all captions (``tokens``; the end of a caption is one), ``captions`` (key, caption and
-    references of each image), their ``reference_scores`` (None without the package pycocoevalcap) and on
-    scenes ``slots`` (see ``vlmkernels.data.slot_accuracy``). ``decoding`` are options of ``write_captions``;
-    greedy without. Samples with one key are captions of one image. ValueError when no sample can be read.
+    applied, or tensors. ``decoding`` are options of ``write_captions``; greedy without. Samples with one key
+    are captions of one image. ValueError when no sample can be read.
     """
     check_batch_size(batch_size)
-    own: Any = model
-    kind = {"decoder": "lm"}.get(own.model_type, own.model_type)
-    collate = CaptionCollate(tokenizer, LAYOUTS[kind])
+    kind = kinds.of_model(model)
+    collate = CaptionCollate(tokenizer, kind.layout)
     nll, hits, counted, seen = 0.0, 0, 0, 0
     captions: dict[str, str] = {}
     references: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
-    samples = readable(dataset, None if kind == "lm" else transform, skipped)
+    samples = readable(dataset, transform if kind.sees_images else None, skipped)
     while batch := list(itertools.islice(samples, batch_size)):
         if isinstance(dataset, IterableDataset):  # shards may count their keys from zero each
             batch = [Sample(**{**s, "key": f"{seen + i}"}) for i, s in enumerate(batch)]  # type: ignore[typeddict-item]
@@ -92,7 +121,7 @@ def evaluate_captions(
         nll, hits, counted = nll + loss * number, hits + right, counted + number
         new = list({sample["key"]: sample for sample in batch if sample["key"] not in captions}.values())
         if new:
-            images = len(new) if kind == "lm" else torch.stack([sample["image"] for sample in new])
+            images = torch.stack([each["image"] for each in new]) if kind.sees_images else len(new)
             texts = write_captions(model, tokenizer, images, **decoding)
             captions.update(zip((sample["key"] for sample in new), texts, strict=True))
         for sample in batch:
@@ -104,28 +133,28 @@ def evaluate_captions(
         scores = reference_scores(captions, references)
     except ModuleNotFoundError:
         scores = None
-    return {
-        "samples": seen,
-        "skipped": skipped,
-        "tokens": counted,
-        "perplexity": math.exp(min(nll / counted, 700.0)),
-        "token_accuracy": hits / counted,
-        "reference_scores": scores,
-        "slots": slot_accuracy(list(captions.values()), [texts[0] for texts in references.values()])
+    return CaptionScores(
+        samples=seen,
+        skipped=skipped,
+        tokens=counted,
+        perplexity=math.exp(min(nll / counted, 700.0)),
+        token_accuracy=hits / counted,
+        reference_scores=scores,
+        slots=slot_accuracy(list(captions.values()), [texts[0] for texts in references.values()])
         if hasattr(dataset, "scene")
         else None,
-        "captions": [
+        captions=[
             {"key": key, "caption": text, "references": references[key]} for key, text in captions.items()
         ],
-    }
+    )
 
 
 def _score(
-    kind: str, model: nn.Module, tokenizer: CaptionTokenizer, batch: dict[str, Any], device: torch.device
+    kind: Any, model: nn.Module, tokenizer: CaptionTokenizer, batch: dict[str, Any], device: torch.device
 ) -> tuple[float, int, int]:
     """Mean loss, tokens that are the likeliest, and number of tokens of a batch."""
     placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    loss, logits, labels = caption_loss(kind, model, tokenizer, placed, with_logits=True)
+    loss, logits, labels = kind.caption_loss(model, tokenizer, placed, with_logits=True)
     assert logits is not None, "asked for"
     targets = labels[:, 1:]
     right = (logits[:, :-1].argmax(dim=-1) == targets).sum()
