@@ -191,11 +191,7 @@ def tensors_of(op: str) -> list[str]:
     return [argument.name for argument in arguments if "Tensor" in str(argument.type)]
 
 
-LAST = pytest.mark.xfail(reason="the raw op has h and weight before x", strict=False)
-ORDERED = [pytest.param(op, marks=LAST if op == "gated_linear_residual" else ()) for op in OPS]
-
-
-@pytest.mark.parametrize("op", ORDERED)
+@pytest.mark.parametrize("op", OPS)
 def test_raw_and_public_ops_take_their_tensors_in_one_order(op):
     raw, backward = (tensors_of(name) for name in (op, f"{op}_bwd"))
     public = list(inspect.signature(getattr(vlmkernels, op)).parameters)
