@@ -15,7 +15,7 @@ from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.attention import SelfAttention, split_heads
-from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
+from vlmkernels.nn.dense import Linear, add, mlp, take_rows
 
 
 class BertAttention(SelfAttention):
@@ -68,8 +68,8 @@ class Layer(nn.Module):
         x = self.attention(x, mask, seen, wanted)
         layers = *self.intermediate.values(), self.output["dense"]
         if self.training and self.dropout:
-            return self.output["LayerNorm"](F.dropout(perceptron(x, *layers), self.dropout) + x)
-        return self.output["LayerNorm"](perceptron(x, *layers, residual=x))
+            return self.output["LayerNorm"](F.dropout(mlp(x, *layers), self.dropout) + x)
+        return self.output["LayerNorm"](mlp(x, *layers, residual=x))
 
 
 class Embeddings(nn.Module):
