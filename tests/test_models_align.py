@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from benchmarks import peers
 from benchmarks.models.peer_models import transformers_align
+from vlmkernels.models import efficientnet
 from vlmkernels.models.align import ALIGN, CONFIGS, AlignConfig, infer_config, paper_config
-from vlmkernels.models.parts import efficientnet
-from vlmkernels.models.parts.efficientnet import COEFFICIENTS, EfficientNet
+from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet
 
 needs_transformers = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=f"transformers: {peers.why_not('transformers')}"

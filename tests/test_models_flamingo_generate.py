@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import peers
 from tests.flamingo_tiny import END, LAYOUTS, MEDIA, PAD, flamingo, inputs
-from vlmkernels.models.parts.generation import generate
+from vlmkernels.models.generation import generate
 
 needs_transformers = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=str(peers.why_not("transformers"))

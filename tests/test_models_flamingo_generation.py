@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import peers
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
-from vlmkernels.models.parts.generation import filter_logits, generate
+from vlmkernels.models.generation import filter_logits, generate
 
 needs_transformers = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=str(peers.why_not("transformers"))

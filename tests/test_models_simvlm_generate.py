@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.simvlm_tiny import FORMS, tiny_batch, tiny_model
-from vlmkernels.models.parts.generation import generate
+from vlmkernels.models.generation import generate
 
 both_forms = pytest.mark.parametrize("form", FORMS)
 NEW = 6
