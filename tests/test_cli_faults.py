@@ -256,7 +256,7 @@ def test_a_text_that_is_not_unicode(finals, pictures, tmp_path, capsys):
         status, out, err = run(capsys, *command)
         assert (status, out) == (2, "")
         assert r"caf\udce9" in err
-        assert "half of a character" in err
+        assert "without lone surrogates" in err
 
 
 def test_a_terminal_that_lacks_characters(finals, pictures):

@@ -246,7 +246,7 @@ def test_starts_from_a_trained_captioner(values, tmp_path, kind):
         (
             "lm",
             {"images_per_row": 8, "model_options": {**TINY["lm"], "context_length": 22}},
-            "8 captions in context_length 22 leave 2 ids",
+            "at least 3 ids per caption of a row, got 22 for 8 captions",
         ),
         ("simvlm", {"model_options": {"depth": 1}}, "model_options: unknown fields depth; known are form"),
         ("lm", {"model": "large"}, "lm has no configuration 'large'; it has emoji-tiny"),
