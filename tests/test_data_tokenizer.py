@@ -229,7 +229,5 @@ def test_wordpiece_bad_input(tmp_path, clip):
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         WordPieceTokenizer.from_file(tmp_path / "absent.json")
     clip.save(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"a BERT WordPiece vocabulary, but has no \['\[PAD\]'"
-    ):
+    with pytest.raises(ValueError, match=r"a BERT WordPiece vocabulary, but has no \['\[PAD\]'"):
         WordPieceTokenizer.from_file(tmp_path / "tokenizer.json")

@@ -49,7 +49,9 @@ def test_drop_last():
 def test_bad_sizes():
     with pytest.raises(ValueError, match="batch_size must be at least the number of processes 4, got 3"):
         BatchPlan(50, 3, seed=0, world_size=4)
-    with pytest.raises(ValueError, match="data: 0 samples give no batch"):
+    with pytest.raises(ValueError, match=r"data must have at least one batch of .*, got 0 samples"):
         BatchPlan(0, 8, seed=0)
-    with pytest.raises(ValueError, match="5 samples give no batch of 8 pairs on 1 processes with drop_last"):
+    with pytest.raises(
+        ValueError, match="at least one complete batch of 8 pairs on 1 processes, got 5 samples"
+    ):
         BatchPlan(5, 8, seed=0, drop_last=True)
