@@ -139,20 +139,24 @@ DAMAGES = {
     "texts without end": (
         change(TOKENIZER_CONFIG, context_length=10**12),
         "final",
-        "context_length of the tokenizer is 1000000000000, of the model 12",
+        "context_length of the tokenizer must be at most 12, as in the model, got 1000000000000",
     ),
     "ids of another model": (
         change(TOKENIZER_CONFIG, vocab_size=700),
         "final",
-        "eot_id of the tokenizer is 699, the model has eot_id 599",
+        "eot_id of the tokenizer must be 599, eot_id of the model, got 699",
     ),
     "transform cut": (cut(TRANSFORM, 30), TRANSFORM, "not JSON"),
     "transform deep": (fill(TRANSFORM, DEEP), TRANSFORM, "nested too deep"),
     "transform of types": (change(TRANSFORM, mean=["a", "b", "c"]), TRANSFORM, "mean is ('a', 'b', 'c')"),
     "transform unknown": (change(TRANSFORM, rotate=3), TRANSFORM, "unknown fields ['rotate']"),
-    "transform huge": (change(TRANSFORM, image_size=10**6), TRANSFORM, "wants at most 8192"),
-    "transform resizes": (change(TRANSFORM, resize_size=[10**6, 3]), TRANSFORM, "wants at most 8192"),
-    "transform of another model": (change(TRANSFORM, image_size=32), TRANSFORM, "of 32, the model wants 16"),
+    "transform huge": (change(TRANSFORM, image_size=10**6), TRANSFORM, "must be at most 8192"),
+    "transform resizes": (change(TRANSFORM, resize_size=[10**6, 3]), TRANSFORM, "must be at most 8192"),
+    "transform of another model": (
+        change(TRANSFORM, image_size=32),
+        TRANSFORM,
+        "must be 16, as in the model, got 32",
+    ),
     "transform gone": (remove(TRANSFORM), TRANSFORM, "no such file"),
 }
 
