@@ -1,15 +1,19 @@
 """The walls of the house: what may include what, and that every op has all its parts."""
 
 import ast
-import graphlib
 import importlib
+import inspect
 import os
 import re
 import subprocess
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+import torch
 
+import vlmkernels
 from benchmarks.cases import all_cases
 from vlmkernels.ops import FAMILIES
 from vlmkernels.train import kinds
@@ -55,7 +59,8 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
-    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "tile_gemm", "types")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
     *("csrc/cuda/device.cuh", "python/cuda/stream.h"),
 }
@@ -156,6 +161,55 @@ def test_the_library_does_not_import_its_peers():
         assert found == [], f"{path.relative_to(ROOT)} imports {found}"
 
 
+def test_imports_make_no_loops():
+    """Those within functions included: they may wait for what is slow to load, and hide no loop."""
+    paths = {}  # of modules, by their names
+    for path in ROOT.glob("vlmkernels/**/*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if path.stem == "__init__" else parts)] = path
+
+    def read(node: ast.AST, package: str) -> set[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return set()
+        if isinstance(node, ast.Import):
+            return {alias.name for alias in node.names} & paths.keys()
+        if isinstance(node, ast.ImportFrom):
+            home = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{home}.{alias.name}" for alias in node.names}
+            return {name if name in paths else home for name in names} & paths.keys()
+        return set().union(*(read(child, package) for child in ast.iter_child_nodes(node)))
+
+    graph = {}
+    for name, path in paths.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        graph[name] = read(ast.parse(path.read_text()), package) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def tensors_of(op: str) -> list[str]:
+    arguments = getattr(torch.ops.vlmkernels, op).default._schema.arguments
+    return [argument.name for argument in arguments if "Tensor" in str(argument.type)]
+
+
+LAST = pytest.mark.xfail(reason="the raw op has h and weight before x", strict=False)
+ORDERED = [pytest.param(op, marks=LAST if op == "gated_linear_residual" else ()) for op in OPS]
+
+
+@pytest.mark.parametrize("op", ORDERED)
+def test_raw_and_public_ops_take_their_tensors_in_one_order(op):
+    raw, backward = (tensors_of(name) for name in (op, f"{op}_bwd"))
+    public = list(inspect.signature(getattr(vlmkernels, op)).parameters)
+    assert [name for name in raw if name in public] == [name for name in public if name in raw]
+    assert [name for name in backward if name in raw] == [name for name in raw if name in backward]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_takes_what_is_needed_as_one_list_of_its_results(op):
+    schema = getattr(torch.ops.vlmkernels, f"{op}_bwd").default._schema
+    needs = schema.arguments[-1]
+    assert (needs.name, needs.N) == ("needs", len(schema.returns))
+
+
 def test_only_the_registry_talks_to_torch_library():
     """What it defines has a formula of its FLOPs, and refuses derivatives that it does not have."""
     for path in ROOT.glob("vlmkernels/**/*.py"):
@@ -234,23 +288,6 @@ def test_what_uses_models_does_not_train():
     tree = ast.parse((KINDS_FOLDER / "__init__.py").read_text())
     loaded = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert not any(name is None or name.startswith("vlmkernels") for name in loaded)
-
-
-def modules_read(path: Path) -> set[Path]:
-    """The files that one imports anywhere, later included; what a package re-exports is not seen."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            start = path.parents[node.level - 1] if node.level else ROOT
-            home = start.joinpath(*(node.module or "").split("."))
-            found |= {home.with_suffix(".py"), *(home / f"{alias.name}.py" for alias in node.names)}
-    return {each for each in found if each.is_file()}
-
-
-def test_no_file_is_imported_by_what_it_imports():
-    rooms = [path for room in ("train", "use", "data") for path in PACKAGE.glob(f"{room}/**/*.py")]
-    files = [path for path in rooms if path.name != "__init__.py"]
-    graphlib.TopologicalSorter({path: modules_read(path) for path in files}).prepare()
 
 
 def test_objects_of_an_instruction_set_leak_no_weak_symbol():

@@ -6,8 +6,7 @@ from torch import nn
 
 import vlmkernels
 from vlmkernels.models.clip import CLIP, CONFIGS
-from vlmkernels.nn._layers import SquaredReLU
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU
+from vlmkernels.nn.dense import MLP, Linear, QuickGELU, SquaredReLU
 
 ACTIVATIONS = [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), QuickGELU(), SquaredReLU(), nn.Tanh()]
 

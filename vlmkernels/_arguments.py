@@ -88,6 +88,13 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products with `x` run in: autocast's where it is on, else that of `x`."""
+    if x.dtype == torch.float64 or not _under_autocast(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def _under_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

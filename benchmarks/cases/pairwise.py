@@ -89,8 +89,9 @@ def _recomputed_by_info_nce(device: str, dtype: torch.dtype, n: int, m: int, d: 
     """The part of the exponentials beyond the default `store_bytes`; the reference keeps none."""
     if not _library.has_kernel("info_nce_stats", device.upper()):
         return 1.0
-    query, key = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, m))
-    return 1 - pairwise.store_size(query, key, 1 << 28) / pairwise.store_size(query, key, 1 << 62)
+    query, key = (torch.empty(1, dtype=dtype, device=device).expand(rows, d) for rows in (n, m))
+    kept, everything = (pairwise.store_size(query, key, budget) for budget in (1 << 28, 1 << 62))
+    return 1 - kept / everything if everything else 1.0
 
 
 def _recomputed_by_sigmoid_loss(device: str, **sizes: Any) -> float:

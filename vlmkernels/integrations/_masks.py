@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from vlmkernels import intervals
 from vlmkernels.intervals import Intervals
 
 _ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
@@ -77,13 +78,11 @@ def _read(
         uniform = ~seen.any(-1) & (mask > -numpy.inf).any(-1)
         if (seen == hidden).any() or uniform.any():
             return None
-    seen = numpy.broadcast_to(seen, (*seen.shape[:-1], keys))
-    start = seen.argmax(-1).astype(numpy.int32)
-    end = start + seen.sum(-1, dtype=numpy.int32)
-    j = numpy.arange(keys, dtype=numpy.int32)
-    if not numpy.array_equal(seen, (j >= start[..., None]) & (j < end[..., None])):
+    whole = torch.from_numpy(numpy.broadcast_to(seen, (*seen.shape[:-1], keys)).copy())
+    start, end = intervals.runs(whole)
+    if not intervals.are_runs(whole, start, end):
         return None
-    first, last = (torch.from_numpy(x).expand(-1, queries) for x in (start, end))
+    first, last = (x.expand(-1, queries) for x in (start, end))
     return (first, last) if len(mask) > 1 else (first[0], last[0])
 
 

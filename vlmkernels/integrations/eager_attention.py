@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.integrations import _masks
 from vlmkernels.integrations._swap import qualified_name
 from vlmkernels.integrations.attention import AttentionRule, attend
@@ -42,7 +42,7 @@ def _perceiver(*projected: Tensor, heads: int, scale: float) -> Tensor:  # [B, H
 
 def _may_be_called_in_parts(*projections: nn.Module) -> bool:
     """Whether rows may be projected by two calls instead of one: no hooks, and rows do not interact."""
-    return all(is_exactly(p, nn.Linear) and unheard(p) for p in projections)
+    return all(is_exactly(p, nn.Linear) and not must_be_called(p) for p in projections)
 
 
 class FlamingoCrossAttention(_Named):
@@ -159,7 +159,9 @@ class _BertAttention(_Named):
         attention_mask: Tensor | None,  # [B, 1, 1 or T, T], added to the logits
     ) -> Tensor | None:  # [B, T, D], None where it would not be exact
         seen, tokens = None, hidden_states.shape[1]
-        if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or not unheard(self.dropout):
+        if must_be_called(self.dropout) or (self.training and self.dropout.p > 0):
+            return None
+        if hidden_states.numel() == 0:
             return None
         if attention_mask is not None:
             seen = _masks.intervals_of(

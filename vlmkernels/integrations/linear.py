@@ -14,34 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
+from vlmkernels._activations import activation_of
+from vlmkernels._modules import are_plain, must_be_called, passable
 from vlmkernels.integrations._chains import chain_of, gated_of
-from vlmkernels.integrations._swap import Rule, qualified_name
+from vlmkernels.integrations._swap import Rule
 
 _ALL = ("*",)  # every child, in order
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "open_clip.transformer.QuickGELU": "quick_gelu",
-    "timm.layers.activations.QuickGELU": "quick_gelu",
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.QuickGELUActivation": "quick_gelu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.ReLUSquaredActivation": "squared_relu",
-}
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """The word for our ops; None for an activation that they do not have."""
-    if not has_own_forward(type(module)):
-        return None
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _ACTIVATIONS.get(qualified_name(type(module)))
 
 
 def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
@@ -117,9 +95,9 @@ class Perceptron(LinearRule):
     @classmethod
     def patch_refuses(cls, module: nn.Module) -> str | None:
         pairs = _activated(module)
-        heard = [type(m).__name__ for pair in pairs for m in pair if not unheard(m)]
-        if heard:
-            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        hooked = [type(m).__name__ for pair in pairs for m in pair if must_be_called(m)]
+        if hooked:
+            return f"hooks on {' and '.join(hooked)}: it runs layer by layer"
         unknown = [type(activation).__name__ for _, activation in pairs if activation_of(activation) is None]
         return f"there is no kernel for {' and '.join(unknown)}" if len(unknown) == len(pairs) else None
 
@@ -159,9 +137,9 @@ class GatedPerceptron(LinearRule):
     def patch_refuses(cls, module: nn.Module) -> str | None:
         names = gated_of(type(module))
         assert names is not None
-        heard = [name for name in names if not unheard(getattr(module, name))]
-        if heard:
-            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        hooked = [name for name in names if must_be_called(getattr(module, name))]
+        if hooked:
+            return f"hooks on {' and '.join(hooked)}: it runs layer by layer"
         activation = getattr(module, names[1])
         return None if activation_of(activation) else f"there is no kernel for {type(activation).__name__}"
 
@@ -191,7 +169,7 @@ def _names(cls: type[nn.Module]) -> tuple[str, ...]:
 def _passes(step: Any) -> bool:
     """Whether a step does nothing and can be skipped unobserved."""
     idle = type(step) is nn.Identity or (type(step) is nn.Dropout and not (step.training and step.p > 0))
-    return idle and unheard(step)
+    return idle and not must_be_called(step)
 
 
 def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
@@ -202,7 +180,7 @@ def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
 
 def _word(step: Any) -> str | None:
     """Our ops' name of the step, if it is an activation that does not have to be called."""
-    return activation_of(step) if isinstance(step, nn.Module) and unheard(step) else None
+    return activation_of(step) if isinstance(step, nn.Module) and not must_be_called(step) else None
 
 
 def _activated(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.integrations._swap import Rule, own, qualified_name
 
 _POOLED_AT_THE_END = ("argmax", "eos")
@@ -72,7 +72,7 @@ class OpenClipText(Rule):
     def _quiet(self) -> bool:
         """Whether no hook observes the tokens inside the text tower."""
         parts: Any = (self.token_embedding, self.transformer, self.ln_final)
-        return all(unheard(module) for part in parts for module in part.modules())
+        return not any(must_be_called(module) for part in parts for module in part.modules())
 
 
 PADDING: tuple[type[Rule], ...] = (OpenClipText,)

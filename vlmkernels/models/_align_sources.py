@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmkernels.models.parts.activations import HF_ACTIVATIONS
+from vlmkernels._activations import HUGGING_FACE
 from vlmkernels.models.parts.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
 from vlmkernels.models.parts.foreign_config import Part
 
@@ -58,11 +58,11 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "vision_config", config.get("vision_config") or {}, VISION, VISION_FIXED, loose=("image_size",)
     )
     image_size = vision.side("image_size")
-    if text["hidden_act"] not in HF_ACTIVATIONS:
-        text.fault("hidden_act", f"one of {', '.join(HF_ACTIVATIONS)}")
+    if text["hidden_act"] not in HUGGING_FACE:
+        text.fault("hidden_act", f"one of {', '.join(HUGGING_FACE)}")
     if text["attention_probs_dropout_prob"] != text["hidden_dropout_prob"]:
         text.fault("attention_probs_dropout_prob", "hidden_dropout_prob")
-    if HF_ACTIVATIONS.get(vision["hidden_act"]) != "silu":
+    if HUGGING_FACE.get(vision["hidden_act"]) != "silu":
         vision.fault("hidden_act", '"swish"')
     if faults := [*top.faults, *text.faults, *vision.faults]:
         raise ValueError("; ".join(faults))
@@ -82,7 +82,7 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],
         "text_mlp_width": text["intermediate_size"],
-        "text_activation": HF_ACTIVATIONS[text["hidden_act"]],
+        "text_activation": HUGGING_FACE[text["hidden_act"]],
         "text_eps": text["layer_norm_eps"],
         "text_dropout": text["hidden_dropout_prob"],
         "pad_id": text["pad_token_id"],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.intervals import Intervals
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
 
@@ -35,7 +36,7 @@ class MediaCondition:
 
     def __init__(self) -> None:
         self.media: Tensor | None = None  # [B, M, n, Dv]
-        self.intervals: tuple[Tensor, Tensor] | None = None  # each [B, T], columns of the M n media tokens
+        self.intervals: Intervals | None = None  # each [B, T], columns of the M n media tokens
         self.cache: MediaCache | None = None  # holds both of the above, for decoding
 
     @property

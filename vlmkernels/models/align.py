@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels.models._align_sources import hf_fields
-from vlmkernels.models.parts.activations import ACTIVATIONS
 from vlmkernels.models.parts.bert import Bert
 from vlmkernels.models.parts.efficientnet import (
     CHANNELS,

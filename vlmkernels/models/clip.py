@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
+from vlmkernels._activations import QuickGELU
 from vlmkernels.models import _clip_convert as convert
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.pretrained import LATER, Pretrained, below, config_from_dict, naming
@@ -28,7 +29,6 @@ from vlmkernels.models.parts.transformer import LayerNorm, Transformer
 from vlmkernels.models.parts.vit import VisionTransformer
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
-from vlmkernels.nn.dense import QuickGELU
 
 MAX_LOG_SCALE = math.log(100.0)
 VISION_POOLS = ("class", "mean")

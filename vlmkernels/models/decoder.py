@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import ACTIVATIONS, HUGGING_FACE
 from vlmkernels.intervals import Intervals
-from vlmkernels.models.parts.activations import ACTIVATIONS, HF_ACTIVATIONS
 from vlmkernels.models.parts.attention import Keep, SelfAttention, split_heads
 from vlmkernels.models.parts.foreign_config import Part
 from vlmkernels.models.parts.pretrained import (
@@ -148,7 +148,7 @@ class CausalLM(Pretrained):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         c = self.config
-        activation = ACTIVATIONS[c.activation]
+        activation = ACTIVATIONS[c.activation].module
         wte, wpe = nn.Embedding(c.vocab_size, c.width), nn.Embedding(c.context_length, c.width)
         layers = nn.ModuleList(
             Block(c.width, DecoderAttention(c.width, c.heads), c.mlp_ratio * c.width, activation, c.eps)
@@ -201,10 +201,8 @@ class CausalLM(Pretrained):
         start, end = intervals.causal(length - past, past, device=input_ids.device)  # [T]
         positions = torch.arange(past, length, device=input_ids.device)
         if attention_mask is not None:
-            real = attention_mask.bool()
-            first = real.int().argmax(1, keepdim=True)  # [B, 1]
-            start = torch.maximum(start, first).to(torch.int32)  # [B, T]
-            end = torch.minimum(end, first + real.sum(1, keepdim=True)).to(torch.int32)
+            first, last = (x[:, None] for x in intervals.runs(attention_mask.bool()))  # [B, 1]
+            start, end = torch.maximum(start, first), torch.minimum(end, last)  # [B, T]
             positions = (positions - first).clamp_min(0)
         x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)  # [B, T, D]
         hidden = [x]
@@ -316,8 +314,8 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     inner, width = part["n_inner"], max(part["n_embd"], 1)
     if inner is not None and (type(inner) is not int or inner < 1 or inner % width):
         part.fault("n_inner", f"null or a multiple of n_embd {part['n_embd']}")
-    if part["activation_function"] not in HF_ACTIVATIONS:
-        part.fault("activation_function", f"one of {', '.join(HF_ACTIVATIONS)}")
+    if part["activation_function"] not in HUGGING_FACE:
+        part.fault("activation_function", f"one of {', '.join(HUGGING_FACE)}")
     if part.faults:
         raise ValueError("; ".join(part.faults))
     return {
@@ -327,7 +325,7 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": part["n_head"],
         "context_length": part["n_positions"],
         "mlp_ratio": 4 if inner is None else inner // width,
-        "activation": HF_ACTIVATIONS[part["activation_function"]],
+        "activation": HUGGING_FACE[part["activation_function"]],
         "eps": part["layer_norm_epsilon"],
     }
 

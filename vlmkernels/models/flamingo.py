@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import activation_of
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
 from vlmkernels.models import decoder
@@ -27,7 +28,6 @@ from vlmkernels.models.parts import generation
 from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
 from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
-from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -435,7 +435,7 @@ def _not_in_shapes(tower: nn.Module) -> list[Any]:
     """Heads, epsilons, pooling and activation of each module that has them."""
     names = ("heads", "eps", "pool")
     found = [
-        (*(getattr(part, name, None) for name in names), activation_name(part)) for part in tower.modules()
+        (*(getattr(part, name, None) for name in names), activation_of(part)) for part in tower.modules()
     ]
     return [each for each in found if each != (None,) * 4]
 

@@ -8,6 +8,7 @@ save what PyTorch saves.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import vlmkernels
-from vlmkernels._modules import is_exactly, is_transformed, passable, unheard
-from vlmkernels.nn.dense import SquaredReLU, activation_name
+from vlmkernels import _activations as activations
+from vlmkernels._arguments import product_dtype
+from vlmkernels._modules import is_exactly, is_transformed, must_be_called, passable
 from vlmkernels.reference._dense import activate
 
 
@@ -30,10 +32,8 @@ class SwiGLU(nn.Module):
 
 
 NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "squared_relu": SquaredReLU,
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    **{name: activations.ACTIVATIONS[name].module for name in ("gelu", "relu", "squared_relu")},
     "swiglu": SwiGLU,
 }
 
@@ -57,14 +57,6 @@ def option_faults(**given: Any) -> list[str]:
     return faults
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products with `x` run in: autocast's where it is on, else that of `x`."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
     """Whether no module has to be called: torch's own norm, with weights, and linear layers without bias."""
     if is_transformed() or not passable(norm, nn.LayerNorm, nn.RMSNorm) or norm.eps is None:
@@ -80,7 +72,7 @@ def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
 
 def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
     """The norm of a query or key, if any, in the dtype of `x`; under autocast it runs in its own dtype."""
-    if is_exactly(norm, nn.Identity) and unheard(norm):
+    if is_exactly(norm, nn.Identity) and not must_be_called(norm):
         return x
     weight = getattr(norm, "weight", x)
     return norm(x.to(weight.dtype)).to(x.dtype)
@@ -150,7 +142,7 @@ def add_feed_forward(
     With ``branch = (h, linear, gate_h)``, x is replaced by ``x + tanh(gate_h) * linear(h)``, which is
     recomputed in the backward. Saved for the backward: x, h, and the pre-activation unless `recompute`.
     """
-    if not is_exactly(feed_forward, FeedForward) or len(feed_forward) != 4 or not unheard(feed_forward):
+    if not is_exactly(feed_forward, FeedForward) or len(feed_forward) != 4 or must_be_called(feed_forward):
         x = x if branch is None else add_linear(x, *branch)
         return add_gated(x, feed_forward(x), gate, row_mask)
     norm, w1, activation, w2 = feed_forward
@@ -170,9 +162,9 @@ def add_feed_forward(
 
 def _name(activation: nn.Module) -> str | None:
     """The name of an activation of `ACTIVATIONS` or of the ops; None where it has to be called."""
-    if type(activation) is SwiGLU:
-        return "swiglu" if unheard(activation) else None
-    return activation_name(activation)
+    if must_be_called(activation):
+        return None
+    return "swiglu" if type(activation) is SwiGLU else activations.activation_of(activation)
 
 
 def _linear(
@@ -194,11 +186,10 @@ def _linear_grads(
     activation: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight in act(x W^T), None where not needed."""
-    needs = (need_x, need_weight)
-    grads = torch.ops.vlmkernels.linear_bwd(
-        dout.to(weight.dtype), x, weight, None, preactivation, activation, [*needs, False]
+    dx, dweight, _ = torch.ops.vlmkernels.linear_bwd(
+        dout.to(weight.dtype), x, weight, None, preactivation, activation, [need_x, need_weight, False]
     )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))  # type: ignore
+    return dx if need_x else None, dweight if need_weight else None
 
 
 class _NormLinear(torch.autograd.Function):

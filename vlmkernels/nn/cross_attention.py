@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals as build
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._arguments import product_dtype
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.intervals import Intervals
 from vlmkernels.nn import _layers as layers
 
@@ -207,7 +208,7 @@ class MaskedCrossAttention(nn.Module):
         if mask.shape[-1] != key.shape[2]:
             mask = mask.repeat_interleave(key.shape[2] // mask.shape[-1], -1)
         empty = mask.sum(-1) == 0
-        dtype = layers.product_dtype(query)
+        dtype = product_dtype(query)
         out = F.scaled_dot_product_attention(
             query.to(dtype), key.to(dtype), value.to(dtype),
             attn_mask=(mask | empty[..., None])[:, None],
@@ -366,7 +367,7 @@ class GatedCrossAttentionBlock(nn.Module):
         given: Any = (x, media, media_locations, use_cached_media)
         ways: Any = {"num_media": num_media, "intervals": intervals, "mask": mask, "cache": cache}
         branch = empty = None
-        if is_exactly(self.attn, MaskedCrossAttention) and unheard(self.attn):
+        if is_exactly(self.attn, MaskedCrossAttention) and not must_be_called(self.attn):
             out, empty = self.attn.attention(*given, **ways)
             branch = (out, self.attn.to_out, self.attn_gate)
         else:

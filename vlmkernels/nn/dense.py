@@ -5,42 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the approximation of GELU in OpenAI's CLIP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1.702 * x).sigmoid()
-
-
-class SquaredReLU(nn.Module):
-    """max(x, 0)^2, the activation of Flamingo (Alayrac et al. 2022, appendix A.1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
-
-
-_NAMES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    QuickGELU: "quick_gelu",
-    SquaredReLU: "squared_relu",
-}
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """The name under which the ops know an activation; None where they do not, or it has to be called."""
-    if not (unheard(module) and has_own_forward(type(module))):
-        return None
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _NAMES.get(type(module))
+from vlmkernels._activations import QuickGELU as QuickGELU
+from vlmkernels._activations import SquaredReLU as SquaredReLU
+from vlmkernels._activations import activation_of
+from vlmkernels._modules import are_plain, must_be_called, passable
 
 
 class Linear(nn.Linear):
@@ -86,7 +57,7 @@ def perceptron(
     residual: Tensor | None = None,  # [..., O]
 ) -> Tensor:  # [..., O]
     """``last(activation(first(x))) + residual``, in one op if none of the three has to be called."""
-    name = activation_name(activation)
+    name = None if must_be_called(activation) else activation_of(activation)
     if name is None or not (passable(first, Linear, nn.Linear) and passable(last, Linear, nn.Linear)):
         return add(residual, last, activation(first(x)))
     first, last = cast(nn.Linear, first), cast(nn.Linear, last)
@@ -101,7 +72,7 @@ def add(residual: Tensor | None, branch: nn.Module, *inputs: Any) -> Tensor:
     """
     if residual is None:
         return branch(*inputs)
-    if "adds_residual" in type(branch).__dict__ and unheard(branch):
+    if "adds_residual" in type(branch).__dict__ and not must_be_called(branch):
         return branch(*inputs, residual=residual)
     return residual + branch(*inputs)
 

@@ -11,11 +11,10 @@ from torch import Tensor
 class KVCache:
     """Keys and values of each layer, [B, heads, T, Dh]: those of the tokens read so far.
 
-    New tokens come after those of a layer. With a `capacity`, there is room for so many in every row from the
-    start, and each token is written to a slot of its own (`update`).
+    New tokens come after those of a layer, or each into a slot of its own, of `capacity` in every row.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
         self.layers: list[tuple[Tensor, Tensor]] = []
 
@@ -27,25 +26,24 @@ class KVCache:
         key: Tensor,  # [B, heads, t, Dh]
         value: Tensor,  # [B, heads, t, Dh]
         layer_idx: int,
-        slots: Tensor | None = None,  # [B, t] int64, where there is a capacity
+        slots: Tensor | None = None,  # [B, t] int64, below the capacity
     ) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of t tokens of a layer; returns all it has, [B, heads, T, Dh] each."""
-        if layer_idx == len(self.layers):
-            self.layers.append((self._first(key), self._first(value)))
-            if slots is None:
-                return self.layers[layer_idx]
-        if slots is None:
-            old_key, old_value = self.layers[layer_idx]
-            self.layers[layer_idx] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
-        else:
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
+        is_new = layer_idx == len(self.layers)
+        if slots is not None:
+            if is_new:
+                self.layers.append((self._room_for(key), self._room_for(value)))
+            rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
             for kept, new in zip(self.layers[layer_idx], (key, value), strict=True):
                 kept[rows, :, slots] = new.transpose(1, 2).to(kept.dtype)
+        elif is_new:
+            self.layers.append((key, value))
+        else:
+            old_key, old_value = self.layers[layer_idx]
+            self.layers[layer_idx] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
         return self.layers[layer_idx]
 
-    def _first(self, x: Tensor) -> Tensor:  # [B, heads, t, Dh]
-        if self.capacity is None:
-            return x
+    def _room_for(self, x: Tensor) -> Tensor:  # [B, heads, t, Dh] -> [B, heads, capacity, Dh]
         return x.new_zeros((*x.shape[:2], self.capacity, x.shape[3]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.nn import _layers as layers
 
 
@@ -168,7 +168,9 @@ class PerceiverResampler(nn.Module):
         """
         attentions = [attention for attention, _ in self._pairs()]
         foldable = all(
-            is_exactly(a, PerceiverAttention) and unheard(a) and layers.are_passable(a.norm_media, a.to_kv)
+            is_exactly(a, PerceiverAttention)
+            and not must_be_called(a)
+            and layers.are_passable(a.norm_media, a.to_kv)
             for a in attentions
         )
         foldable = foldable and len({(type(a.norm_media), a.norm_media.eps) for a in attentions}) == 1

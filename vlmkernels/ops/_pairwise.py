@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-
-# One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
-# (csrc/include/vlmkernels/info_nce.h).
-TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
+from vlmkernels._native import TILE_COLS, TILE_HEADER, TILE_ROWS
 
 
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     """Bytes of the tiles of exponentials, in the precision of the features, that the forward keeps.
 
-    All of them where they fit in `store_bytes`; else half of it, the other half holding what is made again.
+    All of them where they fit in `store_bytes`; else half of it, the other half holding what is recomputed.
+    CPU kernels alone keep exponentials: a GPU recomputes them at the cost of moving them.
     """
+    if query.device.type != "cpu":
+        return 0
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
     tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
+from vlmkernels._arguments import product_dtype
 from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
@@ -64,17 +65,10 @@ def sigmoid_loss(
         return _pairwise_small.loss(query, key, scale, bias, False, 0.0, normalize)
     # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
     # the factor of a scaled loss they would leave the range.
-    ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16
+    ahead = torch.is_grad_enabled() and reduction != "none" and product_dtype(query) != torch.float16
     needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
     tensors = (query, key, scale, bias, positives, key_ids)
     return _op(*tensors, normalize, reduction, needs[0], needs[1], needs[2] or needs[3])[0]
-
-
-def _product_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    if device not in ("cpu", "cuda") or query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return query.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _fake(
@@ -131,7 +125,7 @@ _op = define(
     autocast=("query", "key"),
 )
 _bwd = define(
-    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
+    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[4] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),

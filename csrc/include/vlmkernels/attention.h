@@ -27,7 +27,7 @@ struct Source {
 template <class P>
 struct Attention {
   int64_t batch, heads, kv_heads, tq, dh, dv;
-  int64_t depth, width;  // dh and dv as products see them; bf16: rounded up to a multiple of 32
+  int64_t depth, width;  // depth_of<P> of dh and dv: what products see
   Tokens<const P> q;     // [batch, heads, tq, dh]
   Source<P> source[2];
   int64_t sources;

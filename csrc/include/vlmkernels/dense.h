@@ -3,13 +3,15 @@
 
 namespace vlmk {
 
-// A product runs over blocks of kBlockRows rows and kBlockCols columns, as measured best, in parts of kPart of its depth: one
-// long chain of additions would round more than mm does, and a part of a block of rows stays in the cache.
-constexpr int64_t kPart = 256;
+// A product runs over blocks of kBlockRows rows and kBlockCols columns, as measured best, in parts of kBlockDepth of its
+// depth: one long chain of additions would round more than mm does, and a part of a block of rows stays in the cache.
+constexpr int64_t kBlockDepth = 256;
 template <class P>
 constexpr int64_t kBlockRows = sizeof(P) == 2 ? 256 : 512;
 template <class P>
 constexpr int64_t kBlockCols = sizeof(P) == 2 ? 256 : 64;
+// From row to row of a part that is copied out: rows that are whole pages apart share cache lines.
+constexpr int64_t kPartStride = kBlockDepth + kUnit;
 
 // Rows of A against several column blocks of B. A B operand is [blocks][depth][cols], bf16 [blocks][depth / 2][cols][2]; or,
 // when ldb is not cols, columns of one matrix [depth][ldb].
@@ -21,7 +23,7 @@ struct BlockProduct {
   int64_t rows, depth, cols, lda, a_step, ldb;
   int64_t first, last;  // column blocks
   acc_t<P>* tiles;      // [last - first][rows][cols]
-  P* part;              // [rows][kPart + 32], bf16 only
+  P* part;              // [rows][kPartStride], bf16 only
 };
 
 enum class Activation { none, gelu, gelu_tanh, quick_gelu, silu, relu, squared_relu };
@@ -33,7 +35,8 @@ struct Stored {
   Storage type = Storage::f32;
 };
 
-// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual.
+// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual; with t out = residual + t y, the
+// residual in the type of out.
 template <class P>
 struct LinearOutput {
   int64_t o;
@@ -43,6 +46,8 @@ struct LinearOutput {
   Stored residual{};               // [rows, o] or null
   Stored out{};                    // [rows, o]
   Stored gate{};                   // [rows, o] or null
+  const acc_t<P>* t = nullptr;     // [o] or null
+  const int64_t* index = nullptr;  // which rows of these matrices the rows of the product are; null when they are all
 };
 
 // dx = g weight + plus. Where the weight multiplied hidden = act(y), dx = g weight * act'(y); where it multiplied

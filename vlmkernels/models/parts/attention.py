@@ -21,8 +21,8 @@ def split_heads(
     x: Tensor,  # [B, T, parts D]
     heads: int,
     parts: int = 1,
-) -> Tensor:  # [parts, B, heads, T, Dh]
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+) -> list[Tensor]:  # [B, heads, T, Dh] each
+    return [part.transpose(1, 2) for part in x.unflatten(-1, (parts, heads, -1)).unbind(2)]
 
 
 def attend(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
-from vlmkernels.models.parts.activations import ACTIVATIONS
 from vlmkernels.models.parts.attention import SelfAttention, split_heads
 from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
 
@@ -56,7 +56,7 @@ class Layer(nn.Module):
         self.dropout = dropout
         self.attention = BertAttention(width, heads, dropout, eps)
         self.intermediate = nn.ModuleDict(
-            {"dense": Linear(width, mlp_width), "activation": ACTIVATIONS[activation]()}
+            {"dense": Linear(width, mlp_width), "activation": ACTIVATIONS[activation].module()}
         )
         self.output = nn.ModuleDict(
             {"dense": Linear(mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps=eps)}
@@ -130,12 +130,10 @@ def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     """
     if mask.device.type != "cpu" or is_traced():
         return None
-    start = mask.int().argmax(1, keepdim=True)
-    end = start + mask.sum(1, keepdim=True)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    if not torch.equal((place >= start) & (place < end), mask) or not bool((end > start).all()):
+    start, end = intervals.runs(mask)
+    if not intervals.are_runs(mask, start, end) or not bool((end > start).all()):
         return None
-    return start.expand_as(mask), end.expand_as(mask)
+    return start[:, None].expand_as(mask), end[:, None].expand_as(mask)
 
 
 class Bert(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,20 +142,12 @@ class Decoding:
         """The language model's output."""
         return self.language_model(**arguments)
 
-    @overload
-    def read(
-        self, tokens: Tensor, mask: Tensor | None = ..., return_hidden: Literal[False] = ...
-    ) -> Tensor: ...
-
-    @overload
-    def read(self, tokens: Tensor, mask: Tensor | None, return_hidden: Literal[True]) -> StepOutput: ...
-
     def read(
         self,
         tokens: Tensor,  # [N, t]
         mask: Tensor | None = None,  # [N, t], 0 at padding on the left
         return_hidden: bool = False,
-    ) -> Tensor | StepOutput:  # [N, V]
+    ) -> Any:  # [N, V], or StepOutput
         """Logits of the token after these, which join the cache; a text may be read in several calls."""
         if mask is not None:
             self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
@@ -167,17 +159,12 @@ class Decoding:
         self.past = out.past_key_values
         return StepOutput(out.logits[:, -1], out.hidden_states[-1]) if return_hidden else out.logits[:, -1]
 
-    @overload
-    def step(self, tokens: Tensor, return_hidden: Literal[False] = ...) -> Tensor: ...
-
-    @overload
-    def step(self, tokens: Tensor, return_hidden: Literal[True]) -> StepOutput: ...
-
     def step(
         self,
         tokens: Tensor,  # [N]
         return_hidden: bool = False,
-    ) -> Tensor | StepOutput:  # [N, V]
+    ) -> Any:  # [N, V], or StepOutput
+        """Logits of the token after the given one of each text."""
         mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
         if not return_hidden:
             return self.read(tokens[:, None], mask)

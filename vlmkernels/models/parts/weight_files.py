@@ -112,7 +112,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         )
         raise ValueError(f"{path}: damaged or no file of weights ({cause}); fetch it again") from error
     tensors = _unwrapped(content, str(path))
-    special = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    special = [name for name, tensor in tensors.items() if not _is_loadable(tensor)]
     if special:
         raise ValueError(f"{path}: wants dense tensors that are not quantized, got {', '.join(special)}")
     size, whole = path.stat().st_size, sum(each.numel() * each.element_size() for each in tensors.values())
@@ -146,7 +146,7 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_loadable(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
