@@ -60,7 +60,7 @@ class Summary:
 
 
 def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summary:
-    """Train ``kind`` (a name in ``vlmkernels.train.kinds.KINDS``) as ``config`` says; write the run folder.
+    """Train ``kind`` (a name in ``vlmkernels.train.kinds.KINDS``) with ``config``; write the run folder.
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
     ``keep``, as step-00000120) and final/. ``allow_pipe`` lets ``config.data`` be a URL that runs a program
