@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from vlmkernels import _native
+from vlmkernels.ops import FAMILIES
 
 from .fuzz import raw
 
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
-COMPOSED = {"info_nce", "info_nce_bwd", "sigmoid_loss", "sigmoid_loss_bwd"}  # of others, in Python
+COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)
@@ -150,6 +151,26 @@ CALLS = [  # the op, its arguments, and what the error says
         "sigmoid_sweep",
         [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
         r"row_coef must be .*\[4\] of float32",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 2), IDS, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"weight must be .*\[\*, 3\]",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS + 6, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"target must be in \[0, 6\)",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS - 1, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"target must be in \[0, 6\)",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS, ones(5), None, ones(4), 0.0, *ALL[:3]],
+        r"bias must be .*\[6\]",
     ),
 ]
 

@@ -269,6 +269,39 @@ def sigmoid_sweep(draw: Draw) -> list:
     return [query, key, *scalars, *norms(draw, query, key), *form, coefficients, *draw.needs(4)]
 
 
+def hidden(draw: Draw, *, ignored: bool, zero: bool) -> list:
+    """hidden, weight, target, bias and column_scale."""
+    n, v, d = draw.size(), draw.size(zero=zero), draw.size(zero=zero)
+    x = draw.floats(n, d)
+    target = draw.ids(n, v) if v else torch.full((n,), -100)
+    if ignored:
+        target = torch.where(torch.rand(n) < 0.7, target, -100)
+    bias = draw.maybe(draw.floats(v, dtype=x.dtype))
+    return [x, draw.floats(v, d, dtype=x.dtype), target, bias, draw.maybe(draw.floats(v))]
+
+
+@arguments
+def linear_cross_entropy(draw: Draw) -> list:
+    tensors = hidden(draw, ignored=True, zero=True)
+    reduction = draw.choice(("mean", "sum", "none"))
+    needs = draw.needs(3) if reduction != "none" else [False] * 3
+    return [*tensors, -100, draw.choice((0.0, 0.1)), reduction, needs]
+
+
+@arguments
+def linear_cross_entropy_bwd(draw: Draw) -> list:
+    *inputs, _ = linear_cross_entropy(draw)
+    dloss = draw.floats(*(inputs[2].shape if inputs[-1] == "none" else ()), dtype=work(inputs[0].dtype))
+    return [dloss, *inputs, draw.needs(3)]
+
+
+@arguments
+def linear_cross_entropy_sweep(draw: Draw) -> list:
+    tensors = hidden(draw, ignored=False, zero=False)
+    coefficients = torch.rand(len(tensors[0]), dtype=work(tensors[0].dtype))
+    return [*tensors, coefficients, draw.choice((0.0, 0.1)), *draw.needs(3)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""
