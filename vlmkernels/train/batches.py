@@ -40,11 +40,8 @@ class BatchPlan:
         whole, rest = divmod(size, batch_size)
         self.steps_per_epoch = whole + (0 if drop_last or rest < world_size else 1)
         if self.steps_per_epoch == 0:
-            complete = "complete batch" if drop_last else "batch"
-            raise ValueError(
-                f"data must have at least one {complete} of {batch_size} pairs on {world_size} processes, "
-                f"got {size} samples"
-            )
+            need = f"{batch_size}, a batch with drop_last" if drop_last else f"{world_size}, one per process"
+            raise ValueError(f"the number of samples in data must be at least {need}, got {size}")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """The indices of this process's part of each joint batch of an epoch, from batch ``start`` on."""
@@ -84,9 +81,8 @@ class StreamPlan:
         whole, rest = divmod(self.samples_per_rank, self.part)
         self.steps_per_epoch = whole + (0 if drop_last or rest == 0 else 1)
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"samples_per_epoch must be at least one batch of {batch_size}, got {samples_per_epoch}"
-            )
+            need = f"{batch_size}, a batch with drop_last" if drop_last else f"{world_size}, one per process"
+            raise ValueError(f"samples_per_epoch must be at least {need}, got {samples_per_epoch}")
 
     def load(
         self, source: TarPairs, collate: Callable[[list], Any], epoch: int, start: int, **options: Any

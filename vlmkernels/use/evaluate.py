@@ -45,7 +45,7 @@ def ranks(
     """int64 [N]: the rank, from 1, of each query's best match, by inner product.
 
     The rank counts keys that do not match: one with the same score as the best match is ranked before it, so
-    that a model with one embedding for everything is not right. Scores are fp32, ``scores_at_once`` of
+    that a model with one embedding for everything gets no credit. Scores are fp32, ``scores_at_once`` of
     them in memory. ValueError for a query without a match.
     """
     places = []
