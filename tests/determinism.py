@@ -191,7 +191,7 @@ def main() -> None:
         head, _, rest = PAGE.read_text().partition(MARKS[0])
         PAGE.write_text(head + MARKS[0] + table() + MARKS[1] + rest.partition(MARKS[1])[2])
         return
-    _calibration.apply(_calibration.everywhere(args.products))
+    _calibration.apply(_calibration.all_products(args.products))
     print(json.dumps(compare(ops=DENSE if args.products == "torch" else ())))
 
 

@@ -105,7 +105,7 @@ def test_ranks_equal_brute_force_for_any_chunk():
 
 
 def test_ranks_name_a_query_without_match():
-    with pytest.raises(ValueError, match="query 2 has no key"):
+    with pytest.raises(ValueError, match="got none for query 2"):
         ev.ranks(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([[0, 0], [1, 1]]), scores_at_once=4)
 
 
@@ -156,9 +156,9 @@ def test_an_image_with_several_texts_is_one_image_and_any_of_its_texts_will_do()
 
 
 def test_retrieval_refuses_sizes_that_differ():
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="must have the same length"):
         ev.retrieval(torch.ones(2, 4), torch.ones(3, 4), ["a", "b"])
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="must have the same length"):
         ev.retrieval(torch.ones(0, 4), torch.ones(0, 4), [])
 
 
@@ -343,7 +343,7 @@ def test_evaluate_class_folders(model_folder, tmp_path):
 
 
 def test_bad_arguments_are_named(model_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="model: no folder"):
+    with pytest.raises(FileNotFoundError, match=r"model: folder .* does not exist"):
         load_model(tmp_path / "absent")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ev.evaluate(model_folder, Numbered(3), batch_size=0)
@@ -448,7 +448,7 @@ def test_search_does_without_a_cache_that_cannot_be_written(model_folder, pictur
 
 
 def test_search_refuses(model_folder, pictures):
-    with pytest.raises(ValueError, match="query_text is empty"):
+    with pytest.raises(ValueError, match="query_text must not be empty"):
         search(model_folder, " ", pictures)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         search(model_folder, "red", pictures, k=0)

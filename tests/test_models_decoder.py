@@ -93,10 +93,13 @@ def test_config_fields_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gptj"}, "model_type is 'gptj', wants 'gpt2'"),
-        ({"scale_attn_by_inverse_layer_idx": True, "n_inner": 100}, "inverse_layer_idx .*; .*n_inner is 100"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-        ({"activation_function": "mish"}, "activation_function is 'mish', wants one of gelu, "),
+        ({"model_type": "gptj"}, "model_type must be 'gpt2', got 'gptj'"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True, "n_inner": 100},
+            "inverse_layer_idx .*; .*n_inner must be .*, got 100",
+        ),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be True, got False"),
+        ({"activation_function": "mish"}, "activation_function must be one of gelu, .*, got 'mish'"),
     ],
 )
 def test_configs_of_other_models(config, message):
@@ -118,15 +121,15 @@ def test_weights_that_are_no_gpt2s():
             ours.state_dict(),
             r"h\.1\.attn\.c_attn\.weight \[3 D, D\], that is \[out, in\] as in files of this",
         ),
-        (untied, "lm_head.weight is not transformer.wte.weight"),
+        (untied, "lm_head.weight must equal transformer.wte.weight"),
         (
             {"wte.weight": theirs["transformer.wte.weight"]},
-            "is not a GPT-2's: it has no matrix transformer.wpe",
+            "must be a GPT-2's, but it has no matrix transformer.wpe",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             CausalLM.from_hf_state_dict(given, heads=2)
-    with pytest.raises(ValueError, match="heads: shapes do not show this"):
+    with pytest.raises(ValueError, match="heads: not determined by shapes"):
         CausalLM.from_hf_state_dict(theirs)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         CausalLM.from_hf_folder("nowhere")
@@ -143,7 +146,7 @@ def test_files_say_their_format(tmp_path):
     )
     for change in ({"format_version": 3}, {"linear_weights": "[in, out]"}):
         (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
-        with pytest.raises(ValueError, match=r"CausalLM reads .*'format_version': 2"):
+        with pytest.raises(ValueError, match=r"must be .*'format_version': 2.* for CausalLM, got"):
             CausalLM.from_pretrained(tmp_path)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vlmkernels.models.parts.efficientnet import COEFFICIENTS, EfficientNet, StridedPad
+from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet, StridedPad
 from vlmkernels.models.parts.stochastic_depth import drop_branch
 
 CLASSIFIERS = {  # parameters of the published classifiers of 1000 classes

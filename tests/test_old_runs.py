@@ -71,12 +71,12 @@ def test_runs_are_resumed_and_evaluated(old, kind):
 
 
 @pytest.mark.parametrize("kind", ["lm", "flamingo", "align"])
-def test_another_course_is_refused(old, kind, capsys):
-    """Options of a kind are part of its course, also where the earlier value is a default."""
+def test_other_settings_are_refused(old, kind, capsys):
+    """Options of a kind must not change either, also if the earlier value is a default."""
     option = {"align": ["--label-smoothing", "0.1"]}.get(kind, ["--images-per-row", "1"])
     assert results(["train", kind, "--out", kind, "--resume", "auto", *option]) == ""
     found = capsys.readouterr().err
-    assert f"the course differs from that of {kind}" in found
+    assert f"settings or inputs differ from those of {kind}" in found
     assert option[0][2:].replace("-", "_") in found
 
 

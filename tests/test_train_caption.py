@@ -237,16 +237,24 @@ def test_starts_from_a_trained_captioner(values, tmp_path, kind):
         (
             "flamingo",
             {"vision": None, "language_model": None},
-            "vision: flamingo needs the folder of a trained clip .*; language_model: flamingo needs",
+            "vision must be the folder of a trained clip .*, got None; language_model must be",
         ),
         ("flamingo", {"vision": "nowhere"}, "nowhere"),
-        ("simvlm", {"vision": "somewhere"}, "vision belongs to a flamingo without init, got somewhere"),
-        ("simvlm", {"images_per_row": 2}, "images_per_row belongs to lm and flamingo, got 2"),
-        ("lm", {"label_smoothing": 0.1}, "label_smoothing belongs to the softmax losses, not to lm"),
+        (
+            "simvlm",
+            {"vision": "somewhere"},
+            "vision may only be given for a flamingo without init, got somewhere",
+        ),
+        ("simvlm", {"images_per_row": 2}, "images_per_row may only be given for lm and flamingo, got 2"),
+        (
+            "lm",
+            {"label_smoothing": 0.1},
+            "label_smoothing may only be given for the softmax losses, not for lm",
+        ),
         (
             "lm",
             {"images_per_row": 8, "model_options": {**TINY["lm"], "context_length": 22}},
-            "8 captions in context_length 22 leave 2 ids",
+            "at least 3 ids per caption of a row, got 22 for 8 captions",
         ),
         ("simvlm", {"model_options": {"depth": 1}}, "model_options: unknown fields depth; known are form"),
         ("lm", {"model": "large"}, "lm has no configuration 'large'; it has emoji-tiny"),
@@ -261,9 +269,9 @@ def test_parts_of_the_wrong_kind(values, parts):
     swapped = {"vision": parts["language_model"], "language_model": parts["vision"]}
     with pytest.raises(ValueError) as error:
         train("flamingo", TrainConfig(**values("flamingo", **swapped)))
-    assert "holds a model for lm, expected clip" in str(error.value)
-    assert "holds a model for clip, expected lm" in str(error.value)
-    with pytest.raises(ValueError, match="makes a model for lm, not for simvlm"):
+    assert "must contain a model for clip, got one for lm" in str(error.value)
+    assert "must contain a model for lm, got one for clip" in str(error.value)
+    with pytest.raises(ValueError, match="must contain a model for simvlm, got one for lm"):
         train("simvlm", TrainConfig(**values("simvlm", init=parts["language_model"])))
 
 

@@ -80,7 +80,7 @@ def test_unknown_keys_and_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"c\.yaml is not YAML"):
         read_config(path)
     path.write_text("- lr\n")
-    with pytest.raises(ValueError, match="must hold keys and values, got list"):
+    with pytest.raises(ValueError, match="must be a mapping of keys to values, got list"):
         read_config(path)
     path.write_text("")
     assert read_config(path) == {}

@@ -75,11 +75,11 @@ def test_a_made_up_kind_trains_and_is_used(made_up, table, tmp_path):
     assert scores.samples == 22
     assert str(scores).startswith("22 samples\nimage to text: R@1 ")
     assert len(search(run / "final", "red dot", table.parent, 3, cache=False).hits) == 3
-    with pytest.raises(ValueError, match=r"the course differs .* brightness was 0.5, got 1.0"):
+    with pytest.raises(ValueError, match=r"settings or inputs differ .* brightness was 0.5, got 1.0"):
         train("made-up", TrainConfig(**values(table, run, resume="auto")))
     more = values(table, run, brightness=0.5, resume="auto", max_steps=3)
     assert train("made-up", TrainConfig(**more)).steps == 3
-    with pytest.raises(ValueError, match=r"brightness belongs to made-up, got 0.5"):
+    with pytest.raises(ValueError, match=r"brightness may only be given for made-up, got 0.5"):
         train("clip", TrainConfig(**values(table, tmp_path / "other", brightness=0.5)))
     again = values(table, tmp_path / "again", init=str(run / "final"), lr=1e-12, max_steps=1)
     train("made-up", TrainConfig(**again))

@@ -89,10 +89,11 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> str:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products with `x` run in: autocast's where it is on, else that of `x`."""
-    if x.dtype == torch.float64 or not _under_autocast(x.device.type):
+    """The dtype in which the ops form products of `x`: autocast's if enabled, otherwise that of `x`."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device)
 
 
 def _under_autocast(device: str) -> bool:

@@ -28,7 +28,7 @@ class _Echo(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        # A log on a full disk ends nothing.
+        # A log on a full disk does not end the run.
         with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
             click.echo(prefix + printable(record.getMessage()), err=True)
 
@@ -49,10 +49,10 @@ def info() -> None:
 
 @commands.command()
 def calibrate() -> None:
-    """Measure whether torch or the library itself computes the products of linear layers faster here.
+    """Measure whether torch or the library computes the products of linear layers faster on this machine.
 
-    Writes one file in the user's cache folder, which is read whenever the library is imported. Takes some
-    seconds; leave the machine alone meanwhile. Deleting the file undoes it.
+    Writes one file to the user's cache folder, which is read when the library is imported. Takes some
+    seconds, during which the machine should be idle. Deleting the file undoes it.
     """
     from vlmkernels import _calibration
 
@@ -69,12 +69,12 @@ def calibrate() -> None:
 _allow_pipe = click.option(
     "--allow-pipe",
     is_flag=True,
-    help="Let data be a URL that runs a program to read tars: pipe: (the shell), http:, gs: and others.",
+    help="Allow data to be a URL that runs a program to read tars: pipe: (the shell), http:, gs: and others.",
 )
 
 
 def _train_options(command: Callable) -> Callable:
-    """One flag per setting of a run; a flag that is not given leaves the configuration file's value."""
+    """One flag per setting of a run; without a flag the value of the configuration file is used."""
     for name, setting in reversed(settings().items()):
         flag, hint = "--" + name.replace("_", "-"), setting.hint
         scalars = [kind for kind in (hint, *typing.get_args(hint)) if kind in (bool, int, float, str)]
@@ -125,7 +125,7 @@ def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None
 
 
 def _earlier_config(given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the run that is resumed, so that it need not be given again; else nothing."""
+    """The configuration of the run that is resumed, so that it need not be given again; else empty."""
     resume = given.get("resume")
     if resume is None:
         return {}
@@ -141,7 +141,7 @@ def _earlier_config(given: dict[str, Any]) -> dict[str, Any]:
 def _model_options(command: Callable) -> Callable:
     """What eval, embed and search have in common."""
     device = click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
-    batch = click.option("--batch-size", default=256, show_default=True, metavar="N", help="Images at once.")
+    batch = click.option("--batch-size", default=256, show_default=True, metavar="N", help="Batch size.")
     model = click.option(
         "--model", "folder", required=True, metavar="RUN/final", help="Folder of a trained model."
     )
@@ -173,8 +173,8 @@ def evaluate(
     as_json: bool,
     allow_pipe: bool,
 ) -> None:
-    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance; of a model that writes
-    captions perplexity, BLEU, CIDEr and, on scenes, the share of slots that are right.
+    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
+    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots.
     """
     from vlmkernels.use.evaluate import evaluate as run
 
@@ -227,17 +227,17 @@ def search(folder: str, batch_size: int, device: str, text: str, directory: str,
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
 @click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beam search; 1 is greedy.")
-@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
+@click.option("--sample", "do_sample", is_flag=True, help="Sample tokens.")
 @click.option("--temperature", default=1.0, show_default=True, metavar="X", help="With --sample.")
-@click.option("--top-k", type=int, metavar="N", help="With --sample: among the N likeliest tokens.")
+@click.option("--top-k", type=int, metavar="N", help="With --sample: from the N most likely tokens.")
 @click.option(
     "--top-p",
     type=float,
     metavar="X",
-    help="With --sample: among the likeliest tokens of total probability X.",
+    help="With --sample: from the most likely tokens of total probability X.",
 )
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Of --sample.")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Longest caption; 48 when not given.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Maximum caption length (default 48).")
 def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     """Write a caption for each image: files, and folders with all below them."""
     from vlmkernels.use.caption import caption as run
@@ -249,7 +249,7 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:
-    """How many images were left out; each was named when it was met."""
+    """The number of skipped images, each of which was reported when it was read."""
     if skipped:
         click.echo(f"{len(skipped)} skipped", err=True)
 
@@ -262,8 +262,8 @@ def _fail(message: object, status: int) -> typing.NoReturn:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit.
 
-    The status is 0 when it is done, also if samples were skipped; 1 for an error while running, such as a
-    full disk or a pipe that nobody reads; 2 for wrong use; 130 when interrupted.
+    The status is 0 on success, also if samples were skipped; 1 for an error while running, such as a full
+    disk or a broken pipe; 2 for invalid use; 130 when interrupted.
     """
     logger = logging.getLogger("vlmkernels")
     if not any(isinstance(handler, _Echo) for handler in logger.handlers):
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, not an error
+        if isinstance(stream, io.TextIOWrapper):  # characters that the encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         commands.main(args=None if arguments is None else list(arguments), standalone_mode=False)
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed; pip install 'vlmkernels[train]' brings it", 1)
+        _fail(f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

@@ -120,7 +120,7 @@ def text_time(
 def runs(
     mask: Tensor,  # [..., T] bool
 ) -> Intervals:  # [...] each
-    """From the first True of each row, as many as the row has: what it sees if `are_runs`; each [...]."""
+    """From the first True of each row, as many as it has: their interval if `are_runs`; each [...]."""
     start = mask.int().argmax(-1)  # bool has no argmax
     return start.to(torch.int32), (start + mask.sum(-1)).to(torch.int32)
 

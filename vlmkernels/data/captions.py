@@ -33,9 +33,9 @@ class CaptionCollate:
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         if layout not in self.LAYOUTS:
-            raise ValueError(f"layout is {layout!r}, expected one of {self.LAYOUTS}")
+            raise ValueError(f"layout must be one of {self.LAYOUTS}, got {layout!r}")
         if images_per_row < 1 or (layout == "prefix" and images_per_row > 1):
-            raise ValueError(f"images_per_row is {images_per_row}, expected at least 1, and 1 for a prefix")
+            raise ValueError(f"images_per_row must be at least 1, and 1 for a prefix, got {images_per_row}")
         self.tokenizer, self.layout, self.images_per_row = tokenizer, layout, images_per_row
         self.image_size = image_size
 

@@ -56,7 +56,7 @@ class _Table:
             number, fields, closed = self._lines.number, self._split(line), True
             if '"' in line:
                 taken: list[str] = []
-                record = self._record(line, taken, self._ending(before) | self._ending(fields))
+                record = self._record(line, taken, self._extension(before) | self._extension(fields))
                 try:
                     quoted = next(csv.reader(record, delimiter=self._separator, strict=True))
                     closed = not taken or len(quoted) == self._columns
@@ -69,7 +69,7 @@ class _Table:
             before = fields
             yield number, fields, closed
 
-    def _record(self, line: str, taken: list[str], endings: set[str]) -> Iterator[str]:
+    def _record(self, line: str, taken: list[str], extensions: set[str]) -> Iterator[str]:
         """A line and the following ones that csv reads, which are recorded in `taken`."""
         yield line
         for line in self._lines:
@@ -77,15 +77,15 @@ class _Table:
             fields = self._split(line)
             # An image after a quote may be that of this row, whose caption the quote closes.
             before_quotes = '"' not in "".join(fields[: self._image_at + 1])
-            if before_quotes and len(fields) == self._columns and self._ending(fields) <= endings:
+            if before_quotes and len(fields) == self._columns and self._extension(fields) <= extensions:
                 return
             yield line
 
     def _split(self, line: str) -> list[str]:
         return line.rstrip("\r\n").split(self._separator)
 
-    def _ending(self, fields: list[str]) -> set[str]:
-        """The extension of the image's name, if the row is long enough to have one."""
+    def _extension(self, fields: list[str]) -> set[str]:
+        """That of the image's name, if the row is long enough to have one."""
         return {os.path.splitext(name.strip(' "'))[1].lower() for name in fields[self._image_at :][:1]}
 
 
@@ -122,7 +122,7 @@ class CsvPairs(Dataset[Sample]):
         self._epoch, self._skip_log = Epoch(), SkipLog()
         self._rows: list[tuple[str, str]] = []
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path} is not a file; expected a CSV file")
+            raise FileNotFoundError(f"path must be a CSV file, got {self.path}")
         with self.path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
             header = file.readline()
             if separator is None:
@@ -145,17 +145,17 @@ class CsvPairs(Dataset[Sample]):
                 image = fields[image_at].strip() if image_at < len(fields) else ""
                 text = fields[text_at].strip() if text_at < len(fields) else ""
                 if not closed and len(fields) != len(columns):
-                    fault = "a quote is not closed"
+                    reason = "a quote is not closed"
                 elif len(fields) > len(columns) and any(fields[len(columns) :]):
-                    fault = f"{len(fields)} columns, the header has {len(columns)}"
+                    reason = f"{len(fields)} columns, the header has {len(columns)}"
                 elif not image or not text:
-                    fault = "no caption" if image else "no image path"
+                    reason = "no caption" if image else "no image path"
                 elif not ((image + text).isascii() or is_unicode(image + text)):
-                    fault = "not UTF-8"
+                    reason = "not UTF-8"
                 else:
                     self._rows.append((image, text))
                     continue
-                self._skip_log.add(f"line {line}", f"{fault}: {fields}")
+                self._skip_log.add(f"line {line}", f"{reason}: {fields}")
         if not self._rows:
             raise ValueError(f"{self.path} has no row with an image path and a caption ({self._skip_log})")
 

@@ -91,13 +91,13 @@ class Emoji3(Dataset[Sample]):
     ) -> None:
         split = _ALIASES.get(split, split)
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS} (or 'train', 'test')")
+            raise ValueError(f"split must be one of {SPLITS} (or 'train', 'test'), got {split!r}")
         if caption not in CAPTIONS:
-            raise ValueError(f"caption is {caption!r}, expected one of {CAPTIONS}")
+            raise ValueError(f"caption must be one of {CAPTIONS}, got {caption!r}")
         if max_tags < 1:
-            raise ValueError(f"max_tags is {max_tags}, expected at least 1")
+            raise ValueError(f"max_tags must be at least 1, got {max_tags}")
         if image_size < 1:
-            raise ValueError(f"image_size is {image_size}, expected at least 1")
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.split, self.image_size, self.caption, self.max_tags = split, image_size, caption, max_tags
         self.transform, self.seed = transform, seed
         self.concepts = _concepts()

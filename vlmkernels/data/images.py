@@ -97,7 +97,7 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     low, high = grey.min(), grey.max()
     white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
     if not (low >= 0 and high <= white):  # NaN is neither
-        raise ValueError(f"grey from {low} to {high}, expected 0 to {white}")
+        raise ValueError(f"grey values must be in [0, {white}], got {low} to {high}")
     if "transparency" in image.info:
         grey = numpy.where(grey == image.info["transparency"], white, grey)
     grey = numpy.rint(grey * (255 / white)) if image.mode == "F" else grey >> 8

@@ -44,7 +44,7 @@ def load_pairs(
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
     raise ValueError(
-        f"spec is {spec!r}, expected emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards"
+        f"spec must be emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards, got {spec!r}"
     )
 
 
@@ -52,5 +52,5 @@ def _open(source: Callable[..., Any], first: str, arguments: dict[str, Any]) -> 
     known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(arguments) - set(known))
     if unknown:
-        raise ValueError(f"unknown options {unknown} for {source.__name__}, expected some of {known}")
+        raise ValueError(f"options of {source.__name__} must be among {known}, got {unknown}")
     return source(first, **arguments)

@@ -141,15 +141,15 @@ class Scenes(Dataset[Sample]):
     ) -> None:
         faults = []
         if split not in SCENE_SPLITS:
-            faults.append(f"split is {split!r}, expected one of {tuple(SCENE_SPLITS)}")
+            faults.append(f"split must be one of {tuple(SCENE_SPLITS)}, got {split!r}")
         if size is not None and size < 1:
-            faults.append(f"size is {size}, expected at least 1")
+            faults.append(f"size must be at least 1, got {size}")
         if grid not in (2, 3):
-            faults.append(f"grid is {grid}, expected 2 or 3")
+            faults.append(f"grid must be 2 or 3, got {grid}")
         elif image_size < 4 * grid:
-            faults.append(f"image_size is {image_size}, expected at least {4 * grid} for a grid of {grid}")
+            faults.append(f"image_size must be at least {4 * grid} for a grid of {grid}, got {image_size}")
         if not 12 <= objects <= len(OBJECTS):
-            faults.append(f"objects is {objects}, expected 12 to {len(OBJECTS)}")
+            faults.append(f"objects must be in [12, {len(OBJECTS)}], got {objects}")
         if faults:
             raise ValueError("; ".join(faults))
         self.split, self.size = split, SCENE_SPLITS[split] if size is None else size

@@ -76,7 +76,7 @@ def _is_cut(url: str) -> bool:
         return size % 512 != 0 or any(file.read())
 
 
-def _fault(member: tarfile.TarInfo) -> str | None:
+def _skip_reason(member: tarfile.TarInfo) -> str | None:
     """Why a member is skipped. Members are only read into memory, but such names indicate an attack."""
     if not is_unicode(member.name):
         return "the name is not UTF-8"
@@ -132,18 +132,19 @@ class TarPairs(IterableDataset[Sample]):
             raise ModuleNotFoundError(message, name="webdataset") from error
 
         if shuffle < 0:
-            raise ValueError(f"shuffle is {shuffle}, expected a buffer size of at least 0")
+            raise ValueError(f"shuffle must be a buffer size of at least 0, got {shuffle}")
         if samples_per_rank is not None and samples_per_rank < 1:
-            raise ValueError(f"samples_per_rank is {samples_per_rank}, expected at least 1")
+            raise ValueError(f"samples_per_rank must be at least 1, got {samples_per_rank}")
         self.shards: list[str] = expand_urls(urls)
         known_rank, known_size = _this_rank()
         self.rank = known_rank if rank is None else rank
         self.world_size = known_size if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank is {self.rank}, expected 0 to world_size - 1 = {self.world_size - 1}")
+            raise ValueError(f"rank must be in [0, world_size = {self.world_size}), got {self.rank}")
         if len(self.shards) < self.world_size:
             raise ValueError(
-                f"{len(self.shards)} shards for {self.world_size} ranks, expected one or more for each"
+                f"urls must have at least one shard per rank, got {len(self.shards)} shards for "
+                f"{self.world_size} ranks"
             )
         foreign = [url for url in self.shards if _local(url) is None]
         if foreign and not allow_pipe:
@@ -249,17 +250,17 @@ class TarPairs(IterableDataset[Sample]):
             with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # which would grow with the shard
-                    fault = _fault(member)
-                    if member.isdir() or (fault is None and _HIDDEN.search(member.name)):
+                    reason = _skip_reason(member)
+                    if member.isdir() or (reason is None and _HIDDEN.search(member.name)):
                         continue
                     key, field = base_plus_ext(member.name)
-                    if fault is None and key is None:
-                        fault = "the name has no ending"
+                    if reason is None and key is None:
+                        reason = "the name has no extension"
                     read = field is not None and field.lower() in IMAGE_FIELDS + TEXT_FIELDS
                     if read and member.size > LARGEST_MEMBER:
-                        fault = f"{member.size} bytes, more than {LARGEST_MEMBER}"
-                    if fault is not None:
-                        self._skip(url, member.name, fault)
+                        reason = f"{member.size} bytes, more than {LARGEST_MEMBER}"
+                    if reason is not None:
+                        self._skip(url, member.name, reason)
                         continue
                     file = tar.extractfile(member) if read else None
                     yield key, field.lower(), b"" if file is None else file.read()
@@ -315,9 +316,9 @@ class TarPairs(IterableDataset[Sample]):
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
             raise _SkippedError(f"text cannot be decoded: {error}") from error
         if not isinstance(text, str) or not text.strip():
-            raise _SkippedError(f"caption is {text!r}, expected a text")
+            raise _SkippedError(f"caption must be a string, got {text!r}")
         if not is_unicode(text):
-            raise _SkippedError(f"caption is {text!r}, which holds half of a character")
+            raise _SkippedError(f"caption must be Unicode without lone surrogates, got {text!r}")
         return text.strip()
 
     def __repr__(self) -> str:

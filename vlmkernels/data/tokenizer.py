@@ -45,7 +45,7 @@ def _byte_symbols() -> dict[int, str]:
 
 @lru_cache(maxsize=1)
 def _merges() -> tuple[tuple[str, str], ...]:
-    """CLIP's 48,894 merges, most frequent first (the file holds more; the first line is a header)."""
+    """CLIP's 48,894 merges, most frequent first (the file contains more; the first line is a header)."""
     path = resources.files("vlmkernels.data") / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     count = CLIP_VOCABULARY - 2 * _BYTES - len(_SPECIAL)
@@ -73,19 +73,19 @@ def _as_list(texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
-        raise ValueError(f"texts holds a {type(wrong).__name__}, expected str or a sequence of str")
+        raise ValueError(f"texts must be str or a sequence of str, got one with a {type(wrong).__name__}")
     return texts
 
 
 def _checked(text: str) -> str:
     if not is_unicode(text):
-        raise ValueError(f"text is {text!r}, in which a surrogate is half of a character")
+        raise ValueError(f"text must be Unicode without lone surrogates, got {text!r}")
     return text
 
 
 def _check_length(context_length: int) -> int:
     if context_length < 2:
-        raise ValueError(f"context_length is {context_length}, expected at least 2 (start and end)")
+        raise ValueError(f"context_length must be at least 2 (start and end), got {context_length}")
     return context_length
 
 
@@ -109,13 +109,13 @@ def _save(folder: str | os.PathLike[str], tokenizer: Tokenizer, config: dict[str
 def _read_config(folder: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> dict[str, Any]:
     path = Path(folder) / _CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by {kind}.save")
+        raise FileNotFoundError(f"{path} does not exist; pass a folder written by {kind}.save")
     config = _read_type(path)
     if config["type"] != kind:
-        raise ValueError(f"{path} holds type {config['type']!r}, expected {kind!r}")
+        raise ValueError(f"type in {path} must be {kind!r}, got {config['type']!r}")
     wrong = {name: config.get(name) for name in sizes if not isinstance(config.get(name), int)}
     if wrong:
-        raise ValueError(f"{path} holds {wrong}, expected integers")
+        raise ValueError(f"{', '.join(wrong)} in {path} must be integers, got {wrong}")
     return config
 
 
@@ -134,7 +134,7 @@ def _read_type(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected the values of a tokenizer")
+        raise ValueError(f"{path} must contain the values of a tokenizer, got a {type(config).__name__}")
     return {"type": None, **config}
 
 
@@ -165,7 +165,7 @@ class ClipTokenizer:
         size = CLIP_VOCABULARY if vocabulary is None else vocabulary
         smallest = 2 * _BYTES + len(_SPECIAL)
         if not smallest <= size <= CLIP_VOCABULARY:
-            raise ValueError(f"vocabulary is {vocabulary}, expected {smallest} to {CLIP_VOCABULARY}")
+            raise ValueError(f"vocabulary must be in [{smallest}, {CLIP_VOCABULARY}], got {vocabulary}")
         merges = list(_merges()[: size - smallest])
         symbols = [*_byte_symbols().values(), *(symbol + "</w>" for symbol in _byte_symbols().values())]
         symbols += ["".join(pair) for pair in merges]
@@ -214,7 +214,7 @@ class ClipTokenizer:
             values = values[: values.index(self.eot_id)]
         symbols = [self._tokenizer.id_to_token(i) or "" for i in values if i != self.sot_id]
         if "" in symbols:
-            raise ValueError(f"ids holds {max(values)}, expected ids below {self.vocab_size}")
+            raise ValueError(f"ids must be below {self.vocab_size}, got {max(values)}")
         order = {symbol: byte for byte, symbol in _byte_symbols().items()}
         words = "".join(symbols).replace("</w>", " ")
         content = b"".join(b" " if c == " " else bytes([order[c]]) for c in words)
@@ -227,7 +227,7 @@ class ClipTokenizer:
         return _pad(rows, length, self.pad_id, self.eot_id)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each atomically; the folder is made if absent."""
+        """Write tokenizer.json and tokenizer_config.json, each atomically; creates the folder."""
         config = {
             "type": type(self).__name__,
             "context_length": self.context_length,
@@ -254,7 +254,7 @@ class CaptionTokenizer(ClipTokenizer):
     vocabulary: number of ids, of which the last two are `image_id` and `endofchunk_id`; the others are those
         of ``ClipTokenizer(vocabulary=vocabulary - 2)``.
 
-    Padding is `eot_id`, which no text holds: here the names of special tokens inside a text are ordinary
+    Padding is `eot_id`, which no text contains: the names of special tokens inside a text are ordinary
     characters. Decoded text is in lower case.
     """
 
@@ -275,7 +275,7 @@ class CaptionTokenizer(ClipTokenizer):
         return self._tokenizer.encode(clean_text(text)).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of ids up to the first end (of text or of chunk); start of text and `<image>` are left out."""
+        """Text of ids up to the first end (of text or of chunk); start of text and `<image>` are omitted."""
         values = [int(i) for i in ids]
         ends = (self.eot_id, self.endofchunk_id)
         stop = next((at for at, i in enumerate(values) if i in ends), len(values))
@@ -284,20 +284,20 @@ class CaptionTokenizer(ClipTokenizer):
     def interleaved(self, rows: Sequence[Sequence[str]]) -> Tensor:
         """int64 [B, T]: `<image>caption<|endofchunk|>` for each caption of a row, then `pad_id`.
 
-        T is that of the longest row, 3 where there is no row. A caption longer than its share of
-        `context_length` (the row's captions share it equally) is cut and keeps its end. ValueError where a
-        share is below 3 ids or a row is empty.
+        T is that of the longest row, 3 if there is no row. A caption longer than its share of
+        `context_length` (the row's captions share it equally) is truncated and keeps its end. ValueError if
+        a share is below 3 ids or a row is empty.
         """
         if not rows:
             return torch.empty(0, 3, dtype=torch.int64)
         most = max(len(row) for row in rows)
         if min(len(row) for row in rows) == 0:
-            raise ValueError("rows: each needs at least one caption")
+            raise ValueError("rows must each have at least one caption")
         share = self.context_length // most
         if share < 3:
             raise ValueError(
-                f"rows: {most} captions in context_length {self.context_length} leave {share} ids for each, "
-                "expected at least 3"
+                "context_length must have room for at least 3 ids per caption of a row, "
+                f"got {self.context_length} for {most} captions"
             )
         ids = [
             [
@@ -310,7 +310,7 @@ class CaptionTokenizer(ClipTokenizer):
         return _pad(ids, max(map(len, ids)), self.pad_id, self.endofchunk_id)
 
     def lengths(self, tokens: Tensor) -> Tensor:  # [B, L]
-        """int64 [B]: ids of each row up to and including its end of text, L where there is none."""
+        """int64 [B]: ids of each row up to and including its end of text, L if there is none."""
         ends = tokens == self.eot_id
         return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
 
@@ -327,7 +327,7 @@ class WordPieceTokenizer:
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64) -> None:
         missing = [token for token in self.SPECIAL if tokenizer.token_to_id(token) is None]
         if missing:
-            raise ValueError(f"tokenizer has no {missing}, expected a BERT WordPiece vocabulary")
+            raise ValueError(f"tokenizer must be a BERT WordPiece vocabulary, but has no {missing}")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -357,7 +357,7 @@ class WordPieceTokenizer:
         if not any(text.strip() for text in texts):
             raise ValueError("texts has no text to learn from")
         if vocab_size <= len(cls.SPECIAL):
-            raise ValueError(f"vocab_size is {vocab_size}, expected more than {len(cls.SPECIAL)}")
+            raise ValueError(f"vocab_size must be greater than {len(cls.SPECIAL)}, got {vocab_size}")
         tokenizer = cls._empty()
         normalizer: Any = tokenizer.normalizer
         letters = sorted({letter for text in texts for letter in normalizer.normalize_str(text)} - {" "})
@@ -374,7 +374,7 @@ class WordPieceTokenizer:
     def from_file(cls, path: str | os.PathLike[str], context_length: int = 64) -> WordPieceTokenizer:
         """Read a `tokenizer.json` of the tokenizers package, or a BERT `vocab.txt` (one piece a line)."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist; expected a tokenizer.json or a vocab.txt")
+            raise FileNotFoundError(f"{path} does not exist; pass a tokenizer.json or a vocab.txt")
         if Path(path).suffix == ".txt":
             lines = _read_text(Path(path)).split("\n")
             pieces = lines[:-1] if lines[-1] == "" else lines
@@ -402,7 +402,7 @@ class WordPieceTokenizer:
         return (tokens != self.pad_id).to(torch.int64)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each atomically; the folder is made if absent."""
+        """Write tokenizer.json and tokenizer_config.json, each atomically; creates the folder."""
         _save(folder, self._tokenizer, {"type": "WordPieceTokenizer", "context_length": self.context_length})
 
     @classmethod
@@ -419,10 +419,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ClipTokenizer | WordPieceT
     """Read the tokenizer that was saved in `folder`, of any kind."""
     path = Path(folder) / _CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by a tokenizer's save")
+        raise FileNotFoundError(f"{path} does not exist; pass a folder written by a tokenizer's save")
     known: tuple[Any, ...] = (ClipTokenizer, WordPieceTokenizer, CaptionTokenizer)
     kinds = {cls.__name__: cls for cls in known}
     kind = _read_type(path)["type"]
     if kind not in kinds:
-        raise ValueError(f"{path} holds type {kind!r}, expected one of {sorted(kinds)}")
+        raise ValueError(f"type in {path} must be one of {sorted(kinds)}, got {kind!r}")
     return kinds[kind].load(folder)

@@ -74,7 +74,7 @@ class TorchLinear(LinearRule):
         return F.linear(x, weight, bias)
 
 
-class Perceptron(LinearRule):
+class MLP(LinearRule):
     """torch.nn.Sequential, and classes whose forward calls their children one after the other.
 
     Linear, activation and Linear become one op, Linear and activation another; nn.Identity and an inactive
@@ -115,7 +115,7 @@ class Perceptron(LinearRule):
         return x
 
 
-class GatedPerceptron(LinearRule):
+class GatedMLP(LinearRule):
     """Classes whose forward is down(activation(gate(x)) * up(x))."""
 
     patch_runs = "vlmkernels.gated_mlp"
@@ -157,7 +157,7 @@ class GatedPerceptron(LinearRule):
 
 def _steps(module: nn.Module) -> list[Any]:
     """The modules that the forward calls one after the other; empty if it does anything else."""
-    names: Any = module.patch_steps if isinstance(module, Perceptron) else _names(type(module))
+    names: Any = module.patch_steps if isinstance(module, MLP) else _names(type(module))
     names = list(module._modules) if names == _ALL else names
     return [step for step in (getattr(module, name, None) for name in names) if not _passes(step)]
 
@@ -196,4 +196,4 @@ def _is_activation(step: Any) -> bool:
     )
 
 
-LINEAR: tuple[type[LinearRule], ...] = (TorchLinear, Perceptron, GatedPerceptron)
+LINEAR: tuple[type[LinearRule], ...] = (TorchLinear, MLP, GatedMLP)

@@ -9,7 +9,7 @@ from vlmkernels._activations import HUGGING_FACE
 from vlmkernels.models.parts.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
 from vlmkernels.models.parts.foreign_config import Part
 
-# Hugging Face's AlignTextConfig and AlignVisionConfig: what is read, with their defaults, ...
+# Hugging Face's AlignTextConfig and AlignVisionConfig: the keys that are read, with their defaults, ...
 TEXT: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -32,7 +32,7 @@ VISION: dict[str, Any] = {
     "batch_norm_eps": 0.001,
     "drop_connect_rate": 0.2,
 }
-# ... and what an ALIGN here has in one form alone.
+# ... and what is fixed in an ALIGN here.
 TEXT_FIXED = {"type_vocab_size": 2}
 VISION_FIXED = {
     "num_channels": 3,
@@ -49,9 +49,9 @@ VISION_FIXED = {
 
 
 def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of AlignConfig for the config.json of an AlignModel; ValueError with all reasons against it."""
+    """Fields of AlignConfig for the config.json of an AlignModel; ValueError listing what is unsupported."""
     if config.get("model_type") != "align":
-        raise ValueError(f"model_type is {config.get('model_type')!r}, wants 'align'")
+        raise ValueError(f"model_type must be 'align', got {config.get('model_type')!r}")
     top = Part("config", config, {"projection_dim": 640, "temperature_init_value": 1.0}, {})
     text = Part("text_config", config.get("text_config") or {}, TEXT, TEXT_FIXED)
     vision = Part(

@@ -17,7 +17,7 @@ from vlmkernels.intervals import Intervals
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
 
-# Where a language model keeps its layers: OPT, GPT-NeoX, Llama and its kin, GPT-2, GPT-J and `CausalLM`, MPT.
+# The layers of OPT, GPT-NeoX, Llama and its relatives, GPT-2, GPT-J and `CausalLM`, MPT.
 LAYERS = (
     "model.decoder.layers",
     "gpt_neox.layers",
@@ -32,12 +32,12 @@ _DUPLICATES = {f"{_PREFIX}gated_cross_attn_layers.": GATED, f"{_PREFIX}old_decod
 
 
 class MediaCondition:
-    """What the gated layers look at during one call of the language model; outside a call, nothing."""
+    """What the gated layers attend to during one call of the language model; empty outside a call."""
 
     def __init__(self) -> None:
         self.media: Tensor | None = None  # [B, M, n, Dv]
         self.intervals: Intervals | None = None  # each [B, T], columns of the M n media tokens
-        self.cache: MediaCache | None = None  # holds both of the above, for decoding
+        self.cache: MediaCache | None = None  # contains both of the above, for decoding
 
     @property
     def empty(self) -> bool:
@@ -61,11 +61,11 @@ class FlamingoLayer(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        block, seen = self.gated_cross_attn_layer, self.condition
-        if block is not None and seen.cache is not None:
-            x = block(x, cache=seen.cache)
-        elif block is not None and seen.media is not None:
-            x = block(x, seen.media, intervals=seen.intervals)
+        block, condition = self.gated_cross_attn_layer, self.condition
+        if block is not None and condition.cache is not None:
+            x = block(x, cache=condition.cache)
+        elif block is not None and condition.media is not None:
+            x = block(x, condition.media, intervals=condition.intervals)
         return self.decoder_layer(x, *args, **kwargs)
 
 
@@ -78,7 +78,7 @@ def decoder_layers(language_model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(found, nn.ModuleList):
             return path, found
     raise ValueError(
-        f"lang_encoder: {type(language_model).__name__} keeps its layers under none of {', '.join(LAYERS)}"
+        f"lang_encoder: {type(language_model).__name__} has no layers under any of {', '.join(LAYERS)}"
     )
 
 
@@ -100,9 +100,7 @@ def input_embeddings(language_model: nn.Module) -> nn.Embedding:
         embedding.weight  # noqa: B018
         return embedding
     except (AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"lang_encoder: {type(language_model).__name__} does not give its input embeddings"
-        ) from error
+        raise ValueError(f"lang_encoder: {type(language_model).__name__} has no input embeddings") from error
 
 
 def insert_blocks(
@@ -118,10 +116,10 @@ def insert_blocks(
 
 
 class TrainedRows:
-    """Before every call of an embedding: from then on the gradient of its weight is 0 outside `rows`.
+    """A forward pre-hook of an embedding that keeps the gradient of its weight 0 outside `rows`.
 
-    A hook of the module, since those of tensors stay behind where the weight becomes another tensor: assigned
-    by `load_state_dict`, copied, moved off the meta device, or gathered from its shards.
+    A hook of the module, since tensor hooks are lost when the weight becomes another tensor: assigned by
+    `load_state_dict`, copied, moved off the meta device, or gathered from its shards.
     """
 
     def __init__(self, rows: Sequence[int]) -> None:
@@ -137,7 +135,7 @@ class TrainedRows:
 
     @classmethod
     def of(cls, embedding: nn.Module, rows: Sequence[int]) -> None:
-        """Sees to it for this embedding, whose weight may belong to compiled code."""
+        """Registers the hook for this embedding, whose weight may belong to compiled code."""
         known = [hook for hook in embedding._forward_pre_hooks.values() if isinstance(hook, cls)]
         if not known:
             known = [cls(rows)]
@@ -152,7 +150,7 @@ def _keep_rows(rows: list[int], gradient: Tensor) -> Tensor:  # [V, D]
 
 
 def without_duplicates(state_dict: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:
-    """open_flamingo's names, in which each layer stands up to three times, as one name for each tensor.
+    """open_flamingo's names, which have each layer up to three times, as one name for each tensor.
 
     `layers` is the path of the decoder layers.
     """

@@ -1,9 +1,9 @@
 """CLIP: two towers, one space. S = exp(t) I T^T, trained with the symmetric InfoNCE (or sigmoid) loss.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; the
-released code openai/CLIP (MIT) for what the paper leaves open. Parameter names are those of openai/CLIP and
-open_clip, so their state dicts load as they are; `_clip_convert.py` does the rest (OpenAI's extra buffers,
-Hugging Face's names).
+released code openai/CLIP (MIT) for what the paper does not specify. Parameter names are those of openai/CLIP
+and open_clip, so their state dicts load as they are; `_clip_convert.py` does the rest (OpenAI's extra
+buffers, Hugging Face's names).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class ClipConfig:
 
     A ViT pools its "class" token or the "mean" of its patches; `vision_ln_pre` is the LayerNorm before its
     blocks. A text is pooled at its end ("eot"), or at the "last" of `context_length` tokens, padding or not;
-    `text_causal=False` lets its tokens see all others, padding too. CLIPA differs from CLIP in these four.
-    `vision_eps` and `text_eps` are those of the LayerNorms.
+    `text_causal=False` lets its tokens attend to all others, padding too. CLIPA differs from CLIP in these
+    four. `vision_eps` and `text_eps` are those of the LayerNorms.
     """
 
     embed_dim: int = 512
@@ -88,29 +88,29 @@ class ClipConfig:
         pool_width = self.vision_width * 32 if resnet else self.vision_width
         faults = []
         if not isinstance(self.quick_gelu, bool):
-            faults.append(f"quick_gelu wants True or False, got {self.quick_gelu!r}")
+            faults.append(f"quick_gelu must be True or False, got {self.quick_gelu!r}")
         if not isinstance(self.vision_layers, int) and len(self.vision_layers) != 4:
             faults.append(
-                f"vision_layers wants one number (ViT) or four (ModifiedResNet), got {self.vision_layers}"
+                f"vision_layers must be one number (ViT) or four (ModifiedResNet), got {self.vision_layers}"
             )
         if resnet and self.patch_size is not None:
-            faults.append(f"patch_size is {self.patch_size}, a ModifiedResNet wants None")
+            faults.append(f"patch_size must be None for a ModifiedResNet, got {self.patch_size}")
         of_vit = ("vision_mlp_width", "vision_eps", "vision_ln_pre", "vision_pool")
         if resnet and (
             given := [name for name in of_vit if getattr(self, name) != getattr(ClipConfig, name)]
         ):
-            faults.append(f"{', '.join(given)} given, a ModifiedResNet has none")
+            faults.append(f"{', '.join(given)} must not be given for a ModifiedResNet")
         for name, allowed in (("vision_pool", VISION_POOLS), ("text_pool", TEXT_POOLS)):
             if getattr(self, name) not in allowed:
-                faults.append(f"{name} is {getattr(self, name)!r}, wants one of {', '.join(allowed)}")
+                faults.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("vision_eps", "text_eps"):
             if not getattr(self, name) >= 0:
-                faults.append(f"{name} is {getattr(self, name)}, wants 0 or more")
+                faults.append(f"{name} must not be negative, got {getattr(self, name)}")
         if resnet and self.image_size % 32:
-            faults.append(f"image_size is {self.image_size}, a ModifiedResNet wants a multiple of 32")
+            faults.append(f"image_size must be a multiple of 32 for a ModifiedResNet, got {self.image_size}")
         if not resnet and (self.patch_size is None or self.image_size % self.patch_size):
             faults.append(
-                f"image_size is {self.image_size}, wants a multiple of patch_size {self.patch_size}"
+                f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
             )
         for tower, width in (("vision", pool_width), ("text", self.text_width)):
             heads = getattr(self, f"{tower}_heads")
@@ -118,11 +118,11 @@ class ClipConfig:
                 heads = max(width // 64, 1)
                 object.__setattr__(self, f"{tower}_heads", heads)
             if width % heads:
-                faults.append(f"{tower}_heads is {heads}, wants a divisor of the width {width}")
+                faults.append(f"{tower}_heads must be a divisor of the width {width}, got {heads}")
         for name in ("pad_id", "eot_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 faults.append(
-                    f"{name} is {getattr(self, name)}, wants an id below vocab_size {self.vocab_size}"
+                    f"{name} must be an id below vocab_size {self.vocab_size}, got {getattr(self, name)}"
                 )
         if faults:
             raise ValueError("ClipConfig: " + "; ".join(faults))
@@ -133,7 +133,7 @@ def _activation(config: ClipConfig) -> type[nn.Module]:
 
 
 def image_tower(config: ClipConfig) -> nn.Module:
-    """`CLIP(config).visual` alone."""
+    """Only `CLIP(config).visual`."""
     c = config
     assert c.vision_heads is not None, "set by ClipConfig"
     if not isinstance(c.vision_layers, int):
@@ -187,13 +187,13 @@ class CLIP(Pretrained):
 
     def encode_image(
         self,
-        images: Tensor,  # [B, 3, R, R], normalised as the weights want
+        images: Tensor,  # [B, 3, R, R], normalised as in training
         normalize: bool = False,
     ) -> Tensor:
-        """Image embeddings [B, E], L2-normalised when asked. ValueError for another shape."""
+        """Image embeddings [B, E], L2-normalised if `normalize`. ValueError for another shape."""
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images: wants [B, 3, {size}, {size}], got {list(images.shape)}")
+            raise ValueError(f"images must be [B, 3, {size}, {size}], got {list(images.shape)}")
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -214,8 +214,8 @@ class CLIP(Pretrained):
         padding_counts = not causal or self.config.text_pool == "last"
         if tokens.ndim != 2 or tokens.shape[1] > length or (padding_counts and tokens.shape[1] < length):
             sign = "=" if padding_counts else "<="
-            raise ValueError(f"tokens: wants [B, L] with L {sign} {length}, got {list(tokens.shape)}")
-        last = self._pooled_places(tokens)
+            raise ValueError(f"tokens must be [B, L] with L {sign} {length}, got {list(tokens.shape)}")
+        last = self._pooled_positions(tokens)
         if not padding_counts and padding.can_drop(tokens):
             tokens, positions, bounds = padding.drop(tokens, last + 1)
             position_embeddings = F.embedding(positions, self.positional_embedding)
@@ -230,12 +230,12 @@ class CLIP(Pretrained):
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _pooled_places(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
+    def _pooled_positions(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
         if self.config.text_pool == "last":
             return tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1, dtype=torch.int64)
         is_eot = tokens == self.config.eot_id
         ended, last = is_eot.any(dim=1), is_eot.int().argmax(dim=1)
-        if torch.jit.is_tracing():  # which records no assertions: such a row reads behind its end
+        if torch.jit.is_tracing():  # a trace has no assertions: such a row indexes beyond its end
             last = last.where(ended, tokens.shape[1])
         elif tokens.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(ended.all(), "tokens: a row has no end-of-text id")
@@ -245,7 +245,7 @@ class CLIP(Pretrained):
         return last
 
     def scale(self) -> Tensor:
-        """exp(logit_scale), at most 100: what the similarities are multiplied by (0-dim)."""
+        """exp(logit_scale), at most 100 (0-dim): the factor of the similarities."""
         return within(self.logit_scale, high=MAX_LOG_SCALE).exp()
 
     def forward(
@@ -298,8 +298,8 @@ class CLIP(Pretrained):
     def load_openai_state_dict(self, source: Source, *, check_activation: bool = True) -> None:
         """Loads weights of openai/CLIP or open_clip: a state dict or a file (.pt, TorchScript, .safetensors).
 
-        What comes with the weights (`from_openai_state_dict`) has to be as in this model's config, or else
-        they would compute something else: ValueError, as for keys or shapes that do not fit. With
+        The fields that come with the weights (`from_openai_state_dict`) must be as in this model's config,
+        which the results depend on: ValueError, as for keys or shapes that do not match. With
         `check_activation=False` the activation may differ.
         """
         weights, fields, origin = convert.from_openai(source)
@@ -308,12 +308,12 @@ class CLIP(Pretrained):
         quick_gelu = {"quick_gelu": self.config.quick_gelu}
         wanted = config_from_dict(ClipConfig, {**vars(self.config), **fields, **quick_gelu})
         differing = [
-            f"{name} is {getattr(self.config, name)}, here {getattr(wanted, name)} is wanted"
+            f"{name} must be {getattr(wanted, name)}, got {getattr(self.config, name)}"
             for name in fields
             if not name.startswith("init_") and getattr(self.config, name) != getattr(wanted, name)
         ]
         if differing:
-            raise ValueError(f"{origin} does not fit this config: " + "; ".join(differing))
+            raise ValueError(f"{origin} does not match this config: " + "; ".join(differing))
         self.load_weights(weights)
 
     @classmethod
@@ -327,13 +327,13 @@ class CLIP(Pretrained):
     ) -> CLIP:
         """A CLIP with weights of openai/CLIP or open_clip, sized by their shapes, in evaluation mode.
 
-        What shapes do not show is read from open_clip_config.json beside a file, and known of OpenAI's own
-        checkpoints (their buffers input_resolution, context_length, vocab_size tell): QuickGELU, heads of 64
-        channels. For other weights `quick_gelu`, `vision_heads` and `text_heads` have to be given, for
-        CLIPA's `vision_pool`, `text_pool` and `text_causal` too; ValueError names what is missing. Other
-        `fields` of ClipConfig are its defaults, and the end-of-text id is vocab_size - 1. What is given comes
-        first, but that another activation than the known one is a ValueError unless `check_activation` is
-        False. Raises as `load_openai_state_dict`.
+        What shapes do not determine is read from open_clip_config.json beside a file, and is known for
+        OpenAI's own checkpoints (recognised by their buffers input_resolution, context_length, vocab_size):
+        QuickGELU, heads of 64 channels. For other weights `quick_gelu`, `vision_heads` and `text_heads` must
+        be given, for CLIPA's `vision_pool`, `text_pool` and `text_causal` too; ValueError names what is
+        missing. Other `fields` of ClipConfig are its defaults, and the end-of-text id is vocab_size - 1.
+        Arguments override what was read, but another activation than the known one is a ValueError unless
+        `check_activation` is False. Raises as `load_openai_state_dict`.
         """
         given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
         weights, known, origin = convert.from_openai(source)
@@ -345,8 +345,8 @@ class CLIP(Pretrained):
     def from_open_clip_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
         """A CLIP from a folder with open_clip_config.json and weights of open_clip, in evaluation mode.
 
-        `fields` of ClipConfig come before the config's. ValueError lists all that such a model has and a CLIP
-        here has not (timm's and Hugging Face's towers, LayerScale, ...).
+        `fields` of ClipConfig override the config's. ValueError lists what a CLIP here does not support
+        (timm's and Hugging Face's towers, LayerScale, ...).
         """
         if not (path := Path(folder) / convert.OPEN_CLIP_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -356,8 +356,8 @@ class CLIP(Pretrained):
     def from_hf_state_dict(cls, source: Source, *, quick_gelu: bool | None = None, **fields: Any) -> CLIP:
         """A CLIP with the weights of Hugging Face's CLIPModel (a state dict or file), in evaluation mode.
 
-        What shapes do not show is read from config.json beside a file; for a state dict `quick_gelu` (True
-        where hidden_act is "quick_gelu"), `vision_heads` and `text_heads` have to be given. Other `fields` as
+        What shapes do not determine is read from config.json beside a file; for a state dict `quick_gelu`
+        (True if hidden_act is "quick_gelu"), `vision_heads` and `text_heads` must be given. Other `fields` as
         in `from_openai_state_dict`.
         """
         given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
@@ -368,8 +368,8 @@ class CLIP(Pretrained):
     def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
         """A CLIP from a folder that Hugging Face's CLIPModel.save_pretrained wrote, in evaluation mode.
 
-        `fields` of ClipConfig come before those of config.json. Dropout of attention, which acts in training
-        alone, is not taken over. ValueError lists all that a CLIP here has not.
+        `fields` of ClipConfig override those of config.json. Dropout of attention, which acts only in
+        training, is ignored. ValueError lists what a CLIP here does not support.
         """
         if not (path := Path(folder) / convert.CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")

@@ -50,7 +50,7 @@ HF_CONFIG: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
-# What a CausalLM has in one form alone.
+# What is fixed in a CausalLM.
 HF_FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -76,7 +76,7 @@ FIRST_NAMES_OF_LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `CausalLM`; `context_length` is the longest text, what is generated included.
+    """Sizes of a `CausalLM`; `context_length` is the longest text, generated tokens included.
 
     `activation` is that of the MLP, by its name in `vlmkernels.mlp` (GPT-2's own is "gelu_tanh"), `eps` that
     of the LayerNorms.
@@ -94,11 +94,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         faults = below(self, 1, *SIZES)
         if self.heads > 0 and self.width % self.heads:
-            faults.append(f"heads is {self.heads}, wants a divisor of the width {self.width}")
+            faults.append(f"heads must be a divisor of the width {self.width}, got {self.heads}")
         if self.activation not in ACTIVATIONS:
-            faults.append(f"activation is {self.activation!r}, wants one of {', '.join(ACTIVATIONS)}")
+            faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not self.eps >= 0:
-            faults.append(f"eps is {self.eps}, wants 0 or more")
+            faults.append(f"eps must not be negative, got {self.eps}")
         if faults:
             raise ValueError("DecoderConfig: " + "; ".join(faults))
 
@@ -138,7 +138,7 @@ class DecoderAttention(SelfAttention):
 
 
 class CausalLM(Pretrained):
-    """A causal language model: GPT-2, or a small one for training from nothing on a small machine."""
+    """A causal language model: GPT-2, or a small one to train from scratch on a small machine."""
 
     model_type: ClassVar[str] = "decoder"
     config_class: ClassVar[type] = DecoderConfig
@@ -179,21 +179,24 @@ class CausalLM(Pretrained):
         """Logits [B, T, V] of the next token at each position, of the last `logits_to_keep` if not 0.
 
         The ones of a row of `attention_mask` are one run: padding is on the left, on the right or both.
-        Positions count from the first one. With `use_cache` the result holds the keys and values, to be given
-        back with the tokens that follow. With `output_hidden_states` it holds layers + 1 states of all T
-        tokens: their embeddings, and what each layer makes of them, the last one as the head reads it.
+        Positions count from the first one. With `use_cache` the result contains the keys and values, to be
+        passed with the next tokens. With `output_hidden_states` it contains layers + 1 states of all T
+        tokens: their embeddings and the output of each layer, the last one after the final LayerNorm.
         ValueError for other shapes, and beyond `config.context_length`.
         """
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = past + input_ids.shape[-1]
         faults = []
         if input_ids.ndim != 2:
-            faults.append(f"input_ids: wants [B, T], got {list(input_ids.shape)}")
+            faults.append(f"input_ids must be [B, T], got {list(input_ids.shape)}")
         elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length):
             wanted, got = [input_ids.shape[0], length], list(attention_mask.shape)
-            faults.append(f"attention_mask: wants {wanted} with the cached tokens, got {got}")
+            faults.append(f"attention_mask must be {wanted} with the cached tokens, got {got}")
         if length > self.config.context_length:
-            faults.append(f"input_ids: {length} tokens, context_length is {self.config.context_length}")
+            faults.append(
+                f"input_ids must have at most context_length = {self.config.context_length} tokens, "
+                f"got {length}"
+            )
         if faults:
             raise ValueError("CausalLM: " + "; ".join(faults))
         if use_cache and past_key_values is None:
@@ -224,7 +227,7 @@ class CausalLM(Pretrained):
         labels: Tensor | None = None,  # [B, T] int64
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
     ) -> Tensor:
-        """Mean negative log-likelihood of the labels (of the tokens, padding excluded, when not given)."""
+        """Mean negative log-likelihood of the labels (by default of the tokens, padding excluded)."""
         if labels is None:
             labels = tokens if attention_mask is None else tokens.masked_fill(~attention_mask.bool(), IGNORE)
         return next_token_loss(self(tokens, attention_mask).logits, labels)
@@ -244,9 +247,9 @@ class CausalLM(Pretrained):
         """A language model with the weights of Hugging Face's GPT2LMHeadModel or GPT2Model, in eval mode.
 
         `source` is a state dict or a file; its linear weights, [in, out] there, are transposed. What shapes
-        do not show is read from config.json beside a file; for a state dict `heads` has to be given, and
-        `activation` and `eps` are GPT-2's if they are not. Dropout, which acts in training alone, is not
-        taken over. `fields` of DecoderConfig come first. ValueError lists all that a CausalLM here has not.
+        do not determine is read from config.json beside a file; for a state dict `heads` must be given, and
+        `activation` and `eps` are GPT-2's by default. Dropout, which acts only in training, is ignored.
+        `fields` of DecoderConfig override all. ValueError lists what a CausalLM here does not support.
         """
         state_dict = read_state_dict(source)
         known: dict[str, Any] = {"activation": "gelu_tanh"}
@@ -260,8 +263,8 @@ class CausalLM(Pretrained):
             known = {**_infer_sizes(weights), **known, **fields}
             if "heads" not in known:
                 raise ValueError(
-                    "heads: shapes do not show this and no config lies beside the weights; give it as an "
-                    f"argument, or put Hugging Face's {CONFIG_FILE} beside the file"
+                    "heads: not determined by shapes, and there is no config beside the weights; pass it, or "
+                    f"put Hugging Face's {CONFIG_FILE} beside the file"
                 )
             config = config_from_dict(DecoderConfig, known)
             return cls.with_weights(config, weights)
@@ -270,7 +273,7 @@ class CausalLM(Pretrained):
     def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CausalLM:
         """A language model from a folder of Hugging Face's GPT-2 (config.json and weights), in eval mode.
 
-        `fields` of DecoderConfig come before those of config.json.
+        `fields` of DecoderConfig override those of config.json.
         """
         if not (path := Path(folder) / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -307,9 +310,9 @@ def _gpt2_name(name: str) -> str:
 
 
 def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of DecoderConfig for the config.json of a GPT-2; ValueError with all reasons against it."""
+    """Fields of DecoderConfig for the config.json of a GPT-2; ValueError listing what is not supported."""
     if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {config.get('model_type')!r}, wants 'gpt2'")
+        raise ValueError(f"model_type must be 'gpt2', got {config.get('model_type')!r}")
     part = Part("config", config, HF_CONFIG, HF_FIXED)
     inner, width = part["n_inner"], max(part["n_embd"], 1)
     if inner is not None and (type(inner) is not int or inner < 1 or inner % width):
@@ -331,7 +334,7 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a Hugging Face GPT-2 as ours; ValueError where they are [out, in] or the head is untied."""
+    """Weights of a Hugging Face GPT-2 as ours; ValueError if they are [out, in] or the head is not tied."""
     buffers = (".attn.bias", ".attn.masked_bias")  # older releases of transformers stored them
     given = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
@@ -341,7 +344,9 @@ def _from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     head, table = given.pop("lm_head.weight", None), given.get("transformer.wte.weight")
     faults = []
     if head is not None and table is not None and not (head is table or torch.equal(head, table)):
-        faults.append("lm_head.weight is not transformer.wte.weight, which a CausalLM has as its head")
+        faults.append(
+            "lm_head.weight must equal transformer.wte.weight, to which the head of a CausalLM is tied"
+        )
     turned = [
         name
         for name, tensor in given.items()
@@ -361,10 +366,10 @@ def _from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of DecoderConfig that shapes show; ValueError if the weights are no GPT-2's."""
+    """The fields of DecoderConfig that shapes determine; ValueError if the weights are not a GPT-2's."""
     needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight")
     if missing := [name for name in needed if name not in weights or weights[name].ndim != 2]:
-        raise ValueError(f"state_dict is not a GPT-2's: it has no matrix {', '.join(missing)}")
+        raise ValueError(f"state_dict must be a GPT-2's, but it has no matrix {', '.join(missing)}")
     (vocab_size, width), (positions, _), (hidden, _) = (weights[name].shape for name in needed)
     matches = (re.match(r"transformer\.h\.(\d+)\.", name) for name in weights)
     return {
@@ -380,12 +385,12 @@ def next_token_loss(
     logits: Tensor,  # [B, T, V]
     labels: Tensor,  # [B, T] int64
 ) -> Tensor:
-    """Mean over t of -log softmax(logits_t)[labels_(t+1)], labels of -100 not counted; 0 if none counts.
+    """Mean over t of -log softmax(logits_t)[labels_(t+1)], labels of -100 excluded; 0 if all are.
 
     In float32 (float64 for float64 logits).
     """
     if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels: wants {list(logits.shape[:2])} as the tokens, got {list(labels.shape)}")
+        raise ValueError(f"labels must be {list(logits.shape[:2])} like the tokens, got {list(labels.shape)}")
     labels = labels[:, 1:].flatten()
     wide = torch.promote_types(logits.dtype, torch.float32)
     flat = logits[:, :-1].flatten(0, 1).to(wide)

@@ -207,7 +207,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         x, gain, shift, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        normed, stats = _norm_again(x, gain, shift, ctx.eps)
+        normed, stats = _recompute_norm(x, gain, shift, ctx.eps)
         normed = normed.to(weights[0].dtype)
         dnormeds, dweights = zip(
             *(
@@ -244,7 +244,7 @@ class _AddFeedForward(torch.autograd.Function):
         need_x, *need_first, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:9]
         need_norm = (need_x or any(need_first), need_gain, need_shift)
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
-        normed, stats = _norm_again(y, gain, shift, ctx.eps)
+        normed, stats = _recompute_norm(y, gain, shift, ctx.eps)
         normed = normed.to(w1.dtype)
         if pre is None:
             hidden, pre = _hidden(normed, w1, ctx.activation)
@@ -286,7 +286,7 @@ def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], gain, shift, eps)
 
 
-def _norm_again(x, gain, shift, eps):
+def _recompute_norm(x, gain, shift, eps):
     """The norm in at least float32, and the inputs of its gradient: x in that precision, mean, 1 / std."""
     work = torch.promote_types(x.dtype, torch.promote_types(gain.dtype, torch.float32))
     wide, gain = x.to(work), gain.to(work)

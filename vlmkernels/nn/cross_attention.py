@@ -130,7 +130,7 @@ class MaskedCrossAttention(nn.Module):
         else:
             assert media is not None
             key, value = self.keys_values(media)
-        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        seen = self._intervals(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         (query,) = layers.norm_linear(x, self.norm, self.to_q)
         query = query.unflatten(-1, (self.heads, self.dim_head))
         query = layers.head_norm(self.q_norm, query).transpose(1, 2)
@@ -154,7 +154,7 @@ class MaskedCrossAttention(nn.Module):
     ) -> Tensor | None:  # [B, T] or [T]
         """Which rows attend to no image; None: every row attends to all media."""
         self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
-        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        seen = self._intervals(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         if mask is not None:
             return mask.sum(-1) == 0
         if cache is not None:
@@ -162,7 +162,7 @@ class MaskedCrossAttention(nn.Module):
         assert media is not None
         return _empty(seen, media.shape[1] * media.shape[2])
 
-    def _seen(
+    def _intervals(
         self,
         x: Tensor,
         media: Tensor | None,
@@ -238,16 +238,18 @@ class MaskedCrossAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             faults.append(f"x must be [B, T, {self.dim}], got {tuple(x.shape)}")
         if (media is None) == (cache is None):
-            faults.append("wants either media or a cache")
+            faults.append("exactly one of media and cache must be given")
         if media is not None and (media.dim() != 4 or media.shape[0] != x.shape[0]):
             faults.append(f"media must be [B = {x.shape[0]}, M, n, Dv], got {tuple(media.shape)}")
         ways = {"media_locations": media_locations, "intervals": intervals, "mask": mask}
         given = [name for name, way in ways.items() if way is not None]
         if len(given) > 1:
-            faults.append(f"wants one of media_locations, intervals and mask, got {' and '.join(given)}")
+            faults.append(
+                f"at most one of media_locations, intervals and mask may be given, got {' and '.join(given)}"
+            )
         if media_locations is not None:
             if cache is not None:
-                faults.append("media_locations go to cache.step()")
+                faults.append("media_locations must be passed to cache.step() if there is a cache")
             wanted = (x.shape[0],) if use_cached_media else tuple(x.shape[:2])
             if media_locations.dim() != 2 or tuple(media_locations.shape[: len(wanted)]) != wanted:
                 faults.append(
@@ -255,7 +257,7 @@ class MaskedCrossAttention(nn.Module):
                     f"got {tuple(media_locations.shape)}"
                 )
         elif num_media is not None:
-            faults.append("num_media goes with media_locations")
+            faults.append("num_media requires media_locations")
         if mask is not None and not faults:
             images = media.shape[1] if media is not None else cache.num_slots  # type: ignore[union-attr]
             each = media.shape[2] if media is not None else cache.tokens_per_media  # type: ignore[union-attr]

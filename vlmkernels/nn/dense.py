@@ -43,12 +43,12 @@ class MLP(nn.Sequential):
     ) -> Tensor:  # [..., O]
         if len(self) == 3:
             first, activation, last = self
-            return perceptron(x, first, activation, last, residual=residual)
+            return mlp(x, first, activation, last, residual=residual)
         out = super().forward(x)
         return out if residual is None else residual + out
 
 
-def perceptron(
+def mlp(
     x: Tensor,  # [..., K]
     first: nn.Module,
     activation: nn.Module,

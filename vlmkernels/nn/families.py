@@ -155,7 +155,9 @@ def load_family_state_dict(
         if names
     ]
     if faults:
-        raise ValueError(f"state_dict does not fit {type(module).__name__} as {family}: {'; '.join(faults)}")
+        raise ValueError(
+            f"state_dict does not match {type(module).__name__} as {family}: {'; '.join(faults)}"
+        )
     module.load_state_dict({key: tensor.reshape(own[key].shape) for key, tensor in weights.items()})
 
 

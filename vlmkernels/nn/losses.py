@@ -23,14 +23,16 @@ class _PairLoss(nn.Module):
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank} with world_size {world_size}, wants 0 <= rank < world_size")
+            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
         self.rank = rank
         self.world_size = world_size
 
     def _shard_sizes(self, image_features: Tensor, text_features: Tensor) -> list[int]:
         if image_features.shape != text_features.shape:
             shapes = f"{list(image_features.shape)} and {list(text_features.shape)}"
-            raise ValueError(f"image_features and text_features want one shape [N, D], got {shapes}")
+            raise ValueError(
+                f"image_features and text_features must have the same shape [N, D], got {shapes}"
+            )
         check_initialized()
         if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
             layout = f"rank {dist.get_rank()} of {dist.get_world_size()}"
@@ -71,7 +73,7 @@ class ClipLoss(_PairLoss):
     ) -> None:
         super().__init__(rank, world_size)
         if use_horovod:
-            raise ValueError("use_horovod: wants False, features are gathered with torch.distributed")
+            raise ValueError("use_horovod must be False; features are gathered with torch.distributed")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -126,7 +128,7 @@ class SigLipLoss(_PairLoss):
         super().__init__(rank, world_size)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
-                f"dist_impl: got {dist_impl!r}, wants 'bidir', 'shift', 'reduce', 'gather' or None"
+                f"dist_impl must be 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}"
             )
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl or "bidir"
@@ -175,7 +177,7 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 0.0 < init_scale <= max_scale:
-            raise ValueError(f"init_scale: got {init_scale}, wants 0 < init_scale <= max_scale = {max_scale}")
+            raise ValueError(f"init_scale must be in (0, max_scale = {max_scale}], got {init_scale}")
         log_scale = torch.tensor(math.log(init_scale))
         self.log_scale: Tensor
         if learnable:

@@ -56,7 +56,7 @@ class MediaCache:
                 f"blocks must be GatedCrossAttentionBlock or MaskedCrossAttention modules, got {wrong}"
             )
         elif len({a.attend for a in attentions}) > 1:
-            faults.append("blocks must have one value of only_attend_immediate_media")
+            faults.append("blocks must have the same only_attend_immediate_media")
         if media.dim() != 4:
             faults.append(f"media must be [B, M, n, Dv], got {tuple(media.shape)}")
         elif num_media is not None and num_media.shape != media.shape[:1]:
@@ -111,7 +111,7 @@ class MediaCache:
             wanted = f"[B = {self.seen.shape[0]}, m, n = {self.tokens_per_media}, Dv]"
             raise ValueError(f"MediaCache: media must be {wanted}, got {tuple(media.shape)}")
         slots = self.num_slots + new.num_slots
-        order = None  # which slot of both follows which, where samples have numbers of their own
+        order = None  # of the slots of both, if samples have different numbers of images
         if isinstance(self.num_media, Tensor):
             place = torch.arange(slots, device=self.seen.device)
             after = place - self.num_media[:, None]
@@ -142,7 +142,7 @@ class MediaCache:
         self,
         beam_index: Tensor,  # [B']
     ) -> None:
-        """Row i of the batch becomes what row ``beam_index[i]`` was; B' may differ from B."""
+        """Row i of the batch becomes the former row ``beam_index[i]``; B' may differ from B."""
         self._kept.reorder_cache(beam_index)
         if isinstance(self.num_media, Tensor):
             self.num_media = self.num_media.index_select(0, beam_index)
@@ -150,11 +150,11 @@ class MediaCache:
         self._intervals = None
 
     def keys_values(self, attention: MaskedCrossAttention) -> tuple[Tensor, Tensor]:
-        """What this layer attends to, each [B, Hkv, M n, Dh]."""
+        """The keys and values for this layer, each [B, Hkv, M n, Dh]."""
         for own, pair in zip(self._attentions, self._kept.layers, strict=True):
             if own is attention:
                 return pair
-        raise ValueError("MediaCache: the cache was made without this layer")
+        raise ValueError("MediaCache: the cache was created without this layer")
 
     def intervals_for(
         self,

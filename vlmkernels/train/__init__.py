@@ -13,7 +13,7 @@ __all__ = ["Bundle", "Summary", "TrainConfig", "load_bundle", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the loop, hence accelerate, when it is first asked for: the other commands do without."""
+    """Import the loop, and with it accelerate, on first use: the other commands do not need it."""
     if name in ("Summary", "train"):
         from . import loop
 

@@ -1,4 +1,4 @@
-"""What a training run is made of: settings from YAML, overridden by flags."""
+"""The settings of a training run, from YAML, overridden by flags."""
 
 # ruff: noqa: RUF009 (option only wraps dataclasses.field)
 
@@ -22,14 +22,14 @@ from vlmkernels._files import write_text
 from . import kinds
 
 SHIPPED = "configs"
-SEEDS = 2**31  # numpy takes 32 bits, and each process adds its number
+SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
 def option(default: Any, help: str, *, least: int | None = None, owner: str | None = None) -> Any:
     """A field that is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    ``least`` is its smallest value. ``owner`` says to whom an option of some kinds belongs, in the error
-    when another kind is given it. Without an owner the other kinds disregard it.
+    ``least`` is its smallest value. ``owner`` names the kinds that have the option, in the error for
+    any other kind; without an owner the others ignore it.
     """
     more: dict[str, Any] = {"default": default}
     if isinstance(default, dict):
@@ -75,10 +75,10 @@ def settings() -> dict[str, Setting]:
 class TrainConfig:
     """One training run. Every field is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    So are the options of the kinds (``vlmkernels.train.kinds``). They are given in the same way, as in
-    ``TrainConfig(epochs=3, images_per_row=2)``; those that are not the default are kept in ``options``, from
-    which their kind takes them. ``batch_size`` counts the pairs of one step over all processes together, so
-    that a run on two processes is the run on one. ValueError lists every setting that does not fit.
+    So are the options of the kinds (``vlmkernels.train.kinds``), which are given in the same way, as in
+    ``TrainConfig(epochs=3, images_per_row=2)``; ``options`` contains those that are not the default.
+    ``batch_size`` counts the pairs of one step over all processes, so that a run on two processes equals the
+    run on one. ValueError lists every invalid setting.
     """
 
     model: str = option("emoji-tiny", "name of a model configuration, as in vlmkernels.models.<kind>.CONFIGS")
@@ -105,7 +105,7 @@ class TrainConfig:
         None, "stop after this many steps; the schedule still spans all epochs", least=1
     )
     batch_size: int = option(256, "pairs per step, all processes together", least=1)
-    drop_last: bool = option(False, "leave out the last, smaller batch of an epoch")
+    drop_last: bool = option(False, "drop the last, incomplete batch of an epoch")
     optimizer: str = option("adamw", "adamw or sgd (momentum 0.9)")
     lr: float = option(1e-3, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the cosine")
@@ -114,9 +114,11 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's first decay rate")
     beta2: float = option(0.98, "AdamW's second decay rate")
     eps: float = option(1e-6, "AdamW's epsilon")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 turns clipping off")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 disables clipping")
     label_smoothing: float | None = option(None, "of the softmax losses; clip 0 and align 0.1 when not given")
-    ema_decay: float = option(0.0, "decay of an average of the weights, which is then saved; 0 turns it off")
+    ema_decay: float = option(
+        0.0, "decay of the exponential moving average of the weights, which is saved as final/; 0 disables it"
+    )
     precision: str = option("fp32", "fp32, bf16 or fp16 (fp16 needs a CUDA device); weights stay fp32")
     device: str = option("auto", "auto or cpu")
     seed: int = option(0, "seed of weights, order and augmentation")
@@ -178,8 +180,10 @@ class TrainConfig:
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
-        if "allow_pipe" in self.data_options:  # who starts the run allows that, not who wrote the file
-            faults.append("data_options must not hold allow_pipe, an argument of its own (--allow-pipe)")
+        if "allow_pipe" in self.data_options:  # allowed by the user of the run, not by the author of the file
+            faults.append(
+                "data_options must not contain allow_pipe, which is a separate argument (--allow-pipe)"
+            )
         if self.streams and self.samples_per_epoch is None:
             faults.append(f"samples_per_epoch must be given for the tars {self.data!r}")
         choices = {
@@ -244,9 +248,9 @@ def shipped_configs() -> list[str]:
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, or of a shipped configuration named without folder and ending.
+    """The keys and values of a YAML file, or of a shipped configuration named without folder and extension.
 
-    FileNotFoundError names the shipped configurations; ValueError says what is wrong with the file.
+    FileNotFoundError lists the shipped configurations; ValueError says what is wrong with the file.
     """
     path = Path(source)
     if path.is_file():
@@ -266,7 +270,9 @@ def read_config(source: str | Path) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ValueError(f"config: {source!s} must hold keys and values, got {type(values).__name__}")
+        raise ValueError(
+            f"config: {source!s} must be a mapping of keys to values, got {type(values).__name__}"
+        )
     known = settings().keys()
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
@@ -278,5 +284,5 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
-    """Write settings as YAML, whole or not at all."""
+    """Write settings as YAML, atomically."""
     write_text(path, yaml.safe_dump(dict(values), sort_keys=False))

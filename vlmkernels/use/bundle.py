@@ -1,4 +1,4 @@
-"""A model with what its inputs need: the tokenizer and the image transform, kept together in one folder."""
+"""A model with its tokenizer and image transform, in one folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmkernels.train import kinds
 
 TRANSFORM_FILE = "transform.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-LARGEST_SIDE = 8192  # of an image that a transform makes
+LARGEST_SIDE = 8192  # of an image that a transform returns
 # Fields of a model's config, and of its tokenizer, that are one id.
 TOKEN_IDS = {
     "eot_id": "eot_id",
@@ -35,7 +35,7 @@ TOKEN_IDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What a training run ends with, and what the other commands begin with.
+    """The result of a training run, which the other commands load.
 
     ``transform`` maps a PIL image to float32 [3, H, W], and is None for a language model; ``tokenizer`` maps
     a list of B texts to int64 [B, L].
@@ -58,8 +58,8 @@ class Bundle:
 def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Bundle:
     """Read what :meth:`Bundle.save` wrote, the model in eval mode on ``device``.
 
-    FileNotFoundError names a file that is missing, ValueError one that is damaged, holds what its model does
-    not take, or belongs to another model.
+    FileNotFoundError names a missing file, ValueError one that is damaged, has values that its model does not
+    accept, or belongs to another model.
     """
     path = Path(folder)
     with _of_a_model():
@@ -67,7 +67,7 @@ def load_bundle(folder: str | os.PathLike[str], device: torch.device | str = "cp
         kind = kinds.of_config(fields)
         if kind is None:
             found, known = str(fields.get("model_type")), kinds.model_types(kinds.every())
-            raise ValueError(f"{path} holds a model of type {found!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"model_type in {path} must be one of {', '.join(known)}, got {found!r}")
         tokenizer = read_tokenizer(path)
         transform = read_transform(path) if kind.sees_images else None
         model = kind.model.from_pretrained(path, device=device)
@@ -82,20 +82,20 @@ def load_model(
     mode.
 
     ``device`` is "auto" (a CUDA device if there is one), "cpu" or a torch device. ``fitting`` are the kinds
-    of training whose models will do, those that embed when not given. FileNotFoundError or ValueError name
-    what is missing or does not fit.
+    of training whose models are accepted, by default those that embed. FileNotFoundError or ValueError name
+    what is missing or does not match.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"model: no folder {folder}; RUN/final of a training run is wanted")
+        raise FileNotFoundError(f"model: folder {folder} does not exist; pass RUN/final of a training run")
     bundle = load_bundle(folder, _usable(device))
     found, wanted = bundle.model.model_type, kinds.model_types(fitting or kinds.embedders())
     if found not in wanted:
-        raise ValueError(f"model: {folder} holds a model of type {found}, this takes {', '.join(wanted)}")
+        raise ValueError(f"model: {folder} must be of type {' or '.join(wanted)}, got {found}")
     return bundle.model, bundle.tokenizer, bundle.transform and bundle.transform.for_inference()
 
 
 def _usable(device: str) -> torch.device:
-    """ValueError unless tensors can be made and read on the device, "auto" being the best there is."""
+    """ValueError unless tensors can be created and read on the device; "auto" prefers a CUDA device."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.zeros((), device=found).item()
@@ -107,8 +107,7 @@ def _usable(device: str) -> torch.device:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients for a block, and the earlier mode afterwards; gives the model's
-    device."""
+    """Evaluation mode without gradients inside the block; yields the model's device."""
     training = model.training
     model.eval()
     try:
@@ -126,7 +125,7 @@ def check_batch_size(batch_size: int) -> None:
 
 @contextlib.contextmanager
 def _of_a_model() -> Iterator[None]:
-    """Says of an error that a model is wrong."""
+    """Adds to an error that it is about the model."""
     try:
         yield
     except FileNotFoundError as error:
@@ -142,10 +141,12 @@ def read_tokenizer(folder: Path) -> ClipTokenizer | WordPieceTokenizer:
         check_content(file)
     try:
         return load_tokenizer(folder)
-    except Exception as error:  # the tokenizers package raises that for every fault
+    except Exception as error:  # the tokenizers package raises Exception itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         names = " and ".join(map(str, files))
-        raise ValueError(f"{names}: no tokenizer ({reason}); copy both from the trained model") from error
+        raise ValueError(
+            f"{names} are not a tokenizer ({reason}); copy both from the trained model"
+        ) from error
 
 
 def read_transform(folder: Path) -> ImageTransform:
@@ -157,30 +158,32 @@ def read_transform(folder: Path) -> ImageTransform:
         for name in ("image_size", "resize_size"):
             size = getattr(transform, name)
             if max(size if isinstance(size, tuple) else (size or 0,)) > LARGEST_SIDE:
-                raise ValueError(f"{name} is {size}, wants at most {LARGEST_SIDE}")
+                raise ValueError(f"{name} must be at most {LARGEST_SIDE}, got {size}")
     return transform
 
 
 def _check_parts(
     folder: Path, kind: kinds.Kind, config: Any, tokenizer: Any, transform: ImageTransform | None
 ) -> None:
-    """ValueError unless the tokens and the images are those of the model."""
+    """ValueError unless tokenizer and transform match the model."""
     faults = []
     text = kind.text_config(config)
     for name in ("vocab_size", "context_length"):
         if getattr(tokenizer, name) > getattr(text, name):
             got, most = getattr(tokenizer, name), getattr(text, name)
-            faults.append(f"{name} of the tokenizer is {got}, of the model {most}")
+            faults.append(f"{name} of the tokenizer must be at most {most}, as in the model, got {got}")
     largest = max(tokenizer._tokenizer.get_vocab().values(), default=0)
     if largest >= tokenizer.vocab_size:
-        faults.append(f"tokenizer.json has the id {largest}, the tokenizer {tokenizer.vocab_size} ids")
+        faults.append(f"ids in tokenizer.json must be below {tokenizer.vocab_size}, got {largest}")
     for ours, theirs in TOKEN_IDS.items():
         if hasattr(config, ours) and hasattr(tokenizer, theirs):
             got, wanted = getattr(tokenizer, theirs), getattr(config, ours)
             if got != wanted:
-                faults.append(f"{theirs} of the tokenizer is {got}, the model has {ours} {wanted}")
+                faults.append(f"{theirs} of the tokenizer must be {wanted}, {ours} of the model, got {got}")
     side = None if transform is None else kind.image_side(config)
     if transform is not None and side is not None and transform.image_size not in (side, (side, side)):
-        faults.append(f"{TRANSFORM_FILE} makes images of {transform.image_size}, the model wants {side}")
+        faults.append(
+            f"image_size in {TRANSFORM_FILE} must be {side}, as in the model, got {transform.image_size}"
+        )
     if faults:
         raise ValueError(f"{folder}: parts of different models: " + "; ".join(faults))

@@ -42,17 +42,17 @@ def write_captions(
     max_new_tokens: int | None = None,
     **decoding: Any,
 ) -> list[str]:
-    """A caption for each image; for a language model, which sees none, ``images`` is their number.
+    """A caption for each image; for a language model, which has no images, ``images`` is their number.
 
-    The caption goes on from ``prompt``, which is part of it. ``max_new_tokens`` of None is 48, or less where
-    the model's context ends before. ``decoding``: num_beams, do_sample, temperature, top_k, top_p,
+    The caption starts with ``prompt``. ``max_new_tokens`` of None is 48, or less if the model's context is
+    shorter. ``decoding``: num_beams, do_sample, temperature, top_k, top_p,
     length_penalty, generator, as in ``vlmkernels.models.generation.generate``. The model is used in
-    evaluation mode. ValueError for options that do not fit.
+    evaluation mode. ValueError for invalid options.
     """
     kind = kinds.of_model(model)
     if isinstance(images, int):
         if kind.sees_images:
-            raise ValueError(f"images: wants [B, 3, H, W], got {images}")
+            raise ValueError(f"images must be [B, 3, H, W], got {images}")
         count = images
     else:
         count = len(images)
@@ -60,15 +60,15 @@ def write_captions(
     room = tokenizer.context_length - len(start)
     if room < 1:
         raise ValueError(
-            f"prompt: {len(start) - 1} tokens leave no room in the {tokenizer.context_length} of the model"
+            f"prompt must have at most {tokenizer.context_length - 2} tokens, got {len(start) - 1}"
         )
     if max_new_tokens is None:
         max_new_tokens = min(MAX_NEW_TOKENS, room)
     with inference(model) as device:
         prompts = torch.tensor([start], device=device).expand(count, -1)
-        seen = images if isinstance(images, int) else images.to(device)
+        visible = images if isinstance(images, int) else images.to(device)
         decoding = {"max_new_tokens": max_new_tokens, **decoding}
-        tokens = kind.generate(model, tokenizer, seen, prompts, **decoding)
+        tokens = kind.generate(model, tokenizer, visible, prompts, **decoding)
     return [tokenizer.decode(start[1:] + row) for row in tokens.tolist()]
 
 
@@ -84,8 +84,8 @@ def caption(
     """Captions of image files, and of the images below folders, by the model in ``model_folder`` (RUN/final).
 
     ``options`` are those of :func:`write_captions`; with ``do_sample`` the draws depend on ``seed``. An image
-    that cannot be read is left out and named in the result. FileNotFoundError or ValueError name what is
-    missing or does not fit.
+    that cannot be read is skipped and listed in the result. FileNotFoundError or ValueError name what is
+    missing or invalid.
     """
     check_batch_size(batch_size)
     if isinstance(inputs, (str, os.PathLike)):

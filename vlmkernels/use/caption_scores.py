@@ -1,4 +1,4 @@
-"""How good a model's captions are: perplexity, BLEU and CIDEr, and on scenes the share of right slots."""
+"""Scores of a model's captions: perplexity, BLEU and CIDEr, and on scenes the fraction of right slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORD = re.compile(r"\w+(?:'\w+)?")
 
 
 def plain_tokens(text: str) -> str:
-    """Lower case, words only, single blanks: what BLEU and CIDEr compare.
+    """Lower case, words only, single spaces: the form that BLEU and CIDEr compare.
 
     The COCO evaluation splits with the Penn Treebank tokenizer (in Java) and drops punctuation as well; on
     captions without clitics and hyphens the words are the same.
@@ -40,19 +40,19 @@ def reference_scores(
 ) -> dict[str, float]:
     """BLEU-1 to BLEU-4 and CIDEr of one caption for each key against its references (``pycocoevalcap``).
 
-    CIDEr weighs n-grams by their rarity among the references given: it is 0 for a single image.
-    ModuleNotFoundError without the package, ValueError for other keys or a key without reference.
+    CIDEr weighs n-grams by their rarity among these references: it is 0 for a single image.
+    ModuleNotFoundError without the package, ValueError for different keys or a key without reference.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
     if captions.keys() != references.keys() or not captions:
         raise ValueError(
-            f"captions and references want the same keys, got {len(captions)}, {len(references)}"
+            f"captions and references must have the same keys, got {len(captions)} and {len(references)}"
         )
     empty = [key for key, texts in references.items() if not texts]
     if empty:
-        raise ValueError(f"references: none for {', '.join(empty[:5])}")
+        raise ValueError(f"references must have a text for every key, got none for {', '.join(empty[:5])}")
     found = {key: [plain_tokens(text)] for key, text in captions.items()}
     wanted = {key: [plain_tokens(text) for text in texts] for key, texts in references.items()}
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
@@ -63,7 +63,7 @@ def reference_scores(
 @dataclasses.dataclass(frozen=True)
 class CaptionScores(Scores):
     """``perplexity`` and ``token_accuracy`` over all counted tokens of all captions (``tokens``; the end of a
-    caption is one), ``reference_scores`` of what the model writes (None without the package pycocoevalcap),
+    caption is one), ``reference_scores`` of the generated captions (None without the package pycocoevalcap),
     on scenes ``slots`` (see ``vlmkernels.data.slot_accuracy``), and ``captions``: key, caption and references
     of each image.
     """
@@ -98,11 +98,11 @@ def evaluate_captions(
     batch_size: int = 64,
     **decoding: Any,
 ) -> CaptionScores:
-    """Evaluate a Flamingo, a SimVLM or a language model, which gets the texts alone.
+    """Evaluate a Flamingo, a SimVLM or a language model, which gets only the texts.
 
     ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
-    applied, or tensors. ``decoding`` are options of ``write_captions``; greedy without. Samples with one key
-    are captions of one image. ValueError when no sample can be read.
+    applied, or tensors. ``decoding`` are options of ``write_captions``; greedy without. Samples with the same
+    key are captions of the same image. ValueError when no sample can be read.
     """
     check_batch_size(batch_size)
     kind = kinds.of_model(model)
@@ -152,10 +152,10 @@ def evaluate_captions(
 def _score(
     kind: Any, model: nn.Module, tokenizer: CaptionTokenizer, batch: dict[str, Any], device: torch.device
 ) -> tuple[float, int, int]:
-    """Mean loss, tokens that are the likeliest, and number of tokens of a batch."""
+    """Mean loss, correctly predicted tokens and number of tokens of a batch."""
     placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     loss, logits, labels = kind.caption_loss(model, tokenizer, placed, with_logits=True)
-    assert logits is not None, "asked for"
+    assert logits is not None, "requested"
     targets = labels[:, 1:]
     right = (logits[:, :-1].argmax(dim=-1) == targets).sum()
     return loss.item(), int(right), int((targets != IGNORE).sum())

@@ -1,4 +1,4 @@
-"""Embeddings of image files and of texts by a trained model, and the file they are kept in."""
+"""Embeddings of image files and of texts by a trained model, and the file format for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMATS = (".safetensors", ".npz")
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What :func:`embed` did: ``skipped`` maps the name of an image that could not be read to the reason."""
+    """The result of :func:`embed`: ``skipped`` maps each image that could not be read to the reason."""
 
     out: Path
     count: int
@@ -102,9 +102,9 @@ def embed(
     ``out``.
 
     ``out`` ends in .safetensors (tensor ``embeddings`` float32 [N, E], L2-normalised; metadata ``keys``, a
-    JSON list of N paths or texts, and ``kind``) or .npz (arrays ``embeddings`` and ``keys``). It is whole or
-    absent. An image that cannot be read is left out and named in the result. ValueError when nothing can be
-    embedded or ``out`` cannot be written.
+    JSON list of N paths or texts, and ``kind``) or .npz (arrays ``embeddings`` and ``keys``). It is
+    written atomically. An image that cannot be read is skipped and listed in the result. ValueError when
+    nothing can be embedded or ``out`` cannot be written.
     """
     target = Path(out)
     if kind not in KINDS:
@@ -115,7 +115,7 @@ def embed(
         raise ValueError(f"inputs must be a sequence of {kind}, got one {type(inputs).__name__}")
     files = find_images(inputs) if kind == "images" else []
     if kind == "texts" and not inputs:
-        raise ValueError("inputs: no text")
+        raise ValueError("inputs must not be empty")
     _check_writable(target)
     model, tokenizer, transform = load_model(model_folder, device)
     skipped: dict[str, str] = {}
@@ -134,7 +134,7 @@ def embed(
 
 
 def _check_writable(path: Path) -> None:
-    """Make the folder of ``path``; ValueError where no file can be written there, before any work is done."""
+    """Create the folder of ``path``; ValueError if no file can be written there, before any work is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -151,13 +151,13 @@ def write_embeddings(
     keys: Sequence[str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write features and keys, whole or not at all, in the format of ``path``'s ending; or OSError."""
+    """Write features and keys atomically, in the format of ``path``'s extension; or OSError."""
     if path.suffix != ".npz":
         described = {"keys": json.dumps(list(keys)), **(metadata or {})}
         return save_tensors({"embeddings": features.contiguous()}, path, described)
 
     def write(partial: Path) -> None:
-        with open(partial, "wb") as file:  # numpy would add an ending to a name
+        with open(partial, "wb") as file:  # numpy would add an extension to a name
             numpy.savez(file, embeddings=features.numpy(), keys=numpy.array(keys, dtype=str))
 
     return write_atomic(path, write)

@@ -1,6 +1,6 @@
-"""Retrieval recall R@k both ways and zero-shot classification, each beside what chance gives.
+"""Retrieval recall R@k both ways and zero-shot classification, each with its chance level.
 
-R@k is the share of queries with a matching item among the k nearest; a class is the normalised mean of the
+R@k is the fraction of queries with a matching item among the k nearest; a class is the normalised mean of the
 normalised embeddings of its texts (Radford et al. 2021, section 3.1.4).
 """
 
@@ -42,10 +42,10 @@ def ranks(
     *,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> Tensor:
-    """int64 [N]: the place, from 1, of each query's best match, by inner product.
+    """int64 [N]: the rank, from 1, of each query's best match, by inner product.
 
-    The place counts keys that do not match: one that scores the same as the best match counts as before it,
-    so a model that gives everything one embedding does not look right. Scores are fp32, ``scores_at_once`` of
+    The rank counts keys that do not match: one with the same score as the best match is ranked before it, so
+    that a model with one embedding for everything gets no credit. Scores are fp32, ``scores_at_once`` of
     them in memory. ValueError for a query without a match.
     """
     places = []
@@ -57,9 +57,10 @@ def ranks(
         right = torch.zeros_like(scores, dtype=torch.bool)
         right[own[:, 0] - start, own[:, 1]] = True
         if not right.any(dim=1).all():
-            raise ValueError(f"matches: query {start + int(right.any(dim=1).int().argmin())} has no key")
+            first = start + int(right.any(dim=1).int().argmin())
+            raise ValueError(f"matches must have a key for every query, got none for query {first}")
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        # `not <` counts a NaN score as before the match.
+        # `not <` ranks a NaN score before the match.
         places.append(1 + (~(scores < best) & ~right).sum(dim=1))
     return torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
 
@@ -102,15 +103,17 @@ def retrieval(
     *,
     scores_at_once: int = SCORES_AT_ONCE,
 ) -> dict[str, Any]:
-    """R@1/5/10 and median rank of images against texts and of texts against images, chance beside.
+    """R@1/5/10 and median rank of images against texts and of texts against images, with chance levels.
 
     Row i of both is a pair. Equal texts are one text that matches all of their images, and equal ``keys``
-    (None: all differ) are one image that matches all of its texts; a query is answered by any of its matches.
-    ValueError when the sizes differ or there is nothing.
+    (None: all differ) are one image that matches all of its texts; any match of a query is right. ValueError
+    when the sizes differ or are 0.
     """
     sizes = {len(image_features), len(text_features), len(texts), len(texts if keys is None else keys)}
     if len(sizes) > 1 or not texts:
-        raise ValueError(f"image_features, text_features, texts and keys must be equally long, got {sizes}")
+        raise ValueError(
+            f"image_features, text_features, texts and keys must have the same length, got {sizes}"
+        )
     image_rows, image_numbers = _distinct(range(len(texts)) if keys is None else keys)
     text_rows, text_numbers = _distinct(texts)
     images, distinct = image_features[image_rows], text_features[text_rows]
@@ -136,7 +139,7 @@ def class_weights(
     empty = [c for c, group in enumerate(texts) if not group]
     if not texts or empty:
         raise ValueError(
-            f"texts: every class needs a text, got {len(texts)} classes of which {empty} have none"
+            f"texts must have a text for every class, got {len(texts)} classes of which {empty} have none"
         )
     features = encode_texts(
         model, tokenizer, [text for group in texts for text in group], batch_size=batch_size
@@ -149,7 +152,7 @@ def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
     """Every template filled with every name. ValueError for a template without ``{}``."""
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
-        raise ValueError(f"templates: each needs a {{}} for the name, got {list(templates)}")
+        raise ValueError(f"templates must each contain {{}} for the name, got {list(templates)}")
     return [template.replace("{}", name) for template in templates for name in names]
 
 
@@ -158,9 +161,9 @@ def classification(
     labels: Tensor,  # [N] int64 in [0, C)
     weights: Tensor,  # [C, E] normalised
 ) -> dict[str, Any]:
-    """Top-1, top-5 and mean-per-class accuracy, with chance and the share of the largest class beside.
+    """Top-1, top-5 and mean-per-class accuracy, with chance levels and the fraction of the largest class.
 
-    A class that scores the same as the right one counts as before it, as in :func:`ranks`.
+    A class with the same score as the right one is ranked before it, as in :func:`ranks`.
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(weights):
         raise ValueError(f"labels must be in [0, {len(weights)}) and not empty, got {len(labels)} labels")
@@ -184,9 +187,9 @@ def classification(
 
 
 def emoji_class_texts(dataset: Any) -> dict[str, list[list[str]]]:
-    """Two sets of texts for the 9 groups of emoji3, neither of which looks at a picture or at a test split.
+    """Two sets of texts for the 9 groups of emoji3, neither of which uses images or a test split.
 
-    ``names``: the words of the group's name ("animals-nature" gives "animals" and "nature"), the classic
+    ``names``: the words of the group's name ("animals-nature" gives "animals" and "nature"), the usual
     zero-shot form; hard for a small model: these words are rare in the captions or absent. ``captions``: the
     names of the group's concepts in the training split that belongs to ``dataset`` (for concept-test, none of
     the concepts tested), a prompt ensemble.
@@ -204,23 +207,25 @@ def emoji_class_texts(dataset: Any) -> dict[str, list[list[str]]]:
 
 
 class ClassFolders(Dataset):
-    """Images in one folder per class; the folder's name, "_" read as a blank, is the name of the class.
+    """Images in one folder per class; the folder's name, "_" replaced by a space, is the name of the class.
 
-    Hidden folders (.git, .ipynb_checkpoints) are no classes.
+    Hidden folders (.git, .ipynb_checkpoints) are not classes.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         visible = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
         folders = sorted(path for path in visible if path.is_dir())
         if len(folders) < 2:
-            raise ValueError(f"data: {folder} must hold a folder of images for each of two or more classes")
+            raise ValueError(
+                f"data: {folder} must contain a folder of images for each of two or more classes"
+            )
         self.class_names = [path.name.replace("_", " ") for path in folders]
         self.files = [(file, label) for label, path in enumerate(folders) for file in find_images([path])]
         self._skip_log = SkipLog()
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reason by path of the images that were left out so far."""
+        """Reason by path of the images skipped so far."""
         return self._skip_log.items()
 
     def __len__(self) -> int:
@@ -238,7 +243,7 @@ class ClassFolders(Dataset):
 
 
 def _recalls(way: dict[str, Any]) -> str:
-    """The recalls of one direction, each beside chance."""
+    """The recalls of one direction with their chance levels."""
     return ", ".join(f"R@{k} {way[f'R@{k}']:.4f} (chance {way['chance'][f'R@{k}']:.4f})" for k in RECALLS)
 
 
@@ -252,7 +257,7 @@ class ContrastiveScores(Scores):
     zero_shot: dict[str, Any] | None
 
     def __str__(self) -> str:
-        """The numbers, each beside chance."""
+        """The numbers with their chance levels."""
         lines = [self.counted()]
         if self.retrieval is not None:
             lines.append(f"image to text: {_recalls(self.retrieval['image_to_text'])}")
@@ -275,11 +280,11 @@ def evaluate_model(
     batch_size: int = 256,
     class_texts: dict[str, list[list[str]]] | None = None,
 ) -> ContrastiveScores:
-    """Evaluate a model in memory; it is left in the mode it was in and no random number is drawn.
+    """Evaluate a model in memory; its mode does not change and no random number is drawn.
 
     ``dataset`` yields samples (see ``vlmkernels.data.Sample``) with PIL images, to which ``transform`` is
     applied, or tensors. Classes are scored for each entry of ``class_texts`` (texts of every class), which
-    emoji3 and class folders bring along.
+    emoji3 and class folders have themselves.
     """
     check_batch_size(batch_size)
     texts: list[str] = []
@@ -322,8 +327,7 @@ def evaluate_model(
 
 
 def open_data(data: Any, *, allow_pipe: bool = False) -> Any:
-    """A data set: as it is, or opened from a specification (a folder of class folders, else as ``load_pairs``
-    takes)."""
+    """``data`` itself, or the data set of a specification: a folder of class folders, or ``load_pairs``'."""
     if not isinstance(data, (str, os.PathLike)):
         return data
     if os.path.isdir(data):
@@ -348,9 +352,9 @@ def evaluate(
     CLIP and ALIGN: the result is that of :func:`evaluate_model`. ``data`` is "emoji3[:SPLIT]",
     "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
     one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
-    data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search where
-    ``num_beams`` exceeds 1; no class folders. ``allow_pipe`` is ``load_pairs``'. Raises FileNotFoundError or
-    ValueError naming what does not fit.
+    data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search if
+    ``num_beams`` exceeds 1; no class folders. ``allow_pipe`` is that of ``load_pairs``. Raises
+    FileNotFoundError or ValueError naming what is invalid.
     """
     check_batch_size(batch_size)
     dataset = open_data(data, allow_pipe=allow_pipe)
@@ -358,15 +362,15 @@ def evaluate(
     kind = kinds.of_model(loaded[0])
     if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
         takes = " and ".join(kinds.model_types(kinds.embedders()))
-        raise ValueError(f"data: {model_folder} writes captions, classes are for {takes}")
+        raise ValueError(f"data: {model_folder} generates captions; classes and templates are for {takes}")
     return kind.evaluate(*loaded, dataset, batch_size=batch_size, templates=templates, num_beams=num_beams)
 
 
 def template_texts(templates: Sequence[str], dataset: Any) -> dict[str, list[list[str]]]:
-    """The texts of every class of ``dataset`` by these templates, beside those that emoji3 brings along."""
+    """The texts of every class of ``dataset`` by these templates, and emoji3's own."""
     names = getattr(dataset, "class_names", None) or getattr(dataset, "group_names", None)
     if names is None:
-        raise ValueError("templates: this data has no classes; a folder of class folders or emoji3 is wanted")
+        raise ValueError("templates: this data has no classes; pass a folder of class folders or emoji3")
     class_texts = {"names": [fill(templates, name.split("-")) for name in names]}
     if isinstance(dataset, ClassFolders):
         return class_texts

@@ -1,4 +1,4 @@
-"""Images to use a model on: files, folders of them, and the samples of a data set."""
+"""The images for a model: files, folders of them, and the samples of a data set."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def read_files(
 def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The files named in ``inputs`` and the images below the folders in it, in a fixed order, each once.
 
-    Below a folder hidden files and folders are passed over; a folder that cannot be listed is given as if it
-    were an image, so that whoever reads it reports it. FileNotFoundError for a path that does not exist,
+    Below a folder hidden files and folders are skipped; a folder that cannot be listed is returned like an
+    image, so that reading it reports the error. FileNotFoundError for a path that does not exist,
     ValueError when there is no image at all.
     """
     found: dict[Path, None] = {}

@@ -1,4 +1,4 @@
-"""What an evaluation gives, whatever the kind of model."""
+"""The result of an evaluation, for every kind of model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The number of samples and, by key, the reason for each that was left out. ``str`` is for people."""
+    """The number of samples and, by key, the reason for each skipped one. ``str`` is a report."""
 
     samples: int
     skipped: dict[str, str]
@@ -18,5 +18,5 @@ class Scores:
         return f"{self.samples} samples{skipped}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers by name, of what JSON has."""
+        """All numbers by name, ready for JSON."""
         return dataclasses.asdict(self)

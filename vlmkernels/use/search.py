@@ -30,8 +30,8 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The best hits first; how many images were searched, how many of these came from the cache; what was
-    left out."""
+    """The best hits first; how many images were searched, how many of these came from the cache; the skipped
+    ones with the reason."""
 
     hits: list[Hit]
     searched: int
@@ -52,14 +52,14 @@ def search(
     batch_size: int = 256,
     device: str = "auto",
 ) -> Found:
-    """Rank the images below ``folder`` by ``query_text`` and give the ``k`` best (all, if there are fewer).
+    """Rank the images below ``folder`` by ``query_text`` and return the ``k`` best (all, if there are fewer).
 
-    With ``cache`` the embeddings are kept in :func:`cache_file` and used again for images whose path, size
-    and time of change are the same. A cache that cannot be read or written costs time only. ValueError when
+    With ``cache`` the embeddings are kept in :func:`cache_file` and reused for images with the same path,
+    size and modification time. A cache that cannot be read or written only costs time. ValueError when
     no image can be read.
     """
     if not query_text.strip():
-        raise ValueError("query_text is empty")
+        raise ValueError("query_text must not be empty")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     files = find_images([folder])

@@ -13,7 +13,7 @@ import vlmkernels
 from vlmkernels.intervals import Intervals
 from vlmkernels.nn.dense import Linear, add, take_rows
 
-# Takes the keys and values of new tokens, gives those of all tokens to attend to: `KVCache.update`.
+# Takes the keys and values of new tokens, returns those of all tokens to attend to: `KVCache.update`.
 Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -35,7 +35,7 @@ def attend(
     dropout: float = 0.0,
     **relative: Any,
 ) -> Tensor:  # [B, n, D]
-    """Attention with its heads merged: to `seen`, or where that is None, or with dropout, to `mask`."""
+    """Attention with its heads merged: to `seen`, or if that is None, or with dropout, to `mask`."""
     if seen is None or dropout:
         allowed = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
@@ -45,9 +45,9 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, for all tokens or for those that are wanted, without its last projection.
+    """Multi-head self-attention, for all tokens or for the wanted ones, without its last projection.
 
-    A subclass has the projections, under the names of its files of weights.
+    A subclass has the projections, under the names of its weight files.
     """
 
     def __init__(self, heads: int) -> None:
@@ -65,12 +65,12 @@ class SelfAttention(nn.Module):
     def mix(
         self,
         x: Tensor,  # [B, T, D]
-        seen: Intervals | None,  # [T] or [B, T] each, over the tokens of x, or all that `keep` gives
+        seen: Intervals | None,  # [T] or [B, T] each, over the tokens of x, or all that `keep` returns
         wanted: Tensor | None,  # [B, n] int64
         keep: Keep | None = None,
         **options: Any,
     ) -> Tensor:  # [B, n or T, D]
-        """What `attend`, which takes the options, gives for each wanted token."""
+        """The result of `attend` with these options for each wanted token."""
         query, key, value = self.project(x, wanted)
         if wanted is not None and seen is not None:
             start, end = (bound.expand(x.shape[0], -1).gather(1, wanted) for bound in seen)

@@ -1,7 +1,7 @@
 """BERT encoder: token ids [B, L] -> hidden states [B, L, D] or the [CLS] row [B, D].
 
 Devlin et al. 2018 (arXiv:1810.04805): learned positions, post-norm blocks x = LN(x + attention(x)), x = LN(x
-+ mlp(x)), with GELU if nothing else is said. One sentence per row, so every token type is 0. Parameter names
++ mlp(x)), with GELU by default. One sentence per row, so every token type is 0. Parameter names
 are those of Hugging Face's ALIGN text model.
 """
 
@@ -15,11 +15,11 @@ from vlmkernels._modules import is_traced
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.attention import SelfAttention, split_heads
-from vlmkernels.nn.dense import Linear, add, perceptron, take_rows
+from vlmkernels.nn.dense import Linear, add, mlp, take_rows
 
 
 class BertAttention(SelfAttention):
-    """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all tokens or for those that are wanted."""
+    """LN(x + W_o softmax(q k^T / sqrt(Dh)) v), for all tokens or for the wanted ones."""
 
     def __init__(self, width: int, heads: int, dropout: float, eps: float):
         super().__init__(heads)
@@ -68,8 +68,8 @@ class Layer(nn.Module):
         x = self.attention(x, mask, seen, wanted)
         layers = *self.intermediate.values(), self.output["dense"]
         if self.training and self.dropout:
-            return self.output["LayerNorm"](F.dropout(perceptron(x, *layers), self.dropout) + x)
-        return self.output["LayerNorm"](perceptron(x, *layers, residual=x))
+            return self.output["LayerNorm"](F.dropout(mlp(x, *layers), self.dropout) + x)
+        return self.output["LayerNorm"](mlp(x, *layers, residual=x))
 
 
 class Embeddings(nn.Module):
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
 def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     """The mask as intervals; None where a row is not one run, or that is not known.
 
-    It is looked up on the CPU alone: elsewhere that would wait for the device.
+    Only on the CPU: elsewhere it would wait for the device.
     """
     if mask.device.type != "cpu" or is_traced():
         return None
@@ -180,12 +180,12 @@ class Bert(nn.Module):
     def _mask(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:  # [B, L] bool
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, want integer ids [B, L]"
+                f"tokens must be integer ids [B, L], got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
         length = tokens.shape[1]
         if not 1 <= length <= self.max_positions:
             raise ValueError(
-                f"tokens: got length {length}, want 1 to {self.max_positions} (the position table)"
+                f"tokens must have length 1 to {self.max_positions} (the position table), got {length}"
             )
         if attention_mask is None:
             mask = tokens != self.pad_id
@@ -193,7 +193,7 @@ class Bert(nn.Module):
             return mask
         if attention_mask.shape != tokens.shape:
             raise ValueError(
-                f"attention_mask: got shape {tuple(attention_mask.shape)}, want {tuple(tokens.shape)}"
+                f"attention_mask must be {tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
             )
         return attention_mask != 0
 
@@ -215,7 +215,7 @@ class Bert(nn.Module):
         *,
         cls_only: bool = False,
     ) -> Tensor:  # [B, L, D], or [B, D]
-        """Hidden states of the last layer, or of [CLS] alone, which then is all that the last layer computes.
+        """Hidden states of the last layer, or with `cls_only` that of [CLS], the only one it then computes.
 
         Without a mask the first token, [CLS], is attended whatever its id. With `cls_only` padding costs
         nothing on a CPU (the rows are packed; not in compiled or traced code, nor with dropout). ValueError

@@ -1,9 +1,9 @@
 """EfficientNet without its classification head: image [B, 3, H, W] -> global mean of the last stage [B, C].
 
 Tan & Le 2019 (arXiv:1905.11946): one table of seven stages of MBConv blocks (B0), widened and deepened by the
-compound rule, channels = round8(width * c) and repeats = ceil(depth * n). The 1x1 head convolution is left
-out, as in ALIGN (Jia et al. 2021, section 4): the feature is the pooled output of the last stage, 320 * width
-channels.
+compound rule, channels = round8(width * c) and repeats = ceil(depth * n). The 1x1 head convolution is
+omitted, as in ALIGN (Jia et al. 2021, section 4): the feature is the pooled output of the last stage, 320 *
+width channels.
 
 A block maps x to project(SE(depthwise(expand(x)))) with batch norm after every convolution and SiLU after the
 first two. Blocks after the first of a stage add x, and in training drop their branch for whole samples
@@ -201,8 +201,8 @@ class EfficientNet(nn.Module):
         """The last stage's map, before pooling."""
         if self.padding == "fixed" and min(images.shape[2:]) < self.total_stride:
             raise ValueError(
-                f"images: got {images.shape[2]} x {images.shape[3]} pixels, with padding 'fixed' each side"
-                f" wants at least {self.total_stride}"
+                f"images must have sides of at least {self.total_stride} pixels with padding 'fixed', "
+                f"got {images.shape[2]} x {images.shape[3]}"
             )
         x = F.silu(self.embeddings["batchnorm"](self.embeddings["convolution"](self.pad(images))))
         return self.encoder["blocks"](x)

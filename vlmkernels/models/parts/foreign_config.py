@@ -1,4 +1,4 @@
-"""Configs of other libraries: what is read of them, and every reason why a model here is none of theirs."""
+"""Configs of other libraries: the values that are read, and all that a model here does not support."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Part:
-    """One object of such a config: its values, defaults filled in, and what is wrong with it.
+    """One object of such a config: its values, defaults filled in, and the errors in it.
 
-    `read` has the keys that are taken, with what they are when absent; a value is of the type of its default,
-    or a list or null for the keys in `loose`. `fixed` has the keys that name what a model here cannot have,
-    with the one value that leaves it out (all that is empty is the same). Other keys are a fault unless
-    `ignored`, which is all of them when None.
+    `read` has the keys that are used, with their defaults; a value is of the type of its default, or a list
+    or null for the keys in `loose`. `fixed` has the keys of features that a model here does not support, with
+    the one value that disables them (empty values are equal). Other keys are an error unless `ignored`; None
+    ignores all.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Part:
         self.name = name
         self.faults: list[str] = []
         if not isinstance(given, Mapping):
-            self.faults.append(f"{name} is {given!r:.100}, wants an object")
+            self.faults.append(f"{name} must be an object, got {given!r:.100}")
             given = {}
         self.values = {**read, **{key: given[key] for key in read if key in given}}
         for key, default in read.items():
@@ -37,18 +37,18 @@ class Part:
                 self.values[key] = default
         for key, value in given.items():
             if key in fixed and (value or None) != (fixed[key] or None):
-                self.faults.append(f"{name}: {key} is {value!r:.100}, which this model does not have")
+                self.faults.append(f"{name}: {key} must be {fixed[key]!r}, got {value!r:.100}")
             elif ignored is not None and not (key in read or key in fixed or key in ignored):
-                self.faults.append(f"{name}: {key} is not known")
+                self.faults.append(f"{name}: unknown key {key}")
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
 
     def fault(self, key: str, wanted: str) -> None:
-        self.faults.append(f"{self.name}: {key} is {self.values[key]!r:.100}, wants {wanted}")
+        self.faults.append(f"{self.name}: {key} must be {wanted}, got {self.values[key]!r:.100}")
 
     def side(self, key: str) -> Any:
-        """A length that may be given twice, for height and width; a fault where these differ."""
+        """A length that may be given twice, for height and width; an error if they differ."""
         value = self.values[key]
         if type(value) is list:
             if len(value) == 2 and value[0] == value[1]:

@@ -1,4 +1,4 @@
-"""Rows of text one after the other, without their padding, for towers of which it changes nothing."""
+"""Rows of text packed without their padding, for towers whose results do not depend on it."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ class Texts(NamedTuple):
 
     tokens: Tensor  # [1, N]
     positions: Tensor  # [1, N], of each token in its own row
-    bounds: Tensor  # [B + 1] int64: row b holds bounds[b] to bounds[b + 1]
+    bounds: Tensor  # [B + 1] int64: row b is bounds[b] to bounds[b + 1]
 
 
 def can_drop(tokens: Tensor) -> bool:
-    """Whether padding can be dropped: how much there is must be known, which on accelerators, in compiled and
-    in traced code it is not, and attention must cost what is seen, which without the C++ kernels it does not.
+    """Whether padding can be dropped: its amount must be known without waiting, which excludes accelerators
+    and compiled or traced code, and attention must skip what is masked, which needs the C++ kernels.
     """
     return tokens.device.type == "cpu" and not is_traced() and _native.extension is not None
 

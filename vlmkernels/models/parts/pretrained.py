@@ -1,4 +1,4 @@
-"""What every model shares: a config and weights, saved and loaded as config.json + model.safetensors."""
+"""The base of every model: a config and weights, saved and loaded as config.json + model.safetensors."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ KINDS = {
     str: "text",
     type(None): "null",
 }
-# Metadata of config fields that came later: files without them mean their defaults.
+# Metadata of config fields added later: files without them have their defaults.
 LATER = {"later": True}
 
 
 class Pretrained(nn.Module):
     """A module with a frozen dataclass `config` that can be saved to, and built from, a folder.
 
-    A subclass sets `model_type` (written to config.json and checked on loading) and `config_class`. Where the
-    format of its weights changed, `format` says in config.json which one they have; files without these
-    entries are of the first one, which `upgrade` knows.
+    A subclass sets `model_type` (written to config.json and checked on loading) and `config_class`. If the
+    format of its weights has changed, config.json contains the entries of `format`; files without them are of
+    the first format, which `upgrade` converts.
     """
 
     model_type: ClassVar[str]
@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
         super().__init__()
         if not isinstance(config, self.config_class):
             wanted, got = self.config_class.__name__, type(config).__name__
-            raise ValueError(f"config: {type(self).__name__} wants a {wanted}, got {got}")
+            raise ValueError(f"config of {type(self).__name__} must be a {wanted}, got {got}")
         self.config = config
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -75,16 +75,21 @@ class Pretrained(nn.Module):
         """The model that `save_pretrained` wrote to `folder`, in evaluation mode.
 
         Raises FileNotFoundError when a file is missing; ValueError when config.json belongs to another model
-        or has unknown, missing or unfit fields, or when the weights do not fit it (every such key is listed).
+        or has unknown, missing or invalid fields, or when the weights do not match it (every such key is
+        listed).
         """
         path = Path(folder) / CONFIG_FILE
         fields = read_json(path)
         model_type = fields.pop("model_type", None)
         if model_type != cls.model_type:
-            raise ValueError(f"{path}: model_type is {model_type!r}, {cls.__name__} wants {cls.model_type!r}")
+            raise ValueError(
+                f"{path}: model_type must be {cls.model_type!r} for {cls.__name__}, got {model_type!r}"
+            )
         given = {name: fields.pop(name) for name in cls.format if name in fields}
         if given and given != cls.format:
-            raise ValueError(f"{path}: weights of the format {given}, {cls.__name__} reads {cls.format}")
+            raise ValueError(
+                f"{path}: the format of the weights must be {cls.format} for {cls.__name__}, got {given}"
+            )
         with naming(path):
             config: Any = config_from_dict(cls.config_class, fields, complete=True)
         state_dict = read_state_dict(folder)
@@ -94,9 +99,10 @@ class Pretrained(nn.Module):
 
     @classmethod
     def with_weights(cls: type[Model], config: Any, state_dict: Mapping[str, Tensor]) -> Model:
-        """A model of `config` with these weights, in evaluation mode; ValueError where they do not fit it.
+        """A model of `config` with these weights, in evaluation mode; ValueError if they do not match it.
 
-        They are compared before any memory is taken, so that no config asks for more than the weights fill.
+        They are compared before memory is allocated, so that no config can request more than the weights
+        need.
         """
         _without_memory(lambda: cls(config), 1000 + 4 * len(state_dict)).check_weights(state_dict)
         model = cls(config)
@@ -113,14 +119,14 @@ class Pretrained(nn.Module):
         return dict(state_dict)
 
     def check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """ValueError listing every missing and unknown key and those of another shape or kind of number."""
+        """ValueError listing every missing and unknown key and those of another shape or dtype."""
         own, state_dict = self.state_dict(), self.upgrade(state_dict)
         shared = {name: tensor for name, tensor in state_dict.items() if name in own}
         lists = {
             "missing": [name for name in own if name not in state_dict],
             "unknown": [name for name in state_dict if name not in own],
             "of another shape": [
-                f"{name} is {list(tensor.shape)}, the config wants {list(own[name].shape)}"
+                f"{name} must be {list(own[name].shape)} by the config, got {list(tensor.shape)}"
                 for name, tensor in shared.items()
                 if own[name].shape != tensor.shape
             ],
@@ -132,13 +138,13 @@ class Pretrained(nn.Module):
         }
         faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names]
         if faults:
-            raise ValueError(f"state_dict does not fit {type(self).__name__}: " + "; ".join(faults))
+            raise ValueError(f"state_dict does not match {type(self).__name__}: " + "; ".join(faults))
 
 
 def below(config: Any, least: int, *names: str) -> list[str]:
-    """A fault for each of these integers of a config, or tuples of them, that is smaller; None is none."""
+    """An error for each of these integers of a config, or tuples of them, below `least`; None is valid."""
     return [
-        f"{name} is {value}, wants at least {least}"
+        f"{name} must be at least {least}, got {value}"
         for name in names
         if (value := getattr(config, name)) is not None
         and (min(value, default=least) if isinstance(value, tuple) else value) < least
@@ -147,7 +153,7 @@ def below(config: Any, least: int, *names: str) -> list[str]:
 
 @contextlib.contextmanager
 def naming(source: Source) -> Iterator[None]:
-    """Puts the file or folder that a ValueError is about before its message."""
+    """Prefixes the message of a ValueError with the file or folder that it is about."""
     try:
         yield
     except ValueError as error:
@@ -160,7 +166,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of `folder`/config.json, `model_type` included. FileNotFoundError, ValueError."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a folder such as RUN/final is wanted")
+        raise FileNotFoundError(f"{path} does not exist; pass a folder such as RUN/final")
     return read_json(path)
 
 
@@ -169,7 +175,7 @@ def config_from_dict(
 ) -> Config:
     """`config_class(**fields)`, nested dataclasses and tuples restored; ValueError listing bad fields.
 
-    With `complete`, fields that have a default are wanted as well, except the `LATER` ones.
+    With `complete`, fields that have a default are required as well, except the `LATER` ones.
     """
     hints = typing.get_type_hints(config_class)
     known = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -193,7 +199,7 @@ def config_from_dict(
             value = config_from_dict(typing.cast(type, nested[0]), value, complete=complete)
         if not _is_of(value, hints[name]):
             wanted = " or ".join(KINDS.get(kind) or str(kind) for kind in _options(hints[name]))
-            faults.append(f"{name} is {reprlib.repr(value):.200}, wants {wanted}")
+            faults.append(f"{name} must be {wanted}, got {reprlib.repr(value):.200}")
         values[name] = value
     if faults:
         raise ValueError(f"{config_class.__name__}: " + "; ".join(faults))
@@ -222,28 +228,28 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def _without_memory(build: Callable[[], Model], most: int) -> Model:
-    """`build()` with parameters that have shapes alone; ValueError beyond `most` parameters."""
+    """`build()` with parameters on the meta device; ValueError beyond `most` parameters."""
     thread, count = threading.get_ident(), itertools.count(1)
 
-    def stop_at_most(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    def limit_parameters(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if threading.get_ident() == thread and next(count) > most:
             raise ValueError(
-                f"the config asks for more than {most} parameters, far more than there are weights"
+                f"the config requires more than {most} parameters, far more than there are weights"
             )
 
-    handle = register_module_parameter_registration_hook(stop_at_most)
+    handle = register_module_parameter_registration_hook(limit_parameters)
     try:
         with torch.device("meta"):
             return build()
     except RuntimeError as error:
-        raise ValueError(f"the config asks for sizes that no tensor has: {error}") from error
+        raise ValueError(f"the config requires sizes that no tensor can have: {error}") from error
     finally:
         handle.remove()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
+    """A safetensors file, written atomically."""
     try:
         write_atomic(path, lambda partial: save_file(dict(tensors), partial, dict(metadata)))
-    except SafetensorError as error:  # what save_file makes of an OSError, such as that of a full disk
+    except SafetensorError as error:  # raised by save_file for an OSError, such as that of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error

@@ -1,7 +1,7 @@
 """ResNets of bottleneck blocks: the plain one, of any number of stages, and CLIP's ModifiedResNet.
 
 He et al. 2016 (arXiv:1512.03385), with the stride in the 3x3 convolution; parameter names are torchvision's,
-and openai/CLIP's (MIT), which are the same but for the shortcut.
+and openai/CLIP's (MIT), which are the same except for the shortcut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmkernels.models.parts.stochastic_depth import drop_branch
 class Bottleneck(nn.Module):
     """1x1 -> 3x3 (stride) -> 1x1 with 4 times the channels, plus the shortcut.
 
-    With `average_pool` both paths are averaged in place of the strides of their convolutions, as in CLIP.
+    With `average_pool` both paths are averaged instead of strided, as in CLIP.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class ResNet(nn.Module):
     """Stem and stages, `layer1` and on, without a head: images to the map of the last stage.
 
     n stages give 2^(n + 1) * width `channels` at `stride` 2^(n + 1), half of it without the pooling of the
-    stem (`pool=False`). The weights of torchvision's ResNets load as they are, but for what is not here.
+    stem (`pool=False`). The weights of torchvision's ResNets load unchanged, except those of layers that are
+    not here.
     """
 
     def __init__(

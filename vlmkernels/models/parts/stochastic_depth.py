@@ -1,4 +1,4 @@
-"""Stochastic depth: in training, whole branches of a residual network are left out for whole samples."""
+"""Stochastic depth: in training, branches of a residual network are dropped for whole samples."""
 
 import torch
 from torch import Tensor

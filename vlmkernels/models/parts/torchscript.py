@@ -1,7 +1,7 @@
 """The tensors of a TorchScript archive, by the names of its attributes; none of its code is run.
 
 `torch.jit.load` runs code of the archive, which may write files. Here the pickle of its attributes is read as
-data: only the opcodes that make numbers, texts, containers and tensors have an effect, and no name in it is
+data: only the opcodes for numbers, strings, containers and tensors have an effect, and no name in it is
 looked up or called.
 """
 
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Tensor]:
         def content(name: str) -> bytes:
             info = archive.getinfo(root + name)
             if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed, TorchScript compresses its code alone")
+                raise ValueError(f"{name} is compressed; TorchScript compresses only code")
             return archive.read(info)
 
         @functools.cache
@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(pickled: bytes, storage: Callable[[str], Tensor]) -> Any:
-    """The pickled object, modules as dicts of their attributes, whatever is not data as None."""
+    """The pickled object, modules as dicts of their attributes, all that is not data as None."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
@@ -130,7 +130,7 @@ def _unpickle(pickled: bytes, storage: Callable[[str], Tensor]) -> Any:
                 function, arguments = stack[-2:]
                 stack[-2:] = [_reduced(function, arguments)]
             case name:
-                raise ValueError(f"its pickle has the opcode {name}, which no TorchScript archive has")
+                raise ValueError(f"its pickle has the opcode {name}, which TorchScript does not write")
     return stack.pop()
 
 

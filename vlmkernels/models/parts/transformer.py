@@ -16,7 +16,7 @@ from vlmkernels.nn.dense import MLP, Linear, add, take_rows
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose result has its input's dtype: under autocast F.layer_norm alone would return fp32."""
+    """LayerNorm whose result has its input's dtype: under autocast F.layer_norm would return float32."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
         return super().forward(x).to(x.dtype)
@@ -25,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 class Block(nn.Module):
     """x += attention(LN x); with cross-attention x += cross(LN x, memory); x += W2 act(W1 LN x).
 
-    In training, `dropout` acts on what each branch adds, and `stochastic_depth` leaves out branches.
+    In training, `dropout` acts on the output of each branch, and `stochastic_depth` drops branches.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
+    """A stack of blocks; the last one computes only the wanted tokens, those that a tower pools."""
 
     def __init__(
         self,

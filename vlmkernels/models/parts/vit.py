@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
         patches: bool = False,
         normalize: bool = False,
     ) -> Tensor:  # [B, output_dim]
-        """The embeddings, or with `patches` what `patch_tokens` says."""
+        """The embeddings, or with `patches` the result of `patch_tokens`."""
         if patches:
             tokens = self._tokens(images)[:, 1:]
             return self.ln_post(tokens) if normalize else tokens

@@ -1,4 +1,4 @@
-"""The files of models, JSON and weights, read as data: nothing in them is run, and what is wrong is named."""
+"""The files of models, JSON and weights, read as data: no code in them is run, and errors name the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Source = Mapping[str, Any] | str | os.PathLike[str]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX = ".index.json"
-# Where transformers keeps weights: one file, or an index of several.
+# The weight files of transformers: one file, or an index of several.
 WEIGHTS_FILES = (
     WEIGHTS_FILE,
     WEIGHTS_FILE + INDEX,
@@ -32,22 +32,22 @@ LFS_POINTER = b"version https://git-lfs.github.com/"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 WRAPPERS = ("module.", "model.")  # of data-parallel and averaged models; of Lightning's
 INNER_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-MOST_CONTAINERS = 8  # in each other; a checkpoint may hold itself
+MOST_CONTAINERS = 8  # nested; a checkpoint may contain itself
 MEMORY_PER_BYTE = 4  # tied weights are stored once
 
 
 def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file. FileNotFoundError; ValueError for what is no JSON object."""
+    """The JSON object in a file. FileNotFoundError; ValueError for anything but a JSON object."""
     path = Path(file)
     check_content(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
-        raise ValueError(f"{path}: nested too deep for JSON of a model") from None
+        raise ValueError(f"{path}: nested too deeply for the JSON of a model") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch or write it again") from None
+        raise ValueError(f"{path}: not JSON ({error}); download or write it again") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: wants a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, got {type(fields).__name__}")
     return fields
 
 
@@ -56,7 +56,7 @@ def weights_file(folder: str | os.PathLike[str], names: Sequence[str] = WEIGHTS_
     for name in names:
         if (path := Path(folder) / name).is_file():
             return path
-    raise FileNotFoundError(f"{folder}: no weights there, wants one of {', '.join(names)}")
+    raise FileNotFoundError(f"{folder} must contain one of {', '.join(names)}, found no weights")
 
 
 def read_state_dict(source: Source) -> dict[str, Tensor]:
@@ -66,8 +66,8 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
     CLIP), of which the tensors are read and no code is run; the `.index.json` of several files. A folder
     stands for the first of `WEIGHTS_FILES` in it. A training checkpoint with the weights under one of
     `CONTAINERS` is unwrapped. Prefixes of data-parallel, compiled, averaged and Lightning modules are
-    removed, in any order and number. Raises FileNotFoundError, or ValueError when the file holds no state
-    dict.
+    removed, in any order and number. Raises FileNotFoundError, or ValueError when the file contains no
+    state dict.
     """
     if isinstance(source, Mapping):
         return _unwrapped(source, "the mapping given")
@@ -80,19 +80,21 @@ def read_state_dict(source: Source) -> dict[str, Tensor]:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f'{index}: wants "weight_map", the names of tensors mapped to names of files')
+        raise ValueError(f'{index} must contain "weight_map", a mapping of tensor names to file names')
     files = sorted(set(shards.values()))
     outside = [name for name in files if name != Path(name).name or name in ("", ".", "..")]
     if outside:
-        raise ValueError(f"{index}: wants names of files in its folder, got {', '.join(outside)}")
+        raise ValueError(f"{index} must name files in its own folder, got {', '.join(outside)}")
     content: dict[str, Tensor] = {}
     for name in files:
         part = _read_file(index.parent / name)
         if twice := sorted(content.keys() & part.keys()):
-            raise ValueError(f"{index}: several of its files hold {', '.join(twice)}")
+            raise ValueError(f"{index}: several of its files contain {', '.join(twice)}")
         content |= part
     if missing := sorted(name for name in _without_wrappers(shards, str(index)) if name not in content):
-        raise ValueError(f"{index}: its files do not hold {', '.join(missing)}; a file is of another model")
+        raise ValueError(
+            f"{index}: its files do not contain {', '.join(missing)}; a file belongs to another model"
+        )
     return content
 
 
@@ -102,19 +104,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         content = _load(path)
     except Exception as error:  # damaged files raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if held := re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None:
+        if found := re.search(r"GLOBAL (\S+)", reason) if isinstance(error, pickle.UnpicklingError) else None:
             raise ValueError(
-                f"{path}: holds {held.group(1)}, and tensors alone are read, since unpickling the rest could "
-                "run code; where you trust it, load it with torch and save its state dict as .safetensors"
+                f"{path} contains {found.group(1)}, but only tensors are read, since unpickling anything "
+                "else could run code; if you trust it, load it with torch and save its state dict as "
+                ".safetensors"
             ) from error
         cause = (
             "not the pickle of a state dict" if isinstance(error, pickle.UnpicklingError) else reason[:150]
         )
-        raise ValueError(f"{path}: damaged or no file of weights ({cause}); fetch it again") from error
+        raise ValueError(f"{path}: damaged, or not a file of weights ({cause}); download it again") from error
     tensors = _unwrapped(content, str(path))
     special = [name for name, tensor in tensors.items() if not _is_loadable(tensor)]
     if special:
-        raise ValueError(f"{path}: wants dense tensors that are not quantized, got {', '.join(special)}")
+        raise ValueError(
+            f"{path} must contain dense tensors that are not quantized, got {', '.join(special)}"
+        )
     size, whole = path.stat().st_size, sum(each.numel() * each.element_size() for each in tensors.values())
     if whole > MEMORY_PER_BYTE * size:
         raise ValueError(f"{path}: its tensors repeat each other, {whole} bytes of {size} in the file")
@@ -122,15 +127,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def check_content(path: Path) -> None:
-    """FileNotFoundError, or ValueError for an empty file and for git-lfs's stand-in of one."""
+    """FileNotFoundError, or ValueError for an empty file or a git-lfs pointer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start:
-        raise ValueError(f"{path}: empty; fetch it again")
+        raise ValueError(f"{path}: empty; download it again")
     if start == LFS_POINTER:
-        raise ValueError(f"{path}: a git-lfs pointer in place of the file; fetch it with `git lfs pull`")
+        raise ValueError(f"{path}: a git-lfs pointer instead of the file; download it with `git lfs pull`")
 
 
 def _load(path: Path) -> Any:
@@ -142,7 +147,7 @@ def _load(path: Path) -> Any:
         if torchscript.is_archive([member.filename for member in members]):
             return torchscript.read(path)
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("compressed, torch.save never does that")
+            raise ValueError("compressed, which torch.save never does")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -157,22 +162,22 @@ def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
             break
         inside = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
         if len(inside) > 1:
-            raise ValueError(f"{where}: holds {' and '.join(inside)}, give the state dict that is meant")
+            raise ValueError(f"{where} contains {' and '.join(inside)}; pass one of these state dicts")
         if not inside:
             break
         content = content[inside[0]]
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise ValueError(f"{where} is not a state dict: wants names mapped to tensors")
+        raise ValueError(f"{where} must be a state dict, a mapping of names to tensors")
     return _without_wrappers(content, where)
 
 
 def _without_wrappers(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same under the names in the model itself; AveragedModel's count, "n_averaged", goes as well."""
+    """The same under the names in the model itself, without AveragedModel's count, "n_averaged"."""
     named = {INNER_WRAPPERS.sub("", name): value for name, value in content.items()}
     if len(named) < len(content):
-        raise ValueError(f"{where}: holds a tensor both with and without the prefix of a wrapper")
+        raise ValueError(f"{where} contains a tensor both with and without the prefix of a wrapper")
     while rest := {name: value for name, value in named.items() if name != "n_averaged"}:
         prefix = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in rest)), None)
         if prefix is None:

@@ -1,7 +1,7 @@
-"""The kinds of training, one file each: ``KINDS`` names them and says where they are.
+"""The kinds of training, one file each, listed in ``KINDS``.
 
-A kind is imported when it is first asked for. So what uses trained models (``vlmkernels.use``) can ask its
-kind how, while the kinds build on it.
+A kind is imported on first use, so that ``vlmkernels.use`` can look up the kind of a trained model while the
+kinds are built on ``vlmkernels.use``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def find(name: str) -> Kind:
-    """The kind of this name. ValueError lists those there are."""
+    """The kind of this name. ValueError lists all names."""
     if name not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}")
     return pkgutil.resolve_name(KINDS[name])()
@@ -42,7 +42,7 @@ def embedders() -> list[Kind]:
 
 
 def captioners() -> list[Kind]:
-    """The kinds whose models write captions of images."""
+    """The kinds whose models generate captions of images."""
     return [kind for kind in every() if kind.captions]
 
 
@@ -57,13 +57,13 @@ def of_config(fields: Mapping[str, Any]) -> Kind | None:
 
 
 def name_of(fields: Mapping[str, Any]) -> str:
-    """The name of the kind of :func:`of_config`, or the type of a model that none trains."""
+    """The name of the kind of :func:`of_config`, or the type of a model that no kind trains."""
     kind = of_config(fields)
     return str(fields.get("model_type")) if kind is None else kind.name
 
 
 def of_model(model: Any) -> Any:
-    """The kind that trains a model. ValueError where none does."""
+    """The kind that trains a model. ValueError if none does."""
     kind = of_config({"model_type": model.model_type, **dataclasses.asdict(model.config)})
     if kind is None:
         raise ValueError(f"model: no kind of training has models of type {model.model_type}")

@@ -1,4 +1,4 @@
-"""What the kinds share that learn captions token by token: the loss over all counted tokens, perplexity."""
+"""Shared by the kinds that learn captions token by token: the loss over all counted tokens, perplexity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CaptionKind(Kind):
     layout: ClassVar[str]  # of the rows of tokens, see CaptionCollate
 
     def new_tokenizer(self, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
-        """CLIP's byte pairs with two more ids."""
+        """CLIP's byte pairs and two more ids."""
         sizes = self.sizes(config)
         return CaptionTokenizer(sizes.context_length, sizes.vocab_size)
 
@@ -51,18 +51,18 @@ class CaptionKind(Kind):
 
     @abc.abstractmethod
     def first_token(self, tokenizer: CaptionTokenizer) -> int:
-        """What a caption is generated after."""
+        """The token before the caption."""
 
     @abc.abstractmethod
     def generate(
         self,
         model: Any,
         tokenizer: CaptionTokenizer,
-        images: Any,  # [B, 3, H, W], or their number for a kind that sees none
+        images: Any,  # [B, 3, H, W], or their number for a kind without images
         prompts: Tensor,  # [B, T] int64
         **decoding: Any,
     ) -> Tensor:
-        """Tokens [B, T'] that go on from ``prompts``, the options being those of ``generation.generate``."""
+        """Tokens [B, T'] that follow ``prompts``; the options are those of ``generation.generate``."""
 
     def evaluate(
         self,
@@ -97,13 +97,13 @@ class Captioning:
         own_loss, logits, labels = self.kind.caption_loss(model, self.tokenizer, batch, with_logits=measured)
         count = (labels[:, 1:] != IGNORE).sum()
         total = objective.sum_over_processes(count)
-        if not batch["keys"] and not total:  # asks the device only where this process has nothing
+        if not batch["keys"] and not total:  # waits for the device only if this process has no samples
             return None
         share = (count.double() / total).to(own_loss.dtype)
 
         def measure() -> Values:
             targets = labels[:, 1:]
-            assert logits is not None, "asked for with measured"
+            assert logits is not None, "requested by measured"
             right = objective.sum_over_processes((logits[:, :-1].argmax(dim=-1) == targets).sum())
             joint = objective.sum_over_processes((own_loss.detach() * share).double()).item()
             return {
@@ -122,7 +122,7 @@ class Captioning:
 class RowOptions(Options):
     images_per_row: int = option(
         1,
-        "lm, flamingo: pairs that follow each other in one row of tokens; the others see one at a time",
+        "lm, flamingo: consecutive pairs in one row of tokens; the other kinds have one per row",
         least=1,
         owner="lm and flamingo",
     )

@@ -1,4 +1,4 @@
-"""What the kinds share that learn images against texts: the loss of the joint batch, retrieval as score."""
+"""Shared by the kinds that learn images against texts: the loss of the joint batch, retrieval as score."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Contrastive:
 
 
 class ContrastiveKind(Kind):
-    """A kind whose model has ``encode_image`` and ``encode_text`` and gives both features and their scale."""
+    """A kind whose model has ``encode_image`` and ``encode_text`` and returns features and scale."""
 
     embeds = True
 

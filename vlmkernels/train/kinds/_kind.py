@@ -1,4 +1,4 @@
-"""What a kind of training is: its options, its model, tokenizer and transform, its task, its evaluation."""
+"""A kind of training: its options, its model, tokenizer and transform, its task, its evaluation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HALF = (0.5, 0.5, 0.5)
 class Task(Protocol):
     """The part of a training step that depends on the kind.
 
-    ``loss`` gives the loss of this process, whose gradient averaged over the processes is that of the joint
+    ``loss`` returns the loss of this process, whose gradient averaged over the processes is that of the joint
     batch, and a function that measures the joint batch; all processes call it, or none. It is None, on all
     processes, for a joint batch without samples; the part of one process may be empty.
     """
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Of the measured values, those that a summary names."""
+        """The measured values that a summary shows."""
 
     @property
     def collate(self) -> Callable[[Any], dict[str, Any]]:
@@ -46,18 +46,18 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings of a kind besides those of every run; here none. Fields are made by ``config.option``."""
+    """Settings of one kind only; here none. Fields are made by ``config.option``."""
 
 
 class Kind(abc.ABC):
-    """One kind of training. It has no state: what a run sets is in the ``TrainConfig``."""
+    """One kind of training. It has no state: the settings of a run are in the ``TrainConfig``."""
 
     name: ClassVar[str]
     model: ClassVar[type[Pretrained]]
     configs: ClassVar[Mapping[str, Any]]  # of the model, by name
-    start: ClassVar[Mapping[str, Any]] = {}  # fields that every one of them begins with
+    start: ClassVar[Mapping[str, Any]] = {}  # fields that all of them start with
     options: ClassVar[type] = Options
-    label_smoothing: ClassVar[float | None] = None  # where none is given; None: no softmax over the batch
+    label_smoothing: ClassVar[float | None] = None  # by default; None: no softmax over the batch
     sees_images: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
@@ -73,21 +73,23 @@ class Kind(abc.ABC):
         return {**common, **dataclasses.asdict(self.own_options(config))}
 
     def faults(self, config: TrainConfig) -> list[str]:
-        """Why ``config`` makes no model of this kind."""
+        """Why ``config`` does not describe a model of this kind."""
         faults = []
         if config.init is not None:
             found = kinds.name_of(read_config(config.init))
             if found != self.name:
-                faults.append(f"init: {config.init} makes a model for {found}, not for {self.name}")
+                faults.append(
+                    f"init: {config.init} must contain a model for {self.name}, got one for {found}"
+                )
         own = dataclasses.asdict(self.own_options(config))
         for name, value in config.options.items():
             owner = settings()[name].owner
             if name not in own and owner is not None:
-                faults.append(f"{name} belongs to {owner}, got {value}")
+                faults.append(f"{name} may only be given for {owner}, got {value}")
         return faults
 
     def sizes(self, config: TrainConfig) -> Any:
-        """The named model configuration with ``model_options`` applied. ValueError lists what is known."""
+        """The named model configuration with ``model_options`` applied. ValueError lists the known ones."""
         if config.model not in self.configs:
             raise ValueError(
                 f"model: {self.name} has no configuration {config.model!r}; it has {', '.join(self.configs)}"
@@ -106,13 +108,13 @@ class Kind(abc.ABC):
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
 
     def build_transform(self, config: TrainConfig) -> ImageTransform | None:
-        """The inference transform of ``config.init``, or a new one; None for a kind that sees no images."""
+        """The inference transform of ``config.init``, or a new one; None for a kind without images."""
         if not self.sees_images:
             return None
         return self.new_transform(config) if config.init is None else read_transform(Path(config.init))
 
     def new_transform(self, config: TrainConfig) -> ImageTransform:
-        """Pixels to [-1, 1], in the size of the model's images."""
+        """Pixels to [-1, 1], resized to the model's images."""
         return image_transform(self.sizes(config).image_size, HALF, HALF, interpolation="bilinear")
 
     def build_tokenizer(self, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
@@ -132,7 +134,7 @@ class Kind(abc.ABC):
         return self.model(dataclasses.replace(self.sizes(config), **self.token_ids(tokenizer)))
 
     def token_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Fields of the model's configuration that the tokenizer decides."""
+        """Fields of the model's configuration that the tokenizer determines."""
         return {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
 
     @abc.abstractmethod
@@ -163,4 +165,4 @@ class Kind(abc.ABC):
         templates: Any = None,
         num_beams: int = 1,
     ) -> Scores:
-        """What `vlmkernels eval` shows of a trained model; each kind takes of the options what it has."""
+        """What `vlmkernels eval` shows of a trained model; a kind ignores options that it lacks."""

@@ -17,7 +17,7 @@ from ._kind import Options
 class AlignOptions(Options):
     tokenizer: str | None = option(
         None,
-        "align: tokenizer.json or vocab.txt of word pieces; learned from the data's texts when not given",
+        "align: tokenizer.json or vocab.txt of word pieces; learned from the data's texts by default",
     )
 
 
@@ -38,7 +38,8 @@ class Align(ContrastiveKind):
             return WordPieceTokenizer.from_file(file, sizes.context_length)
         if config.streams:
             raise ValueError(
-                f"tokenizer: word pieces cannot be learned from tars, a file is wanted for {config.data}"
+                "tokenizer must be given for tars, from which word pieces cannot be learned, "
+                f"got data {config.data}"
             )
         texts = list(source.names)
         if isinstance(source, Emoji3):

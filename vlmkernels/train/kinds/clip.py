@@ -32,7 +32,8 @@ class Clip(ContrastiveKind):
             if not self.trains(fields):
                 found = kinds.name_of(fields)
                 faults.insert(
-                    0, f"model_options: init_logit_bias makes a model for {found}, not for {self.name}"
+                    0,
+                    f"model_options: init_logit_bias must make a model for {self.name}, got one for {found}",
                 )
         return faults
 

@@ -1,4 +1,4 @@
-"""Flamingo (Alayrac et al. 2022): what is trained between a frozen CLIP and a frozen language model."""
+"""Flamingo (Alayrac et al. 2022): layers trained between a frozen CLIP and a frozen language model."""
 
 from __future__ import annotations
 
@@ -50,13 +50,11 @@ class Flamingo(RowKind):
             folder = getattr(options, name)
             if config.init is not None:
                 if folder is not None:
-                    faults.append(f"{name} belongs to a flamingo without init, got {folder}")
+                    faults.append(f"{name} may only be given for a flamingo without init, got {folder}")
             elif folder is None:
-                faults.append(
-                    f"{name}: flamingo needs the folder of a trained {wanted[0]} (RUN/final), frozen in it"
-                )
+                faults.append(f"{name} must be the folder of a trained {wanted[0]} (RUN/final), got None")
             elif (given := kinds.name_of(read_config(folder))) not in wanted:
-                faults.append(f"{name}: {folder} holds a model for {given}, expected {wanted[0]}")
+                faults.append(f"{name}: {folder} must contain a model for {wanted[0]}, got one for {given}")
         return faults
 
     def new_transform(self, config: TrainConfig) -> ImageTransform:

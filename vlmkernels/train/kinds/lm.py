@@ -1,4 +1,4 @@
-"""A language model of captions alone, without their images: what Flamingo keeps frozen."""
+"""A language model of captions without their images, which Flamingo keeps frozen."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from .clip import Clip
 
 
 class Siglip(Clip):
-    """A CLIP with a bias in its logits, for which ``objective.contrastive_loss`` takes the sigmoid loss."""
+    """A CLIP with a bias in its logits, for which ``objective.contrastive_loss`` is the sigmoid loss."""
 
     name = "siglip"
     start: ClassVar = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}  # section 3.2

@@ -1,4 +1,4 @@
-"""SimVLM (Wang et al. 2022): image and a prefix of the caption are read, the rest is predicted."""
+"""SimVLM (Wang et al. 2022): the rest of a caption is predicted from the image and a prefix of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ._captioning import CaptionKind
 
 
 class SimVLM(CaptionKind):
-    """Rows of start, caption, end. Counted are the tokens after the prefix.
+    """Rows of start, caption, end. The loss counts the tokens after the prefix.
 
-    In training its length is drawn anew in every step, from the seed, the step and the sample's key alone; in
-    an evaluation it is the start token.
+    In training the length of the prefix is drawn in every step, from the seed, the step and the sample's key;
+    in an evaluation the prefix is the start token.
     """
 
     name = "simvlm"
@@ -66,7 +66,7 @@ def prefix_labels(
 
 
 def prefix_lengths(seed: int, step: int, keys: list[str], lengths: list[int]) -> Tensor:
-    """int64 [B]: uniform over 1 (the start token alone) to n - 1 of n tokens, for each sample."""
+    """int64 [B]: uniform over 1 (the start token only) to n - 1 of n tokens, for each sample."""
     drawn = [
         sample_rng(seed, "prefix", step, key).randint(1, length - 1)
         for key, length in zip(keys, lengths, strict=True)

@@ -1,4 +1,4 @@
-"""Only finite numbers pass: from a step to the weights, and from the weights to the disk."""
+"""Keeps numbers that are not finite from the weights and from the disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .objective import process_count, sum_over_processes
 TRIES = 32  # of a gradient scaler: each halves a scale that starts at 2^16
 
 
-class Gate:
-    """Closes for good at the first step with a loss or gradient norm that is not finite, on any process.
+class FiniteGuard:
+    """Stops all updates from the first step on whose loss or gradient norm is not finite, on any process.
 
-    On the CPU :meth:`check` raises at that step. On other devices it waits for nothing: ``optimizer``, a
-    fused one, is told on the device to leave the weights alone (by its ``found_inf``, as a gradient scaler
-    does), and :meth:`read` raises later. With a gradient scaler (``scaled``) a gradient too large for its
-    scale is the scaler's to skip, up to TRIES steps on end.
+    On the CPU :meth:`check` raises at that step. On other devices it does not wait for the device:
+    ``optimizer``, a fused one, is told on the device to skip its updates (by ``found_inf``, as a gradient
+    scaler does), and :meth:`read` raises later. With a gradient scaler (``scaled``) a gradient too large for
+    its scale is skipped by the scaler, up to TRIES consecutive steps.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Gate:
         self.at_once, self.scaled, self.first = device.type == "cpu", scaled, step
         self.passed = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros_like(self.passed)
-        self.closed = torch.zeros((), dtype=torch.bool, device=device)
-        self.values = torch.zeros(2, device=device)  # loss and norm at which it closed
-        optimizer.register_step_pre_hook(self._tell)
+        self.tripped = torch.zeros((), dtype=torch.bool, device=device)
+        self.values = torch.zeros(2, device=device)  # loss and norm of the step that tripped it
+        optimizer.register_step_pre_hook(self._notify)
 
     def check(self, loss: Tensor, norm: Tensor) -> None:
-        """Before every update; ``norm`` is that of the gradient on all processes together."""
+        """To be called before every update; ``norm`` is that of the joint batch's gradient."""
         values = sum_over_processes(torch.stack((loss.detach().float(), norm.float())))
         if self.at_once:
             if not all(map(math.isfinite, values.tolist())):
@@ -46,17 +46,17 @@ class Gate:
             self.skipped = torch.where(norm_is_finite, 0, self.skipped + 1)
             norm_is_finite = self.skipped < TRIES
         fault = ~(loss_is_finite & norm_is_finite)
-        self.values = torch.where(self.closed | ~fault, self.values, values)
-        self.closed = self.closed | fault
-        self.passed += ~self.closed
+        self.values = torch.where(self.tripped | ~fault, self.values, values)
+        self.tripped = self.tripped | fault
+        self.passed += ~self.tripped
 
-    def pass_over(self) -> None:
-        """In place of :meth:`check` for a step without samples, which has no loss and updates nothing."""
-        self.passed += ~self.closed
+    def skip(self) -> None:
+        """Replaces :meth:`check` for a step without samples, which has no loss and no update."""
+        self.passed += ~self.tripped
 
     def read(self) -> None:
-        """FloatingPointError naming the step at which the gate closed, if it has; waits for the device."""
-        if self.closed:
+        """FloatingPointError naming the step that tripped the guard, if any; waits for the device."""
+        if self.tripped:
             self._stop(self.values)
 
     def _stop(self, values: Tensor) -> None:
@@ -65,11 +65,11 @@ class Gate:
         what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         raise FloatingPointError(f"{what} at step {step}; lower lr or raise warmup_steps")
 
-    def _tell(self, optimizer: Any, *step_arguments: Any) -> None:
+    def _notify(self, optimizer: Any, *step_arguments: Any) -> None:
         if not self.at_once:
-            closed = self.closed.float()
-            scalers = getattr(optimizer, "found_inf", closed)
-            optimizer.found_inf = torch.maximum(scalers, closed)
+            tripped = self.tripped.float()
+            scalers = getattr(optimizer, "found_inf", tripped)
+            optimizer.found_inf = torch.maximum(scalers, tripped)
 
 
 def check_finite(step: int, **states: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 from vlmkernels.cli import main
-from vlmkernels.train import TrainConfig, checkpoint, gate, loop, train
+from vlmkernels.train import TrainConfig, checkpoint, finite_guard, loop, train
 from vlmkernels.train.kinds._captioning import Captioning
 from vlmkernels.train.kinds._contrastive import Contrastive
 
@@ -59,14 +59,14 @@ SPOILT = {
 
 
 def on_the_device(monkeypatch):
-    """The gate of accelerators, on the CPU, whose fused optimizers heed found_inf as well."""
-    original = gate.Gate.__init__
+    """The guard as on accelerators, on the CPU, whose fused optimizers heed found_inf as well."""
+    original = finite_guard.FiniteGuard.__init__
 
     def init(self, *arguments, **options):
         original(self, *arguments, **options)
         self.at_once = False
 
-    monkeypatch.setattr(gate.Gate, "__init__", init)
+    monkeypatch.setattr(finite_guard.FiniteGuard, "__init__", init)
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "read later"])
@@ -90,7 +90,7 @@ def test_one_bad_step_stops_the_run_and_reaches_nothing(
     five, stopped = (run.bare.state_dict() for run in runs)
     learned = [name for name, _ in runs[0].bare.named_parameters()]
     assert all(stopped[name].equal(five[name]) for name in learned)
-    assert runs[1].step == (8 if deferred else 5)  # saving after step 8 reads the gate
+    assert runs[1].step == (8 if deferred else 5)  # saving after step 8 reads the guard
     assert [line["step"] for line in metrics(tmp_path / "run")] == [5]
     (kept,) = checkpoint.checkpoints(tmp_path / "run")
     assert checkpoint.load(kept)["step"] == 4
@@ -125,7 +125,7 @@ def test_the_loss_on_logged_steps_alone_is_not_enough(table, tmp_path, capsys):
     assert "Error: the loss is" in told or "Error: the norm of the gradient is" in told
     assert "Traceback" not in told
     for folder in checkpoint.checkpoints(tmp_path / "run"):
-        gate.check_finite(0, state=checkpoint.load(folder))
+        finite_guard.check_finite(0, state=checkpoint.load(folder))
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -148,10 +148,10 @@ def test_an_infinite_learning_rate_is_refused(table, tmp_path, capsys):
 
 def test_check_finite_names_what_is_not():
     good = {"a": torch.ones(2), "n": 3, "ids": torch.arange(3), "list": [torch.zeros(())], "none": None}
-    gate.check_finite(1, model=good)
+    finite_guard.check_finite(1, model=good)
     good["list"].append({"b": torch.tensor([1.0, torch.inf])})
     with pytest.raises(FloatingPointError, match=r"not finite after step 7: model\.list\.1\.b; lower lr"):
-        gate.check_finite(7, model=good)
+        finite_guard.check_finite(7, model=good)
 
 
 class Scaled:
@@ -161,8 +161,8 @@ class Scaled:
         self.line = nn.Linear(3, 1)
         self.optimizer = torch.optim.AdamW(self.line.parameters(), lr=0.1, fused=True)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1000)
-        self.gate = gate.Gate(self.optimizer, torch.device("cpu"), 0, scaled=True)
-        self.gate.at_once = False
+        self.guard = finite_guard.FiniteGuard(self.optimizer, torch.device("cpu"), 0, scaled=True)
+        self.guard.at_once = False
 
     def step(self, loss_by=1.0, gradient_by=1.0):
         loss = self.line(torch.ones(2, 3)).square().mean() * loss_by
@@ -171,7 +171,7 @@ class Scaled:
             parameter.grad *= gradient_by
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.line.parameters()])
-        self.gate.check(loss, norm)
+        self.guard.check(loss, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -188,10 +188,10 @@ def test_a_gradient_beyond_the_scale_is_skipped_by_the_scaler():
         same = all(a.equal(b) for a, b in zip(before, run.weights(), strict=True))
         assert same == (gradient != 1.0)
         assert run.scaler.get_scale() == (scale if gradient == 1.0 else scale / 2)
-    run.gate.read()
+    run.guard.read()
 
 
-def test_a_loss_that_is_not_finite_closes_the_gate_of_a_scaled_run():
+def test_a_loss_that_is_not_finite_stops_a_scaled_run():
     run = Scaled()
     run.step()
     before = run.weights()
@@ -199,32 +199,34 @@ def test_a_loss_that_is_not_finite_closes_the_gate_of_a_scaled_run():
     run.step()
     assert all(a.equal(b) for a, b in zip(before, run.weights(), strict=True))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
-        run.gate.read()
+        run.guard.read()
 
 
-def test_a_gradient_beyond_every_scale_closes_the_gate():
+def test_a_gradient_beyond_every_scale_stops_the_run():
     run = Scaled()
     run.step()
-    for _ in range(gate.TRIES - 1):
+    for _ in range(finite_guard.TRIES - 1):
         run.step(gradient_by=torch.inf)
-    run.gate.read()
+    run.guard.read()
     run.step(gradient_by=torch.inf)
     before = run.weights()
     run.step()
     assert all(a.equal(b) for a, b in zip(before, run.weights(), strict=True))
-    with pytest.raises(FloatingPointError, match=f"the norm of the gradient is inf at step {gate.TRIES + 1}"):
-        run.gate.read()
+    with pytest.raises(
+        FloatingPointError, match=f"the norm of the gradient is inf at step {finite_guard.TRIES + 1}"
+    ):
+        run.guard.read()
 
 
-def test_passing_the_gate_reads_nothing_from_the_device():
-    """Tensors of the meta device have no values: whoever asks for one gets an error."""
+def test_the_guard_does_not_wait_for_the_device():
+    """Tensors of the meta device have no values: reading one is an error."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, fused=True)
     for scaled in (False, True):
-        watched = gate.Gate(optimizer, torch.device("meta"), 0, scaled=scaled)
-        watched.check(torch.zeros((), device="meta"), torch.zeros((), device="meta"))
-        watched._tell(optimizer)
+        guard = finite_guard.FiniteGuard(optimizer, torch.device("meta"), 0, scaled=scaled)
+        guard.check(torch.zeros((), device="meta"), torch.zeros((), device="meta"))
+        guard._notify(optimizer)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            watched.read()
+            guard.read()
         del optimizer.found_inf
 
 
@@ -274,6 +276,6 @@ def test_processes_stop_together(table, tmp_path):
         assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / name)] == [2]
     assert first["disk"].startswith("OSError: [Errno 28] No space left on device: ")
     assert second["disk"] == f"ConnectionAbortedError: the first process stopped: {first['disk']}"
-    held = f"ValueError: out: {tmp_path / 'clip'} already holds a run"
+    held = f"ValueError: out: {tmp_path / 'clip'} already contains a run"
     assert first["again"].startswith(held)
     assert second["again"].startswith(f"ConnectionAbortedError: the first process stopped: {held}")

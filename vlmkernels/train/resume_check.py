@@ -1,4 +1,4 @@
-"""What decides the course of a run: kept in its checkpoints, and the same where one of them is resumed."""
+"""The settings and inputs of a run that must be the same when it is resumed; checkpoints contain them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from . import kinds
 from .checkpoint import file_digest
 from .config import FREE_ON_RESUME, TrainConfig
 
-Course = dict[str, Any]
+RunIdentity = dict[str, Any]
 
 
-def of_settings(kind: kinds.Kind, config: TrainConfig) -> Course:
+def settings_identity(kind: kinds.Kind, config: TrainConfig) -> RunIdentity:
     """The kind of training and its settings that a resumed run may not change."""
     free = FREE_ON_RESUME - {"num_workers"} if config.streams else FREE_ON_RESUME
     fields = {name: value for name, value in kind.settings(config).items() if name not in free}
     return _plain({"kind": kind.name, **fields})
 
 
-def with_later_fields(earlier: Course, model: Any) -> Course:
-    """A run's course, its model configuration with the fields that came later, at their defaults."""
+def with_later_fields(earlier: RunIdentity, model: Any) -> RunIdentity:
+    """``earlier``, its model configuration extended by the fields added since, at their defaults."""
     stored, config = earlier.get("model configuration"), getattr(model, "config", None)
     if not stored or config is None:
         return earlier
@@ -35,13 +35,13 @@ def with_later_fields(earlier: Course, model: Any) -> Course:
     return {**earlier, **_plain({"model configuration": complete})}
 
 
-def of_inputs(source: Any, tokenizer: Path, transform: Any, model: Any) -> Course:
-    """What the settings name: the data, the tokenizer's folder, the image transform, the model's sizes.
+def inputs_identity(source: Any, tokenizer: Path, transform: Any, model: Any) -> RunIdentity:
+    """What the settings refer to: the data, the tokenizer's files, the image transform, the model's sizes.
 
-    A table is known by its content, tars by their names and sizes. Images are not looked at.
+    A table is identified by its content, tars by their names and sizes. Images are not compared.
     """
     config = getattr(model, "config", None)
-    course: Course = {
+    identity: RunIdentity = {
         "tokenizer files": _digest(
             (f.name, file_digest(f)) for f in sorted(tokenizer.iterdir()) if f.is_file()
         ),
@@ -50,28 +50,28 @@ def of_inputs(source: Any, tokenizer: Path, transform: Any, model: Any) -> Cours
     }
     if hasattr(source, "shards"):
         sizes = ((url, os.path.getsize(url) if os.path.isfile(url) else None) for url in source.shards)
-        course |= {"number of tars": len(source.shards), "tars": _digest(sizes)}
+        identity |= {"number of tars": len(source.shards), "tars": _digest(sizes)}
     else:
-        course["number of samples"] = len(source)
+        identity["number of samples"] = len(source)
         if hasattr(source, "path"):
-            course["content of the table"] = file_digest(source.path)
-    return _plain(course)
+            identity["content of the table"] = file_digest(source.path)
+    return _plain(identity)
 
 
-def refuse_other(run: Path, earlier: Course, here: Course) -> None:
-    """ValueError listing what of ``here`` differs from the run's ``earlier`` course."""
+def reject_changes(run: Path, earlier: RunIdentity, here: RunIdentity) -> None:
+    """ValueError listing the values of ``here`` that differ from ``earlier``, those of ``run``."""
     changed = [
         f"{name} was {_short(earlier[name])}, got {_short(value)}"
         for name, value in here.items()
         if name in earlier and earlier[name] != value
     ]
     if changed:
-        raise ValueError(f"resume: the course differs from that of {run}: " + "; ".join(changed))
+        raise ValueError(f"resume: settings or inputs differ from those of {run}: " + "; ".join(changed))
 
 
-def _plain(course: Course) -> Course:
-    """Made of what JSON has, so that it is the same after it was written and read."""
-    return json.loads(json.dumps(course, default=str))
+def _plain(identity: RunIdentity) -> RunIdentity:
+    """As JSON stores it, so that it compares equal after it was written and read."""
+    return json.loads(json.dumps(identity, default=str))
 
 
 def _digest(facts: Iterable[Any]) -> str:
