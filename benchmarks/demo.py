@@ -30,11 +30,12 @@ from benchmarks import demo_report, demo_timing
 from benchmarks import run as bench
 from vlmkernels._files import write_text
 from vlmkernels.data import Emoji3, load_emoji3
-from vlmkernels.models._pretrained import read_config as read_model_config
+from vlmkernels.models.parts.pretrained import read_config as read_model_config
 from vlmkernels.train import TrainConfig, train
 from vlmkernels.train.config import read_config
-from vlmkernels.train.embed import encode_images, encode_texts, load_model
-from vlmkernels.train.evaluate import evaluate_model, ranks
+from vlmkernels.use.bundle import load_model
+from vlmkernels.use.embed import encode_images, encode_texts
+from vlmkernels.use.evaluate import evaluate_model, ranks
 
 EPOCHS = 20
 FLAGS = "flags"
@@ -108,7 +109,7 @@ def judge(bundle: tuple[Any, Any, Any], quick: bool) -> dict[str, Any]:
     parts: list[tuple[str, Dataset]] = [*judged_parts(test), ("Noto and Twemoji, trained on", seen)]
     if quick:
         parts = [("the first 60 of the unseen style", Part(test, range(60)))]
-    return {name: evaluate_model(*bundle, part) for name, part in parts}
+    return {name: evaluate_model(*bundle, part).to_dict() for name, part in parts}
 
 
 def pictures(bundle: tuple[Any, Any, Any], quick: bool) -> dict[str, Any]:

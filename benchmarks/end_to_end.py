@@ -24,7 +24,6 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -38,8 +37,9 @@ from vlmkernels.data import load_emoji3
 from vlmkernels.models.clip import CLIP, MAX_LOG_SCALE
 from vlmkernels.train import loop
 from vlmkernels.train.config import TrainConfig, read_config
-from vlmkernels.train.evaluate import evaluate_model
-from vlmkernels.train.tasks import Contrastive
+from vlmkernels.train.kinds._contrastive import Contrastive
+from vlmkernels.train.kinds.clip import Clip
+from vlmkernels.use.evaluate import evaluate_model
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "end_to_end"
 OURS, PLAIN = "vlmkernels", "open_clip, eager"
@@ -67,21 +67,22 @@ class PlainTask(Contrastive):
         return loss, lambda: {"loss": loss.item()}
 
 
+class PlainKind(Clip):
+    """Clip with open_clip's model, of the same weights, and its loss in ours' place."""
+
+    def build_model(self, config: TrainConfig, tokenizer: Any) -> Any:
+        return PlainClip(super().build_model(config, tokenizer))
+
+    def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> PlainTask:
+        return PlainTask(tokenizer, image_size)
+
+
 def build_run(config: TrainConfig, folder: Path, plain: bool) -> loop.Run:
-    """A run that is not started; ``plain`` puts open_clip's model, with the same weights, in ours' place."""
+    """A run that is not started; ``plain`` is that of open_clip."""
     accelerator = Accelerator(
         cpu=True, mixed_precision={"fp32": "no"}.get(config.precision, config.precision)
     )
-    build = loop.build_model
-
-    def build_plain(kind: str, config: TrainConfig, tokenizer: Any) -> Any:
-        return PlainClip(build(kind, config, tokenizer))
-
-    with mock.patch.object(loop, "build_model", build_plain if plain else build):
-        run = loop.Run("clip", config, accelerator, folder, contextlib.ExitStack())
-    if plain:
-        run.task = PlainTask("clip", config, run.bundle.tokenizer)
-    return run
+    return loop.Run(PlainKind() if plain else Clip(), config, accelerator, folder, contextlib.ExitStack())
 
 
 def batches(run: loop.Run) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -153,7 +154,8 @@ def _evaluation(run: loop.Run, model: CLIP) -> dict[str, Any]:
     test = load_emoji3("style-test")
     parts = demo.judged_parts(test)
     return {
-        name: evaluate_model(bundle.model, bundle.tokenizer, bundle.transform, part) for name, part in parts
+        name: evaluate_model(bundle.model, bundle.tokenizer, bundle.transform, part).to_dict()
+        for name, part in parts
     }
 
 

@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from benchmarks import demo
 from vlmkernels._files import write_text
 from vlmkernels.data import Sample, Scenes, load_scenes, slot_accuracy
-from vlmkernels.train.evaluate import evaluate
+from vlmkernels.use.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "flamingo"
@@ -111,14 +111,13 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
         "unseen_style": evaluate(flamingo, load_scenes("style-test", size=scenes), device="cpu"),
     }
     seconds = time.perf_counter() - start
-    for result in judged.values():
-        result["captions"] = result["captions"][:5]
+    shown = {name: {**found.to_dict(), "captions": found.captions[:5]} for name, found in judged.items()}
     return {
         "seed": seed,
         "trained": trained,
         "evaluation_seconds": seconds,
         "chance": chance(test),
-        "evaluation": judged,
+        "evaluation": shown,
     }
 
 

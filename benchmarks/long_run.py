@@ -30,8 +30,8 @@ from benchmarks import demo
 from vlmkernels._files import write_text
 from vlmkernels.data import load_emoji3
 from vlmkernels.train.config import read_config
-from vlmkernels.train.embed import load_model
-from vlmkernels.train.evaluate import evaluate_model
+from vlmkernels.use.bundle import load_model
+from vlmkernels.use.evaluate import evaluate_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "long_run"
@@ -61,7 +61,7 @@ def train_seed(seed: int, loss: str, out: Path, options: dict[str, Any]) -> dict
     times = [line["time"] for line in lines]
     bundle = load_model(out / "final", "cpu")
     test = load_emoji3("style-test")
-    judged = {name: evaluate_model(*bundle, part) for name, part in demo.judged_parts(test)}
+    judged = {name: evaluate_model(*bundle, part).to_dict() for name, part in demo.judged_parts(test)}
     return {
         "seed": seed,
         "seconds": seconds,

@@ -114,7 +114,7 @@ inline int64_t key_block_of(const std::vector<KeySource>& sources) {
     }
   }
   if (seen <= 2 * kKeyUnit * blocks) return kKeyUnit;
-  return std::min<int64_t>(256, ceil_div(longest, kKeyUnit) * kKeyUnit);
+  return std::min<int64_t>(256, round_up(longest, kKeyUnit));
 }
 
 // Owns the tensors that an Attention<P> points to.

@@ -1,7 +1,8 @@
 #pragma once
-// What every op on a CPU needs: pointers and dtypes of tensors, scratch memory, and the loop over tasks.
+// What every op on a CPU needs: pointers and dtypes of tensors, scratch memory, the loop over tasks, and packed operands.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +14,7 @@
 #include "need.h"
 #include "tile_gemm.h"
 #include "vlmkernels/pack.h"
+#include "vlmkernels/scratch.h"
 
 namespace vlmk {
 
@@ -28,6 +30,8 @@ template <class P>
 P* data(const std::optional<at::Tensor>& t) {
   return t ? data<P>(*t) : nullptr;
 }
+
+inline at::Tensor contiguous(const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); }
 
 // The only element of a tensor, infinite where it leaves the range of A.
 template <class A>
@@ -45,20 +49,13 @@ auto with_operand(at::ScalarType dtype, F f) {
   return f(float());
 }
 
-struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : memory(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64)), std::free) {
-    if (!memory) throw std::bad_alloc();
-  }
-  template <class T>
-  T* take(int64_t count) {
-    char* at = memory.get() + used;
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(at);
-  }
-  std::unique_ptr<char, void (*)(void*)> memory;
-  int64_t used = 0;
-};
+// Memory of a Scratch.
+using Memory = std::unique_ptr<char, void (*)(void*)>;
+inline Memory memory_of(int64_t bytes) {
+  Memory memory(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64) + 64)), std::free);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
 
 // Runs f(task, scratch) for tasks [0, count) over torch's threads, each with its own scratch memory. A thread that is done
 // takes the next task: neither tasks of unequal size nor a core that others use as well leave the other threads waiting.
@@ -69,14 +66,44 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
     struct Release {
       ~Release() { tile_product_release(); }
     } release;
-    thread_local Scratch scratch(0);
+    thread_local Memory memory = memory_of(0);
     thread_local int64_t size = 0;
-    if (size < scratch_bytes) scratch = Scratch(scratch_bytes), size = scratch_bytes;
+    if (size < scratch_bytes) memory = memory_of(scratch_bytes), size = scratch_bytes;
     for (int64_t task; (task = next++) < count;) {
-      scratch.used = 0;
+      Scratch scratch{memory.get()};
       f(task, scratch);
     }
   });
+}
+
+// x [rows, d] as B operand of the product with its transpose, in blocks of `width` rows: see pack_transposed_b.
+template <class P>
+at::Tensor pack_transposed(const at::Tensor& x, int64_t width) {
+  const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
+  const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
+  for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
+    const int64_t first = block * width;
+    VLMK_CALL(pack_transposed_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
+              data<P>(packed) + first * depth);
+  });
+  return packed;
+}
+
+// x [rows, d] as B operand of a product that sums over its rows, in blocks of `width` of them: for bf16 see pack_rows_b, else x
+// itself.
+template <class P>
+at::Tensor pack_rows(const at::Tensor& x, int64_t width) {
+  if constexpr (sizeof(P) == 2) {
+    const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
+    const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
+    for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
+      const int64_t first = block * width;
+      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
+                data<P>(packed) + first * depth);
+    });
+    return packed;
+  }
+  return x;
 }
 
 }  // namespace vlmk

@@ -71,14 +71,14 @@ struct Split {
   int64_t last(int64_t task) const { return (task % groups + 1) * col_blocks / groups; }
   // Scratch memory of take().
   static int64_t bytes(int64_t width) {
-    return kBlockRows<P> * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + (kPart + 32) * sizeof(P)) + 128;
+    return kBlockRows<P> * (std::max(kTaskCols, width) * sizeof(acc_t<P>) + kPartStride * sizeof(P)) + 128;
   }
   // The product of a task, without its operands.
   BlockProduct<P> take(int64_t task, int64_t rows, int64_t depth, int64_t width, Scratch& scratch) const {
-    BlockProduct<P> p{tile_product<P>(), nullptr,    nullptr, rows,   depth, width, depth, kPart, width,
-                      first(task),       last(task), nullptr, nullptr};
-    p.tiles = scratch.take<acc_t<P>>((depth > kPart ? p.last - p.first : 1) * rows * width);
-    if (sizeof(P) == 2) p.part = scratch.take<P>(rows * (kPart + 32));
+    BlockProduct<P> p{tile_product<P>(), nullptr, nullptr,     rows,       depth,   width,  depth,
+                      kBlockDepth,       width,   first(task), last(task), nullptr, nullptr};
+    p.tiles = scratch.take<acc_t<P>>((depth > kBlockDepth ? p.last - p.first : 1) * rows * width);
+    if (sizeof(P) == 2) p.part = scratch.take<P>(rows * kPartStride);
     return p;
   }
   int64_t rows, block, col_blocks, row_blocks, most, groups;
@@ -128,30 +128,15 @@ inline Tensor result(bool needed, at::IntArrayRef sizes, const Tensor& like) {
   return on_huge_pages(at::empty(needed ? sizes : at::IntArrayRef{0}, like.options()));
 }
 
-// The weight [o, k] as B operand of the product with its transpose.
+// The weight [o, k], its rows times t [o] where that is given, as B operand of the product with itself.
 template <class P>
-Tensor pack_transposed(const Tensor& weight) {
-  constexpr int64_t width = kBlockCols<P>;
-  const int64_t o = weight.size(0), k = weight.size(1), depth = depth_of<P>(k), blocks = ceil_div(o, width);
-  const Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, weight.options()));
-  for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
-    const int64_t o0 = block * width;
-    VLMK_CALL(pack_transposed_b, data<P>(weight) + o0 * k, k, std::min(width, o - o0), k, depth, width,
-              data<P>(packed) + o0 * depth);
-  });
-  return packed;
-}
-
-// The weight [o, k] as B operand of the product with itself.
-template <class P>
-Tensor pack_columns(const Tensor& weight) {
+Tensor pack_columns(const Tensor& weight, const acc_t<P>* t) {
   constexpr int64_t width = kBlockCols<P>;
   const int64_t o = weight.size(0), k = weight.size(1), depth = depth_of<P>(o), blocks = ceil_div(k, width);
   const Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, weight.options()));
   for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
     const int64_t k0 = block * width;
-    VLMK_CALL(pack_columns_b, data<P>(weight) + k0, k, static_cast<const acc_t<P>*>(nullptr), std::min(width, k - k0), o, depth,
-              data<P>(packed) + k0 * depth);
+    VLMK_CALL(pack_columns_b, data<P>(weight) + k0, k, t, std::min(width, k - k0), o, depth, data<P>(packed) + k0 * depth);
   });
   return packed;
 }
@@ -169,49 +154,29 @@ inline Tensor view_of(const Stored& m, int64_t rows, int64_t cols, const Tensor&
 }
 inline bool same_type(const Stored& m, const Tensor& t) { return m.type == stored(t).type; }
 
-// A weight [o, k] as operand of the forward product of some number of rows, which decides whether it is packed.
+// A weight [o, k] as operand of products with its transpose in tiles, for some number of rows, which decides whether it is
+// packed.
 template <class P>
-class ForwardWeight {
+class ForwardTiles {
  public:
-  using A = acc_t<P>;
-  ForwardWeight(const Tensor& weight, int64_t rows)
-      : o_(weight.size(0)), k_(weight.size(1)), torch_(torch_computes(&TorchProducts::forward, weight.scalar_type(), rows)) {
-    weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
-    if (torch_) return;
+  ForwardTiles(const Tensor& weight, int64_t rows)
+      : weight_(weight.to(scalar_type<P>()).contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
     // For few rows packing x and turning the tiles costs less than packing the weight.
-    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_);
+    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_, kBlockCols<P>);
   }
-  // out = act(x weight^T + bias) + residual for x [rows, k].
-  void apply(const Tensor& x_, const LinearOutput<P>& f) const {
-    const int64_t rows = x_.size(0);
-    if (rows == 0 || o_ == 0) return;
-    if (k_ == 0) return finish_rows<P>(at::zeros({rows, o_}, x_.options()), f);
-    if (torch_) return by_torch(x_, rows, f);
-    const Operand<P> x(x_, k_, depth_of<P>(k_), nullptr);
+  // f of the product x weight^T of `rows` rows of x [*, k], those that f.index lists or the first.
+  void apply(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
+    const Operand<P> x(x_, k_, depth_of<P>(k_), f.index);
     if (packed_.defined()) return many(x, rows, f);
     rows == 1 && sizeof(P) > 2 ? one(x, f) : few(x, rows, f);
   }
 
  private:
-  void by_torch(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
-    const Tensor x = x_.to(weight_.scalar_type());
-    const bool plain = f.activation == Activation::none && !f.y.data && !f.residual.data && !f.gate.data;
-    if (!plain || !same_type(f.out, weight_)) return finish_rows<P>(at::mm(x, weight_.t()), f);
-    Tensor out = view_of(f.out, rows, o_, weight_);
-    if (!f.bias) {
-      at::mm_out(out, x, weight_.t());
-      return;
-    }
-    const auto sums = weight_.options().dtype(sum_type(weight_.scalar_type()));
-    const Tensor bias = at::from_blob(const_cast<A*>(f.bias), {o_}, sums).to(weight_.scalar_type());
-    at::addmm_out(out, bias, x, weight_.t());
-  }
-
   void many(const Operand<P>& x, int64_t rows, const LinearOutput<P>& f) const {
     constexpr int64_t width = kBlockCols<P>;
     const Split<P> split(rows, o_, width);
     for_tasks(split.tasks(), x.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      const int64_t row = split.row(task), count = split.count(task), padded = whole_units(count);
       auto p = split.take(task, padded, x.depth, width, scratch);
       p.a = x.rows(row, count, padded, scratch), p.b = data<P>(packed_);
       VLMK_CALL(linear, p, f, row, count);
@@ -219,7 +184,8 @@ class ForwardWeight {
   }
 
   void one(const Operand<P>& x, const LinearOutput<P>& f) const {
-    Scratch scratch(x.bytes(1));
+    const Memory memory = memory_of(x.bytes(1));
+    Scratch scratch{memory.get()};
     const P* row = x.rows(0, 1, 1, scratch);
     at::parallel_for(0, o_, std::max<int64_t>(64, (1 << 17) / k_), [&](int64_t begin, int64_t end) {
       VLMK_CALL(linear_row, f, row, data<P>(weight_) + begin * k_, k_, begin, end - begin);
@@ -227,6 +193,7 @@ class ForwardWeight {
   }
 
   void few(const Operand<P>& x, int64_t rows, const LinearOutput<P>& f) const {
+    using A = acc_t<P>;
     const int64_t width = std::min<int64_t>(64, round_up(rows, 16)), blocks = ceil_div(rows, width), depth = x.depth;
     const Operand<P> w(weight_, k_, depth, nullptr);
     const Tensor xt = at::empty({blocks * depth * width}, weight_.options());
@@ -249,35 +216,91 @@ class ForwardWeight {
 
   Tensor weight_, packed_;
   int64_t o_, k_;
-  bool torch_;
 };
 
-// A weight [o, k] as operand of the product that gives the gradient by the input of some number of rows.
+// A weight [o, k] as operand of the forward product of some number of rows, by torch where it was chosen.
 template <class P>
-class BackwardWeight {
+class ForwardWeight {
  public:
-  BackwardWeight(const Tensor& weight, int64_t rows)
-      : o_(weight.size(0)),
-        k_(weight.size(1)),
-        torch_(torch_computes(&TorchProducts::input, weight.scalar_type(), rows)),
-        packed_(!torch_ && (sizeof(P) == 2 || rows > kFewRows)) {
-    weight_ = torch_ ? weight : weight.to(scalar_type<P>()).contiguous();
-    if (packed_) weight_ = pack_columns<P>(weight_);
+  ForwardWeight(const Tensor& weight, int64_t rows) : weight_(weight), o_(weight.size(0)), k_(weight.size(1)) {
+    if (!torch_computes(&TorchProducts::forward, weight.scalar_type(), rows)) tiles_.emplace(weight, rows);
   }
-  // dx = g weight, and what LinearInput adds, for g [rows, o].
-  void apply(const Tensor& g_, const LinearInput<P>& f) const {
-    if (g_.numel() == 0 || k_ == 0) return;
-    if (torch_) return by_torch(g_, f);
+  // out = act(x weight^T + bias) + residual for x [rows, k].
+  void apply(const Tensor& x, const LinearOutput<P>& f) const {
+    const int64_t rows = x.size(0);
+    if (rows == 0 || o_ == 0) return;
+    if (k_ == 0) return finish_rows<P>(at::zeros({rows, o_}, x.options()), f);
+    tiles_ ? tiles_->apply(x, rows, f) : by_torch(x, rows, f);
+  }
+
+ private:
+  void by_torch(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
+    const Tensor x = x_.to(weight_.scalar_type());
+    const bool plain = f.activation == Activation::none && !f.y.data && !f.residual.data && !f.gate.data;
+    if (!plain || !same_type(f.out, weight_)) return finish_rows<P>(at::mm(x, weight_.t()), f);
+    Tensor out = view_of(f.out, rows, o_, weight_);
+    if (!f.bias) {
+      at::mm_out(out, x, weight_.t());
+      return;
+    }
+    const auto sums = weight_.options().dtype(sum_type(weight_.scalar_type()));
+    const Tensor bias = at::from_blob(const_cast<acc_t<P>*>(f.bias), {o_}, sums).to(weight_.scalar_type());
+    at::addmm_out(out, bias, x, weight_.t());
+  }
+
+  Tensor weight_;
+  int64_t o_, k_;
+  optional<ForwardTiles<P>> tiles_;
+};
+
+// A weight [o, k], its rows times t [o] where that is given, as operand of the products in tiles that give gradients by the
+// input of some number of rows.
+template <class P>
+class BackwardTiles {
+ public:
+  BackwardTiles(const Tensor& weight, int64_t rows, const acc_t<P>* t = nullptr)
+      : weight_(weight.to(scalar_type<P>()).contiguous()),
+        o_(weight.size(0)),
+        k_(weight.size(1)),
+        packed_(sizeof(P) == 2 || t || rows > kFewRows) {
+    if (packed_) weight_ = pack_columns<P>(weight_, t);
+  }
+  // Calls finish(product, row, count) with each block of the product g weight, of `rows` rows of g [*, o]: those that `index`
+  // lists, or the first.
+  template <class Finish>
+  void apply(const Tensor& g_, const int64_t* index, int64_t rows, Finish finish) const {
     constexpr int64_t width = kBlockCols<P>;
-    const Operand<P> g(g_, o_, depth_of<P>(o_), nullptr);
-    const Split<P> split(g_.numel() / o_, k_, width);
+    const Operand<P> g(g_, o_, depth_of<P>(o_), index);
+    const Split<P> split(rows, k_, width);
     for_tasks(split.tasks(), g.bytes(kBlockRows<P>) + split.bytes(width), [&](int64_t task, Scratch& scratch) {
-      const int64_t row = split.row(task), count = split.count(task), padded = round_up(count, 32);
+      const int64_t row = split.row(task), count = split.count(task), padded = whole_units(count);
       auto p = split.take(task, padded, g.depth, width, scratch);
       p.a = g.rows(row, count, padded, scratch), p.b = data<P>(weight_);
       if (!packed_) p.ldb = k_;
-      VLMK_CALL(linear_dx, p, f, row, count);
+      finish(p, row, count);
     });
+  }
+
+ private:
+  Tensor weight_;
+  int64_t o_, k_;
+  bool packed_;
+};
+
+// A weight [o, k] as operand of the product that gives the gradient by the input of some number of rows, by torch where it was
+// chosen.
+template <class P>
+class BackwardWeight {
+ public:
+  BackwardWeight(const Tensor& weight, int64_t rows) : weight_(weight), o_(weight.size(0)), k_(weight.size(1)) {
+    if (!torch_computes(&TorchProducts::input, weight.scalar_type(), rows)) tiles_.emplace(weight, rows);
+  }
+  // dx = g weight, and what LinearInput adds, for g [rows, o].
+  void apply(const Tensor& g, const LinearInput<P>& f) const {
+    if (g.numel() == 0 || k_ == 0) return;
+    if (!tiles_) return by_torch(g, f);
+    tiles_->apply(g, nullptr, g.numel() / o_,
+                  [&](const BlockProduct<P>& p, int64_t row, int64_t count) { VLMK_CALL(linear_dx, p, f, row, count); });
   }
 
  private:
@@ -295,53 +318,90 @@ class BackwardWeight {
 
   Tensor weight_;
   int64_t o_, k_;
-  bool torch_, packed_;
+  optional<BackwardTiles<P>> tiles_;
 };
 
-// dweight = g^T x [o, k], whose rows come in parts.
+// Products g^T x [o, k] in tiles, of so many rows in all.
 template <class P>
-class WeightGradient {
+class WeightTiles {
  public:
-  using A = acc_t<P>;
-  WeightGradient(const Tensor& dweight, int64_t rows) : dweight_(dweight), rows_(rows), split_(o(), k(), width) {
-    if (torch_computes(&TorchProducts::weight, dweight.scalar_type(), rows)) {
-      torch_ = true;
-      return;
-    }
-    const auto options = dweight.options().dtype(scalar_type<P>());
-    const int64_t most = std::min(kChunkRows, round_up(rows, 32));
-    a_ = on_huge_pages(at::empty({round_up(most, std::min(kPart, most)) * o()}, options));
+  WeightTiles(int64_t o, int64_t k, int64_t rows, at::TensorOptions options) : o_(o), k_(k), rows_(rows), split_(o, k, width) {
+    options = options.dtype(scalar_type<P>());
+    const int64_t most = std::min(kChunkRows, whole_units(rows));
+    a_ = on_huge_pages(at::empty({round_up(most, std::min(kBlockDepth, most)) * o}, options));
     b_ = on_huge_pages(at::empty({most * split_.col_blocks * width}, options));
-    const auto sum = sum_type(scalar_type<P>());
-    if (rows > kChunkRows) {
-      sums_ = dweight.scalar_type() == sum ? dweight : on_huge_pages(at::empty(dweight.sizes(), options.dtype(sum)));
-    }
   }
-  // Adds g^T x of rows that follow those of earlier calls, g [rows, o] and x [rows, k].
-  void add(const Tensor& g_, const Tensor& x_) {
-    if (g_.numel() == 0 || k() == 0) return;
-    if (torch_) return by_torch(g_, x_);
-    const Operand<P> g(g_, o(), o(), nullptr), x(x_, k(), k(), nullptr);
-    const LinearWeight<P> f{k(), sums_.defined() ? data<A>(sums_) : nullptr, stored(dweight_)};
-    const int64_t rows = g_.numel() / o();
+  // Takes in `rows` rows of g [*, o] and x [*, k], those that `index` lists or the first, which follow those of earlier calls:
+  // calls finish(product, o0, count, whether earlier rows are to be added, whether these are the last).
+  template <class Finish>
+  void add(const Tensor& g_, const Tensor& x_, const int64_t* index, int64_t rows, Finish finish) {
+    const Operand<P> g(g_, o_, o_, index), x(x_, k_, k_, index);
     for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
-      const int64_t chunk = std::min(kChunkRows, rows - begin), depth = round_up(chunk, 32), step = std::min(kPart, depth);
+      const int64_t chunk = std::min(kChunkRows, rows - begin), depth = whole_units(chunk), step = std::min(kBlockDepth, depth);
       pack(g, x, begin, chunk);
       for_tasks(split_.tasks(), split_.bytes(width), [&](int64_t task, Scratch& scratch) {
-        auto p = split_.take(task, split_.count(task), depth, width, scratch);
-        p.a = data<P>(a_) + split_.row(task) * step, p.b = data<P>(b_);
-        p.lda = step, p.a_step = step * o(), p.part = nullptr;
-        VLMK_CALL(linear_dw, p, f, split_.row(task), split_.count(task), done_ > 0, done_ + chunk == rows_);
+        const int64_t o0 = split_.row(task), count = split_.count(task);
+        auto p = split_.take(task, count, depth, width, scratch);
+        p.a = data<P>(a_) + o0 * step, p.b = data<P>(b_);
+        p.lda = step, p.a_step = step * o_, p.part = nullptr;
+        finish(p, o0, count, done_ > 0, done_ + chunk == rows_);
       });
       done_ += chunk;
     }
   }
+  int64_t col_blocks() const { return split_.col_blocks; }
 
  private:
   static constexpr int64_t width = kBlockCols<P>;
-  int64_t o() const { return dweight_.size(0); }
-  int64_t k() const { return dweight_.size(1); }
 
+  // g^T as A operand and x as B operand.
+  void pack(const Operand<P>& g, const Operand<P>& x, int64_t begin, int64_t chunk) {
+    const int64_t depth = whole_units(chunk), step = std::min(kBlockDepth, depth);
+    for_tasks(2 * ceil_div(chunk, step), std::max(g.bytes(step), x.bytes(step)), [&](int64_t task, Scratch& scratch) {
+      const int64_t first = task / 2 * step, count = std::min(step, chunk - first);
+      if (task % 2) {
+        VLMK_CALL(pack_transposed_a, g.rows(begin + first, count, count, scratch), o_, count, o_, step,
+                  data<P>(a_) + first * o_);
+        return;
+      }
+      const P* from = x.rows(begin + first, count, count, scratch);
+      for (int64_t k0 = 0; k0 < k_; k0 += width) {
+        VLMK_CALL(pack_columns_b, from + k0, k_, static_cast<const acc_t<P>*>(nullptr), std::min(width, k_ - k0), count,
+                  std::min(step, depth - first), data<P>(b_) + k0 * depth + first * width);
+      }
+    });
+  }
+
+  Tensor a_, b_;
+  int64_t o_, k_, rows_, done_ = 0;
+  Split<P> split_;
+};
+
+// dweight = g^T x [o, k], whose rows come in parts, by torch where it was chosen.
+template <class P>
+class WeightGradient {
+ public:
+  using A = acc_t<P>;
+  WeightGradient(const Tensor& dweight, int64_t rows) : dweight_(dweight), rows_(rows) {
+    if (torch_computes(&TorchProducts::weight, dweight.scalar_type(), rows)) return;
+    tiles_.emplace(dweight.size(0), dweight.size(1), rows, dweight.options());
+    const auto sum = sum_type(scalar_type<P>());
+    if (rows > kChunkRows) {
+      sums_ = dweight.scalar_type() == sum ? dweight : on_huge_pages(at::empty(dweight.sizes(), dweight.options().dtype(sum)));
+    }
+  }
+  // Adds g^T x of rows that follow those of earlier calls, g [rows, o] and x [rows, k].
+  void add(const Tensor& g, const Tensor& x) {
+    const int64_t o = dweight_.size(0), k = dweight_.size(1);
+    if (g.numel() == 0 || k == 0) return;
+    if (!tiles_) return by_torch(g, x);
+    const LinearWeight<P> f{k, data<A>(sums_), stored(dweight_)};
+    tiles_->add(g, x, nullptr, g.numel() / o, [&](const BlockProduct<P>& p, int64_t o0, int64_t count, bool add, bool finish) {
+      VLMK_CALL(linear_dw, p, f, o0, count, add, finish);
+    });
+  }
+
+ private:
   void by_torch(const Tensor& g, const Tensor& x) {
     const auto dtype = dweight_.scalar_type();
     const bool whole = g.size(0) == rows_, first = done_ == 0;
@@ -356,27 +416,9 @@ class WeightGradient {
     if (done_ == rows_) dweight_.copy_(sums_);
   }
 
-  // g^T as A operand and x as B operand.
-  void pack(const Operand<P>& g, const Operand<P>& x, int64_t begin, int64_t chunk) {
-    const int64_t depth = round_up(chunk, 32), step = std::min(kPart, depth);
-    for_tasks(2 * ceil_div(chunk, step), std::max(g.bytes(step), x.bytes(step)), [&](int64_t task, Scratch& scratch) {
-      const int64_t at = task / 2 * step, count = std::min(step, chunk - at);
-      if (task % 2) {
-        VLMK_CALL(pack_transposed_a, g.rows(begin + at, count, count, scratch), o(), count, o(), step, data<P>(a_) + at * o());
-        return;
-      }
-      const P* from = x.rows(begin + at, count, count, scratch);
-      for (int64_t k0 = 0; k0 < k(); k0 += width) {
-        VLMK_CALL(pack_columns_b, from + k0, k(), static_cast<const A*>(nullptr), std::min(width, k() - k0), count,
-                  std::min(step, depth - at), data<P>(b_) + k0 * depth + at * width);
-      }
-    });
-  }
-
-  Tensor dweight_, a_, b_, sums_;
+  Tensor dweight_, sums_;
   int64_t rows_, done_ = 0;
-  bool torch_ = false;
-  Split<P> split_;
+  optional<WeightTiles<P>> tiles_;
 };
 
 // A bias as the kernels read it; undefined where there is none.

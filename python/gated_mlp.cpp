@@ -37,16 +37,16 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x_, const Tensor& w_g
     const Tensor hidden = buffer<P>(most, h, x), sums = buffer<A>(most, h, x);
     for (int64_t begin = 0; begin < rows; begin += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - begin);
-      const auto at = [&](const Tensor& t) { return part(t, begin, count); };
+      const auto here = [&](const Tensor& t) { return part(t, begin, count); };
       const Tensor now = part(hidden, 0, count), exact = part(sums, 0, count);  // the gate is not rounded before it is used
-      by_gate.apply(at(x), {.o = h, .bias = data<A>(b_gate), .y = stored(at(gates)), .out = stored(exact)});
-      by_up.apply(at(x), {.o = h,
-                          .activation = activation,
-                          .bias = data<A>(b_up),
-                          .y = stored(at(ups)),
-                          .out = stored(now),
-                          .gate = stored(exact)});
-      down.apply(now, {.o = o, .bias = data<A>(b_down), .residual = stored(at(residual)), .out = stored(at(flat))});
+      by_gate.apply(here(x), {.o = h, .bias = data<A>(b_gate), .y = stored(here(gates)), .out = stored(exact)});
+      by_up.apply(here(x), {.o = h,
+                            .activation = activation,
+                            .bias = data<A>(b_up),
+                            .y = stored(here(ups)),
+                            .out = stored(now),
+                            .gate = stored(exact)});
+      down.apply(now, {.o = o, .bias = data<A>(b_down), .residual = stored(here(residual)), .out = stored(here(flat))});
     }
   });
   return {out, gate, up};
@@ -107,32 +107,32 @@ Results gated_mlp_bwd(const Tensor& dout_, const optional<Tensor>& x_, const Ten
     ColumnSums<A> by_b_gate(db_gate), by_b_up(db_up);
     for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
       const int64_t count = std::min(kChunkRows, rows - begin);
-      const auto at = [&](const Tensor& t) { return part(t, begin, count); };
+      const auto here = [&](const Tensor& t) { return part(t, begin, count); };
       const auto now = [&](const Tensor& t) { return part(t, 0, count); };
       if (!kept) {
-        form_gate->apply(at(x), {.o = h, .bias = data<A>(b_gate), .out = stored(now(gates))});
-        form_up->apply(at(x), {.o = h, .bias = data<A>(b_up), .out = stored(now(ups))});
+        form_gate->apply(here(x), {.o = h, .bias = data<A>(b_gate), .out = stored(now(gates))});
+        form_up->apply(here(x), {.o = h, .bias = data<A>(b_up), .out = stored(now(ups))});
       }
-      const Tensor g = kept ? at(gates) : now(gates), u = kept ? at(ups) : now(ups);
+      const Tensor g = kept ? here(gates) : now(gates), u = kept ? here(ups) : now(ups);
       if (below) {
-        down->apply(at(dout), {.k = h,
-                               .dx = stored(now(dgate)),
-                               .activation = activation,
-                               .y = stored(g),
-                               .hidden = stored(now(hidden)),
-                               .up = stored(u),
-                               .dup = stored(now(dup))});
+        down->apply(here(dout), {.k = h,
+                                 .dx = stored(now(dgate)),
+                                 .activation = activation,
+                                 .y = stored(g),
+                                 .hidden = stored(now(hidden)),
+                                 .up = stored(u),
+                                 .dup = stored(now(dup))});
       } else {
         finish_rows<P>(u, {.o = h, .activation = activation, .out = stored(now(hidden)), .gate = stored(g)});
       }
-      if (need_w_down) by_down->add(at(dout), now(hidden));
-      if (need_w_gate) by_gate->add(now(dgate), at(x));
-      if (need_w_up) by_up->add(now(dup), at(x));
+      if (need_w_down) by_down->add(here(dout), now(hidden));
+      if (need_w_gate) by_gate->add(now(dgate), here(x));
+      if (need_w_up) by_up->add(now(dup), here(x));
       if (need_b_gate) by_b_gate.add(now(dgate));
       if (need_b_up) by_b_up.add(now(dup));
       if (!need_x) continue;
       gate->apply(now(dgate), {.k = k, .dx = stored(now(sums))});
-      up->apply(now(dup), {.k = k, .dx = stored(at(dx_rows)), .plus = stored(now(sums))});
+      up->apply(now(dup), {.k = k, .dx = stored(here(dx_rows)), .plus = stored(now(sums))});
     }
   });
   return results;

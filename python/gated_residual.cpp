@@ -53,9 +53,9 @@ Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, co
     using T = decltype(type);
     const Tensor t = gates(gate, shape.d, sum_type(dtype));
     at::parallel_for(0, shape.blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * shape.block, last = std::min(end * shape.block, shape.rows), at = first * shape.d;
-      VLMK_CALL(gated_residual, data<T>(x) + at, data<T>(y) + at, data<acc_t<T>>(t),
-                mask.defined() ? data<bool>(mask) + first : nullptr, data<T>(out) + at, last - first, shape.d);
+      const int64_t first = begin * shape.block, last = std::min(end * shape.block, shape.rows), offset = first * shape.d;
+      VLMK_CALL(gated_residual, data<T>(x) + offset, data<T>(y) + offset, data<acc_t<T>>(t),
+                mask.defined() ? data<bool>(mask) + first : nullptr, data<T>(out) + offset, last - first, shape.d);
     });
   });
   return out;
@@ -79,9 +79,9 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& dout_, const Tensor&
     using A = acc_t<T>;
     at::parallel_for(0, y.numel() && (need_y || need_gate) ? shape.blocks : 0, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * shape.block, last = std::min(first + shape.block, shape.rows), at = first * shape.d;
-        VLMK_CALL(gated_residual_bwd, data<T>(dout) + at, data<T>(y) + at, data<A>(t),
-                  mask.defined() ? data<bool>(mask) + first : nullptr, need_y ? data<T>(dy) + at : nullptr,
+        const int64_t first = block * shape.block, last = std::min(first + shape.block, shape.rows), offset = first * shape.d;
+        VLMK_CALL(gated_residual_bwd, data<T>(dout) + offset, data<T>(y) + offset, data<A>(t),
+                  mask.defined() ? data<bool>(mask) + first : nullptr, need_y ? data<T>(dy) + offset : nullptr,
                   need_gate ? data<double>(part) + block * shape.d : nullptr, last - first, shape.d);
       }
     });

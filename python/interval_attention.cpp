@@ -1,6 +1,7 @@
 // vlmkernels::interval_attention and interval_attention_bwd for CPU tensors (contracts: vlmkernels/ops/interval_attention.py).
-#include <ATen/core/List.h>
 #include <torch/library.h>
+
+#include <array>
 
 #include "attention.h"
 
@@ -50,11 +51,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(const Tensor& 
                                                                   const Tensor& start, const Tensor& end, const Tensor& out,
                                                                   const Tensor& lse, double scale, const optional<Tensor>& bias,
                                                                   int64_t grid_rows, int64_t grid_cols,
-                                                                  const c10::List<bool>& needs) {
+                                                                  std::array<bool, 4> needs) {
   const Need need("interval_attention_bwd");
   need_inputs(need, query, key, value, start, end, bias, grid_rows, grid_cols);
   need_gradient(need, query, value.size(-1), dout, dlse, out, lse);
-  need.count("needs", needs.size(), 4);
   need.that(bias || !needs[3], "relative_bias must be given for its gradient");
   if (query.size(-1) == 0 || value.size(-1) == 0) {
     const auto [dq, dk, dv, dbias] =

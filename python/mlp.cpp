@@ -30,10 +30,10 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x_, const Tensor& w1, const optiona
     const Tensor hidden = buffer<P>(std::min(rows, kHiddenRows), h, x);
     for (int64_t begin = 0; begin < rows; begin += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - begin);
-      const auto at = [&](const Tensor& t) { return part(t, begin, count); };
+      const auto here = [&](const Tensor& t) { return part(t, begin, count); };
       const Tensor now = part(hidden, 0, count);
-      first.apply(at(x), {h, activation, data<acc_t<P>>(b1), stored(at(pre)), {}, stored(now)});
-      second.apply(now, {o, Activation::none, data<acc_t<P>>(b2), {}, stored(at(residual)), stored(at(flat))});
+      first.apply(here(x), {h, activation, data<acc_t<P>>(b1), stored(here(pre)), {}, stored(now)});
+      second.apply(now, {o, Activation::none, data<acc_t<P>>(b2), {}, stored(here(residual)), stored(here(flat))});
     }
   });
   return {out, y};
@@ -82,21 +82,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dout_, 
     ColumnSums<A> by_b1(db1);
     for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
       const int64_t count = std::min(kChunkRows, rows - begin);
-      const auto at = [&](const Tensor& t) { return part(t, begin, count); };
+      const auto here = [&](const Tensor& t) { return part(t, begin, count); };
       const auto now = [&](const Tensor& t) { return part(t, 0, count); };
-      if (!y_) form->apply(at(x), {.o = h, .bias = data<A>(b1), .out = stored(now(again))});
-      const Tensor pre = y_ ? at(y) : now(again);
+      if (!y_) form->apply(here(x), {.o = h, .bias = data<A>(b1), .out = stored(now(again))});
+      const Tensor pre = y_ ? here(y) : now(again);
       if (slope) {
         second->apply(
-            at(dout),
+            here(dout),
             {.k = h, .dx = stored(now(dy)), .activation = activation, .y = stored(pre), .hidden = stored(now(hidden))});
       } else {
         finish_rows<P>(pre, {.o = h, .activation = activation, .out = stored(now(hidden))});
       }
-      if (need_w2) by_w2->add(at(dout), now(hidden));
-      if (need_w1) by_w1->add(now(dy), at(x));
+      if (need_w2) by_w2->add(here(dout), now(hidden));
+      if (need_w1) by_w1->add(now(dy), here(x));
       if (need_b1) by_b1.add(now(dy));
-      if (need_x) first->apply(now(dy), {.k = k, .dx = stored(at(dx_rows))});
+      if (need_x) first->apply(now(dy), {.k = k, .dx = stored(here(dx_rows))});
     }
   });
   return {dx, dw1, db1, dw2, db2};

@@ -8,14 +8,20 @@
 #include <vector>
 
 #include "dense.h"
+#include "vlmkernels/info_nce.h"
 #include "vlmkernels/isa.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// vlmkernels/_native.py reads this in the file: what was built for another torch is not even loaded.
+// vlmkernels/_native.py reads these in the file: what was built for another torch, or for results of other sizes, is not even
+// loaded.
 [[gnu::used]] const char kBuiltFor[] = "vlmkernels " VLMK_VERSION " for torch " VLMK_TORCH;
+[[gnu::used]] const struct {
+  char name[16] = "vlmkernels tile";
+  int64_t rows = vlmk::kTileRows, cols = vlmk::kTileCols, header = vlmk::kTileHeader;
+} kTile;
 
 std::map<std::string, std::string> build() {
   return {{"isa", vlmk::isa_name(vlmk::isa())}, {"tile_gemm", vlmk::tile_product_name()},

@@ -75,9 +75,6 @@ class Need {
     }
     that(low >= -1 && high < end, name, " must be in [0, ", end, ") or -1, got values from ", low, " to ", high);
   }
-  void count(const char* name, int64_t got, int64_t wanted) const {
-    that(got == wanted, name, " must have ", wanted, " elements, got ", got);
-  }
   // Of x [..., *].
   int64_t rows(const at::Tensor& x) const { return product(x.sizes().slice(0, x.dim() - 1)); }
   // Numbers of bytes in buffers of these sizes, rounded up to blocks, do not overflow.

@@ -53,30 +53,15 @@ struct Features {
   }
 
   // K^T for the similarities.
-  void pack_kt() {
-    kt = on_huge_pages(at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options()));
-    P* out = data<P>(kt);
-    for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
-      const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
-      VLMK_CALL(pack_transposed_b, data<P>(key) + j0 * pairs.d, pairs.d, count, pairs.d, pairs.depth, kTileCols,
-                out + j0 * pairs.depth);
-    });
-    pairs.kt = out;
+  void pack_kt(int64_t width = kTileCols) {
+    kt = pack_transposed<P>(key, width);
+    pairs.kt = data<P>(kt);
   }
 
   // K for dq.
   void pack_k() {
-    pairs.k = data<P>(key);
-    if constexpr (sizeof(P) == 2) {
-      k = on_huge_pages(at::empty({pairs.col_blocks() * pairs.depth * kTileCols}, query.options()));
-      P* out = data<P>(k);
-      for_tasks(pairs.col_blocks(), 0, [&](int64_t jb, Scratch&) {
-        const int64_t j0 = jb * kTileCols, count = std::min(kTileCols, pairs.m - j0);
-        VLMK_CALL(pack_rows_b, data<P>(key) + j0 * pairs.d, pairs.d, count, pairs.d, pairs.depth, kTileCols,
-                  out + j0 * pairs.depth);
-      });
-      pairs.k = out;
-    }
+    k = pack_rows<P>(key, kTileCols);
+    pairs.k = data<P>(k);
   }
 
   // Q^T of row blocks [first, last) for dk.
@@ -93,6 +78,11 @@ struct Features {
     pairs.qt_first = first;
   }
 };
+
+// A gradient of x in its type; of size 0 where nobody needs it.
+inline at::Tensor as_given(const at::Tensor& grad, const at::Tensor& x, bool need) {
+  return need ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
+}
 
 // Blocks per chunk of row or column sums: a fixed function of the shape, so that sums do not depend on the number of threads;
 // at most `most` chunks, which bounds the partial sums.

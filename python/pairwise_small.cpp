@@ -14,7 +14,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t whole_vectors(int64_t count) { return ceil_div(count, kSmallCols) * kSmallCols; }
+constexpr int64_t whole_vectors(int64_t count) { return round_up(count, kSmallCols); }
 
 optional<Tensor> inverse_norms(const Tensor& x, bool normalize) {
   if (!normalize) return std::nullopt;
@@ -24,137 +24,6 @@ optional<Tensor> inverse_norms(const Tensor& x, bool normalize) {
 
 // What the slopes are kept in: the precision of the features, of which float16 lacks the range.
 at::ScalarType slope_type(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
-
-template <class P>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_of(const Tensor& query, const Tensor& key, const Tensor& scale,
-                                                           const optional<Tensor>& bias, bool symmetric, double smoothing,
-                                                           bool normalize, bool need_query, bool need_key, bool need_scalars) {
-  using A = acc_t<P>;
-  const auto a = inverse_norms(query, normalize), b = inverse_norms(key, normalize);
-  Features<P> features(query, key, scale, a, b);
-  Pairs<P>& p = features.pairs;
-  const int64_t blocks = ceil_div(p.n, kSmallRows), ldx = whole_vectors(p.m), ldt = whole_vectors(p.n);
-  const bool need_slopes = need_query || need_key || need_scalars;
-  const auto options = query.options().dtype(scalar_type<A>()), operands = features.query.options();
-
-  const Tensor kt = at::empty({ldx * p.depth}, operands);
-  P* packed = data<P>(kt);
-  for_tasks(ldx / kSmallCols, 0, [&](int64_t jb, Scratch&) {
-    const int64_t j0 = jb * kSmallCols, count = std::min(kSmallCols, p.m - j0);
-    VLMK_CALL(pack_transposed_b, data<P>(features.key) + j0 * p.d, p.d, count, p.d, p.depth, kSmallCols, packed + j0 * p.depth);
-  });
-  p.kt = packed;
-
-  const Tensor slope = at::empty({need_query ? p.n : 0, ldx}, operands),
-               slope_t = at::empty({need_key ? p.m : 0, ldt}, operands);
-  const Tensor positive = at::empty({need_slopes ? p.n : 0}, options);
-  const int64_t column_part = symmetric ? p.m : 0;
-  const Tensor work = at::empty({p.n * ldx + 3 * p.n + (2 + 3 * blocks) * column_part}, options);
-  const Tensor sums = at::empty({3 * p.n}, options.dtype(at::kDouble));
-  A* at = data<A>(work);
-  const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
-  PairwiseSmall<P> g{};
-  g.pairs = p, g.ldx = ldx, g.ldt = ldt;
-  g.bias = bias ? number<A>(*bias) : A(0), g.symmetric = symmetric, g.smoothing = static_cast<A>(smoothing);
-  g.x = take(p.n * ldx), g.diagonal = take(p.n), g.row_max = take(p.n), g.row_log = take(p.n), g.col_max = take(column_part),
-  g.col_log = take(column_part);
-  g.part_max = take(blocks * column_part), g.part_sum = take(blocks * column_part), g.part_total = take(blocks * column_part);
-  g.loss = data<double>(sums), g.dscale = g.loss + p.n, g.dbias = g.loss + 2 * p.n;
-  g.slope = data<P>(slope), g.slope_t = data<P>(slope_t), g.positive = data<A>(positive), g.need_slopes = need_slopes;
-
-  const int64_t scratch_bytes = kSmallRows * ldx * sizeof(A);
-  double columns = 0;
-  if (bias) {
-    for_tasks(blocks, scratch_bytes,
-              [&](int64_t ib, Scratch& scratch) { VLMK_CALL(small_logistic, g, ib, scratch.take<A>(kSmallRows * ldx)); });
-  } else {
-    for_tasks(blocks, 0, [&](int64_t ib, Scratch&) { VLMK_CALL(small_cross_entropy_rows, g, ib); });
-    if (symmetric) columns = VLMK_CALL(small_cross_entropy_columns, g);
-    if (need_slopes) {
-      for_tasks(blocks, scratch_bytes, [&](int64_t ib, Scratch& scratch) {
-        VLMK_CALL(small_cross_entropy_slopes, g, ib, scratch.take<A>(kSmallRows * ldx));
-      });
-    }
-  }
-  const auto total = [&](const double* rows) {
-    double sum = 0;
-    for (int64_t i = 0; i < p.n; ++i) sum += rows[i];
-    return sum;
-  };
-  const Tensor loss = at::empty({}, options), dscalars = at::empty({need_scalars ? 2 : 0}, options);
-  *data<A>(loss) = static_cast<A>((symmetric ? 0.5 : 1.0) * (total(g.loss) / p.n + columns / p.m));
-  if (need_scalars) {
-    data<A>(dscalars)[0] = static_cast<A>(total(g.dscale));
-    data<A>(dscalars)[1] = bias ? static_cast<A>(total(g.dbias)) : A(0);
-  }
-  return {loss, slope.to(slope_type(query)), slope_t.to(slope_type(key)), positive, dscalars};
-}
-
-// The features as the second operand of a product: pairs of rows side by side for bf16, else themselves.
-template <class P>
-Tensor as_operand(const Tensor& x, int64_t depth) {
-  if constexpr (sizeof(P) == 2) {
-    const int64_t rows = x.size(0), d = x.size(1), padded = whole_vectors(rows);
-    const Tensor out = at::empty({padded * depth}, x.options());
-    for_tasks(padded / kSmallCols, 0, [&](int64_t block, Scratch&) {
-      const int64_t first = block * kSmallCols;
-      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(kSmallCols, rows - first), d, depth, kSmallCols,
-                data<P>(out) + first * depth);
-    });
-    return out;
-  }
-  return x;
-}
-
-template <class P>
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dloss, const Tensor& query, const Tensor& key,
-                                                     const Tensor& scale, const optional<Tensor>& bias, const Tensor& slope_,
-                                                     const Tensor& slope_t_, const Tensor& positive, const Tensor& dscalars,
-                                                     bool normalize, at::ArrayRef<bool> needs) {
-  using A = acc_t<P>;
-  const bool need_query = needs[0], need_key = needs[1];
-  const auto a = inverse_norms(query, normalize), b = inverse_norms(key, normalize);
-  const Features<P> features(query, key, scale, a, b);
-  const Pairs<P>& p = features.pairs;
-  const Tensor slope = slope_.to(scalar_type<P>()), slope_t = slope_t_.to(scalar_type<P>());
-  const auto operands = features.query.options();
-  const double incoming = number<double>(dloss);
-  const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, operands), dkey = at::empty({need_key ? p.m : 0, p.d}, operands);
-  const auto side = [&](const Tensor& slopes, const Tensor& x, const Tensor& y, const A* inv, const A* inv_y, const Tensor& dx,
-                        const Tensor& operand) {
-    const int64_t others = y.size(0);
-    DenseGradient<P> g{};
-    g.rows = x.size(0), g.others = others, g.d = p.d, g.width = p.depth;
-    g.depth = sizeof(P) == 2 ? whole_vectors(others) : others;
-    g.slope = data<P>(slopes), g.lds = whole_vectors(others), g.operand = data<P>(operand), g.positive = data<A>(positive);
-    g.x = data<P>(x), g.y = data<P>(y), g.inv = inv, g.inv_y = inv_y;
-    g.factor = static_cast<A>(p.scale * incoming), g.dx = data<P>(dx), g.product = p.product;
-    return g;
-  };
-  const Tensor none = at::empty({0}, operands);
-  const Tensor k = need_query ? as_operand<P>(features.key, p.depth) : none;
-  const Tensor q = need_key ? as_operand<P>(features.query, p.depth) : none;
-  const auto rows = side(slope, features.query, features.key, p.a, p.b, dquery, k);
-  const auto cols = side(slope_t, features.key, features.query, p.b, p.a, dkey, q);
-  const int64_t row_blocks = need_query ? ceil_div(p.n, kSmallRows) : 0, col_blocks = need_key ? ceil_div(p.m, kSmallRows) : 0;
-  for_tasks(row_blocks + col_blocks, kSmallRows * p.depth * sizeof(A), [&](int64_t task, Scratch& scratch) {
-    A* sums = scratch.take<A>(kSmallRows * p.depth);
-    if (task < row_blocks) {
-      VLMK_CALL(dense_gradient, rows, task, sums);
-    } else {
-      VLMK_CALL(dense_gradient, cols, task - row_blocks, sums);
-    }
-  });
-  const auto as_given = [](const Tensor& grad, const Tensor& x, bool need) {
-    return need ? grad.to(x.scalar_type()) : at::empty({0}, x.options());
-  };
-  const auto scalar = [&](const optional<Tensor>& x, int64_t which, bool need) {
-    if (!need) return at::empty({0}, x ? x->options() : scale.options());
-    return at::full(x->sizes(), data<A>(dscalars)[which] * incoming, at::kDouble).to(x->scalar_type());
-  };
-  return {as_given(dquery, query, need_query), as_given(dkey, key, need_key), scalar(scale, 0, needs[2]),
-          scalar(bias, 1, needs[3])};
-}
 
 void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const optional<Tensor>& bias) {
   need_features(need, query, key, scale);
@@ -170,8 +39,59 @@ auto small_loss(const Tensor& query, const Tensor& key, const Tensor& scale, con
   need.that(!symmetric || query.size(0) == key.size(0), "a symmetric loss needs as many keys as queries, got ", key.size(0),
             " and ", query.size(0));
   return with_operand(query.scalar_type(), [&](auto type) {
-    return loss_of<decltype(type)>(query, key, scale, bias, symmetric, smoothing, normalize, need_query, need_key,
-                                   need_scalars);
+    using P = decltype(type);
+    using A = acc_t<P>;
+    const auto a = inverse_norms(query, normalize), b = inverse_norms(key, normalize);
+    Features<P> features(query, key, scale, a, b);
+    features.pack_kt(kSmallCols);
+    const Pairs<P>& p = features.pairs;
+    const int64_t blocks = ceil_div(p.n, kSmallRows), ldx = whole_vectors(p.m), ldt = whole_vectors(p.n);
+    const bool need_slopes = need_query || need_key || need_scalars;
+    const auto options = query.options().dtype(scalar_type<A>()), operands = features.query.options();
+
+    const Tensor slope = at::empty({need_query ? p.n : 0, ldx}, operands),
+                 slope_t = at::empty({need_key ? p.m : 0, ldt}, operands);
+    const Tensor positive = at::empty({need_slopes ? p.n : 0}, options);
+    const int64_t column_part = symmetric ? p.m : 0;
+    const Tensor work = at::empty({p.n * ldx + 3 * p.n + (2 + 3 * blocks) * column_part}, options);
+    const Tensor sums = at::empty({3 * p.n}, options.dtype(at::kDouble));
+    A* next = data<A>(work);
+    const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    PairwiseSmall<P> g{};
+    g.pairs = p, g.ldx = ldx, g.ldt = ldt;
+    g.bias = bias ? number<A>(*bias) : A(0), g.symmetric = symmetric, g.smoothing = static_cast<A>(smoothing);
+    g.x = take(p.n * ldx), g.diagonal = take(p.n), g.row_max = take(p.n), g.row_log = take(p.n), g.col_max = take(column_part),
+    g.col_log = take(column_part);
+    g.part_max = take(blocks * column_part), g.part_sum = take(blocks * column_part), g.part_total = take(blocks * column_part);
+    g.loss = data<double>(sums), g.dscale = g.loss + p.n, g.dbias = g.loss + 2 * p.n;
+    g.slope = data<P>(slope), g.slope_t = data<P>(slope_t), g.positive = data<A>(positive), g.need_slopes = need_slopes;
+
+    const int64_t scratch_bytes = kSmallRows * ldx * sizeof(A);
+    double columns = 0;
+    if (bias) {
+      for_tasks(blocks, scratch_bytes,
+                [&](int64_t ib, Scratch& scratch) { VLMK_CALL(small_logistic, g, ib, scratch.take<A>(kSmallRows * ldx)); });
+    } else {
+      for_tasks(blocks, 0, [&](int64_t ib, Scratch&) { VLMK_CALL(small_cross_entropy_rows, g, ib); });
+      if (symmetric) columns = VLMK_CALL(small_cross_entropy_columns, g);
+      if (need_slopes) {
+        for_tasks(blocks, scratch_bytes, [&](int64_t ib, Scratch& scratch) {
+          VLMK_CALL(small_cross_entropy_slopes, g, ib, scratch.take<A>(kSmallRows * ldx));
+        });
+      }
+    }
+    const auto total = [&](const double* rows) {
+      double sum = 0;
+      for (int64_t i = 0; i < p.n; ++i) sum += rows[i];
+      return sum;
+    };
+    const Tensor loss = at::empty({}, options), dscalars = at::empty({need_scalars ? 2 : 0}, options);
+    *data<A>(loss) = static_cast<A>((symmetric ? 0.5 : 1.0) * (total(g.loss) / p.n + columns / p.m));
+    if (need_scalars) {
+      data<A>(dscalars)[0] = static_cast<A>(total(g.dscale));
+      data<A>(dscalars)[1] = bias ? static_cast<A>(total(g.dbias)) : A(0);
+    }
+    return std::make_tuple(loss, slope.to(slope_type(query)), slope_t.to(slope_type(key)), positive, dscalars);
   });
 }
 
@@ -189,7 +109,49 @@ auto small_loss_bwd(const Tensor& dloss, const Tensor& query, const Tensor& key,
   if (needs[2] || needs[3]) need.contiguous("dscalars", dscalars, 2, sums);
   need.that(bias || !needs[3], "bias must be given for its gradient");
   return with_operand(query.scalar_type(), [&](auto type) {
-    return gradients<decltype(type)>(dloss, query, key, scale, bias, slope, slope_t, positive, dscalars, normalize, needs);
+    using P = decltype(type);
+    using A = acc_t<P>;
+    const bool need_query = needs[0], need_key = needs[1];
+    const auto a = inverse_norms(query, normalize), b = inverse_norms(key, normalize);
+    const Features<P> features(query, key, scale, a, b);
+    const Pairs<P>& p = features.pairs;
+    const Tensor by_query = slope.to(scalar_type<P>()), by_key = slope_t.to(scalar_type<P>());
+    const auto operands = features.query.options();
+    const double incoming = number<double>(dloss);
+    const Tensor dquery = at::empty({need_query ? p.n : 0, p.d}, operands),
+                 dkey = at::empty({need_key ? p.m : 0, p.d}, operands);
+    const auto side = [&](const Tensor& slopes, const Tensor& x, const Tensor& y, const A* inv, const A* inv_y,
+                          const Tensor& dx, const Tensor& operand) {
+      const int64_t others = y.size(0);
+      DenseGradient<P> g{};
+      g.rows = x.size(0), g.others = others, g.d = p.d, g.width = p.depth;
+      g.depth = sizeof(P) == 2 ? whole_vectors(others) : others;
+      g.slope = data<P>(slopes), g.lds = whole_vectors(others), g.operand = data<P>(operand), g.positive = data<A>(positive);
+      g.x = data<P>(x), g.y = data<P>(y), g.inv = inv, g.inv_y = inv_y;
+      g.factor = static_cast<A>(p.scale * incoming), g.dx = data<P>(dx), g.product = p.product;
+      return g;
+    };
+    const Tensor none = at::empty({0}, operands);
+    const Tensor k = need_query ? pack_rows<P>(features.key, kSmallCols) : none;
+    const Tensor q = need_key ? pack_rows<P>(features.query, kSmallCols) : none;
+    const auto rows = side(by_query, features.query, features.key, p.a, p.b, dquery, k);
+    const auto cols = side(by_key, features.key, features.query, p.b, p.a, dkey, q);
+    const int64_t row_blocks = need_query ? ceil_div(p.n, kSmallRows) : 0,
+                  col_blocks = need_key ? ceil_div(p.m, kSmallRows) : 0;
+    for_tasks(row_blocks + col_blocks, kSmallRows * p.depth * sizeof(A), [&](int64_t task, Scratch& scratch) {
+      A* sums = scratch.take<A>(kSmallRows * p.depth);
+      if (task < row_blocks) {
+        VLMK_CALL(dense_gradient, rows, task, sums);
+      } else {
+        VLMK_CALL(dense_gradient, cols, task - row_blocks, sums);
+      }
+    });
+    const auto scalar = [&](const optional<Tensor>& x, int64_t which, bool need) {
+      if (!need) return at::empty({0}, x ? x->options() : scale.options());
+      return at::full(x->sizes(), data<A>(dscalars)[which] * incoming, at::kDouble).to(x->scalar_type());
+    };
+    return std::make_tuple(as_given(dquery, query, need_query), as_given(dkey, key, need_key), scalar(scale, 0, needs[2]),
+                           scalar(bias, 1, needs[3]));
   });
 }
 

@@ -1,8 +1,9 @@
 // vlmkernels::perceiver_attention and perceiver_attention_bwd for CPU tensors (contracts:
 // vlmkernels/ops/perceiver_attention.py).
-#include <ATen/core/List.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
+
+#include <array>
 
 #include "attention.h"
 
@@ -55,11 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> perceiver_attention_bwd(const
                                                                            const Tensor& latent_key, const Tensor& latent_value,
                                                                            const optional<Tensor>& media_lengths,
                                                                            const Tensor& out, const Tensor& lse, double scale,
-                                                                           const c10::List<bool>& needs) {
+                                                                           std::array<bool, 5> needs) {
   const Need need("perceiver_attention_bwd");
   need_inputs(need, query, media_key, media_value, latent_key, latent_value, media_lengths);
   need_gradient(need, query, media_value.size(-1), dout, std::nullopt, out, lse);
-  need.count("needs", needs.size(), 5);
   const Tensor inputs_of[] = {query, media_key, media_value, latent_key, latent_value};
   if (query.size(-1) == 0 || media_value.size(-1) == 0) {
     const auto [dq, dmk, dmv, dlk, dlv] = perceiver_attention_bwd(

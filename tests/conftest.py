@@ -41,7 +41,7 @@ def products():
     """Chooses who computes the products of linear layers during a test: "own" or "torch"."""
     from vlmkernels import _calibration
 
-    yield lambda who: _calibration.apply(_calibration.everywhere(who))
+    yield lambda who: _calibration.apply(_calibration.all_products(who))
     _calibration.apply(_calibration.CHOICE)
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmkernels.reference._dense import ACTIVATIONS as ACTIVATIONS
 from vlmkernels.testing import assert_as_good, result_and_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ACTIVATIONS = ["none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"]
 
 
 def plain_activation(y: Tensor, activation: str) -> Tensor:

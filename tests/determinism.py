@@ -48,7 +48,7 @@ Case = tuple[str, Callable[..., Tensor], list[Tensor]]
 
 def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
     """Op, a function of the tensors, tensors: the forms of every op, in `most` sizes."""
-    for make, sizes in ((_attention, ATTENTION), (_layers, LAYERS), (_losses, PAIRS)):
+    for make, sizes in ((_attention, ATTENTION), (_layers, LAYERS), (_losses, PAIRS), (_hidden, PAIRS)):
         for size in sizes[:most]:
             yield from make(dtype, *size)
 
@@ -108,6 +108,17 @@ def _losses(dtype, n, m, d) -> Iterator[Case]:
         yield "info_nce", _with(vlmkernels.info_nce, **options), [*features, scale]
     for options in ({}, {"normalize": True}, {"positives": ids}, {"positives": index, "reduction": "none"}):
         yield "sigmoid_loss", _with(vlmkernels.sigmoid_loss, **options), [*features, scale, bias]
+
+
+def _hidden(dtype, n, v, d) -> Iterator[Case]:
+    tensors = [x.requires_grad_() for x in _rows(dtype, (n, d), (v, d), (v,))]
+    target = torch.where(torch.rand(n) < 0.8, torch.randint(0, v, (n,)), -100)
+    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
+
+        def loss(hidden, weight, bias, options=options):
+            return vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, **options)
+
+        yield "linear_cross_entropy", loss, tensors
 
 
 Found = dict[str, dict[str, list[int]]]
@@ -180,7 +191,7 @@ def main() -> None:
         head, _, rest = PAGE.read_text().partition(MARKS[0])
         PAGE.write_text(head + MARKS[0] + table() + MARKS[1] + rest.partition(MARKS[1])[2])
         return
-    _calibration.apply(_calibration.everywhere(args.products))
+    _calibration.apply(_calibration.all_products(args.products))
     print(json.dumps(compare(ops=DENSE if args.products == "torch" else ())))
 
 

@@ -35,7 +35,7 @@ def stored_choice(path, choice, **machine):
 
 
 def mixed():
-    choice = _calibration.everywhere("own")
+    choice = _calibration.all_products("own")
     choice["float32"]["input"] = choice["bfloat16"]["weight"] = "torch"
     return choice
 
@@ -74,7 +74,7 @@ def test_a_new_process_uses_the_file_and_says_so(cache):
         ("", "cannot be read"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"choice": {"float32": {}}}', "names no machine"),
+        ('{"choice": {"float32": {}}}', "has no machine"),
     ],
 )
 def test_a_broken_file_is_ignored_with_the_reason(cache, text, reason):
@@ -93,12 +93,12 @@ def test_a_foreign_file_is_ignored_with_the_reason(cache, fact, value):
     stored_choice(_calibration.cache_file(), mixed(), **{fact: value})
     choice, why = _calibration.load()
     assert choice == _calibration.by_rule()[0]
-    assert f"is of another machine or version: {fact} {value!r}, here" in why
+    assert f"was written for another machine or version: {fact} {value!r}, here" in why
 
 
 def test_a_file_with_other_names_is_ignored(cache):
-    stored_choice(_calibration.cache_file(), _calibration.everywhere("mkl"))
-    assert "names neither 'own' nor 'torch'" in _calibration.load()[1]
+    stored_choice(_calibration.cache_file(), _calibration.all_products("mkl"))
+    assert "has entries other than 'own' and 'torch'" in _calibration.load()[1]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from tests.train_tiny import tiny_values, train_parts, write_pairs, write_tar
 from vlmkernels.cli import main
 from vlmkernels.data import CsvPairs, load_scenes
 from vlmkernels.train import TrainConfig, load_bundle, train
-from vlmkernels.train.caption import caption, write_captions
-from vlmkernels.train.caption_scores import evaluate_captions, plain_tokens, reference_scores
-from vlmkernels.train.evaluate import evaluate
+from vlmkernels.use.caption import caption, write_captions
+from vlmkernels.use.caption_scores import evaluate_captions, plain_tokens, reference_scores
+from vlmkernels.use.evaluate import evaluate
 
 KINDS = ("lm", "flamingo", "simvlm")
 
@@ -92,7 +92,7 @@ def test_prompts_and_ways_of_decoding(finals, kind):
     assert drawn[0] == drawn[1] != drawn[2]
     assert written(num_beams=3) == written(num_beams=3)
     assert not bundle.model.training
-    with pytest.raises(ValueError, match=r"prompt: \d+ tokens leave no room in the 24"):
+    with pytest.raises(ValueError, match=r"prompt must have at most 22 tokens, got \d+"):
         written(prompt="word " * 30)
     with pytest.raises(ValueError, match="num_beams"):
         written(num_beams=0)
@@ -101,10 +101,10 @@ def test_prompts_and_ways_of_decoding(finals, kind):
 def test_simvlm_captions_what_it_was_trained_on(finals, table):
     """The whole way: table, tokens, training, folder, eval."""
     result = evaluate(finals["simvlm"], str(table), device="cpu")
-    assert result["samples"] == 22
-    assert result["perplexity"] < 2
+    assert result.samples == 22
+    assert result.perplexity < 2
     pairs = CsvPairs(table)
-    assert [each["references"] for each in result["captions"]] == [[text] for text in pairs.names]
+    assert [each["references"] for each in result.captions] == [[text] for text in pairs.names]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,8 +116,8 @@ def test_perplexity_is_that_of_the_counted_tokens(finals, table, kind):
         evaluate_captions(bundle.model, bundle.tokenizer, None, pairs, batch_size=size, max_new_tokens=2)
         for size in (3, 64)
     )
-    assert small["perplexity"] == pytest.approx(large["perplexity"], rel=1e-5)
-    assert small["captions"] == large["captions"]
+    assert small.perplexity == pytest.approx(large.perplexity, rel=1e-5)
+    assert small.captions == large.captions
     tokenizer, total, count = bundle.tokenizer, 0.0, 0
     for i in range(len(pairs)):
         text, image = pairs[i]["text"], pairs[i]["image"]
@@ -137,21 +137,21 @@ def test_perplexity_is_that_of_the_counted_tokens(finals, table, kind):
         wanted = tokens[1:]
         total -= logits[0, :-1].log_softmax(-1)[torch.arange(len(wanted)), wanted].sum().item()
         count += len(wanted)
-    assert large["tokens"] == count
-    assert large["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert large.tokens == count
+    assert large.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_slots_are_scored_on_scenes_only(finals, table):
     result = evaluate(finals["simvlm"], load_scenes("test", size=5), device="cpu")
-    assert set(result["slots"]) == {"slots", "objects", "relations", "scenes"}
-    assert evaluate(finals["simvlm"], str(table), device="cpu")["slots"] is None
+    assert set(result.slots) == {"slots", "objects", "relations", "scenes"}
+    assert evaluate(finals["simvlm"], str(table), device="cpu").slots is None
 
 
 def test_tars_are_scored_as_the_table(finals, table, tmp_path):
     tar = write_tar(table, tmp_path / "pairs-0.tar")
     results = [evaluate(finals["flamingo"], str(data), device="cpu", batch_size=9) for data in (table, tar)]
     for name in ("samples", "tokens", "perplexity", "token_accuracy", "reference_scores"):
-        assert results[0][name] == results[1][name], name
+        assert getattr(results[0], name) == getattr(results[1], name), name
 
 
 def test_photographs(finals, tmp_path):
@@ -169,18 +169,18 @@ def test_photographs(finals, tmp_path):
     table.write_text("\n".join(rows) + "\n", encoding="utf-8")
     for kind in ("flamingo", "simvlm"):
         result = evaluate(finals[kind], str(table), device="cpu")
-        assert result["samples"] == len(rows) - 1
-        assert not result["skipped"]
-        assert [len(each["references"]) for each in result["captions"]] == [5] * 6
-        assert math.isfinite(result["perplexity"])
+        assert result.samples == len(rows) - 1
+        assert not result.skipped
+        assert [len(each["references"]) for each in result.captions] == [5] * 6
+        assert math.isfinite(result.perplexity)
 
 
 def test_several_references_of_one_image(finals, table):
     path = table.with_name("two.tsv")
     path.write_text("filepath\ttitle\n0.png\tred dot\n0.png\tblue ring\n")
     result = evaluate(finals["simvlm"], str(path), device="cpu")
-    assert result["samples"] == 2
-    (only,) = result["captions"]
+    assert result.samples == 2
+    (only,) = result.captions
     assert only["references"] == ["red dot", "blue ring"]
 
 
@@ -203,9 +203,9 @@ def test_reference_scores_are_those_of_the_package():
     assert found["BLEU-2"] == pytest.approx(math.sqrt(3 / 5 * 2 / 4), abs=1e-6)
     assert found["CIDEr"] == 0
     assert plain_tokens("A Red-ish fox; it's  here!") == "a red ish fox it's here"
-    with pytest.raises(ValueError, match="want the same keys, got 3, 1"):
+    with pytest.raises(ValueError, match="must have the same keys, got 3 and 1"):
         reference_scores(perfect, {"a": ["x"]})
-    with pytest.raises(ValueError, match="references: none for a"):
+    with pytest.raises(ValueError, match="references must have a text for every key, got none for a"):
         reference_scores({"a": "x"}, {"a": []})
 
 
@@ -245,7 +245,7 @@ def test_eval_command(finals, table, capsys):
 
 def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    assert evaluate(finals["simvlm"], str(table), device="cpu")["reference_scores"] is None
+    assert evaluate(finals["simvlm"], str(table), device="cpu").reference_scores is None
     main(["eval", "--model", finals["simvlm"], "--data", str(table)])
     out = capsys.readouterr().out
     assert "perplexity" in out
@@ -257,12 +257,15 @@ def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypa
     [
         (
             ["caption", "--model", "{clip}", "{table}"],
-            "holds a model of type clip, this takes flamingo, simvlm",
+            "must be of type flamingo or simvlm, got clip",
         ),
-        (["caption", "--model", "{lm}", "{table}"], "holds a model of type decoder"),
-        (["search", "--model", "{simvlm}", "red", "{folder}"], "type simvlm, this takes clip, align"),
-        (["embed", "--model", "{flamingo}", "--out", "x.npz", "{folder}"], "type flamingo"),
-        (["eval", "--model", "{simvlm}", "--data", "{table}", "--template", "a {{}}"], "writes captions"),
+        (["caption", "--model", "{lm}", "{table}"], "must be of type flamingo or simvlm, got decoder"),
+        (["search", "--model", "{simvlm}", "red", "{folder}"], "must be of type clip or align, got simvlm"),
+        (
+            ["embed", "--model", "{flamingo}", "--out", "x.npz", "{folder}"],
+            "must be of type clip or align, got flamingo",
+        ),
+        (["eval", "--model", "{simvlm}", "--data", "{table}", "--template", "a {{}}"], "generates captions"),
         (["caption", "--model", "{simvlm}", "{folder}", "--num-beams", "0"], "num_beams"),
         (["caption", "--model", "{simvlm}", "no-such-picture.png"], "no-such-picture.png"),
     ],

@@ -164,7 +164,7 @@ def test_eval_embed_and_search(trained, tmp_path, capsys):
         Image.new("RGB", (20, 20), colour).save(pictures / name)
     main(["embed", *model, "--out", str(tmp_path / "e.safetensors"), str(pictures)])
     assert "3 images" in capsys.readouterr().out
-    from vlmkernels.train.embed import read_embeddings
+    from vlmkernels.use.embed import read_embeddings
 
     features, keys = read_embeddings(tmp_path / "e.safetensors")
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))

@@ -22,8 +22,8 @@ from vlmkernels.data import (
     load_tokenizer,
 )
 from vlmkernels.data._text import printable
-from vlmkernels.train.embed import find_images
-from vlmkernels.train.evaluate import ClassFolders
+from vlmkernels.use.evaluate import ClassFolders
+from vlmkernels.use.images import find_images
 
 
 def rows(path, text, **options):
@@ -141,9 +141,9 @@ def test_byte_order_marks(tmp_path):
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is not JSON"),
-        ("tokenizer_config.json", b"[1]", "holds a list, expected the values of a tokenizer"),
-        ("tokenizer_config.json", b"{}", "holds type None"),
-        ("tokenizer_config.json", b'{"type": "ClipTokenizer"}', "'vocab_size': None.*expected integers"),
+        ("tokenizer_config.json", b"[1]", "must contain the values of a tokenizer, got a list"),
+        ("tokenizer_config.json", b"{}", "must be one of .*, got None"),
+        ("tokenizer_config.json", b'{"type": "ClipTokenizer"}', "must be integers, got .*'vocab_size': None"),
         ("tokenizer.json", b"{}", "tokenizer.json is not a tokenizer"),
         ("tokenizer.json", b"", "tokenizer.json is not a tokenizer"),
         ("tokenizer.json", b"\xff", "tokenizer.json is not UTF-8"),
@@ -158,7 +158,7 @@ def test_a_broken_tokenizer_is_named(tmp_path, file, content, message):
 
 @pytest.mark.parametrize("make", [lambda: ClipTokenizer(16, 600), lambda: WordPieceTokenizer.train(["a"])])
 def test_half_a_character_is_named(make):
-    with pytest.raises(ValueError, match=r"text is 'a \\ud83d', in which a surrogate is half"):
+    with pytest.raises(ValueError, match=r"text must be Unicode without lone surrogates, got 'a \\ud83d'"):
         make()(["fine", "a \ud83d"])
 
 

@@ -21,8 +21,8 @@ from vlmkernels.data import (
     read_image,
     transforms,
 )
-from vlmkernels.train.embed import encode_files
-from vlmkernels.train.evaluate import ClassFolders
+from vlmkernels.use.embed import encode_files
+from vlmkernels.use.evaluate import ClassFolders
 
 GREY = numpy.array([[0, 60], [128, 255]], numpy.uint8)
 
@@ -72,10 +72,10 @@ def test_one_bit():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([[-0.5, 1.0]], "grey from -0.5 to 1.0, expected 0 to 1"),
-        ([[0.0, 300.0]], "grey from 0.0 to 300.0, expected 0 to 255"),
-        ([[float("nan"), 1.0]], "grey from nan to nan"),
-        ([[0, 70000]], "grey from 0 to 70000, expected 0 to 65535"),
+        ([[-0.5, 1.0]], r"must be in \[0, 1\], got -0.5 to 1.0"),
+        ([[0.0, 300.0]], r"must be in \[0, 255\], got 0.0 to 300.0"),
+        ([[float("nan"), 1.0]], "got nan to nan"),
+        ([[0, 70000]], r"must be in \[0, 65535\], got 0 to 70000"),
     ],
 )
 def test_grey_without_a_known_white_is_refused(values, message):

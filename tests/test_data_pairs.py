@@ -251,13 +251,13 @@ def test_tar_without_any_pair_names_the_fields(tmp_path, length):
 
 
 def test_tar_bad_arguments(shards):
-    with pytest.raises(ValueError, match="6 shards for 7 ranks"):
+    with pytest.raises(ValueError, match="at least one shard per rank, got 6 shards for 7 ranks"):
         TarPairs(shards, rank=0, world_size=7)
-    with pytest.raises(ValueError, match="rank is 2, expected 0 to"):
+    with pytest.raises(ValueError, match=r"rank must be in \[0, world_size = 2\), got 2"):
         TarPairs(shards, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="shuffle is -1"):
+    with pytest.raises(ValueError, match="shuffle must be a buffer size of at least 0, got -1"):
         TarPairs(shards, shuffle=-1)
-    with pytest.raises(ValueError, match="samples_per_rank is 0"):
+    with pytest.raises(ValueError, match="samples_per_rank must be at least 1, got 0"):
         TarPairs(shards, samples_per_rank=0)
     with pytest.raises(FileNotFoundError, match="1 of 1 shards"):
         TarPairs("absent.tar")
@@ -272,9 +272,9 @@ def test_tar_rank_from_the_environment(shards, monkeypatch):
 def test_load_pairs_specs(table):
     assert isinstance(load_pairs("emoji3"), Emoji3)
     assert len(load_pairs("emoji3:concept-test", caption="tags")) == len(load_emoji3("concept-test"))
-    with pytest.raises(ValueError, match="expected emoji3"):
+    with pytest.raises(ValueError, match="spec must be emoji3"):
         load_pairs("data.parquet")
-    with pytest.raises(ValueError, match=r"unknown options \['shuffle'\] for CsvPairs.*separator"):
+    with pytest.raises(ValueError, match=r"options of CsvPairs must be .*separator.*, got \['shuffle'\]"):
         load_pairs(str(table), shuffle=4)
 
 

@@ -177,13 +177,13 @@ def test_bad_arguments_are_one_error():
     with pytest.raises(ValueError) as error:
         load_scenes("val", size=0, grid=4, objects=5)
     for part in (
-        "split is 'val'",
-        "size is 0",
-        "grid is 4, expected 2 or 3",
-        "objects is 5, expected 12 to 32",
+        "split must be one of ('train', 'test', 'style-test'), got 'val'",
+        "size must be at least 1, got 0",
+        "grid must be 2 or 3, got 4",
+        "objects must be in [12, 32], got 5",
     ):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="image_size is 7, expected at least 8"):
+    with pytest.raises(ValueError, match="image_size must be at least 8 for a grid of 2, got 7"):
         load_scenes(image_size=7)
-    with pytest.raises(ValueError, match=r"unknown options \['caption'\] for load_scenes"):
+    with pytest.raises(ValueError, match=r"options of load_scenes must be .*, got \['caption'\]"):
         load_pairs("scenes", caption="label")

@@ -45,7 +45,7 @@ def test_shuffled_shards_are_dealt_anew_where_one_is_damaged(tmp_path, seed):
         (member("evil.png", kind=tarfile.CHRTYPE), "a device, not a file"),
         (member("evil.png", kind=tarfile.BLKTYPE), "a device, not a file"),
         (member("evil.png", kind=tarfile.FIFOTYPE), "a named pipe, not a file"),
-        (member("evil", encoded()), "the name has no ending"),
+        (member("evil", encoded()), "the name has no extension"),
         (member("\udce9vil.png", encoded()), "the name is not UTF-8"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0].name.encode("unicode_escape").decode(),
@@ -75,10 +75,10 @@ def test_names_of_a_shard_that_are_passed_over(tmp_path):
     [
         ("x.json", b"[" * 100_000 + b"]" * 100_000, "text cannot be decoded"),
         ("x.json", b'{"caption": ' * 50_000, "text cannot be decoded"),
-        ("x.json", b'{"caption": "half \\ud83d"}', "half of a character"),
-        ("x.json", b'{"caption": "half \xed\xa0\xbd"}', "half of a character"),
+        ("x.json", b'{"caption": "half \\ud83d"}', "without lone surrogates"),
+        ("x.json", b'{"caption": "half \xed\xa0\xbd"}', "without lone surrogates"),
         ("x.json", b'{"caption": ' + b"9" * 5000 + b"}", "text cannot be decoded"),
-        ("x.json", b'{"caption": ["a"]}', "expected a text"),
+        ("x.json", b'{"caption": ["a"]}', "must be a string"),
         ("x.txt", b"\xff\xfe", "text cannot be decoded"),
     ],
 )

@@ -8,8 +8,8 @@ from PIL import Image
 import vlmkernels
 from tests.every_model import CASES, build
 from vlmkernels.data import image_transform
-from vlmkernels.train import evaluate
 from vlmkernels.train.batches import BatchPlan
+from vlmkernels.use import evaluate
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 
 from benchmarks import demo, demo_report, demo_timing, long_run, peers
 from vlmkernels.data import load_emoji3
-from vlmkernels.train.embed import load_model
+from vlmkernels.use.bundle import load_model
 
 VOID = {"meta", "img", "br", "line", "path", "polyline", "link", "input", "hr"}
 

@@ -42,6 +42,7 @@ def by_name(library, op):
         "gated_residual": lambda x, y, gate: fn(x, y, gate),
         "gated_linear_residual": lambda x, h, w, gate: fn(x, h, w, gate),
         "info_nce": lambda q, k, scale: fn(q, k, scale, label_smoothing=0.1),
+        "linear_cross_entropy": lambda h, w: fn(h, w, torch.tensor([3, 0, 1]), reduction="none"),
         "sigmoid_loss": lambda q, k, scale: fn(q, k, scale, -1.0, normalize=True),
     }[op]
 
@@ -53,6 +54,7 @@ SHAPES = {
     "gated_residual": ((2, 3, 5), (2, 3, 5), (1,)),
     "gated_linear_residual": ((2, 3, 5), (2, 3, 7), (5, 7), (5,)),
     "info_nce": ((6, 5), (6, 5), ()),
+    "linear_cross_entropy": ((3, 5), (7, 5)),
     "sigmoid_loss": ((6, 5), (6, 5), ()),
 }
 
@@ -73,6 +75,10 @@ def test_losses_too_large_to_hold_count_alike():
             plain = sum(counted(lambda q, k: reference.sigmoid_loss(q, k, 2.0, 0.0), tensors))
             # formed in the forward, where it is known how the backward ends
             assert sum(counted(lambda q, k: vlmkernels.sigmoid_loss(q, k, 2.0, 0.0), tensors)) == plain
+            target = torch.zeros(n, dtype=torch.int64)
+            plain = sum(counted(lambda h, w, t=target: reference.linear_cross_entropy(h, w, t), tensors))
+            ours = sum(counted(lambda h, w, t=target: vlmkernels.linear_cross_entropy(h, w, t), tensors))
+            assert ours == plain
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

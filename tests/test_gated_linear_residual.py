@@ -244,7 +244,7 @@ def test_registration(permuted, vector):
         x, h, dout = (t.permute(1, 0, 2) for t in (x, h, dout))
         weight = torch.randn(10, 6).T
     gate, mask = torch.randn(6 if vector else 1), torch.rand(x.shape[:-1]) < 0.5
-    trained = [t.detach().requires_grad_() for t in (h, weight, x, gate)]
+    trained = [t.detach().requires_grad_() for t in (x, h, weight, gate)]
     torch.library.opcheck(raw, (*trained, mask))
     torch.library.opcheck(raw, (*trained, None))
     for needs in ((True, True, True), (False, True, True), (True, False, True), (False, False, True)):

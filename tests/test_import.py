@@ -25,12 +25,12 @@ def run(code=LINE, *, prefix=(), drop=(), **options):
 
 
 def stored(**replaced):
-    choice = _calibration.everywhere("own")
+    choice = _calibration.all_products("own")
     return {"machine": _calibration.machine(), "choice": choice, **replaced}
 
 
 def choices(value):
-    choice = _calibration.everywhere("own")
+    choice = _calibration.all_products("own")
     choice["float32"]["forward"] = value
     return json.dumps(stored(choice=choice))
 
@@ -159,7 +159,7 @@ def test_a_user_without_a_home():
     code = f"import pwd; pwd.getpwuid = {{}}.__getitem__; {LINE}"
     done = run(code, drop=("HOME", "XDG_CACHE_HOME"))
     assert done.returncode == 0, done.stderr
-    assert "there is no home folder, and XDG_CACHE_HOME names no other" in done.stdout
+    assert "there is no home folder, and XDG_CACHE_HOME is not set to an absolute path" in done.stdout
     assert done.stderr == ""
 
 

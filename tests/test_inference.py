@@ -79,7 +79,7 @@ def test_the_ops_use_packed_weights(activation):
 
 
 @needs_onednn
-def test_the_gated_perceptron_uses_packed_weights(monkeypatch):
+def test_the_gated_mlp_uses_packed_weights(monkeypatch):
     layers = nn.ModuleDict(
         {"gate": nn.Linear(20, 48), "up": nn.Linear(20, 48), "down": nn.Linear(48, 9)}
     ).eval()
@@ -99,7 +99,7 @@ def test_the_gated_perceptron_uses_packed_weights(monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize("given", [False, True], ids=["plain", "residual"])
-def test_perceptrons_on_packed_weights_work_on_some_rows_at_a_time(given, monkeypatch):
+def test_mlps_on_packed_weights_work_on_some_rows_at_a_time(given, monkeypatch):
     layers = nn.ModuleDict({"a": nn.Linear(20, 48), "b": nn.Linear(20, 48), "c": nn.Linear(48, 9)}).eval()
     a, b, c = (layers[name] for name in "abc")
     x, residual = torch.randn(3, 7, 20), torch.randn(3, 7, 9) if given else None

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -51,13 +52,28 @@ def test_an_extension_that_does_not_load_is_one_warning_and_the_reference():
     assert "C++ sweeps" not in done.stdout
 
 
+FOR = f" for torch {torch.__version__}".encode()
+TILE = struct.pack("3q", _native.TILE_ROWS, _native.TILE_COLS, _native.TILE_HEADER)
+
+
 @pytest.mark.skipif(not _native._LIBRARY.exists(), reason="no C++ extension")
-def test_an_extension_for_another_torch_is_not_loaded(tmp_path):
+@pytest.mark.parametrize(
+    ("here", "other", "what"),
+    [
+        (FOR, b" for torch 2.0.0", f"torch 2.0.0, this is torch {torch.__version__}"),
+        (
+            b"tile\0" + TILE,
+            b"tile\0" + struct.pack("3q", 128, 512, 64),
+            "tile (128, 512, 64), this is tile (128, 256, 64)",
+        ),
+    ],
+    ids=["torch", "tile"],
+)
+def test_a_foreign_extension_is_not_loaded(tmp_path, here, other, what):
     """Its file tells what it was built for; the ops run the reference, and info() says why."""
     package = tmp_path / "vlmkernels"
     shutil.copytree(_native._LIBRARY.parent, package, ignore=shutil.ignore_patterns("__pycache__", "data"))
     library = package / _native._LIBRARY.name
-    here, other = f" for torch {torch.__version__}".encode(), b" for torch 2.0.0"
     content = library.read_bytes()
     assert content.count(here) == 1
     library.write_bytes(content.replace(here, other.ljust(len(here), b"\0")))
@@ -67,7 +83,7 @@ def test_an_extension_for_another_torch_is_not_loaded(tmp_path):
     )
     done = python(code, VLMKERNELS_NATIVE="", VLMKERNELS_CPU_ISA="")
     assert done.returncode == 0, done.stderr
-    reason = f"the C++ extension was built for torch 2.0.0, this is torch {torch.__version__}; reinstall"
+    reason = f"the C++ extension was built for {what}; reinstall"
     assert done.stderr.count(f"RuntimeWarning: vlmkernels: {reason}") == 1
     assert done.stdout.startswith("{'reference'}")
     assert f"C++ kernels: {reason}" in done.stdout

@@ -462,10 +462,8 @@ def test_reference_forward_is_the_definition():
     args = (None, True, 0.1, True, "mean")
     from vlmkernels.reference.info_nce import info_nce_bwd, info_nce_fwd
 
-    loss, *saved = info_nce_fwd(query, key, scale, *ids, *args, 0)
-    grads = info_nce_bwd(
-        torch.ones_like(loss), query, key, scale, *ids, None, *saved, *args[1:], 0, [True] * 3
-    )
+    loss = info_nce_fwd(query, key, scale, *ids, *args)
+    grads = info_nce_bwd(torch.ones_like(loss), query, key, scale, *ids, *args, [True] * 3)
     leaves = [t.clone().requires_grad_() for t in (query, key, scale)]
     want = torch.autograd.grad(
         reference.info_nce(*leaves, positives=ids, label_smoothing=0.1, normalize=True), leaves

@@ -1,4 +1,4 @@
-"""Patched linear layers and perceptrons: which op runs for which layers, and when they run one by one."""
+"""Patched linear layers and MLPs: which op runs for which layers, and when they run one by one."""
 
 import copy
 
@@ -116,7 +116,7 @@ def test_calls_that_stay_with_torch(calls):
 
 @pytest.mark.parametrize("word", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_perceptrons(word, bias, calls):
+def test_mlps(word, bias, calls):
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.LayerNorm(6), nn.Linear(6, 8, bias=bias), ACTIVATIONS[word], nn.Identity(),
@@ -284,7 +284,7 @@ def test_a_class_is_known_by_its_code(calls):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gated_perceptrons(bias, calls):
+def test_gated_mlps(bias, calls):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6)
     report = assert_exact(Gated(bias), x, ["gated_mlp"], calls)

@@ -24,7 +24,7 @@ LONG, SHORT = 7, 4  # texts of `texts()`
 
 
 class Attention(nn.Module):
-    """All that patch does to torch's own parts: attention by both ways, a perceptron and a gated one."""
+    """All that patch does to torch's own parts: attention by both ways, an MLP and a gated one."""
 
     def __init__(self):
         super().__init__()

@@ -418,10 +418,10 @@ def good():
     [
         ({"query": torch.zeros(4, 5, 8)}, r"four dimensions.*query \(4, 5, 8\)"),
         ({"key": torch.zeros(2, 3, 6, 8), "value": torch.zeros(2, 3, 6, 3)}, "multiple of those of key"),
-        ({"key": torch.zeros(2, 2, 6, 7)}, "query and key must have one width"),
-        ({"value": torch.zeros(2, 2, 7, 3)}, "key and value must have as many tokens"),
+        ({"key": torch.zeros(2, 2, 6, 7)}, "query and key must have the same width"),
+        ({"value": torch.zeros(2, 2, 7, 3)}, "key and value must have the same number of tokens"),
         ({"value": torch.zeros(2, 4, 6, 3)}, "heads of query must be a multiple"),
-        ({"key": torch.zeros(3, 2, 6, 8)}, "one batch size"),
+        ({"key": torch.zeros(3, 2, 6, 8)}, "the same batch size"),
         ({"key": torch.zeros(2, 2, 6, 8).double()}, "one dtype, got query torch.float32, key torch.float64"),
         (
             {"query": torch.zeros(2, 4, 5, 8).int()},
@@ -441,5 +441,5 @@ def test_bad_input(change, message):
 
 def test_all_faults_in_one_error():
     change = {"key": torch.zeros(2, 2, 6, 7), "end": torch.zeros(4).int(), "grid": (1, 1)}
-    with pytest.raises(ValueError, match=r"(?s)one width.*start and end.*grid"):
+    with pytest.raises(ValueError, match=r"(?s)the same width.*start and end.*grid"):
         vlmkernels.interval_attention(**{**good(), **change})

@@ -17,6 +17,22 @@ def test_causal():
     assert torch.equal(mask(intervals.causal(2, 3), 5), torch.ones(5, 5).tril().bool()[3:])
 
 
+def test_runs_of_a_mask():
+    rows = [[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    seen = torch.tensor(rows).bool()
+    start, end = intervals.runs(seen)
+    assert torch.equal(mask((start, end), 4), seen)
+    assert intervals.are_runs(seen, start, end)
+    whole = intervals.runs(seen[None])
+    assert [x.tolist() for x in whole] == [[start.tolist()], [end.tolist()]]
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 1]])
+def test_a_mask_with_holes_is_no_run(row):
+    seen = torch.tensor([[1, 1, 0, 0], row]).bool()
+    assert not intervals.are_runs(seen, *intervals.runs(seen))
+
+
 def test_full():
     assert mask(intervals.full(3), 3).all()
     assert torch.equal(mask(intervals.full(2, 4), 6), (torch.arange(6) < 4).expand(2, 6))

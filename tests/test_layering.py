@@ -2,15 +2,21 @@
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+import torch
 
+import vlmkernels
 from benchmarks.cases import all_cases
 from vlmkernels.ops import FAMILIES
+from vlmkernels.train import kinds
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(
@@ -28,7 +34,7 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {"linear", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
+CUBLAS = {"linear", "linear_cross_entropy", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
 BENCHMARKED = {case.op for case in all_cases()}
 
 
@@ -53,7 +59,8 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
-    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "tile_gemm", "types")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
+    *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
     *("csrc/cuda/device.cuh", "python/cuda/stream.h"),
 }
@@ -92,7 +99,8 @@ def files_of(op: str) -> set[str]:
 
 def is_named_after(stem: str, op: str) -> bool:
     """Whether a file is the op's own, of one of its parts, or of its family."""
-    return re.match(rf"_?({op}|{FAMILY[op]})(_|$)", stem) is not None
+    names = [name for name in (*OPS, *FAMILIES) if re.match(rf"_?{name}(_|$)", stem)]
+    return max(names, key=len, default="") in (op, FAMILY[op])  # linear_cross_entropy is not one of linear's
 
 
 def test_every_op_has_a_family():
@@ -134,12 +142,69 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def test_parts_of_models_know_no_system():
+    """And a system is made of parts, not of another system; Flamingo has two in it."""
+    systems = ("align", "clip", "decoder", "flamingo", "simvlm")
+    folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
+    joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
+    for path in [*folder.glob("parts/*.py"), *folder.glob("[!_]*.py"), *folder.glob("_[!_]*.py")]:
+        read = {name.removeprefix(room).split(".")[0].lstrip("_") for name in imports(path) if room in name}
+        own = path.stem.lstrip("_").split("_")[0]
+        others = {name for name in read for system in systems if name.split("_")[0] == system != own}
+        assert others <= joined.get(path.stem, set()), path.name
+
+
 def test_the_library_does_not_import_its_peers():
     peers = ("torchvision", "open_clip", "transformers", "timm", "open_flamingo", "sentence_transformers")
     peers += ("benchmarks", "tests")
     for path in ROOT.glob("vlmkernels/**/*.py"):
         found = [name for name in imports(path) if name.split(".")[0] in peers]
         assert found == [], f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_imports_make_no_loops():
+    """Those within functions included: they may wait for what is slow to load, and hide no loop."""
+    paths = {}  # of modules, by their names
+    for path in ROOT.glob("vlmkernels/**/*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if path.stem == "__init__" else parts)] = path
+
+    def read(node: ast.AST, package: str) -> set[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return set()
+        if isinstance(node, ast.Import):
+            return {alias.name for alias in node.names} & paths.keys()
+        if isinstance(node, ast.ImportFrom):
+            home = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{home}.{alias.name}" for alias in node.names}
+            return {name if name in paths else home for name in names} & paths.keys()
+        return set().union(*(read(child, package) for child in ast.iter_child_nodes(node)))
+
+    graph = {}
+    for name, path in paths.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        graph[name] = read(ast.parse(path.read_text()), package) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def tensors_of(op: str) -> list[str]:
+    arguments = getattr(torch.ops.vlmkernels, op).default._schema.arguments
+    return [argument.name for argument in arguments if "Tensor" in str(argument.type)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_raw_and_public_ops_take_their_tensors_in_one_order(op):
+    raw, backward = (tensors_of(name) for name in (op, f"{op}_bwd"))
+    public = list(inspect.signature(getattr(vlmkernels, op)).parameters)
+    assert [name for name in raw if name in public] == [name for name in public if name in raw]
+    assert [name for name in backward if name in raw] == [name for name in raw if name in backward]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_takes_what_is_needed_as_one_list_of_its_results(op):
+    schema = getattr(torch.ops.vlmkernels, f"{op}_bwd").default._schema
+    needs = schema.arguments[-1]
+    assert (needs.name, needs.N) == ("needs", len(schema.returns))
 
 
 def test_only_the_registry_talks_to_torch_library():
@@ -166,6 +231,60 @@ def test_references_stand_alone():
             if n.startswith("vlmkernels.") and not n.startswith("vlmkernels.reference")
         ]
         assert others == [], path.name
+
+
+PACKAGE = ROOT / "vlmkernels"
+KINDS_FOLDER = PACKAGE / "train" / "kinds"
+
+
+def files_around_the_kinds() -> list[Path]:
+    """Those of train, use, data and the command, without the kinds themselves."""
+    found = [path for room in ("train", "use", "data") for path in PACKAGE.glob(f"{room}/**/*.py")]
+    return [PACKAGE / "cli.py", *(path for path in found if path.parent != KINDS_FOLDER)]
+
+
+def literals(path: Path) -> set[str]:
+    """The texts of a file, but for docstrings. A help or an error that mentions a word is another text."""
+    tree = ast.parse(path.read_text())
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    told = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, places) and is_told(node)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def is_told(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return ast.get_docstring(node, clean=False) is not None
+
+
+@pytest.mark.parametrize(
+    "path", files_around_the_kinds(), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+def test_only_the_kinds_know_a_kind(path):
+    """None is chosen by its name, by the type of its model, by its class or by that of its model."""
+    every = kinds.every()
+    names = {*kinds.KINDS, *(kind.model.model_type for kind in every)}
+    assert literals(path) & names == set()
+    modules = {kind.model.__module__ for kind in every}
+    classes = {f"{home}.{kind.model.__name__}" for kind in every for home in (*modules, "vlmkernels.models")}
+    assert imports(path) & (modules | classes) == set()
+    assert [name for name in imports(path) if re.search(r"(^|\.)kinds\.\w+\.", name)] == []
+
+
+def test_every_kind_is_a_file():
+    files = {path.stem for path in KINDS_FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    assert files == set(kinds.KINDS)
+    for name, place in kinds.KINDS.items():
+        assert place.startswith(f"vlmkernels.train.kinds.{name}:")
+
+
+def test_what_uses_models_does_not_train():
+    """It asks the kinds, which are imported when they are asked."""
+    for path in PACKAGE.glob("use/*.py"):
+        found = {name for name in imports(path) if name.startswith("vlmkernels.train")}
+        assert found <= {"vlmkernels.train.kinds"}, path.name
+    tree = ast.parse((KINDS_FOLDER / "__init__.py").read_text())
+    loaded = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not any(name is None or name.startswith("vlmkernels") for name in loaded)
 
 
 def test_objects_of_an_instruction_set_leak_no_weak_symbol():

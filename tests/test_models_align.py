@@ -290,7 +290,7 @@ def test_loss_is_label_smoothed_cross_entropy_over_the_temperature():
         shared = 0.9 * shared / shared.sum(1, keepdim=True) + 0.1 / 5
         want = (F.cross_entropy(logits, shared) + F.cross_entropy(logits.T, shared)) / 2
         torch.testing.assert_close(model.loss(images, tokens, positives=(ids, ids)), want)
-    with pytest.raises(ValueError, match="directions: wants 'mean' or 'sum', got 'max'"):
+    with pytest.raises(ValueError, match="directions must be 'mean' or 'sum', got 'max'"):
         model.loss(images, tokens, directions="max")
 
 
@@ -369,7 +369,7 @@ def test_config_is_read_off_the_shapes():
             state = ALIGN(config).state_dict()
         want = dataclasses.replace(config, image_size=289, context_length=24, init_temperature=1.0)
         assert infer_config(state, text_heads=None) == want, image
-    with pytest.raises(ValueError, match="text_heads: shapes do not show this"):
+    with pytest.raises(ValueError, match="text_heads: not determined by shapes"):
         infer_config(state)
 
 
@@ -378,16 +378,16 @@ def test_hf_state_dict_errors_list_every_key():
     state = dict(model.state_dict())
     state["text_model.embeddings.position_ids"] = torch.arange(24)[None]  # of older releases
     assert torch.equal(ALIGN.from_hf_state_dict(state, TINY).temperature, model.temperature)
-    with pytest.raises(ValueError, match=r"10 blocks up to 80 channels are no B0-B7 or L2; pass config"):
+    with pytest.raises(ValueError, match=r"10 blocks up to 80 channels are not B0-B7 or L2; pass config"):
         ALIGN.from_hf_state_dict(state, text_heads=2)
-    with pytest.raises(ValueError, match="not an ALIGN state dict"):
+    with pytest.raises(ValueError, match="state_dict must be an ALIGN's, but it has no key"):
         ALIGN.from_hf_state_dict({"logit_scale": torch.zeros(())}, text_heads=2)
     state["extra.weight"] = torch.zeros(1)
     del state["temperature"]
     state["text_projection.bias"] = torch.zeros(3)
     with pytest.raises(ValueError) as error:
         ALIGN.from_hf_state_dict(state, TINY)
-    for part in ("temperature", "extra.weight", r"text_projection.bias is [3], the config wants [80]"):
+    for part in ("temperature", "extra.weight", r"text_projection.bias must be [80] by the config, got [3]"):
         assert part in str(error.value)
 
 
@@ -395,26 +395,29 @@ def test_hf_state_dict_errors_list_every_key():
 def test_hf_state_dict_with_a_temperature_below_the_floor(value):
     state = dict(ALIGN(TINY).state_dict())
     state["temperature"] = torch.tensor(value)
-    with pytest.raises(ValueError, match=r"temperature is .*, want min_temperature 0.01 or more"):
+    with pytest.raises(ValueError, match=r"temperature must be at least min_temperature 0.01, got"):
         ALIGN.from_hf_state_dict(state, TINY)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"embed_dim": 96}, "embed_dim: got 96, want 80, the image channels, or image_projection=True"),
-        ({"image_padding": "valid"}, "image_padding: got 'valid'"),
-        ({"image_strides": (1, 2, 3)}, "image_strides: got .* want seven of 1 or 2"),
-        ({"image_depth": 0.0}, "want both > 0"),
-        ({"text_layers": 0, "vocab_size": -3}, "vocab_size is -3, wants at least 1; text_layers is 0, wants"),
-        ({"text_activation": "tanh", "text_eps": -1.0}, "text_activation: got 'tanh'.*text_eps: got -1.0"),
-        ({"image_width": 1e9}, "image_width, image_depth: got 1000000000.0, 0.4, want both > 0 and <= 100"),
-        ({"text_heads": 3}, "text_heads: got 3, want a divisor of text_width 128"),
-        ({"context_length": 25}, "context_length: got 25, want 1 to max_positions 24"),
-        ({"pad_id": 97}, "pad_id: got 97"),
-        ({"drop_rate": 1.0}, "drop_rate: got 1.0"),
-        ({"min_temperature": 0.0}, "want 0 < min_temperature <= init_temperature"),
-        ({"init_temperature": 0.001}, "want 0 < min_temperature <= init_temperature"),
+        ({"embed_dim": 96}, "embed_dim must be 80, the image channels, without image_projection, got 96"),
+        ({"image_padding": "valid"}, "image_padding must be one of .*, got 'valid'"),
+        ({"image_strides": (1, 2, 3)}, "image_strides must be seven values of 1 or 2, got"),
+        ({"image_depth": 0.0}, r"image_width and image_depth must be in \(0, 100\], got .*, 0.0"),
+        ({"text_layers": 0, "vocab_size": -3}, "vocab_size must be at least 1, got -3; text_layers must"),
+        (
+            {"text_activation": "tanh", "text_eps": -1.0},
+            "text_activation must .* got 'tanh'; text_eps must not be negative",
+        ),
+        ({"image_width": 1e9}, "image_width and image_depth must be .*, got 1000000000.0, 0.4"),
+        ({"text_heads": 3}, "text_heads must be a divisor of text_width 128, got 3"),
+        ({"context_length": 25}, r"context_length must be in \[1, max_positions = 24\], got 25"),
+        ({"pad_id": 97}, r"pad_id must be in \[0, vocab_size = 97\), got 97"),
+        ({"drop_rate": 1.0}, r"drop_rate must be in \[0, 1\), got 1.0"),
+        ({"min_temperature": 0.0}, "must satisfy 0 < min_temperature <= init_temperature, got"),
+        ({"init_temperature": 0.001}, "must satisfy 0 < min_temperature <= init_temperature, got"),
     ],
 )
 def test_config_errors(fields, message):
@@ -431,16 +434,16 @@ def test_input_errors():
     model = ALIGN(TINY).eval()
     tokens = torch.ones(2, 5, dtype=torch.int64)
     for images in (torch.zeros(3, 64, 64), torch.zeros(2, 1, 64, 64), torch.zeros(2, 3, 64, 64).byte()):
-        with pytest.raises(ValueError, match=r"images: got .* want floating \[B, 3, H, W\]"):
+        with pytest.raises(ValueError, match=r"images must be floating \[B, 3, H, W\], got"):
             model.encode_image(images)
-    with pytest.raises(ValueError, match="31 x 64 pixels, with padding 'fixed' each side wants at least 32"):
+    with pytest.raises(ValueError, match="sides of at least 32 pixels with padding 'fixed', got 31 x 64"):
         model.encode_image(torch.zeros(2, 3, 31, 64))
     for bad in (tokens[0], tokens.float()):
-        with pytest.raises(ValueError, match=r"tokens: got .* want integer ids \[B, L\]"):
+        with pytest.raises(ValueError, match=r"tokens must be integer ids \[B, L\], got"):
             model.encode_text(bad)
-    with pytest.raises(ValueError, match="tokens: got length 25, want 1 to 24"):
+    with pytest.raises(ValueError, match="tokens must have length 1 to 24"):
         model.encode_text(torch.ones(1, 25, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 4\), want \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must be \(2, 5\), got \(2, 4\)"):
         model.encode_text(tokens, attention_mask=tokens[:, 1:])
-    with pytest.raises(ValueError, match="wants a AlignConfig"):
+    with pytest.raises(ValueError, match="config of ALIGN must be a AlignConfig, got dict"):
         ALIGN({"embed_dim": 80})

@@ -1,4 +1,4 @@
-"""ALIGN's weights of Hugging Face: what shapes do not show is read from config.json, or refused."""
+"""ALIGN's weights of Hugging Face: what shapes do not determine is read from config.json, or rejected."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from vlmkernels.testing import assert_as_good
 @needs_transformers
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "quick_gelu"])
 def test_a_folder_of_hugging_face_computes_the_same(act, tmp_path):
-    """Everything that shapes do not show is unusual."""
+    """Everything that shapes do not determine is unusual."""
     peer = transformers_align(TINY)
     text, vision = peer.config.text_config, peer.config.vision_config
     text.num_attention_heads, text.layer_norm_eps, text.hidden_act = 8, 0.1, act
@@ -54,18 +54,21 @@ def test_the_defaults_of_hugging_face_are_known():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "clip"}, "model_type is 'clip', wants 'align'"),
-        ({"text_config": {"hidden_act": "mish"}}, "hidden_act is 'mish', wants one of gelu"),
+        ({"model_type": "clip"}, "model_type must be 'align', got 'clip'"),
+        ({"text_config": {"hidden_act": "mish"}}, "hidden_act must be one of gelu.*, got 'mish'"),
         (
             {"text_config": {"attention_probs_dropout_prob": 0.0}},
-            "attention_probs_dropout_prob is 0.0",
+            "attention_probs_dropout_prob must be hidden_dropout_prob, got 0.0",
         ),
-        ({"vision_config": {"hidden_act": "relu"}}, "hidden_act is 'relu', wants \"swish\""),
+        ({"vision_config": {"hidden_act": "relu"}}, "hidden_act must be \"swish\", got 'relu'"),
         (
             {"vision_config": {"pooling_type": "max", "depthwise_padding": [5]}},
-            "pooling_type is 'max', which .* depthwise_padding is .5., which this model does not have",
+            "pooling_type must be 'mean', got 'max'; .* depthwise_padding must be .*, got .5.",
         ),
-        ({"vision_config": {"width_coefficient": "2"}}, "width_coefficient is '2', wants a value like 2.0"),
+        (
+            {"vision_config": {"width_coefficient": "2"}},
+            "width_coefficient must be a value like 2.0, got '2'",
+        ),
     ],
 )
 def test_what_a_config_of_hugging_face_may_not_say(changes, message):

@@ -232,13 +232,13 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "align"}, "model_type is 'align', CLIP wants 'clip'"),
+        ({"model_type": "align"}, "model_type must be 'clip' for CLIP, got 'align'"),
         ({"depth": 3}, "unknown fields \\['depth'\\]"),
         ({"text_layers": 3}, "12 missing: transformer.resblocks.2"),
         ({"text_layers": 1}, "12 unknown: transformer.resblocks.1"),
         (
             {"embed_dim": 25},
-            "2 of another shape: text_projection is \\[32, 24\\], the config wants \\[32, 25\\]",
+            "2 of another shape: text_projection must be \\[32, 25\\] by the config, got \\[32, 24\\]",
         ),
     ],
 )
@@ -271,11 +271,11 @@ def openai_state_dict(config):
     return {**state_dict, **{name: torch.tensor(size) for name, size in sizes.items()}}
 
 
-def test_openai_weights_want_quick_gelu_and_heads_of_64_channels():
+def test_openai_weights_need_quick_gelu_and_heads_of_64_channels():
     state_dict = openai_state_dict(VIT)
     with pytest.raises(ValueError, match=r"OpenAI's own checkpoint.*QuickGELU.*quick_gelu=False"):
         CLIP(VIT).load_openai_state_dict(state_dict)
-    with pytest.raises(ValueError, match=r"vision_heads is 4, here 1 is wanted; text_heads is 4, here 1"):
+    with pytest.raises(ValueError, match=r"vision_heads must be 1, got 4; text_heads must be 1, got 4"):
         CLIP(replace(VIT, quick_gelu=True)).load_openai_state_dict(state_dict)
     own = CLIP.from_openai_state_dict(state_dict).config
     assert (own.quick_gelu, own.vision_heads, own.text_heads) == (True, 1, 1)
@@ -330,9 +330,9 @@ def test_sources_that_hold_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         CLIP.from_openai_state_dict(tmp_path / "absent.pt", quick_gelu=True)
     torch.save({"epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not a state dict"):
+    with pytest.raises(ValueError, match="must be a state dict"):
         CLIP.from_openai_state_dict(tmp_path / "other.pt", quick_gelu=True)
-    with pytest.raises(ValueError, match="not a CLIP's: it has no text_projection"):
+    with pytest.raises(ValueError, match="state_dict must be a CLIP's, but it has no text_projection"):
         CLIP.from_openai_state_dict({"weight": torch.zeros(1)}, quick_gelu=True)
     with pytest.raises(ValueError, match=r"no place for visual.layer|no place for visual.bn1"):
         CLIP(RESNET).hf_state_dict()
@@ -406,13 +406,13 @@ def test_autocast_to_bf16(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 7}, "image_size is 32, wants a multiple of patch_size 7"),
-        ({"patch_size": None}, "wants a multiple of patch_size None"),
-        ({"vision_heads": 5}, "vision_heads is 5, wants a divisor of the width 64"),
-        ({"vision_layers": 0}, "vision_layers is 0, wants at least 1"),
-        ({"eot_id": 50}, "eot_id is 50, wants an id below vocab_size 50"),
-        ({"quick_gelu": "yes"}, "quick_gelu wants True or False, got 'yes'"),
-        ({"vision_layers": (1, 1)}, "got \\(1, 1\\); patch_size is 8, a ModifiedResNet wants None"),
+        ({"patch_size": 7}, "image_size must be a multiple of patch_size 7, got 32"),
+        ({"patch_size": None}, "must be a multiple of patch_size None"),
+        ({"vision_heads": 5}, "vision_heads must be a divisor of the width 64, got 5"),
+        ({"vision_layers": 0}, "vision_layers must be at least 1, got 0"),
+        ({"eot_id": 50}, "eot_id must be an id below vocab_size 50, got 50"),
+        ({"quick_gelu": "yes"}, "quick_gelu must be True or False, got 'yes'"),
+        ({"vision_layers": (1, 1)}, "got \\(1, 1\\); patch_size must be None for a ModifiedResNet, got 8"),
     ],
 )
 def test_bad_configs(changes, message):
@@ -423,9 +423,9 @@ def test_bad_configs(changes, message):
 def test_bad_inputs():
     model = CLIP(VIT)
     images, tokens = inputs(VIT)
-    with pytest.raises(ValueError, match=r"images: wants \[B, 3, 32, 32\], got \[6, 3, 32, 16\]"):
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 32, 32\], got \[6, 3, 32, 16\]"):
         model.encode_image(images[..., :16])
-    with pytest.raises(ValueError, match=r"tokens: wants \[B, L\] with L <= 12, got \[6, 24\]"):
+    with pytest.raises(ValueError, match=r"tokens must be \[B, L\] with L <= 12, got \[6, 24\]"):
         model.encode_text(tokens.repeat(1, 2))
-    with pytest.raises(ValueError, match="config: CLIP wants a ClipConfig, got dict"):
+    with pytest.raises(ValueError, match="config of CLIP must be a ClipConfig, got dict"):
         CLIP({})

@@ -1,4 +1,4 @@
-"""CLIP's weights of others: what shapes do not show is read from a config, asked for or refused."""
+"""CLIP's weights of others: what shapes do not determine is read from a config or must be given."""
 
 import copy
 import dataclasses
@@ -14,8 +14,8 @@ from benchmarks.models.peer_models import transformers_clip
 from tests.test_models_clip import VIT, needs_open_clip, needs_transformers, randomise
 from vlmkernels.models import CLIP, ClipConfig, _clip_sources
 from vlmkernels.models._clip_sources import hf_fields, open_clip_fields
-from vlmkernels.models._pretrained import config_from_dict
 from vlmkernels.models.clip import CONFIGS
+from vlmkernels.models.parts.pretrained import config_from_dict
 from vlmkernels.testing import assert_as_good
 
 LIST = peers.load("open_clip").list_models() if peers.why_not("open_clip") is None else ()
@@ -169,27 +169,33 @@ def test_the_defaults_of_hugging_face_are_known():
     [
         (
             {"multimodal_cfg": {"width": 8}},
-            "model_cfg: multimodal_cfg is {'width': 8}, which this model does not",
+            "model_cfg: multimodal_cfg must be None, got {'width': 8}",
         ),
         (
             {"vision_cfg": {"timm_model_name": "x"}, "text_cfg": {"qk_norm": True}},
-            "timm_model_name.*qk_norm is True",
+            "timm_model_name.*qk_norm must be False, got True",
         ),
-        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type is 'avg', wants .* with final_ln_after_pool"),
-        ({"vision_cfg": {"norm_kwargs": {"elementwise_affine": False}}}, "norm_kwargs is .* wants eps alone"),
-        ({"vision_cfg": {"image_size": [224, 112]}}, "image_size is .224, 112., wants one number"),
-        ({"text_cfg": {"hf_tokenizer_name": "x"}}, "pool_type is 'argmax', wants .*CLIP's vocabulary alone"),
-        ({"text_cfg": {"pool_type": "first"}}, "pool_type is 'first'"),
-        ({"text_cfg": {"rotary": True}}, "text_cfg: rotary is not known"),
-        ({"text_cfg": {"proj_bias": True}}, "proj_bias is True, which this model does not have"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type must be .* with final_ln_after_pool, got 'avg'"),
+        (
+            {"vision_cfg": {"norm_kwargs": {"elementwise_affine": False}}},
+            "norm_kwargs must be null or contain only eps, got",
+        ),
+        ({"vision_cfg": {"image_size": [224, 112]}}, "image_size must be one number, got .224, 112."),
+        (
+            {"text_cfg": {"hf_tokenizer_name": "x"}},
+            "pool_type must be .*only in CLIP's vocabulary.*, got 'argmax'",
+        ),
+        ({"text_cfg": {"pool_type": "first"}}, "pool_type must be .*, got 'first'"),
+        ({"text_cfg": {"rotary": True}}, "text_cfg: unknown key rotary"),
+        ({"text_cfg": {"proj_bias": True}}, "proj_bias must be False, got True"),
         ({"text_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs"),
-        ({"text_cfg": None}, "text_cfg is None, wants an object"),
-        ({"quick_gelu": "no"}, "quick_gelu is 'no', wants a value like False"),
+        ({"text_cfg": None}, "text_cfg must be an object, got None"),
+        ({"quick_gelu": "no"}, "quick_gelu must be a value like False, got 'no'"),
         (
             {"vision_cfg": {"width": "wide", "mlp_ratio": 1e9}},
-            "width is 'wide', wants a value like 768; .*mlp_ratio",
+            "width must be a value like 768, got 'wide'; .*mlp_ratio",
         ),
-        ({"vision_cfg": {"head_width": 0}}, "head_width is 0, wants 1 or more"),
+        ({"vision_cfg": {"head_width": 0}}, "head_width must be 1 or more, got 0"),
     ],
 )
 def test_what_a_config_of_open_clip_may_not_say(changes, message):
@@ -200,19 +206,19 @@ def test_what_a_config_of_open_clip_may_not_say(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "siglip"}, "model_type is 'siglip', wants 'clip'"),
+        ({"model_type": "siglip"}, "model_type must be 'clip', got 'siglip'"),
         (
             {"text_config": {"hidden_act": "gelu"}},
-            "hidden_act is 'gelu', wants .*of vision_config .'quick_gelu'",
+            "hidden_act must be .*in vision_config .'quick_gelu'.*, got 'gelu'",
         ),
         (
             {"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}},
-            "hidden_act is 'relu'",
+            "hidden_act must be .*, got 'relu'",
         ),
-        ({"text_config": {"eos_token_id": [1, 2]}}, "eos_token_id is .1, 2., wants a value like 49407"),
-        ({"vision_config": {"num_channels": 1}}, "num_channels is 1, which this model does not have"),
-        ({"vision_config": {"patch_size": [16, 8]}}, "patch_size is .16, 8., wants one number"),
-        ({"vision_config": [3]}, "vision_config is .3., wants an object"),
+        ({"text_config": {"eos_token_id": [1, 2]}}, "eos_token_id must be a value like 49407, got .1, 2."),
+        ({"vision_config": {"num_channels": 1}}, "num_channels must be 3, got 1"),
+        ({"vision_config": {"patch_size": [16, 8]}}, "patch_size must be one number, got .16, 8."),
+        ({"vision_config": [3]}, "vision_config must be an object, got .3."),
     ],
 )
 def test_what_a_config_of_hugging_face_may_not_say(changes, message):
@@ -231,7 +237,7 @@ def test_an_old_config_of_hugging_face_that_has_a_tower_twice():
 
 
 def hf_peer():
-    """A CLIPModel in which everything that shapes do not show is unusual."""
+    """A CLIPModel in which everything that shapes do not determine is unusual."""
     peer = transformers_clip(VIT)
     config = peer.config
     config.text_config.layer_norm_eps, config.vision_config.layer_norm_eps = 0.03, 0.2
@@ -277,14 +283,18 @@ def test_a_file_of_hugging_face_has_its_config_beside_it(tmp_path):
     assert_same_as_hugging_face(CLIP.from_hf_state_dict(file), peer)
     assert CLIP.from_hf_folder(tmp_path, text_heads=2).config.text_heads == 2  # what is given comes first
     for source in (peer.state_dict(), file.rename(tmp_path.parent / "alone.safetensors")):
-        with pytest.raises(ValueError, match="quick_gelu, vision_heads, text_heads: shapes do not show this"):
+        with pytest.raises(
+            ValueError, match="quick_gelu, vision_heads, text_heads: not determined by shapes"
+        ):
             CLIP.from_hf_state_dict(source)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 1  # transformers would leave out the others in silence
     (tmp_path / "config.json").write_text(json.dumps(config))
     peer.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"other: state_dict does not fit CLIP: 12 unknown: .*resblocks\.1"):
+    with pytest.raises(
+        ValueError, match=r"other: state_dict does not match CLIP: 12 unknown: .*resblocks\.1"
+    ):
         CLIP.from_hf_folder(tmp_path / "other")
 
 
@@ -324,27 +334,27 @@ def test_a_file_of_open_clip_has_its_config_beside_it(file, tmp_path):
         CLIP.from_openai_state_dict(tmp_path / file, quick_gelu=False)
     model = CLIP(replace(model.config, vision_heads=5))
     with pytest.raises(
-        ValueError, match=r"config.json does not fit this config: vision_heads is 5, here 2 is"
+        ValueError, match=r"config.json does not match this config: vision_heads must be 2, got 5"
     ):
         model.load_openai_state_dict(tmp_path / file)
 
 
 @needs_open_clip
-def test_what_shapes_do_not_show_has_to_be_given():
+def test_what_shapes_do_not_determine_must_be_given():
     peer = randomise(open_clip_peer(WIDE_HEADS)).eval()
-    with pytest.raises(ValueError, match=r"^vision_heads, text_heads: shapes do not show this"):
+    with pytest.raises(ValueError, match=r"^vision_heads, text_heads: not determined by shapes"):
         CLIP.from_openai_state_dict(peer.state_dict(), quick_gelu=True)
     model = CLIP.from_openai_state_dict(peer.state_dict(), quick_gelu=True, vision_heads=2, text_heads=4)
     assert_same_as_open_clip(model, peer)
     clipa = randomise(open_clip_peer(CLIPA)).eval()
-    with pytest.raises(ValueError, match=r"^vision_pool, text_pool, text_causal: shapes do not show this"):
+    with pytest.raises(ValueError, match=r"^vision_pool, text_pool, text_causal: not determined by shapes"):
         CLIP.from_openai_state_dict(clipa.state_dict(), quick_gelu=True, vision_heads=2, text_heads=4)
     options = {"vision_pool": "mean", "text_pool": "last", "text_causal": False}
     model = CLIP.from_openai_state_dict(
         clipa.state_dict(), quick_gelu=True, vision_heads=2, text_heads=4, **options
     )
     assert_same_as_open_clip(model, clipa)
-    with pytest.raises(ValueError, match=r"tokens: wants \[B, L\] with L = 9, got \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"tokens must be \[B, L\] with L = 9, got \[1, 5\]"):
         model.encode_text(torch.ones(1, 5, dtype=torch.int64))
 
 
@@ -363,7 +373,7 @@ def test_a_folder_without_a_config(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         CLIP.from_hf_folder(tmp_path)
     write_folder(tmp_path / "empty", WIDE_HEADS, {}, "README.md")
-    with pytest.raises(FileNotFoundError, match=r"no weights there, wants one of open_clip_model"):
+    with pytest.raises(FileNotFoundError, match=r"must contain one of open_clip_model"):
         CLIP.from_open_clip_folder(tmp_path / "empty")
 
 

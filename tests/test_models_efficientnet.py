@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet, StridedPad, drop_branch
+from vlmkernels.models.efficientnet import COEFFICIENTS, EfficientNet, StridedPad
+from vlmkernels.models.parts.stochastic_depth import drop_branch
 
 CLASSIFIERS = {  # parameters of the published classifiers of 1000 classes
     **{"b0": 5_288_548, "b1": 7_794_184, "b2": 9_109_994, "b3": 12_233_232},

@@ -193,7 +193,7 @@ def test_a_failed_call_leaves_nothing_behind():
     model = flamingo()
     vision_x, lang_x = inputs()
     wanted, plain = model(vision_x, lang_x)["logits"], model.lang_encoder(lang_x).logits
-    last = model.lang_encoder.layers[-1]
+    last = model.lang_encoder.transformer.h[-1]
 
     def fail(*_):
         raise KeyError("stop")
@@ -211,7 +211,7 @@ def test_a_failed_call_leaves_nothing_behind():
     assert torch.equal(model(vision_x, lang_x)["logits"], wanted)
 
     handle = last.register_forward_pre_hook(lambda *_: model(vision_x, lang_x))
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="during another call"):
         model(vision_x, lang_x)
     handle.remove()
     assert torch.equal(model(vision_x, lang_x)["logits"], wanted)
@@ -305,7 +305,7 @@ def test_saved_and_loaded(part, tmp_path):
     assert not again.training
     if part == "flamingo":
         loss_of(again).backward()
-        gradient = again.lang_encoder.embed_tokens.weight.grad
+        gradient = again.lang_encoder.transformer.wte.weight.grad
         assert gradient.abs().sum(1).nonzero().flatten().tolist() == [MEDIA, END]
 
 
@@ -347,28 +347,29 @@ def test_configs_that_do_not_fit():
     with pytest.raises(ValueError) as caught:
         FlamingoConfig(7, 7, heads=0, cross_attn_every_n_layers=0)
     for part in (
-        "media_token_id and endofchunk_token_id are both 7",
-        "vision_width is None",
-        "language_width is None",
-        "heads is 0",
-        "cross_attn_every_n_layers is 0",
+        "media_token_id and endofchunk_token_id must differ, got 7 for both",
+        "vision_width must be a number without `vision`, got None",
+        "language_width must be a number without `language`, got None",
+        "heads must be at least 1, got 0",
+        "cross_attn_every_n_layers must be at least 1, got 0",
     ):
         assert part in str(caught.value)
     with pytest.raises(
-        ValueError, match=r"media_token_id is 40, wants an id.*language_width is 5, `language` says"
+        ValueError,
+        match=r"media_token_id must be an id .* got 40.*language_width must be .*, as in `language`, got 5",
     ):
         FlamingoConfig(40, END, VISION, OURS, language_width=5)
     with pytest.raises(ValueError, match="ModifiedResNet"):
         config(vision=clip.CONFIGS["RN50"])
-    with pytest.raises(ValueError, match=r"heads is 3.*layers is 0|layers is 0.*heads is 3"):
+    with pytest.raises(ValueError, match=r"layers must be at least 1, got 0; heads must be .*, got 3"):
         DecoderConfig(10, width=32, heads=3, layers=0)
 
 
 def test_modules_that_do_not_fit():
     external = FlamingoConfig(MEDIA, END, vision_width=24, language_width=WIDTH)
-    with pytest.raises(ValueError, match="wants a vision_encoder"):
+    with pytest.raises(ValueError, match="vision_encoder must be given"):
         Flamingo(external)
-    with pytest.raises(ValueError, match="wants a lang_encoder"):
+    with pytest.raises(ValueError, match="lang_encoder must be given"):
         Flamingo(config("opt"))
     with pytest.raises(ValueError, match=r"other tensors than the tower of config\.vision"):
         Flamingo(config(), vision_encoder=clip.CLIP(replace(VISION, vision_layers=3)).visual)
@@ -384,7 +385,7 @@ def test_modules_that_do_not_fit():
         Flamingo(config(), lang_encoder=CausalLM(replace(OURS, context_length=9)))
     with pytest.raises(ValueError, match="already belongs to a Flamingo"):
         Flamingo(config(), lang_encoder=flamingo().lang_encoder)
-    with pytest.raises(ValueError, match="Linear keeps its layers under none of"):
+    with pytest.raises(ValueError, match="Linear has no layers under any of"):
         Flamingo(config("opt"), lang_encoder=torch.nn.Linear(2, 2))
 
 
@@ -394,28 +395,36 @@ def test_inputs_that_do_not_fit():
     with pytest.raises(ValueError) as caught:
         model(vision_x[:2, :, :, :, :8], lang_x.float(), lang_x[:, 1:], lang_x[:1])
     for part in (
-        "lang_x: wants integers",
-        "attention_mask: wants [3, 14]",
-        "labels: wants",
-        "vision_x: wants",
+        "lang_x must be integers",
+        "attention_mask must be [3, 14]",
+        "labels must be",
+        "vision_x must be",
     ):
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="up to 3 image tokens in a row, vision_x has 1"):
         model(vision_x[:, :1], lang_x)
     with pytest.raises(ValueError, match="up to 3 image tokens in a row, vision_x has 0"):
         model(None, lang_x)
-    with pytest.raises(ValueError, match="65 tokens, context_length is 64"):
+    with pytest.raises(ValueError, match="at most context_length = 64 tokens, got 65"):
         model(None, torch.ones(1, 65, dtype=torch.int64))
     with pytest.raises(
-        ValueError, match=r"attention_mask: wants \[1, 5\] with the cached tokens, got \[1, 4\]"
+        ValueError, match=r"attention_mask must be \[1, 5\] with the cached tokens, got \[1, 4\]"
     ):
         model.lang_encoder(torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 4))
+
+
+def test_it_builds_the_image_tower_of_a_clip_alone(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a whole CLIP was built")
+
+    monkeypatch.setattr(clip.CLIP, "__init__", refuse)
+    assert isinstance(Flamingo(config()).vision_encoder, clip.VisionTransformer)
 
 
 def test_state_dicts_that_do_not_fit(tmp_path):
     model = flamingo()
     given = model.openflamingo_state_dict()
-    name = "lang_encoder.layers.1.gated_cross_attn_layer.ff.1.weight"
+    name = "lang_encoder.transformer.h.1.gated_cross_attn_layer.ff.1.weight"
     wrong = {key: tensor for key, tensor in given.items() if key != "perceiver.latents"}
     wrong |= {name: torch.zeros(3), "perceiver.layers.9.0.to_q.weight": torch.zeros(1)}
     before = copy.deepcopy(model.state_dict())
@@ -424,15 +433,15 @@ def test_state_dicts_that_do_not_fit(tmp_path):
     for part in (
         "1 missing: perceiver.latents",
         "1 unknown: perceiver.layers.9.0.to_q.weight",
-        f"{name} is [3], here",
+        f"{name} must be [",
     ):
         assert part in str(caught.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     with pytest.raises(FileNotFoundError, match="no such file"):
         model.load_openflamingo_state_dict(tmp_path / "none.pt")
     model.load_openflamingo_state_dict(
-        given | {"lang_encoder.layers.0.decoder_layer.old_buffer": torch.zeros(1)}
+        given | {"lang_encoder.transformer.h.0.decoder_layer.old_buffer": torch.zeros(1)}
     )
     grown = torch.zeros(VOCABULARY + 8, WIDTH)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[48, 32\], here \[40, 32\]"):
-        model.load_openflamingo_state_dict(given | {"lang_encoder.embed_tokens.weight": grown})
+    with pytest.raises(ValueError, match=r"wte.weight must be \[40, 32\], got \[48, 32\]"):
+        model.load_openflamingo_state_dict(given | {"lang_encoder.transformer.wte.weight": grown})

@@ -35,17 +35,17 @@ def test_zero_shots_are_two_texts_without_images():
 
 
 def test_prompts_that_do_not_fit():
-    with pytest.raises(ValueError, match="0 shots want 2, got 1"):
+    with pytest.raises(ValueError, match="must be at least 2 for 0 shots, got 1"):
         few_shot_prompt(["a"], shots=0)
-    with pytest.raises(ValueError, match="3 shots want 3, got 2"):
+    with pytest.raises(ValueError, match="must be at least 3 for 3 shots, got 2"):
         few_shot_prompt(["a", "b"], shots=3)
-    with pytest.raises(ValueError, match="shots: wants at least 0, got -1"):
+    with pytest.raises(ValueError, match="shots must be at least 0, got -1"):
         few_shot_prompt(["a", "b"], shots=-1)
     with pytest.raises(ValueError, match="got one str"):
         few_shot_prompt("a cat")
-    with pytest.raises(ValueError, match=r"wants \(question, answer\) pairs with a question"):
+    with pytest.raises(ValueError, match=r"must be \(question, answer\) pairs with a question"):
         few_shot_prompt(["a"], "who?")
-    with pytest.raises(ValueError, match=r"wants captions \(str\) without a question"):
+    with pytest.raises(ValueError, match=r"must be captions \(str\) without a question"):
         few_shot_prompt([("a", "b")])
 
 
@@ -105,9 +105,9 @@ def test_rices_that_do_not_fit():
     support = torch.randn(3, 8)
     with pytest.raises(ValueError, match=r"got \[2, 7\] and \[3, 8\]"):
         rices(torch.randn(2, 7), support, 1)
-    with pytest.raises(ValueError, match="3 support images less excluded ones, got 4"):
+    with pytest.raises(ValueError, match="the support images without excluded ones, got 4"):
         rices(support, support, 4)
-    with pytest.raises(ValueError, match=r"3 support images.*got 3.*exclude: wants \[3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"in \[0, 3\].*got 3.*exclude must be \[3\], got \[2\]"):
         rices(support, support, 3, exclude=torch.zeros(2))
 
 

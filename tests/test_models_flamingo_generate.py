@@ -155,15 +155,15 @@ def test_bad_prompts():
     vision_x, lang_x = inputs()
     mask = torch.ones_like(lang_x)
     mask[1, -2:] = 0
-    with pytest.raises(ValueError, match="ends with padding, generate wants it on the left"):
+    with pytest.raises(ValueError, match="must have padding on the left for generate"):
         model.generate(vision_x, lang_x, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(ValueError, match=r"got \[3, 0\]"):
         model.generate(vision_x, lang_x[:, :0], max_new_tokens=2)
-    with pytest.raises(ValueError, match="prefill_chunk >= 1, got 0"):
+    with pytest.raises(ValueError, match="prefill_chunk at least 1, got 0"):
         model.generate(vision_x, lang_x, max_new_tokens=2, prefill_chunk=0)
     with pytest.raises(ValueError, match="3 image tokens in a row, vision_x has 2"):
         model.generate(vision_x[:, :2], lang_x, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"attention_mask: wants \[3, 14\]"):
+    with pytest.raises(ValueError, match=r"attention_mask must be \[3, 14\]"):
         model.generate(vision_x, lang_x, attention_mask=torch.ones(3, 9), max_new_tokens=2)
-    with pytest.raises(ValueError, match="top_k: wants at least 1"):
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
         model.generate(vision_x, lang_x, max_new_tokens=2, do_sample=True, top_k=0)

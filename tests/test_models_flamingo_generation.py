@@ -247,7 +247,7 @@ def test_bad_options_are_listed_together():
             pad_token_id=-1,
             suppress_tokens=(9,),
         )
-    for part in ("max_new_tokens: wants at least 1, got 0", "do_sample", "temperature", "top_k", "top_p"):
+    for part in ("max_new_tokens must be at least 1, got 0", "do_sample", "temperature", "top_k", "top_p"):
         assert part in str(caught.value)
-    assert f"eos_token_id: wants an id below {VOCABULARY} or None, got {VOCABULARY}" in str(caught.value)
-    assert "suppress_tokens: [9]" in str(caught.value)
+    assert f"eos_token_id must be an id below {VOCABULARY} or None, got {VOCABULARY}" in str(caught.value)
+    assert "suppress_tokens must be ids below 7, got [9]" in str(caught.value)

@@ -38,14 +38,14 @@ def moved_to_new_parameters(model):
 
 
 def given_another_embedding(model):
-    old = model.lang_encoder.embed_tokens
-    model.lang_encoder.embed_tokens = nn.Embedding(*old.weight.shape)
-    model.lang_encoder.embed_tokens.load_state_dict(old.state_dict())
+    old = model.lang_encoder.transformer.wte
+    model.lang_encoder.transformer.wte = nn.Embedding(*old.weight.shape)
+    model.lang_encoder.transformer.wte.load_state_dict(old.state_dict())
     return model
 
 
 def given_another_weight(model):
-    embedding = model.lang_encoder.embed_tokens
+    embedding = model.lang_encoder.transformer.wte
     embedding.weight = nn.Parameter(embedding.weight.detach().clone())
     return model
 
@@ -74,7 +74,7 @@ def test_two_rows_are_trained(way):
     for each in (model, wanted):
         loss_of(each).backward()
         loss_of(each, 1).backward()
-    gradient, want = (each.lang_encoder.embed_tokens.weight.grad for each in (model, wanted))
+    gradient, want = (each.lang_encoder.transformer.wte.weight.grad for each in (model, wanted))
     assert rows_of(gradient) == [MEDIA, END]
     torch.testing.assert_close(gradient, want)
 
@@ -82,7 +82,7 @@ def test_two_rows_are_trained(way):
 def test_the_language_model_called_alone_keeps_to_them():
     model = given_another_weight(flamingo())
     model.lang_encoder(inputs()[1]).logits.sum().backward()
-    assert set(rows_of(model.lang_encoder.embed_tokens.weight.grad)) <= {MEDIA, END}
+    assert set(rows_of(model.lang_encoder.transformer.wte.weight.grad)) <= {MEDIA, END}
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, assigned])
@@ -90,10 +90,12 @@ def test_compiled_models_keep_to_them(way):
     model = way(flamingo())
     torch._dynamo.reset()
     loss_of(torch.compile(model, backend="aot_eager")).backward()
-    assert rows_of(model.lang_encoder.embed_tokens.weight.grad) == [MEDIA, END]
+    assert rows_of(model.lang_encoder.transformer.wte.weight.grad) == [MEDIA, END]
 
 
-@pytest.mark.parametrize("parts", [(), ("lang_encoder.embed_tokens", "perceiver", "vision_encoder")], ids=str)
+@pytest.mark.parametrize(
+    "parts", [(), ("lang_encoder.transformer.wte", "perceiver", "vision_encoder")], ids=str
+)
 def test_shards_keep_to_them(parts):
     model, wanted = flamingo(), flamingo()
     loss_of(wanted).backward()
@@ -102,15 +104,15 @@ def test_shards_keep_to_them(parts):
             fully_shard(model.get_submodule(part), mesh=mesh)
         fully_shard(model, mesh=mesh)
         loss_of(model).backward()
-        gradient = model.lang_encoder.embed_tokens.weight.grad.full_tensor()
+        gradient = model.lang_encoder.transformer.wte.weight.grad.full_tensor()
     assert rows_of(gradient) == [MEDIA, END]
-    torch.testing.assert_close(gradient, wanted.lang_encoder.embed_tokens.weight.grad)
+    torch.testing.assert_close(gradient, wanted.lang_encoder.transformer.wte.weight.grad)
 
 
 def test_frozen_embeddings_stay_frozen():
     model = flamingo()
-    model.lang_encoder.embed_tokens.weight = nn.Parameter(
-        model.lang_encoder.embed_tokens.weight.detach(), requires_grad=False
+    model.lang_encoder.transformer.wte.weight = nn.Parameter(
+        model.lang_encoder.transformer.wte.weight.detach(), requires_grad=False
     )
     loss_of(model).backward()
-    assert model.lang_encoder.embed_tokens.weight.grad is None
+    assert model.lang_encoder.transformer.wte.weight.grad is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vlmkernels import _native
-from vlmkernels.models import _padding
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
+from vlmkernels.models.parts import padding
 
 drops = pytest.mark.skipif(_native.extension is None, reason="padding is dropped with the C++ kernels alone")
 EOT, LENGTH = 96, 12
@@ -49,7 +49,7 @@ def test_packed_texts_equal_padded_ones(build, lengths, monkeypatch):
     model = build().double()
     tokens = (clip_texts if isinstance(model, CLIP) else align_texts)(lengths)
     packed = results(model, tokens)
-    monkeypatch.setattr(_padding, "can_drop", lambda tokens: False)
+    monkeypatch.setattr(padding, "can_drop", lambda tokens: False)
     padded = results(model, tokens)
     assert len(packed) == len(padded) > 30
     for a, b in zip(packed, padded, strict=True):

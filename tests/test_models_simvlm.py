@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks import peers
 from tests.simvlm_tiny import FORMS, randomize, tiny_batch, tiny_config, tiny_model
 from vlmkernels import intervals
-from vlmkernels.models._simvlm_blocks import Block
-from vlmkernels.models._simvlm_conv import ConvStage
-from vlmkernels.models.simvlm import SimVLM
+from vlmkernels.models.parts.resnet import ResNet
+from vlmkernels.models.parts.transformer import Block
+from vlmkernels.models.simvlm import SimVLM, transformer_block
 
 needs_torchvision = pytest.mark.skipif(
     peers.why_not("torchvision") is not None, reason=f"torchvision: {peers.why_not('torchvision')}"
@@ -68,7 +68,7 @@ def compare_gradients(block: Block, ours: dict, layer: nn.Module, theirs: dict, 
 
 
 def test_encoder_block_is_torchs_encoder_layer():
-    block = Block(32, 4, grid=(3, 3)).double()
+    block = transformer_block(32, 4, grid=(3, 3)).double()
     randomize(block)
     layer, names = torch_layer(block, cross=False)
     x = torch.randn(3, 14, 32, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_encoder_block_is_torchs_encoder_layer():
 
 
 def test_decoder_block_is_torchs_decoder_layer():
-    block = Block(32, 4, cross=True).double()
+    block = transformer_block(32, 4, cross=True).double()
     randomize(block)
     layer, names = torch_layer(block, cross=True)
     x, memory = torch.randn(3, 7, 32, dtype=torch.float64), torch.randn(3, 11, 32, dtype=torch.float64)
@@ -102,25 +102,28 @@ def test_decoder_block_is_torchs_decoder_layer():
 
 
 @needs_torchvision
+@pytest.mark.parametrize("stages", [3, 4])
 @pytest.mark.parametrize("training", [False, True])
-def test_conv_stage_is_torchvisions_resnet(training):
+def test_conv_stage_is_torchvisions_resnet(training, stages):
     resnet = peers.load("torchvision.models.resnet")
     theirs = resnet.ResNet(resnet.Bottleneck, [1, 2, 2, 1]).double()
     randomize(theirs)
-    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith(("layer4", "fc"))}
-    ours = ConvStage((1, 2, 2), 64).double()
+    absent = ("fc",) if stages == 4 else ("layer4", "fc")
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith(absent)}
+    ours = ResNet((1, 2, 2, 1)[:stages], 64).double()
     ours.load_state_dict(state)  # strict: the names are torchvision's
     ours.train(training), theirs.train(training)
-    images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
 
     expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-    expected = theirs.layer3(theirs.layer2(theirs.layer1(expected)))
+    for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)[:stages]:
+        expected = stage(expected)
     out = ours(images)
-    assert out.shape == (2, ours.channels, 48 // ours.stride, 64 // ours.stride)
+    assert out.shape == (2, ours.channels, 64 // ours.stride, 96 // ours.stride)
     close(out, expected)
     weight = torch.randn_like(out)
     mine, other = gradients(ours, (out * weight).sum()), gradients(theirs, (expected * weight).sum())
-    assert set(mine) == {name for name in other if not name.startswith(("layer4", "fc"))}
+    assert set(mine) == {name for name in other if not name.startswith(absent)}
     for name, gradient in mine.items():
         close(gradient, other[name], rtol=1e-8, atol=1e-8)
     close(ours.state_dict()["layer3.1.bn3.running_var"], theirs.state_dict()["layer3.1.bn3.running_var"])
@@ -323,7 +326,7 @@ def test_stochastic_depth_drops_branches_of_whole_samples_in_conv_stage_and_enco
     assert {b.stochastic_depth for b in model.decoder} == {0.0}
     block, x = model.encoder[0], torch.randn(64, 5, 32, dtype=torch.float64)
     interval = intervals.causal(5)
-    attention, mlp = block.attn(block.ln_1(x), interval, False), lambda y: block.mlp(block.ln_2(y))
+    attention, mlp = block.attn(block.ln_1(x), interval), lambda y: block.mlp(block.ln_2(y))
     dropped = block.train()(x, interval)
     candidates = [x, x + 2 * attention, x + 2 * mlp(x), x + 2 * attention + 2 * mlp(x + 2 * attention)]
     distance = torch.stack([(dropped - c).abs().amax((1, 2)) for c in candidates])  # [4, 64]
@@ -357,7 +360,7 @@ def test_autocast_trains_close_to_float32(form):
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_block_compiles_as_one_graph(cross):
-    block = Block(32, 4, grid=None if cross else (3, 3), cross=cross)
+    block = transformer_block(32, 4, grid=None if cross else (3, 3), cross=cross)
     randomize(block)
 
     def step(x, memory, lengths):

@@ -62,7 +62,7 @@ def test_saved_and_loaded_model_is_the_same(form, tmp_path):
 @both_forms
 def test_weights_of_the_other_form_are_refused(form):
     other = next(f for f in FORMS if f != form)
-    with pytest.raises(ValueError, match=rf"weights of a SimVLM of form '{other}'.*form='{form}'"):
+    with pytest.raises(ValueError, match=rf"state_dict must be of form '{form}', got '{other}'"):
         SimVLM(tiny_config(form)).load_weights(SimVLM(tiny_config(other)).state_dict())
     state = SimVLM(tiny_config(form)).state_dict()
     del state["ln_final.bias"]
@@ -73,14 +73,17 @@ def test_weights_of_the_other_form_are_refused(form):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"form": "decoder"}, r"form: got 'decoder', wants one of"),
-        ({"image_size": 20}, r"image_size: got 20, wants a multiple of 8"),
-        ({"conv_blocks": (1, 1)}, r"conv_blocks: got \(1, 1\), wants three"),
-        ({"heads": 5}, r"heads: got 5, wants a divisor of width 32"),
-        ({"decoder_layers": 0}, r"encoder_layers, decoder_layers: got 2, 0"),
-        ({"context_length": 1}, r"context_length: got 1"),
-        ({"eos_id": 31}, r"eos_id: got 31, wants an id below 31"),
-        ({"dropout": 1.0, "stochastic_depth": -0.1}, r"dropout: got 1\.0.*; stochastic_depth: got -0\.1"),
+        ({"form": "decoder"}, r"form must be one of .*, got 'decoder'"),
+        ({"image_size": 20}, r"image_size must be a multiple of 8, got 20"),
+        ({"conv_blocks": (1, 1)}, r"conv_blocks must be three numbers of 1 or more, got \(1, 1\)"),
+        ({"heads": 5}, r"heads must be a divisor of width 32, got 5"),
+        ({"decoder_layers": 0}, r"encoder_layers and decoder_layers must each be at least 1, got 2, 0"),
+        ({"context_length": 1}, r"context_length must be at least 2, got 1"),
+        ({"eos_id": 31}, r"eos_id must be an id below 31, got 31"),
+        (
+            {"dropout": 1.0, "stochastic_depth": -0.1},
+            r"dropout must be .*, got 1\.0; stochastic_depth must be .*, got -0\.1",
+        ),
     ],
 )
 def test_bad_config(fields, message):
@@ -97,17 +100,29 @@ def test_prefix_form_may_be_the_encoder_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(4, 3, 32, 32)}, r"images: got .*\[4, 3, 32, 32\], wants floating \[B, 3, 24"),
-        ({"images": torch.zeros(4, 3, 24, 24, dtype=torch.uint8)}, r"images: got torch\.uint8"),
-        ({"images": torch.zeros(3, 3, 24, 24)}, r"images, tokens: got 3 and 4 rows"),
-        ({"tokens": torch.ones(4)}, r"tokens: got torch\.float32 of shape \[4\]"),
-        ({"tokens": torch.ones(4, 13, dtype=torch.long)}, r"rows of 13, wants 1 to context_length 12"),
-        ({"prefix_length": 11}, r"prefix_length: got 11, wants 0 to text_lengths"),
-        ({"prefix_length": 1.5}, r"prefix_length: got 1\.5"),
-        ({"prefix_length": torch.tensor([1, 1, -1, 1])}, r"prefix_length: got \[1, 1, -1, 1\]"),
-        ({"prefix_length": torch.ones(3).long()}, r"prefix_length: .*\[3\], wants 4 integers"),
-        ({"text_lengths": torch.tensor([11, 1, 1, 1])}, r"text_lengths: got \[11, 1, 1, 1\], wants 1 to 10"),
-        ({"text_lengths": torch.ones(4)}, r"text_lengths: got torch\.float32"),
+        (
+            {"images": torch.zeros(4, 3, 32, 32)},
+            r"images must be floating \[B, 3, 24, 24\], got .*\[4, 3, 32, 32\]",
+        ),
+        ({"images": torch.zeros(4, 3, 24, 24, dtype=torch.uint8)}, r"images must be .*, got torch\.uint8"),
+        (
+            {"images": torch.zeros(3, 3, 24, 24)},
+            r"images and tokens must have the same number of rows, got 3 and 4",
+        ),
+        ({"tokens": torch.ones(4)}, r"tokens must be .*, got torch\.float32 of shape \[4\]"),
+        (
+            {"tokens": torch.ones(4, 13, dtype=torch.long)},
+            r"tokens must have 1 to context_length 12 columns, got 13",
+        ),
+        ({"prefix_length": 11}, r"prefix_length must be in \[0, text_lengths = .*\], got 11"),
+        ({"prefix_length": 1.5}, r"prefix_length must be .*, got 1\.5"),
+        ({"prefix_length": torch.tensor([1, 1, -1, 1])}, r"prefix_length must be .*, got \[1, 1, -1, 1\]"),
+        ({"prefix_length": torch.ones(3).long()}, r"prefix_length must be 4 integers, got .*\[3\]"),
+        (
+            {"text_lengths": torch.tensor([11, 1, 1, 1])},
+            r"text_lengths must be in \[1, 10\], got \[11, 1, 1, 1\]",
+        ),
+        ({"text_lengths": torch.ones(4)}, r"text_lengths must be .*, got torch\.float32"),
     ],
 )
 def test_bad_input(changes, message):
@@ -118,6 +133,6 @@ def test_bad_input(changes, message):
 
 
 def test_config_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="SimVLM wants a SimVLMConfig, got str"):
+    with pytest.raises(ValueError, match="config of SimVLM must be a SimVLMConfig, got str"):
         SimVLM("simvlm-base")
     assert isinstance(CONFIGS["simvlm-base"], SimVLMConfig)

@@ -148,14 +148,17 @@ def test_generation_in_bfloat16(form):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": None, "prefix_tokens": None}, "wants images, prefix_tokens or both"),
-        ({"max_new_tokens": 0}, "max_new_tokens: got 0, wants 1 to 6"),
-        ({"max_new_tokens": 7}, "max_new_tokens: got 7, wants 1 to 6"),
-        ({"prefix_lengths": torch.tensor([1, 2, 3, 4, 0])}, r"prefix_lengths: got \[1, 2, 3, 4, 0\]"),
-        ({"prefix_lengths": torch.tensor([1, 2])}, r"prefix_lengths: .*\[2\], wants 5 integers"),
-        ({"prefix_tokens": torch.ones(5, 0).long()}, r"prefix_tokens: got rows of 0, wants 1 to"),
-        ({"prefix_tokens": torch.ones(5).long()}, r"prefix_tokens: got .*\[5\]"),
-        ({"num_beams": 0}, "num_beams: wants at least 1, got 0"),
+        ({"images": None, "prefix_tokens": None}, "images, prefix_tokens or both must be given"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 6\] after the prefix, got 0"),
+        ({"max_new_tokens": 7}, r"max_new_tokens must be in \[1, 6\] after the prefix, got 7"),
+        (
+            {"prefix_lengths": torch.tensor([1, 2, 3, 4, 0])},
+            r"prefix_lengths must be .*, got \[1, 2, 3, 4, 0\]",
+        ),
+        ({"prefix_lengths": torch.tensor([1, 2])}, r"prefix_lengths must be 5 integers, got .*\[2\]"),
+        ({"prefix_tokens": torch.ones(5, 0).long()}, r"prefix_tokens must have 1 to .* columns, got 0"),
+        ({"prefix_tokens": torch.ones(5).long()}, r"prefix_tokens must be .*, got .*\[5\]"),
+        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -38,9 +38,11 @@ class Losses(nn.Module):
         self.scale = nn.Parameter(torch.tensor(9.0))
         self.bias = nn.Parameter(torch.tensor(-4.0))
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ours = vlmkernels.info_nce(query, key, self.scale, label_smoothing=0.1)
-        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias)
+        target = torch.arange(len(query), device=query.device)
+        rows = vlmkernels.linear_cross_entropy(self.scale * query, key, target)
+        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias), rows
 
 
 def features() -> tuple[torch.Tensor, torch.Tensor]:

@@ -366,11 +366,12 @@ def test_bad_input():
     block = build()
     x, media = text_and_media()
     with pytest.raises(
-        ValueError, match=r"x must be \[B, T, 24\], got \(2, 7, 23\); wants either media or a cache"
+        ValueError, match=r"x must be \[B, T, 24\], got \(2, 7, 23\); exactly one of media and cache"
     ):
         block(x[..., 1:])
     with pytest.raises(
-        ValueError, match="wants one of media_locations, intervals and mask, got media_locations and"
+        ValueError,
+        match="at most one of media_locations, intervals and mask may be given, got media_locations and",
     ):
         block(x, media, at((1,)), mask=torch.ones(2, 7, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"media_locations must be \[B, T\] = \(2, 7\).*, got \(2, 6\)"):
@@ -378,6 +379,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"mask must be bool \[B, T, M or M n\] = \(2, 7, \(3, 15\)\), got"):
         block(x, media, mask=torch.ones(2, 7, 4, dtype=torch.bool))
     with pytest.raises(
-        ValueError, match=r"media must be \[B = 2, M, n, Dv\], got \(2, 15, 20\); num_media goes"
+        ValueError,
+        match=r"media must be \[B = 2, M, n, Dv\], got \(2, 15, 20\); num_media requires media_locations",
     ):
         block(x, media.flatten(1, 2), num_media=torch.tensor([1, 1]))

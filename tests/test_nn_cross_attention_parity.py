@@ -230,7 +230,7 @@ def test_prefixes_and_faulty_weights():
     weights[prefix + "extra"] = weights[prefix + "ff_gate"]
     weights[prefix + "attn.to_q.weight"] = torch.ones(3, 24)
     message = (
-        r"does not fit GatedCrossAttentionBlock as open_flamingo: 1 missing: \S*attn_gate; "
+        r"does not match GatedCrossAttentionBlock as open_flamingo: 1 missing: \S*attn_gate; "
         r"1 unknown: \S*extra; 1 of another shape: \S*to_q.weight \[3, 24\] for \[32, 24\]"
     )
     with pytest.raises(ValueError, match=message):

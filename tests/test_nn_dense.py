@@ -6,13 +6,12 @@ from torch import nn
 
 import vlmkernels
 from vlmkernels.models.clip import CLIP, CONFIGS
-from vlmkernels.nn._layers import SquaredReLU
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU
+from vlmkernels.nn.dense import MLP, Linear, QuickGELU, SquaredReLU
 
 ACTIVATIONS = [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), QuickGELU(), SquaredReLU(), nn.Tanh()]
 
 
-def perceptron(activation: nn.Module) -> MLP:
+def mlp_with(activation: nn.Module) -> MLP:
     torch.manual_seed(0)
     return MLP(Linear(6, 10), activation, Linear(10, 5)).double()
 
@@ -25,7 +24,7 @@ def by_torch(mlp: MLP, x, residual):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_equals_its_children(activation):
-    mlp = perceptron(activation)
+    mlp = mlp_with(activation)
     x, residual = torch.randn(2, 3, 6).double().requires_grad_(), torch.randn(2, 3, 5).double()
     got, want = mlp(x, residual), by_torch(mlp, x, residual)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -44,7 +43,7 @@ def test_linear_adds_its_residual():
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_hooks_of_children_are_called(place):
-    mlp = perceptron(nn.GELU())
+    mlp = mlp_with(nn.GELU())
     x, residual, seen = torch.randn(3, 6).double(), torch.randn(3, 5).double(), []
     want = mlp(x, residual)
     mlp[place].register_forward_hook(lambda module, inputs, output: seen.append(module))
@@ -57,7 +56,7 @@ def test_a_child_that_was_replaced_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    mlp = perceptron(nn.GELU())
+    mlp = mlp_with(nn.GELU())
     x = torch.randn(3, 6).double()
     before = mlp(x)
     last = Doubled(10, 5).double()

@@ -1,4 +1,4 @@
-"""ClipLoss, SigLipLoss and InfoNCELoss against open_clip, and on two processes against one."""
+"""ClipLoss and SigLipLoss against open_clip and on two processes against one; the losses on the ops."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import vlmkernels
 from benchmarks import peers
 from vlmkernels.distributed import all_gather_with_grad
-from vlmkernels.nn import ClipLoss, InfoNCELoss, SigLipLoss
+from vlmkernels.nn import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
+from vlmkernels.testing import result_and_gradients
 
 needs_open_clip = pytest.mark.skipif(
     peers.why_not("open_clip") is not None, reason=str(peers.why_not("open_clip"))
@@ -110,12 +111,33 @@ def test_info_nce_loss_learns_its_scale_up_to_the_bound():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"ignore_index": 7, "reduction": "sum", "label_smoothing": 0.2}, {"reduction": "none"}],
+)
+def test_linear_cross_entropy_loss_is_torchs_of_the_logits(options):
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 8), (11, 8), (11,))]
+    target, scale = torch.randint(0, 11, (3, 5)), torch.linspace(0.5, 2.0, 11)
+    target[0, 1:3] = 7
+    ours, theirs = LinearCrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)
+    for column_scale in (None, scale):
+        got = result_and_gradients(
+            lambda h, w, b, scale=column_scale: ours(h, w, target, b, column_scale=scale), inputs
+        )
+        factor = 1.0 if column_scale is None else column_scale
+        wanted = result_and_gradients(
+            lambda h, w, b, factor=factor: theirs((F.linear(h, w, b) * factor).movedim(-1, 1), target), inputs
+        )
+        torch.testing.assert_close(got, wanted)
+    assert not list(ours.parameters())
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ClipLoss(rank=2, world_size=2), "rank: got 2 with world_size 2"),
-        (lambda: SigLipLoss(dist_impl="ring"), "dist_impl: got 'ring'"),
+        (lambda: ClipLoss(rank=2, world_size=2), r"rank must be in \[0, world_size = 2\), got 2"),
+        (lambda: SigLipLoss(dist_impl="ring"), "dist_impl must be .*, got 'ring'"),
         (lambda: ClipLoss(use_horovod=True), "use_horovod"),
-        (lambda: InfoNCELoss(init_scale=200.0), "init_scale: got 200.0"),
+        (lambda: InfoNCELoss(init_scale=200.0), r"init_scale must be in \(0, max_scale = 100.0\], got 200.0"),
         (lambda: ClipLoss(world_size=2)(*features(4), 10.0), "init_process_group"),
         (lambda: all_gather_with_grad(torch.zeros(3, 2)), "init_process_group"),
     ],
@@ -230,4 +252,4 @@ def test_errors_on_two_processes(two_processes):
         layout, shapes, sizes = process["faults"]
         assert f"this is rank {rank} of 2" in layout
         assert "got [3, 2] and [2, 2]" in shapes
-        assert "sizes: got [1, 1]" in sizes
+        assert "got [1, 1]" in sizes

@@ -216,7 +216,7 @@ def test_bad_input():
         ValueError, match=r"blocks must be .* modules, got \['Linear'\]; media must be \[B, M, n, Dv\]"
     ):
         MediaCache([nn.Linear(2, 2)], media[0])
-    with pytest.raises(ValueError, match="one value of only_attend_immediate_media; num_media must be"):
+    with pytest.raises(ValueError, match="the same only_attend_immediate_media; num_media must be"):
         MediaCache([block, other], media, num_media=torch.tensor([1]))
     cache = MediaCache([block], media)
     with pytest.raises(
@@ -228,9 +228,11 @@ def test_bad_input():
         block(x, cache=cache)
     with pytest.raises(ValueError, match=r"media_locations must be \[B = 2, t\], got \(3, 4\)"):
         cache.step(torch.zeros(3, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="the cache was made without this layer"):
+    with pytest.raises(ValueError, match="the cache was created without this layer"):
         other(x, cache=cache)
-    with pytest.raises(ValueError, match=r"wants either media or a cache; media_locations go to cache.step"):
+    with pytest.raises(
+        ValueError, match=r"exactly one of media and cache .*; media_locations must be passed to cache.step"
+    ):
         block(x, media, torch.zeros(2, 4, dtype=torch.bool), cache=cache)
     with pytest.raises(ValueError, match=r"index must be in \[0, 3\), got 3"):
         cache.drop(3)

@@ -1,9 +1,10 @@
-"""Targets that no loss over pairs takes, through the public and the raw op."""
+"""Targets of losses over pairs, through the public and the raw op."""
 
 import pytest
 import torch
 
 import vlmkernels
+from vlmkernels import reference
 
 ops = torch.ops.vlmkernels
 LOSSES = {  # public and raw call for targets
@@ -45,3 +46,15 @@ def test_ids_of_keys_alone_are_refused(op):
     _, raw = LOSSES[op]
     with pytest.raises(ValueError, match=f"{op}: key_ids want the ids of the queries in positives, got None"):
         raw(torch.randn(4, 5), None, torch.arange(4))
+
+
+def test_the_raw_op_takes_indices_for_both_directions():
+    """The public one wants ids there; -100 is a row without a positive."""
+    torch.manual_seed(0)
+    query, key = (torch.randn(rows, 6, dtype=torch.float64, requires_grad=True) for rows in (5, 7))
+    index, scale = torch.tensor([3, 0, -100, 3, 6]), torch.tensor(2.0, dtype=torch.float64)
+    got = ops.info_nce(query, key, scale, index, None, None, True, 0.1, True, "mean", 0)[0]
+    want = reference.info_nce(query, key, scale, positives=index, label_smoothing=0.1, normalize=True)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (query, key)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)

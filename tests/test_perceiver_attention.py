@@ -254,9 +254,12 @@ def good():
     ("change", "message"),
     [
         ({"query": torch.zeros(4, 5, 8)}, r"four dimensions.*query \(4, 5, 8\)"),
-        ({"latent_key": torch.zeros(2, 2, 4, 7)}, "query and key must have one width"),
-        ({"media_value": torch.zeros(2, 2, 7, 3)}, "media_key and media_value must have as many tokens"),
-        ({"latent_value": torch.zeros(2, 2, 4, 4)}, "values must have one width"),
+        ({"latent_key": torch.zeros(2, 2, 4, 7)}, "query and key must have the same width"),
+        (
+            {"media_value": torch.zeros(2, 2, 7, 3)},
+            "media_key and media_value must have the same number of tokens",
+        ),
+        ({"latent_value": torch.zeros(2, 2, 4, 4)}, "values must have the same width"),
         ({"latent_key": torch.zeros(2, 4, 4, 8)}, "heads of query must be a multiple"),
         ({"media_key": torch.zeros(2, 2, 6, 8).double()}, "one dtype"),
         ({"media_lengths": torch.zeros(3).long()}, r"media_lengths must be int32 or int64 \[B\] = \(2,\)"),
@@ -270,5 +273,5 @@ def test_bad_input(change, message):
 
 def test_all_faults_in_one_error():
     change = {"latent_key": torch.zeros(2, 2, 4, 7), "media_lengths": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"(?s)one width.*media_lengths"):
+    with pytest.raises(ValueError, match=r"(?s)the same width.*media_lengths"):
         vlmkernels.perceiver_attention(**{**good(), **change})

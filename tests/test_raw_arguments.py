@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from vlmkernels import _native
+from vlmkernels.ops import FAMILIES
 
 from .fuzz import raw
 
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
-COMPOSED = {"info_nce", "info_nce_bwd", "sigmoid_loss", "sigmoid_loss_bwd"}  # of others, in Python
+COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)
@@ -42,8 +43,8 @@ CALLS = [  # the op, its arguments, and what the error says
     ("gated_residual", [ones(4, 3), ones(4, 3), ones(1), ones(4)], r"row_mask must be .*\[4\] of bool"),
     ("gated_residual", [ones(()), ones(()), ones(1), None], r"x must be .*\[\.\.\., \*\]"),
     ("gated_residual_bwd", [ones(4, 3), ones(4, 2), ones(1), None, ALL[:2]], r"y must be .*\[4, 3\]"),
-    ("gated_linear_residual", [H, ones(2, 4), ones(4, 2), ones(1), None], r"weight must be .*\[\*, 3\]"),
-    ("gated_linear_residual", [H, ones(2, 3), ones(3, 2), ones(1), None], r"x must be .*\[4, 2\]"),
+    ("gated_linear_residual", [ones(4, 2), H, ones(2, 4), ones(1), None], r"weight must be .*\[\*, 3\]"),
+    ("gated_linear_residual", [ones(3, 2), H, ones(2, 3), ones(1), None], r"x must be .*\[4, 2\]"),
     ("gated_linear_residual_bwd", [H, H, ones(2, 3), ones(1), None, ALL[:3]], r"dout must be .*\[4, 2\]"),
     ("linear", [X, ones(4096, 3), None, ones(1), "none", False], r"residual must be .*\[4, 4096\]"),
     ("linear", [X.char(), X.char(), *NO_BIAS, "none", False], r"x must be .*float32.*got int8 \[4, 3\]"),
@@ -89,7 +90,6 @@ CALLS = [  # the op, its arguments, and what the error says
         [Q, LONG, LONG, BOUNDS, BOUNDS, *SCALE],
         r"key must have at most .*, got 2147483648",
     ),
-    ("interval_attention_bwd", [*SAVED, LSE, *SCALE, ALL[:3]], r"needs must have 4 elements, got 3"),
     (
         "interval_attention_bwd",
         [*SAVED, LSE, *SCALE, ALL[:4]],
@@ -102,7 +102,6 @@ CALLS = [  # the op, its arguments, and what the error says
     ),
     ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
     ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
-    ("perceiver_attention_bwd", [*[Q] * 6, None, Q, LSE, 1.0, ALL[:4]], r"needs must have 5 elements, got 4"),
     ("small_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
     ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
     (
@@ -110,20 +109,24 @@ CALLS = [  # the op, its arguments, and what the error says
         [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],
         r"slope must be .*\[4, 64\]",
     ),
-    ("info_nce_stats", [*MANY, ones(1), ones(1), IDS[:1], True, 0], r"query_inv_norm must be .*\[200000\]"),
-    ("info_nce_stats", [*MANY, *NO_BIAS, IDS[:1], True, 0], r"positives must be .*\[200000\] of int64"),
     (
         "info_nce_stats",
-        [F, F, ones(2), *NO_BIAS, IDS, True, 0],
+        [*MANY, ones(1), ones(1), IDS[:1], True, 0, 0],
+        r"query_inv_norm must be .*\[200000\]",
+    ),
+    ("info_nce_stats", [*MANY, *NO_BIAS, IDS[:1], True, 0, 0], r"positives must be .*\[200000\] of int64"),
+    (
+        "info_nce_stats",
+        [F, F, ones(2), *NO_BIAS, IDS, True, 0, 0],
         r"scale must have one element, got sizes \[2\]",
     ),
     (
         "info_nce_stats",
-        [*PAIR, IDS + 4, True, 0],
+        [*PAIR, IDS + 4, True, 0, 0],
         r"positives must be in \[0, 4\) or -1, got values from 4 to 4",
     ),
-    ("info_nce_stats", [*PAIR, IDS, True, -1], r"store_bytes must not be negative, got -1"),
-    ("info_nce_stats", [F, zeros(0, 3), ones(1), *NO_BIAS, IDS - 1, True, 0], r"must have rows"),
+    ("info_nce_stats", [*PAIR, IDS, True, -1, 0], r"store_size must not be negative, got -1"),
+    ("info_nce_stats", [F, zeros(0, 3), ones(1), *NO_BIAS, IDS - 1, True, 0, 0], r"must have rows"),
     (
         "info_nce_grads",
         [*PAIR, IDS - 2, *STATS, zeros(0).byte(), 0, True, True],
@@ -148,6 +151,26 @@ CALLS = [  # the op, its arguments, and what the error says
         "sigmoid_sweep",
         [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
         r"row_coef must be .*\[4\] of float32",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 2), IDS, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"weight must be .*\[\*, 3\]",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS + 6, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"target must be in \[0, 6\)",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS - 1, *NO_BIAS, ones(4), 0.0, *ALL[:3]],
+        r"target must be in \[0, 6\)",
+    ),
+    (
+        "linear_cross_entropy_sweep",
+        [F, ones(6, 3), IDS, ones(5), None, ones(4), 0.0, *ALL[:3]],
+        r"bias must be .*\[6\]",
     ),
 ]
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 from tests.every_model import CASES, EOT, build, numbers
+from vlmkernels.inference import prepare_for_inference
 from vlmkernels.nn import ClipLoss, InfoNCELoss, SigLipLoss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -66,6 +67,16 @@ def test_export_with_any_batch_and_length(name, strict):
         batch = case.batch(*size)
         wanted = case.tensor(case.model(*batch))
         torch.testing.assert_close(case.tensor(recorded(*batch)), wanted, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_export_beside_a_model_on_packed_weights():
+    """Its own weights are not packed, so that what packed ones need must not fix its sizes."""
+    net = nn.Sequential(nn.Linear(64, 64)).eval()
+    model, (images, tokens) = build("clip").model, build("clip").batch(3, 10)
+    rows, length = Dim("rows", min=2, max=64), Dim("length", min=4, max=12)
+    with prepare_for_inference(net):
+        torch.export.export(model, (images, tokens), dynamic_shapes=({0: rows}, {0: rows, 1: length}))
 
 
 @every

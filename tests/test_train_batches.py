@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmkernels.train.batches import BatchPlan
+from vlmkernels.train.batches import BatchPlan, StreamPlan
 
 
 def epoch_of(size, batch_size, world_size, epoch=0, **options):
@@ -49,7 +49,9 @@ def test_drop_last():
 def test_bad_sizes():
     with pytest.raises(ValueError, match="batch_size must be at least the number of processes 4, got 3"):
         BatchPlan(50, 3, seed=0, world_size=4)
-    with pytest.raises(ValueError, match="data: 0 samples give no batch"):
+    with pytest.raises(ValueError, match="samples in data must be at least 1, one per process, got 0"):
         BatchPlan(0, 8, seed=0)
-    with pytest.raises(ValueError, match="5 samples give no batch of 8 pairs on 1 processes with drop_last"):
+    with pytest.raises(ValueError, match="samples in data must be at least 8, a batch with drop_last, got 5"):
         BatchPlan(5, 8, seed=0, drop_last=True)
+    with pytest.raises(ValueError, match="samples_per_epoch must be at least 2, one per process, got 1"):
+        StreamPlan(1, 8, world_size=2)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tests.train_tiny import (
 )
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.models.clip import CLIP
-from vlmkernels.train import TrainConfig, load_bundle, loop, train
-from vlmkernels.train.bundle import build_model
-from vlmkernels.train.tasks import IGNORE, Captioning, prefix_labels, prefix_lengths
+from vlmkernels.models.decoder import IGNORE
+from vlmkernels.train import TrainConfig, kinds, load_bundle, loop, train
+from vlmkernels.train.kinds.simvlm import prefix_labels, prefix_lengths
 
 KINDS = ("lm", "flamingo", "simvlm")
 
@@ -106,16 +107,14 @@ def test_flamingo_trains_resampler_and_gated_layers_only(values, tmp_path, parts
     others = [i for i in range(tokenizer.vocab_size) if i not in rows]
     assert all(trained[name].equal(value) for name, value in vision.items())
     for name, value in language.items():
-        layers = name.replace("layers.", "layers.", 1).split(".")
-        if layers[0] == "layers":
-            layers.insert(2, "decoder_layer")
-        found = trained[".".join(["lang_encoder", *layers])]
-        if name == "embed_tokens.weight":
+        inside = re.sub(r"(transformer\.h\.\d+)", r"\1.decoder_layer", name)
+        found = trained[f"lang_encoder.{inside}"]
+        if name == "transformer.wte.weight":
             assert found[others].equal(value[others])
             assert not found[rows].equal(value[rows])
         else:
             assert found.equal(value)
-    fresh = build_model("flamingo", TrainConfig(**values("flamingo")), tokenizer).state_dict()
+    fresh = kinds.find("flamingo").build_model(TrainConfig(**values("flamingo")), tokenizer).state_dict()
     new = [n for n in trained if n.startswith("perceiver.") or "gated_cross_attn_layer" in n]
     assert new
     assert all(not trained[name].equal(fresh[name]) for name in new)
@@ -130,35 +129,32 @@ def test_flamingo_starts_as_its_language_model(values, parts):
         config = TrainConfig(**values(kind))
         model = load_bundle(parts["language_model"]).model
         if kind == "flamingo":
-            model = build_model(kind, config, tokenizer)
-        task = Captioning(kind, config, tokenizer)
+            model = kinds.find(kind).build_model(config, tokenizer)
+        task = kinds.find(kind).build_task(config, tokenizer)
         losses[kind], measure = task.loss(model.eval(), task.collate(samples), 0, True)
         assert measure()["loss"] == losses[kind].item()
     assert losses["lm"].equal(losses["flamingo"])
 
 
 def test_counted_tokens_of_the_rows():
-    """The caption and its end, of simvlm what follows the prefix; the mean is over all of them together."""
+    """The caption and its end; of simvlm what follows the prefix."""
     tokenizer = CaptionTokenizer(24, 602)
     samples = [{"image": torch.zeros(3, 4, 4), "text": t, "key": t} for t in ("a fox", "an owl above a key")]
     config = TrainConfig(seed=3)
 
-    class Uniform(torch.nn.Module):
-        def forward(self, *arguments, **options):
-            tokens = next(a for a in arguments if a.dtype == torch.int64)
-            self.labels = options.get("labels")
-            logits = torch.zeros(*tokens.shape, 602)
-            return type("Output", (dict,), {"logits": logits})({"logits": logits, "loss": torch.tensor(1.0)})
+    class Listener(torch.nn.Module):
+        def forward(self, *arguments, labels, **options):
+            self.labels = labels
+            found = {"loss": torch.tensor(1.0), "logits": None}
+            return type("Output", (dict,), found)(found)
 
-    model = Uniform()
-    task = Captioning("lm", config, tokenizer)
-    loss, _ = task.loss(model, task.collate(samples), 0, True)
-    assert loss.item() == pytest.approx(math.log(602))
-    task = Captioning("flamingo", config, tokenizer)
-    task.loss(model, task.collate(samples), 0, True)
-    for row, sample in zip(model.labels, samples, strict=True):
-        expected = [*tokenizer.encode(sample["text"]), tokenizer.endofchunk_id]
-        assert row[row != IGNORE].tolist() == expected
+    model = Listener()
+    for kind in ("lm", "flamingo"):
+        task = kinds.find(kind).build_task(config, tokenizer)
+        task.loss(model, task.collate(samples), 0, False)
+        for row, sample in zip(model.labels, samples, strict=True):
+            expected = [*tokenizer.encode(sample["text"]), tokenizer.endofchunk_id]
+            assert row[row != IGNORE].tolist() == expected
     tokens = tokenizer([s["text"] for s in samples])
     labels = prefix_labels(tokenizer, tokens, torch.tensor([1, 3]))
     assert labels[0][labels[0] != IGNORE].tolist() == [*tokenizer.encode("a fox"), tokenizer.eot_id]
@@ -182,7 +178,7 @@ def test_prefixes_are_uniform_and_drawn_per_step_and_sample():
 def test_several_images_in_a_row(values, tmp_path):
     train("flamingo", TrainConfig(**values("flamingo", images_per_row=3)))
     bundle = load_bundle(tmp_path / "run" / "final")
-    task = Captioning("flamingo", TrainConfig(images_per_row=3), bundle.tokenizer)
+    task = kinds.find("flamingo").build_task(TrainConfig(images_per_row=3), bundle.tokenizer)
     generator = torch.Generator().manual_seed(0)
     samples = [
         {"image": torch.randn(3, 16, 16, generator=generator), "text": f"red dot {i}", "key": str(i)}
@@ -238,16 +234,24 @@ def test_starts_from_a_trained_captioner(values, tmp_path, kind):
         (
             "flamingo",
             {"vision": None, "language_model": None},
-            "vision: flamingo needs the folder of a trained clip .*; language_model: flamingo needs",
+            "vision must be the folder of a trained clip .*, got None; language_model must be",
         ),
         ("flamingo", {"vision": "nowhere"}, "nowhere"),
-        ("simvlm", {"vision": "somewhere"}, "vision belongs to a flamingo without init, got somewhere"),
-        ("simvlm", {"images_per_row": 2}, "images_per_row belongs to lm and flamingo, got 2"),
-        ("lm", {"label_smoothing": 0.1}, "label_smoothing belongs to the softmax losses, not to lm"),
+        (
+            "simvlm",
+            {"vision": "somewhere"},
+            "vision may only be given for a flamingo without init, got somewhere",
+        ),
+        ("simvlm", {"images_per_row": 2}, "images_per_row may only be given for lm and flamingo, got 2"),
+        (
+            "lm",
+            {"label_smoothing": 0.1},
+            "label_smoothing may only be given for the softmax losses, not for lm",
+        ),
         (
             "lm",
             {"images_per_row": 8, "model_options": {**TINY["lm"], "context_length": 22}},
-            "8 captions in context_length 22 leave 2 ids",
+            "at least 3 ids per caption of a row, got 22 for 8 captions",
         ),
         ("simvlm", {"model_options": {"depth": 1}}, "model_options: unknown fields depth; known are form"),
         ("lm", {"model": "large"}, "lm has no configuration 'large'; it has emoji-tiny"),
@@ -262,9 +266,9 @@ def test_parts_of_the_wrong_kind(values, parts):
     swapped = {"vision": parts["language_model"], "language_model": parts["vision"]}
     with pytest.raises(ValueError) as error:
         train("flamingo", TrainConfig(**values("flamingo", **swapped)))
-    assert "holds a model for lm, expected clip" in str(error.value)
-    assert "holds a model for clip, expected lm" in str(error.value)
-    with pytest.raises(ValueError, match="makes a model for lm, not for simvlm"):
+    assert "must contain a model for clip, got one for lm" in str(error.value)
+    assert "must contain a model for lm, got one for clip" in str(error.value)
+    with pytest.raises(ValueError, match="must contain a model for simvlm, got one for lm"):
         train("simvlm", TrainConfig(**values("simvlm", init=parts["language_model"])))
 
 

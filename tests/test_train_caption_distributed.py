@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.train_tiny import metrics, per_sample_norm, tiny_values, train_parts, weights, write_pairs
-from vlmkernels.train import TrainConfig, load_bundle, train
-from vlmkernels.train.bundle import build_model
-from vlmkernels.train.tasks import Captioning
+from vlmkernels.train import TrainConfig, kinds, load_bundle, train
 
 KINDS = ("lm", "flamingo", "simvlm")
 SHARDS = ((4, 3), (1, 6))
@@ -27,14 +25,14 @@ def step(kind, config, parts, shard, wrap=lambda model: model):
     """Joint loss, its scores and the gradients of one step on the samples of ``shard``, in fp64."""
     torch.manual_seed(0)
     tokenizer = load_bundle(parts["language_model"]).tokenizer
-    model = build_model(kind, config, tokenizer).double()
+    model = kinds.find(kind).build_model(config, tokenizer).double()
     for parameter in model.parameters():  # gates of 0 would hide the resampler
         if parameter.requires_grad and parameter.numel() == 1:
             parameter.data.fill_(0.5)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(len(TEXTS), 3, 16, 16, generator=generator, dtype=torch.float64)
     samples = [{"image": images[i], "text": TEXTS[i], "key": f"k{i}"} for i in shard]
-    task = Captioning(kind, config, tokenizer)
+    task = kinds.find(kind).build_task(config, tokenizer)
     model = wrap(model.train())
     loss, measure = task.loss(model, task.collate(samples), 4, True)
     loss.backward()

@@ -26,7 +26,7 @@ def test_failed_write_leaves_what_was_there(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
 
     def fail_half_way():
-        with checkpoint.whole_folder(tmp_path / "checkpoints" / "step-00000001") as folder:
+        with checkpoint.atomic_folder(tmp_path / "checkpoints" / "step-00000001") as folder:
             (folder / "state.pt").write_bytes(b"half")
             raise RuntimeError("disk full")
 
@@ -51,7 +51,7 @@ def test_half_written_checkpoint_is_ignored_and_cleaned(tmp_path):
 
 def test_replaces_a_folder(tmp_path):
     for content in ("first", "second"):
-        with checkpoint.whole_folder(tmp_path / "final") as folder:
+        with checkpoint.atomic_folder(tmp_path / "final") as folder:
             (folder / content).write_text(content)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["second"]
@@ -86,7 +86,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="a folder named step-<number> is wanted"):
+    with pytest.raises(ValueError, match="must be a folder named step-<number>"):
         checkpoint.step_of(tmp_path / "final")
-    with pytest.raises(FileNotFoundError, match=r"holds no state\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"contains no state\.pt"):
         checkpoint.load(tmp_path)

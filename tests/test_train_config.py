@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vlmkernels.train import TrainConfig
-from vlmkernels.train.config import read_config, shipped_configs, write_config
+from vlmkernels.train.config import read_config, settings, shipped_configs, write_config
 
 
 def test_shipped_configurations_are_valid():
@@ -20,9 +20,9 @@ def test_shipped_configurations_are_valid():
 
 def test_written_configuration_reads_back(tmp_path):
     config = TrainConfig(
-        model_options={"vocab_size": 600}, augment={"crop_scale": [0.5, 1.0]}, lr=3e-4, max_steps=7
+        model_options={"vocab_size": 600}, augment={"crop_scale": [0.5, 1.0]}, lr=3e-4, images_per_row=2
     )
-    write_config(tmp_path / "config.yaml", config)
+    write_config(tmp_path / "config.yaml", config.to_dict())
     assert TrainConfig(**read_config(tmp_path / "config.yaml")) == config
 
 
@@ -58,6 +58,8 @@ def test_numbers_as_yaml_reads_them(tmp_path):
         ({"ema_decay": 1.0}, ["ema_decay must be in [0, 1), got 1.0"]),
         ({"model_options": [1]}, ["model_options must be a mapping such as {name: value}, got [1]"]),
         ({"max_steps": 0}, ["max_steps must be at least 1, got 0"]),
+        ({"vision": 3, "epochs": "x"}, ["vision must be text, got 3", "epochs must be an integer"]),
+        ({"images_per_row": 0, "lr": 0}, ["images_per_row must be at least 1, got 0", "lr must be positive"]),
     ],
 )
 def test_bad_values_are_one_error_that_names_them_all(values, messages):
@@ -78,7 +80,7 @@ def test_unknown_keys_and_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"c\.yaml is not YAML"):
         read_config(path)
     path.write_text("- lr\n")
-    with pytest.raises(ValueError, match="must hold keys and values, got list"):
+    with pytest.raises(ValueError, match="must be a mapping of keys to values, got list"):
         read_config(path)
     path.write_text("")
     assert read_config(path) == {}
@@ -86,5 +88,15 @@ def test_unknown_keys_and_bad_files(tmp_path):
         read_config("nothing.yaml")
 
 
-def test_every_field_has_help():
-    assert all(field.metadata.get("help") for field in dataclasses.fields(TrainConfig))
+def test_every_setting_has_help():
+    assert all(setting.help for setting in settings().values())
+
+
+def test_options_of_the_kinds_are_given_as_all_settings():
+    """They are kept apart, by their own rules, and survive a copy."""
+    config = TrainConfig(vision="tower", images_per_row=3, tokenizer=None)
+    assert config.options == {"vision": "tower", "images_per_row": 3}
+    assert config.to_dict()["images_per_row"] == 3
+    assert dataclasses.replace(config, epochs=2) == TrainConfig(epochs=2, vision="tower", images_per_row=3)
+    with pytest.raises(TypeError, match="TrainConfig has no settings depth, width"):
+        TrainConfig(width=3, depth=2)

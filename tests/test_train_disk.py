@@ -13,7 +13,7 @@ import yaml
 
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 from vlmkernels.cli import main
-from vlmkernels.models._pretrained import save_tensors
+from vlmkernels.models.parts.pretrained import save_tensors
 from vlmkernels.train import TrainConfig, checkpoint, loop, record, train
 
 resource = pytest.importorskip("resource", reason="sizes of files are limited on POSIX alone")

@@ -24,7 +24,7 @@ from tests.train_tiny import (
 )
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
-from vlmkernels.train import TrainConfig, loop, objective, train
+from vlmkernels.train import TrainConfig, kinds, loop, objective, train
 
 KINDS = ("clip", "align", "siglip")
 SHARDS = ((4, 3), (1, 6), (3, 3))
@@ -65,7 +65,7 @@ def step(kind, model, images, tokens):
         *features,
         output["logit_scale"],
         output.get("logit_bias"),
-        label_smoothing=objective.LABEL_SMOOTHING[kind],
+        label_smoothing=kinds.find(kind).label_smoothing or 0.0,
     )
     loss.backward()
     return loss.detach(), {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}

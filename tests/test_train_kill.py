@@ -124,7 +124,7 @@ def write_again(folder, moment):
     """Replace a checkpoint by the next one, a folder and a file by others, and die before a change."""
     die_before(moment, str(folder))
     checkpoint.save(folder, 2, {"step": 2}, keep=1)
-    with checkpoint.whole_folder(folder / "final") as final:
+    with checkpoint.atomic_folder(folder / "final") as final:
         for name in ("a", "b"):
             (final / name).write_text("new")
     write_bytes(folder / "file", b"new")
@@ -136,7 +136,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     for moment in range(1, 1000):
         folder = tmp_path / str(moment)
         checkpoint.save(folder, 1, {"step": 1}, keep=1)
-        with checkpoint.whole_folder(folder / "final") as final:
+        with checkpoint.atomic_folder(folder / "final") as final:
             for name in ("a", "b"):
                 (final / name).write_text("old")
         write_bytes(folder / "file", b"old")

@@ -144,13 +144,13 @@ def test_resume_from_an_earlier_checkpoint(table, tmp_path):
     assert all(value.equal(expected[1][name]) for name, value in weights(run).items())
 
 
-def test_resume_refuses_another_course(table, tmp_path):
+def test_resume_refuses_other_settings(table, tmp_path):
     values = tiny_values(table, tmp_path / "run", epochs=1)
     train("clip", TrainConfig(**values))
-    with pytest.raises(ValueError, match=r"already holds a run; add --resume auto"):
+    with pytest.raises(ValueError, match=r"already contains a run; add --resume auto"):
         train("clip", TrainConfig(**values))
     with pytest.raises(
-        ValueError, match=r"differs from that of .*: lr was 0.003, got 0.1; seed was 0, got 5"
+        ValueError, match=r"differ from those of .*: lr was 0.003, got 0.1; seed was 0, got 5"
     ):
         train("clip", TrainConfig(**{**values, "resume": "auto", "lr": 0.1, "seed": 5}))
     with pytest.raises(ValueError, match=r"'auto' needs --out"):
@@ -178,7 +178,7 @@ def test_starts_from_a_trained_model(table, tmp_path):
     train("clip", TrainConfig(**values, init=str(tmp_path / "first" / "final")))
     assert metrics(tmp_path / "second")[0]["loss"] < 0.9 * first[0]["loss"]
     values["out"] = str(tmp_path / "third")
-    with pytest.raises(ValueError, match=r"init: .* makes a model for clip, not for siglip"):
+    with pytest.raises(ValueError, match=r"init: .* must contain a model for siglip, got one for clip"):
         train("siglip", TrainConfig(**values, init=str(tmp_path / "first" / "final")))
 
 
@@ -234,10 +234,14 @@ def test_trains_on_tars(table, tmp_path):
         ("clip", {"model": "ViT-Z"}, "clip has no configuration 'ViT-Z'; it has .*ViT-B-32"),
         ("clip", {"model_options": {"depth": 3}}, "model_options: unknown fields depth; known are embed_dim"),
         ("clip", {"precision": "fp16", "device": "cpu"}, "precision fp16 needs a CUDA device"),
-        ("clip", {"model_options": {"init_logit_bias": -10.0}}, "init_logit_bias makes a model for siglip"),
-        ("siglip", {"label_smoothing": 0.1}, "label_smoothing belongs to the softmax losses"),
+        (
+            "clip",
+            {"model_options": {"init_logit_bias": -10.0}},
+            "init_logit_bias must make a model for clip, got one for siglip",
+        ),
+        ("siglip", {"label_smoothing": 0.1}, "label_smoothing may only be given for the softmax losses"),
         ("clip", {"augment": {"zoom": 2}}, "zoom"),
-        ("clip", {"data_options": {"zoom": 2}}, "unknown options .'zoom'."),
+        ("clip", {"data_options": {"zoom": 2}}, "options of CsvPairs must be among .*, got .'zoom'."),
     ],
 )
 def test_bad_use_is_a_clear_error_and_leaves_nothing(table, tmp_path, kind, values, message):

@@ -1,4 +1,4 @@
-"""Training on the kernels and on the reference loss takes the same course; a wrong gradient is seen."""
+"""Training on the kernels and on the reference loss gives the same losses; a wrong gradient is detected."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def check(monkeypatch, tmp_path, values, steps):
     reference = losses(monkeypatch, tmp_path / "reference", values, reference=True)
     wrong = losses(monkeypatch, tmp_path / "wrong", values, towers=1.05)
 
-    def apart(course):
-        return ((course - reference).abs() / reference)[:steps].max().item()
+    def apart(losses):
+        return ((losses - reference).abs() / reference)[:steps].max().item()
 
     assert len(kernels) == len(reference) >= steps
     assert kernels[-1] < kernels[0]
@@ -70,7 +70,7 @@ def test_kernels_follow_the_reference(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_follow_the_reference_in_the_demo(tmp_path, monkeypatch):
-    # A rate at which the run stays stable: where it does not, rounding alone takes two courses apart.
+    # A rate at which the run stays stable: where it does not, rounding alone separates two runs.
     sgd = {"epochs": 20, "max_steps": 300, "lr": 0.004, "grad_clip": 0.0}
     values = {**read_config("clip-emoji"), **sgd}
     check(monkeypatch, tmp_path, values, 100)

@@ -1,4 +1,4 @@
-"""What a run is resumed from: undamaged checkpoints, the same course, and a folder that is nobody else's."""
+"""What a run is resumed from: undamaged checkpoints, the same settings and inputs, and an unlocked folder."""
 
 import errno
 import json
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_refused_with_the_one_before_i
         main(["train", "clip", "--resume", str(eight)])
     assert error.value.code == 2
     message = (
-        f"Error: checkpoint: {eight / 'state.pt'} is damaged: it does not have the checksum in sha256sums"
+        f"Error: checkpoint: {eight / 'state.pt'} is damaged: it does not match the checksum in sha256sums"
     )
     assert capsys.readouterr().err == f"{message}; the one before it: --resume {four}\n"
     flip(four / "state.pt", 0.5)
@@ -157,7 +157,7 @@ def in_place(table, change):
     ("change", "message"),
     [
         (lambda lines: lines[:-1], "number of samples was 22, got 21; content of the table was sha256 "),
-        (lambda lines: [lines[0], *lines[:0:-1]], "course differs from that of .*: content of the table was"),
+        (lambda lines: [lines[0], *lines[:0:-1]], "inputs differ from those of .*: content of the table was"),
         (lambda lines: [*lines[:-1], lines[-1] + "!"], "content of the table was sha256 .*, got sha256"),
     ],
     ids=["shorter", "another order", "another caption"],
@@ -183,7 +183,7 @@ def test_resume_refuses_other_tars(table, tmp_path):
     values |= {"resume": "auto", "max_steps": 6}
     with (tmp_path / "pairs-1.tar").open("ab") as file:
         file.write(bytes(10240))
-    with pytest.raises(ValueError, match=r"differs from that of .*: tars was sha256 \w+, got sha256 \w+$"):
+    with pytest.raises(ValueError, match=r"differ from those of .*: tars was sha256 \w+, got sha256 \w+$"):
         train("clip", TrainConfig(**values))
     with pytest.raises(
         ValueError, match=r"data was .*, got .*; number of tars was 2, got 1; tars was|data was "
@@ -207,7 +207,7 @@ def test_resume_refuses_other_settings_than_the_checkpoints(run, name, value, me
     run, values = run
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").unlink()  # the checkpoint knows
-    with pytest.raises(ValueError, match=f"resume: the course differs from that of {run}: {message}"):
+    with pytest.raises(ValueError, match=f"resume: settings or inputs differ from those of {run}: {message}"):
         train("clip", TrainConfig(**{**values, name: value}))
     (run / "config.yaml").write_text(config.replace(f"{name}: ", f"{name}: 1 #"))
     with pytest.raises(ValueError, match=message):
@@ -216,14 +216,14 @@ def test_resume_refuses_other_settings_than_the_checkpoints(run, name, value, me
 
 def test_resume_refuses_another_kind_tokenizer_and_model(run):
     run, values = run
-    with pytest.raises(ValueError, match=r"differs from that of .*: kind was 'clip', got 'siglip'"):
+    with pytest.raises(ValueError, match=r"differ from those of .*: kind was 'clip', got 'siglip'"):
         train("siglip", TrainConfig(**values))
     options = {**values["model_options"], "text_width": 32}
     with pytest.raises(ValueError, match=r"model_options was .*, got .*'text_width': 32"):
         train("clip", TrainConfig(**{**values, "model_options": options}))
     config = json.loads((run / "tokenizer" / "tokenizer_config.json").read_text())
     (run / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**config, "more": 1}))
-    with pytest.raises(ValueError, match=r"differs from that of .*: tokenizer files was sha256 "):
+    with pytest.raises(ValueError, match=r"differ from those of .*: tokenizer files was sha256 "):
         train("clip", TrainConfig(**values))
 
 
@@ -237,7 +237,7 @@ def test_resume_refuses_another_model_to_start_from(whole, table, tmp_path):
     transform = json.loads(file.read_text())
     file.write_text(json.dumps({**transform, "mean": [0.0, 0.0, 0.0]}))
     with pytest.raises(
-        ValueError, match=r"differs from that of .*: transform was .*'mean': \[0\.0, 0\.0, 0\.0\]"
+        ValueError, match=r"differ from those of .*: transform was .*'mean': \[0\.0, 0\.0, 0\.0\]"
     ):
         train("clip", TrainConfig(**values, resume="auto"))
 

@@ -206,7 +206,7 @@ def test_no_configuration_lets_data_run_a_program(setup, tmp_path):
     values = run_values(pipe, tmp_path / "run", "clip", parts, samples_per_epoch=8, max_steps=1)
     with pytest.raises(ValueError, match="a program would be run"):
         train("clip", TrainConfig(**values))
-    with pytest.raises(ValueError, match="data_options must not hold allow_pipe"):
+    with pytest.raises(ValueError, match="data_options must not contain allow_pipe"):
         TrainConfig(**values, data_options={"allow_pipe": True})
     assert not (tmp_path / "started").exists()
     assert train("clip", TrainConfig(**values), allow_pipe=True).steps == 1

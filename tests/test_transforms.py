@@ -71,10 +71,11 @@ def test_no_raw_op_loses_a_derivative_in_silence():
     at, ops = torch.arange(4), torch.ops.vlmkernels
     calls = [
         lambda q: ops.small_loss(q, x, scale, None, True, 0.0, False, True, True, True),
-        lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0),
+        lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0, 0),
         lambda q: ops.sigmoid_sweep(
             q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True
         ),
+        lambda q: ops.linear_cross_entropy_sweep(q, x, at, None, None, rows, 0.0, True, True, False),
     ]
     for call in calls:
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD"):

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import nn
 
 from tests.test_cli import fail
-from vlmkernels.data import BrokenImageError, load_pairs
+from vlmkernels.data import BrokenImageError, load_pairs, read_image
 from vlmkernels.models import ALIGN, CLIP
-from vlmkernels.models._files import read_state_dict
+from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.train import checkpoint
-from vlmkernels.train.embed import read_embeddings, read_image
+from vlmkernels.use.embed import read_embeddings
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_pickles(mark, tmp_path):
     )
     (tmp_path / "a.safetensors").unlink()
     for door in doors:
-        with pytest.raises(Exception, match=r"holds io.open|Weights only load failed"):
+        with pytest.raises(Exception, match=r"contains io.open|Weights only load failed"):
             door()
     arrays = numpy.array([Runs(mark)], dtype=object)
     numpy.savez(tmp_path / "a.npz", embeddings=arrays, keys=arrays)

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.models.peer_models import open_clip_model
 from tests.test_models_clip import RESNET, VIT, inputs, needs_open_clip, randomise
-from vlmkernels.models._files import CONTAINERS, read_state_dict
+from vlmkernels.models.parts.weight_files import CONTAINERS, read_state_dict
 
 
 class Tower(nn.Module):
@@ -106,24 +106,24 @@ def test_checkpoints_are_unwrapped(container, tmp_path):
 
 
 def test_two_state_dicts_are_not_guessed_between():
-    with pytest.raises(ValueError, match="holds state_dict and model, give the state dict that is meant"):
+    with pytest.raises(ValueError, match="contains state_dict and model; pass one of these state dicts"):
         read_state_dict({"model": Tower().state_dict(), "state_dict": Tower().state_dict()})
 
 
-def test_a_checkpoint_that_holds_itself(tmp_path):
+def test_a_checkpoint_that_contains_itself(tmp_path):
     checkpoint = {}
     checkpoint["model"] = checkpoint
     torch.save(checkpoint, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a.pt is not a state dict"):
+    with pytest.raises(ValueError, match=r"a.pt must be a state dict"):
         read_state_dict(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {0: torch.zeros(1)}, {"a": None}, {"state_dict": {"a": {}}}])
 def test_what_is_no_state_dict(content, tmp_path):
-    with pytest.raises(ValueError, match="the mapping given is not a state dict"):
+    with pytest.raises(ValueError, match="the mapping given must be a state dict"):
         read_state_dict(content)
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'a.pt'} is not a state dict")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'a.pt'} must be a state dict")):
         read_state_dict(tmp_path / "a.pt")
 
 
@@ -156,14 +156,14 @@ def test_several_files(tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        (None, 'wants "weight_map"'),
-        ({"x": 3}, 'wants "weight_map"'),
-        ({"x": "../a.safetensors"}, "wants names of files in its folder, got ../a.safetensors"),
-        ({"x": "/etc/passwd"}, "wants names of files in its folder, got /etc/passwd"),
-        ({"x": ".."}, "wants names of files in its folder, got .."),
+        (None, 'must contain "weight_map"'),
+        ({"x": 3}, 'must contain "weight_map"'),
+        ({"x": "../a.safetensors"}, "must name files in its own folder, got ../a.safetensors"),
+        ({"x": "/etc/passwd"}, "must name files in its own folder, got /etc/passwd"),
+        ({"x": ".."}, "must name files in its own folder, got .."),
         ({"x": "c.safetensors"}, "c.safetensors: no such file"),
-        ({"x": "a.safetensors", "z": "b.safetensors"}, "its files do not hold z"),
-        ({"x": "a.safetensors", "y": "copy.safetensors"}, "several of its files hold x"),
+        ({"x": "a.safetensors", "z": "b.safetensors"}, "its files do not contain z"),
+        ({"x": "a.safetensors", "y": "copy.safetensors"}, "several of its files contain x"),
     ],
 )
 def test_an_index_that_does_not_fit(weight_map, message, tmp_path):
@@ -215,7 +215,7 @@ ITSELF = b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01h\x00s."  # a dict that is its o
         (lambda name, old: None if name.endswith("data/0") else (name, old), "no item named"),
         (lambda name, old: (name, old[:-1] if name.endswith("data/0") else old), "must be divisible by 4"),
         (lambda name, old: (name, b"" if name.endswith("data/1") else old), "out of bounds"),
-        (replaced("data.pkl", b"not a pickle"), "no file of weights"),
+        (replaced("data.pkl", b"not a pickle"), "not a file of weights"),
         (replaced("data.pkl", b"\x80\x02}(h\x05u."), "KeyError: 5"),
         (replaced("data.pkl", pickle.dumps({1, 2}, 4)), "has the opcode FRAME"),
         (replaced("data.pkl", ITSELF), "the module a is also part of another"),

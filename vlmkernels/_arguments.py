@@ -88,6 +88,14 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the ops form products of `x`: autocast's if enabled, otherwise that of `x`."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def _under_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -1,4 +1,4 @@
-"""Who computes the products of dense layers on the CPU: our tile products or torch's own.
+"""The provider of the matrix products of dense layers on the CPU: our tile products or torch's.
 
 Chosen when the library is imported: from the file that `vlmkernels calibrate` wrote on this machine, else by
 CPU vendor and instruction set. Results differ by rounding only.
@@ -23,13 +23,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = ("forward", "input", "weight", "few")  # x weight^T; g weight; g^T x; all of few rows
 FEW = 50  # rows, of the 128 up to which there are few
 SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (512, 1024, 1024))  # rows, inner, outputs
-MARGIN = 0.97  # ours is kept unless torch needs less than this share of its time
+MARGIN = 0.97  # ours is chosen unless torch needs less than this fraction of its time
 
 Choice = dict[str, dict[str, str]]  # dtype -> product -> "own" or "torch"
 
 
 def cache_file() -> Path:
-    """What `vlmkernels calibrate` writes. OSError where there is no home folder."""
+    """The file of `vlmkernels calibrate`. OSError if there is no home folder."""
     return cache_folder() / "calibration.json"
 
 
@@ -46,10 +46,10 @@ def machine() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Vendor, model name and numbers of family and model, as the system tells them."""
+    """Vendor, model name and numbers of family and model, as reported by the system."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another system, or one that hides it
+    except OSError:  # another system, or not readable
         text = ""
     fields = ("vendor_id", "model name", "cpu family", "model")
     found = [re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE) for field in fields]
@@ -59,46 +59,46 @@ def cpu_name() -> str:
 
 
 def by_rule() -> tuple[Choice, str]:
-    """Without a calibration: ours where tile products are the micro-kernels of an AMD CPU with AVX-512."""
+    """Without a calibration: ours if tile products use micro-kernels on an AMD CPU with AVX-512."""
     here = machine()
     name = here["tile products"]
     if os.environ.get("VLMKERNELS_CPU_ISA"):
-        return everywhere("own"), "VLMKERNELS_CPU_ISA is set"
+        return all_products("own"), "VLMKERNELS_CPU_ISA is set"
     if not name.startswith("oneDNN"):
-        return everywhere("torch"), "no micro-kernels for tile products here"
+        return all_products("torch"), "no micro-kernels for tile products here"
     if here["cpu"].startswith("AuthenticAMD") and here["instruction set"] == "avx512":
-        choice = everywhere("own")
+        choice = all_products("own")
         if "bfloat16" not in name:
-            choice["bfloat16"] = everywhere("torch")["bfloat16"]
+            choice["bfloat16"] = all_products("torch")["bfloat16"]
         choice["bfloat16"]["few"] = "torch"  # the weight would be packed for each call
         return choice, "AMD with AVX-512"
-    return everywhere("torch"), f"no rule for {here['cpu']} with {here['instruction set']}"
+    return all_products("torch"), f"no rule for {here['cpu']} with {here['instruction set']}"
 
 
-def everywhere(who: str) -> Choice:
-    return {dtype: dict.fromkeys(PRODUCTS, who) for dtype in DTYPES}
+def all_products(provider: str) -> Choice:
+    return {dtype: dict.fromkeys(PRODUCTS, provider) for dtype in DTYPES}
 
 
 def read(path: Path) -> Choice | None:
-    """The choice that was stored for this machine, library and torch, None for no file.
+    """The choice stored for this machine, library and torch, None if there is no file.
 
-    A ValueError says why a file is of no use.
+    A ValueError says why a file cannot be used.
     """
     stored = read_object(path)
     if stored is None:
         return None
     was = stored.get("machine")
     if not isinstance(was, dict):
-        raise ValueError("names no machine")
+        raise ValueError("has no machine")
     other = [f"{k} {was.get(k)!r}, here {v!r}" for k, v in machine().items() if was.get(k) != v]
     if other:
-        raise ValueError(f"is of another machine or version: {'; '.join(other)}")
+        raise ValueError(f"was written for another machine or version: {'; '.join(other)}")
     try:
         choice = {d: {p: stored["choice"][d][p] for p in PRODUCTS} for d in DTYPES}
     except (KeyError, TypeError):
-        raise ValueError("does not choose for every product") from None
-    if any(who not in ("own", "torch") for products in choice.values() for who in products.values()):
-        raise ValueError("names neither 'own' nor 'torch'")
+        raise ValueError("has no entry for every product") from None
+    if any(p not in ("own", "torch") for products in choice.values() for p in products.values()):
+        raise ValueError("has entries other than 'own' and 'torch'")
     return choice
 
 
@@ -111,7 +111,7 @@ def apply(choice: Choice) -> None:
 
 
 def load() -> tuple[Choice, str]:
-    """Chooses at import; returns what was chosen and why."""
+    """Chooses at import; returns the choice and the reason."""
     choice, why = by_rule()
     if not os.environ.get("VLMKERNELS_CPU_ISA"):
         try:
@@ -128,31 +128,31 @@ def load() -> tuple[Choice, str]:
 
 
 def summary() -> str:
-    """For info(): who computes which products, and why."""
+    """For info(): the provider of each product, and why."""
     if _native.extension is None:
         return ""
     names = ["; ".join(f"{d} {p}: {CHOICE[d][p]}" for p in PRODUCTS) for d in DTYPES]
-    if len({who for products in CHOICE.values() for who in products.values()}) == 1:
+    if len({provider for products in CHOICE.values() for provider in products.values()}) == 1:
         names = [CHOICE["float32"]["forward"]]
     why = WHY.encode(errors="backslashreplace").decode()  # a path need not be Unicode
     return f"{'; '.join(names)} ({why})"
 
 
 def measure(rounds: int = 7) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds of every product, ours and torch's, taken in turns: dtype -> product -> "own" and "torch".
+    """Seconds of every product, ours and torch's in alternation: dtype -> product -> "own" and "torch".
 
     The best of the rounds counts, summed over some shapes.
     """
     if _native.extension is None:
-        raise ValueError(f"there is nothing to choose: {_native.why_not}")
+        raise ValueError(f"calibrate requires the compiled extension: {_native.why_not}")
     seconds: dict[str, dict[str, dict[str, float]]] = {}
     try:
         for name, dtype in DTYPES.items():
             seconds[name] = {p: {"own": 0.0, "torch": 0.0} for p in PRODUCTS}
             for shape in SHAPES:
                 for product, best in _best(dtype, shape, rounds).items():
-                    for who, value in best.items():
-                        seconds[name][product][who] += value
+                    for provider, value in best.items():
+                        seconds[name][product][provider] += value
     finally:
         apply(CHOICE)
     return seconds
@@ -176,13 +176,13 @@ def _best(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[
         "few": few,
     }
     best = {p: {"own": float("inf"), "torch": float("inf")} for p in PRODUCTS}
-    for _ in range(rounds + 1):  # the first one compiles the micro-kernels, and is no one's best
-        for who in ("own", "torch"):
-            apply(everywhere(who))
+    for _ in range(rounds + 1):  # the first round also compiles the micro-kernels
+        for provider in ("own", "torch"):
+            apply(all_products(provider))
             for product, call in calls.items():
                 start = time.perf_counter()
                 call()
-                best[product][who] = min(best[product][who], time.perf_counter() - start)
+                best[product][provider] = min(best[product][provider], time.perf_counter() - start)
     return best
 
 

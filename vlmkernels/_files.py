@@ -1,16 +1,16 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Atomic writing: to a temporary file in the same folder, flushed to the disk, then renamed."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PARTIAL = ".partial-"  # names of what is being written begin with it
+PARTIAL = ".partial-"  # prefix of temporary files and folders
 
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of writing in this block name ``path``: those of a full disk name nothing."""
+    """Adds ``path`` to errors of writing in the block; those of a full disk have no file name."""
     try:
         yield
     except OSError as error:
@@ -44,10 +44,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     write_atomic(path, lambda partial: partial.write_bytes(content))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 text whole or not at all."""
+    """Write a file of UTF-8 text atomically."""
     write_bytes(path, text.encode())

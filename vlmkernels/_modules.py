@@ -17,9 +17,9 @@ _REPLACEABLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU)
 _FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in _REPLACEABLE}
 
 
-def unheard(module: nn.Module) -> bool:
-    """Whether the module need not be called: no hook waits for it, and nobody replaced its forward."""
-    return not (
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a hook waits for the module's call, or somebody replaced its forward."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -50,7 +50,9 @@ def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:
     Not so where it is a subclass or a wrapper, where hooks, a replaced forward, a parametrization or an
     offloading library wait for its call, or where its weights are no plain tensors.
     """
-    return is_exactly(module, *classes) and unheard(module) and are_plain(*module._parameters.values())
+    if not is_exactly(module, *classes) or must_be_called(module):
+        return False
+    return are_plain(*module._parameters.values())
 
 
 def are_plain(*tensors: Tensor | None) -> bool:

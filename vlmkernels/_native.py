@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import struct
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -12,18 +13,27 @@ import torch
 
 from vlmkernels._version import __version__
 
+# A stored tile of the kernel of info_nce: rows, columns, bytes of its header. They show in the sizes of
+# results, which are the same without the extension. One that was built with other tiles is not loaded.
+TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
 _LIBRARY = Path(__file__).with_name(f"_C{EXTENSION_SUFFIXES[0]}")
 _NOT_BUILT = "installed without its C++ extension (no compiler, or VLMKERNELS_NATIVE=0 at build time)"
 
 
 def _foreign() -> str:
     """What else than this the extension was built for, as its file says."""
-    here = {"vlmkernels": __version__, "torch": torch.__version__}
-    pattern = rb"vlmkernels (?P<vlmkernels>[^\s\0]+) for torch (?P<torch>[^\s\0]+)\0"
-    found = re.search(pattern, _LIBRARY.read_bytes())
-    if found is None:
+    here = {
+        "vlmkernels": __version__,
+        "torch": torch.__version__,
+        "tile": (TILE_ROWS, TILE_COLS, TILE_HEADER),
+    }
+    content = _LIBRARY.read_bytes()
+    found = re.search(rb"vlmkernels (?P<vlmkernels>[^\s\0]+) for torch (?P<torch>[^\s\0]+)\0", content)
+    tile = re.search(rb"vlmkernels tile\0(.{24})", content, re.DOTALL)
+    if found is None or tile is None:
         return "something else"
-    built = {name: there.decode() for name, there in found.groupdict().items()}
+    built: dict[str, object] = {name: there.decode() for name, there in found.groupdict().items()}
+    built["tile"] = struct.unpack("3q", tile[1])
     return " and ".join(f"{k} {built[k]}, this is {k} {v}" for k, v in here.items() if built[k] != v)
 
 

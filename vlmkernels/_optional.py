@@ -1,4 +1,4 @@
-"""Files that may be absent, foreign or broken: whatever lies in their place, an import goes on."""
+"""Optional files, which may be absent, foreign or damaged without breaking an import."""
 
 import json
 import os
@@ -6,23 +6,23 @@ import stat
 from pathlib import Path
 from typing import Any
 
-LIMIT = 2**16  # bytes; those that the library writes have some thousands
+LIMIT = 2**16  # bytes; files of the library have some thousands
 
 
 def cache_folder() -> Path:
-    """Where the library keeps files for this user. OSError where there is no home folder."""
+    """The folder for files of this user. OSError if there is no home folder."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(root):  # which the XDG specification says to ignore
+    if not os.path.isabs(root):  # to be ignored by the XDG specification
         root = os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(root):
-        raise FileNotFoundError("there is no home folder, and XDG_CACHE_HOME names no other")
+        raise FileNotFoundError("there is no home folder, and XDG_CACHE_HOME is not set to an absolute path")
     return Path(root) / "vlmkernels"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None for no file; a ValueError says why what is there cannot be read.
+    """The JSON object in a file, None if there is no file; a ValueError says why it cannot be read.
 
-    Neither waits (for the writer of a FIFO, say) nor reads more than LIMIT bytes.
+    Does not block (on a FIFO, say) and reads at most LIMIT bytes.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -34,7 +34,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
             raise ValueError(f"it has more than {LIMIT} bytes")
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a JSON {type(content).__name__}, not an object")
+            raise ValueError(f"it contains a JSON {type(content).__name__}, not an object")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_transformed
 from vlmkernels.reference._dense import activate
-
-FUSED = {  # what oneDNN applies to the product itself: its name and form
-    "none": ("none", ""),
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-}
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,7 @@ class Packed:
 
 
 PACKED: dict[int, Packed] = {}  # by the id of the weight
-ROWS = 2048  # that perceptrons work on at a time
+ROWS = 2048  # that an MLP works on at a time
 
 
 def entry_of(weight: Tensor) -> Packed | None:
@@ -64,6 +57,11 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     return weight._version, weight.data_ptr(), weight.shape, weight.dtype
 
 
+def _is_recorded() -> bool:
+    """Packed weights are no part of a graph, and looking for them must not fix its sizes."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 def packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor | None:
@@ -72,7 +70,7 @@ def packed_linear(
     Raises:
         RuntimeError: the weight has changed since it was packed.
     """
-    if torch.compiler.is_compiling() or is_transformed():
+    if _is_recorded():
         return None
     entry = entry_of(weight)
     if entry is None or torch.is_grad_enabled():
@@ -85,26 +83,29 @@ def packed_linear(
         raise RuntimeError(
             "a weight has changed since prepare_for_inference packed it: undo, and prepare the model again"
         )
-    attribute, form = FUSED.get(activation, ("none", ""))
+    fused = ACTIVATIONS[activation].onednn if activation in ACTIVATIONS else None
+    attribute, form = fused or ("none", "")
     rows = x.reshape(-1, x.shape[-1])
     bias = bias if bias is None else bias.contiguous()
     out = torch.ops.mkldnn._linear_pointwise(rows, entry.packed, bias, attribute, [], form)
     out = out.reshape(*x.shape[:-1], weight.shape[0])
-    out = out if activation in FUSED else activate(out, activation)
+    out = out if fused else activate(out, activation)
     return out if residual is None else out + residual
 
 
 def by_rows(
-    perceptron: Callable[[Tensor, Tensor | None], Tensor | None], x: Tensor, residual: Tensor | None
+    mlp: Callable[[Tensor, Tensor | None], Tensor | None], x: Tensor, residual: Tensor | None
 ) -> Tensor | None:
     """Calls it with some rows of x and of the residual at a time, so that no hidden layer exists whole."""
+    if _is_recorded():
+        return None
     if x.shape[:-1].numel() <= ROWS:
-        return perceptron(x, residual)
+        return mlp(x, residual)
     parts = x.reshape(-1, x.shape[-1]).split(ROWS)
     added = (None,) * len(parts) if residual is None else residual.reshape(-1, residual.shape[-1]).split(ROWS)
     out: list[Tensor] = []
     for rows, more in zip(parts, added, strict=True):
-        piece = perceptron(rows, more)
+        piece = mlp(rows, more)
         if piece is None:
             return None
         out.append(piece)

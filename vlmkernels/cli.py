@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -18,7 +17,8 @@ import click
 
 from vlmkernels import __version__
 from vlmkernels.data._text import printable
-from vlmkernels.train.config import OBJECTIVES, TrainConfig, field_types, read_config, shipped_configs
+from vlmkernels.train.config import TrainConfig, read_config, settings, shipped_configs
+from vlmkernels.train.kinds import KINDS
 
 
 class _Echo(logging.Handler):
@@ -28,7 +28,7 @@ class _Echo(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        # A log on a full disk ends nothing.
+        # A log on a full disk does not end the run.
         with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
             click.echo(prefix + printable(record.getMessage()), err=True)
 
@@ -49,10 +49,10 @@ def info() -> None:
 
 @commands.command()
 def calibrate() -> None:
-    """Measure whether torch or the library itself computes the products of linear layers faster here.
+    """Measure whether torch or the library computes the products of linear layers faster on this machine.
 
-    Writes one file in the user's cache folder, which is read whenever the library is imported. Takes some
-    seconds; leave the machine alone meanwhile. Deleting the file undoes it.
+    Writes one file to the user's cache folder, which is read when the library is imported. Takes some
+    seconds, during which the machine should be idle. Deleting the file undoes it.
     """
     from vlmkernels import _calibration
 
@@ -69,28 +69,25 @@ def calibrate() -> None:
 _allow_pipe = click.option(
     "--allow-pipe",
     is_flag=True,
-    help="Let data be a URL that runs a program to read tars: pipe: (the shell), http:, gs: and others.",
+    help="Allow data to be a URL that runs a program to read tars: pipe: (the shell), http:, gs: and others.",
 )
 
 
 def _train_options(command: Callable) -> Callable:
-    """One flag per field of TrainConfig; a flag that is not given leaves the configuration file's value."""
-    types = field_types()
-    for field in reversed(dataclasses.fields(TrainConfig)):
-        flag = "--" + field.name.replace("_", "-")
-        hint = types[field.name]
+    """One flag per setting of a run; without a flag the value of the configuration file is used."""
+    for name, setting in reversed(settings().items()):
+        flag, hint = "--" + name.replace("_", "-"), setting.hint
         scalars = [kind for kind in (hint, *typing.get_args(hint)) if kind in (bool, int, float, str)]
-        default = None if field.default is dataclasses.MISSING else field.default
-        text = field.metadata["help"]
-        if default is not None:
+        default, text = setting.default, setting.help
+        if default not in (None, {}):
             text += f"  [default: {str(default).lower() if isinstance(default, bool) else default}]"
         if typing.get_origin(hint) is dict:
-            option = click.option(flag, field.name, metavar="YAML", help=text)
+            option = click.option(flag, name, metavar="YAML", help=text)
         elif scalars[0] is bool:
-            option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
+            option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[scalars[0]]
-            option = click.option(flag, field.name, type=scalars[0], metavar=metavar, help=text)
+            option = click.option(flag, name, type=scalars[0], metavar=metavar, help=text)
         command = option(command)
     return command
 
@@ -101,7 +98,7 @@ def _train_options(command: Callable) -> Callable:
     + ". On several processes: "
     "torchrun --nproc-per-node N -m vlmkernels train ... --out RUN"
 )
-@click.argument("kind", type=click.Choice(OBJECTIVES))
+@click.argument("kind", type=click.Choice(list(KINDS)))
 @click.option(
     "--config",
     metavar="FILE",
@@ -118,21 +115,17 @@ def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None
     --resume auto.
     """
     from vlmkernels.train import train as run
-    from vlmkernels.train.record import score_text
 
     given = {name: value for name, value in flags.items() if value is not None}
     values = read_config(config) if config is not None else _earlier_config(given)
     summary = run(kind, TrainConfig(**{**values, **given}), allow_pipe=allow_pipe)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    click.echo(
-        f"{summary.steps} steps, loss {summary.loss:.4f}, {score_text(summary.scores)}, "
-        f"{summary.seconds:.1f} s, {summary.pairs_per_second:.0f} pairs/s\nmodel: {printable(summary.final)}"
-    )
+    click.echo(summary)
 
 
 def _earlier_config(given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the run that is resumed, so that it need not be given again; else nothing."""
+    """The configuration of the run that is resumed, so that it need not be given again; else empty."""
     resume = given.get("resume")
     if resume is None:
         return {}
@@ -148,7 +141,7 @@ def _earlier_config(given: dict[str, Any]) -> dict[str, Any]:
 def _model_options(command: Callable) -> Callable:
     """What eval, embed and search have in common."""
     device = click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
-    batch = click.option("--batch-size", default=256, show_default=True, metavar="N", help="Images at once.")
+    batch = click.option("--batch-size", default=256, show_default=True, metavar="N", help="Batch size.")
     model = click.option(
         "--model", "folder", required=True, metavar="RUN/final", help="Folder of a trained model."
     )
@@ -180,10 +173,10 @@ def evaluate(
     as_json: bool,
     allow_pipe: bool,
 ) -> None:
-    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, beside chance; of a model that writes
-    captions perplexity, BLEU, CIDEr and, on scenes, the share of slots that are right.
+    """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
+    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots.
     """
-    from vlmkernels.train.evaluate import evaluate as run
+    from vlmkernels.use.evaluate import evaluate as run
 
     result = run(
         folder,
@@ -194,45 +187,7 @@ def evaluate(
         num_beams=num_beams,
         allow_pipe=allow_pipe,
     )
-    table = _caption_table if "captions" in result else _table
-    click.echo(json.dumps(result, indent=2) if as_json else table(result))
-
-
-def _caption_table(result: dict[str, Any]) -> str:
-    """The numbers of an evaluation of captions, and three of them."""
-    accuracy = f"token accuracy {result['token_accuracy']:.4f} ({result['tokens']} tokens)"
-    lines = [_counted(result), f"perplexity {result['perplexity']:.3f}, {accuracy}"]
-    for title, name in (("references", "reference_scores"), ("slots exactly right", "slots")):
-        if result[name]:
-            lines.append(f"{title}: " + ", ".join(f"{k} {value:.4f}" for k, value in result[name].items()))
-    if result["reference_scores"] is None:
-        lines.append("references: BLEU and CIDEr need pip install pycocoevalcap")
-    for each in result["captions"][:3]:
-        lines.append(printable(f"{each['key']}: {each['caption']} ({each['references'][0]})"))
-    return "\n".join(lines)
-
-
-def _counted(result: dict[str, Any]) -> str:
-    skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
-    return f"{result['samples']} samples{skipped}"
-
-
-def _table(result: dict[str, Any]) -> str:
-    """The numbers of an evaluation, each beside chance."""
-    lines = [_counted(result)]
-    for name in ("image_to_text", "text_to_image") if result["retrieval"] else ():
-        way = result["retrieval"][name]
-        cells = [
-            f"{metric} {way[metric]:.4f} (chance {way['chance'][metric]:.4f})"
-            for metric in ("R@1", "R@5", "R@10")
-        ]
-        lines.append(f"{name.replace('_', ' ')}: " + ", ".join(cells))
-    for name, scores in (result["zero_shot"] or {}).items():
-        lines.append(
-            f"zero-shot, {scores['classes']} classes by {name}: top-1 {scores['top1']:.4f} "
-            f"(chance {scores['chance']['top1']:.4f}, largest class {scores['chance']['largest_class']:.4f})"
-        )
-    return "\n".join(lines)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
 
 
 @commands.command()
@@ -242,12 +197,12 @@ def _table(result: dict[str, Any]) -> str:
 @click.option("--texts", is_flag=True, help="INPUTS are texts, not images.")
 def embed(folder: str, batch_size: int, device: str, inputs: tuple[str, ...], out: str, texts: bool) -> None:
     """Embed images (files, and folders with all below them) or texts, and write them to a file."""
-    from vlmkernels.train.embed import embed as run
+    from vlmkernels.use.embed import embed as run
 
     kind = "texts" if texts else "images"
     done = run(folder, inputs, out, kind=kind, batch_size=batch_size, device=device)
     _count_skipped(done.skipped)
-    click.echo(f"{done.count} {kind}, {done.width} numbers each: {printable(done.out)}")
+    click.echo(done)
 
 
 @commands.command()
@@ -260,12 +215,11 @@ def embed(folder: str, batch_size: int, device: str, inputs: tuple[str, ...], ou
 )
 def search(folder: str, batch_size: int, device: str, text: str, directory: str, k: int, cache: bool) -> None:
     """Show the images below DIRECTORY that fit TEXT best, each with its similarity."""
-    from vlmkernels.train.search import search as run
+    from vlmkernels.use.search import search as run
 
     found = run(folder, text, directory, k, cache=cache, batch_size=batch_size, device=device)
     _count_skipped(found.skipped)
-    for hit in found.hits:
-        click.echo(f"{hit.score:.4f}  {printable(hit.path)}")
+    click.echo(found)
 
 
 @commands.command()
@@ -273,29 +227,29 @@ def search(folder: str, batch_size: int, device: str, text: str, directory: str,
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
 @click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beam search; 1 is greedy.")
-@click.option("--sample", "do_sample", is_flag=True, help="Draw tokens at random.")
+@click.option("--sample", "do_sample", is_flag=True, help="Sample tokens.")
 @click.option("--temperature", default=1.0, show_default=True, metavar="X", help="With --sample.")
-@click.option("--top-k", type=int, metavar="N", help="With --sample: among the N likeliest tokens.")
+@click.option("--top-k", type=int, metavar="N", help="With --sample: from the N most likely tokens.")
 @click.option(
     "--top-p",
     type=float,
     metavar="X",
-    help="With --sample: among the likeliest tokens of total probability X.",
+    help="With --sample: from the most likely tokens of total probability X.",
 )
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Of --sample.")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Longest caption; 48 when not given.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Maximum caption length (default 48).")
 def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     """Write a caption for each image: files, and folders with all below them."""
-    from vlmkernels.train.caption import caption as run
+    from vlmkernels.use.caption import caption as run
 
     done = run(folder, inputs, **options)
     _count_skipped(done.skipped)
-    for path, text in done.captions:
-        click.echo(printable(f"{path}: {text}"))
+    if done.captions:
+        click.echo(done)
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:
-    """How many images were left out; each was named when it was met."""
+    """The number of skipped images, each of which was reported when it was read."""
     if skipped:
         click.echo(f"{len(skipped)} skipped", err=True)
 
@@ -308,8 +262,8 @@ def _fail(message: object, status: int) -> typing.NoReturn:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit.
 
-    The status is 0 when it is done, also if samples were skipped; 1 for an error while running, such as a
-    full disk or a pipe that nobody reads; 2 for wrong use; 130 when interrupted.
+    The status is 0 on success, also if samples were skipped; 1 for an error while running, such as a full
+    disk or a broken pipe; 2 for invalid use; 130 when interrupted.
     """
     logger = logging.getLogger("vlmkernels")
     if not any(isinstance(handler, _Echo) for handler in logger.handlers):
@@ -317,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, not an error
+        if isinstance(stream, io.TextIOWrapper):  # characters that the encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         commands.main(args=None if arguments is None else list(arguments), standalone_mode=False)
@@ -328,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed; pip install 'vlmkernels[train]' brings it", 1)
+        _fail(f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

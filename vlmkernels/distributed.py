@@ -15,7 +15,7 @@ if dist.is_available():  # by their names since torch 2.13, or those before
 
 
 def shard_sizes(rows: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
-    """How many rows each rank of `group` has, in rank order; every rank calls it. Waits for the device."""
+    """The number of rows of each rank of `group`, in rank order; all ranks call it. Waits for the device."""
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
     all_gather(sizes, torch.tensor([rows], device=device), group=group)
     return sizes.tolist()
@@ -34,25 +34,25 @@ def all_gather_with_grad(
     ranks of the group must call it, and run backward through it, together.
 
     `sizes` are the row counts of all ranks (`shard_sizes`), exchanged first when None. ValueError without an
-    initialised process group, or where `sizes` does not fit this rank.
+    initialised process group, or if `sizes` does not match this rank.
     """
     check_initialized()
     if sizes is None:
         sizes = shard_sizes(x.shape[0], x.device, group)
     rank = dist.get_rank(group)
     if len(sizes) != dist.get_world_size(group) or sizes[rank] != x.shape[0]:
-        raise ValueError(f"sizes: got {sizes} on rank {rank}, which has {x.shape[0]} rows")
+        raise ValueError(f"sizes must match the {x.shape[0]} rows of rank {rank}, got {sizes}")
     return _AllGather.apply(x, group, sizes)
 
 
 def check_initialized() -> None:
-    """ValueError where there is no default process group."""
+    """ValueError if there is no default process group."""
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("world_size > 1 wants torch.distributed.init_process_group to have been called")
+        raise ValueError("world_size > 1 requires torch.distributed.init_process_group to have been called")
 
 
 class _AllGather(torch.autograd.Function):
-    """Shards are padded to the longest, so that one collective of equal parts serves each direction."""
+    """Shards are padded to the longest, so that each direction is one collective of equal parts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, sizes: list[int]) -> Tensor:

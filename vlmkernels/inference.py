@@ -10,9 +10,9 @@ from vlmkernels import _packed
 
 
 class Prepared:
-    """What `prepare_for_inference` did: `packed` names, `skipped` names with reasons, and `undo()`.
+    """The result of `prepare_for_inference`: `packed` names, `skipped` names with reasons, and `undo()`.
 
-    As a context manager it undoes at the end of the block.
+    As a context manager it calls `undo()` at the end of the block.
     """
 
     def __init__(self, packed: dict[str, tuple[nn.Module, Tensor]], skipped: dict[str, str]) -> None:
@@ -21,7 +21,7 @@ class Prepared:
         self.skipped = skipped
 
     def undo(self) -> None:
-        """Frees the packed copies; the model is as it was. Calling it again does nothing."""
+        """Frees the packed copies and restores the model. A second call does nothing."""
         for module, weight in self._layers.values():
             _packed.PACKED.pop(id(weight), None)
             if isinstance(module.__dict__.get("forward"), _Forward):
@@ -52,15 +52,15 @@ class _Forward:
 def prepare_for_inference(model: nn.Module) -> Prepared:
     """Packs the weights of the linear layers of `model` for products without gradients on the CPU.
 
-    Every ``torch.nn.Linear`` keeps a second copy of its weight in the layout of oneDNN's products, which
-    otherwise is made again in every call. Where no gradient is recorded (``torch.no_grad()`` or
+    Every ``torch.nn.Linear`` stores a second copy of its weight in the layout of oneDNN's micro-kernels,
+    which otherwise is created in every call. If no gradient is recorded (``torch.no_grad()`` or
     ``torch.inference_mode()``) these layers use it, and so do `vlmkernels.linear`, `mlp` and `gated_mlp` on
-    the same weights. Elsewhere, under autocast and in ``torch.compile``, everything runs as before.
-    Parameters, their names and the state dict stay as they are, and results differ by rounding only.
+    the same weights. Otherwise, under autocast and in ``torch.compile``, everything runs as before.
+    Parameters, their names and the state dict are unchanged, and results differ by rounding only.
 
-    A weight that changed in place (``copy_``, ``load_state_dict``, an optimizer's step) or moved in memory is
-    a RuntimeError at its next use. What torch does not count as a change is not seen: writes through
-    ``weight.data``, through ``weight.detach().numpy()`` or by another process.
+    After a change in place (``copy_``, ``load_state_dict``, an optimizer step) or of its memory, the next use
+    of a weight raises a RuntimeError. Changes that do not increase torch's version counter are not detected:
+    in-place writes through ``weight.data``, through ``weight.detach().numpy()`` or by another process.
 
     Args:
         model: in eval mode.
@@ -85,7 +85,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
             skipped[name] = reason
             continue
         _packed.pack(weight)
-        # A subclass that computes something of its own is left to do so.
+        # A forward that was overridden or replaced is kept.
         own = module.__dict__.get("forward")
         replaceable = type(module).forward is nn.Linear.forward and (own is None or isinstance(own, _Forward))
         if isinstance(module, nn.Linear) and replaceable:
@@ -95,7 +95,7 @@ def prepare_for_inference(model: nn.Module) -> Prepared:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Linear layers, and further weights that a module names as those it gives to `vlmkernels.linear`."""
+    """Linear layers, and other weights that a module declares as passed to `vlmkernels.linear`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module, module.weight

@@ -2,7 +2,8 @@
 
 Every builder works on the device of its arguments without waiting for it and returns ``(start, end)``, int32,
 ``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions stands for a number.
-Lengths are integers, a ValueError otherwise; one beyond int32 is longer than any sequence.
+Lengths are integers, a ValueError otherwise; one beyond int32 is longer than any sequence. `runs` reads
+intervals off a mask.
 """
 
 import torch
@@ -114,6 +115,24 @@ def text_time(
 ) -> Tensor:  # [B, T]
     """How many images have appeared up to and including each position, int32."""
     return media_locations.cumsum(-1, dtype=torch.int32)
+
+
+def runs(
+    mask: Tensor,  # [..., T] bool
+) -> Intervals:  # [...] each
+    """From the first True of each row, as many as it has: their interval if `are_runs`; each [...]."""
+    start = mask.int().argmax(-1)  # bool has no argmax
+    return start.to(torch.int32), (start + mask.sum(-1)).to(torch.int32)
+
+
+def are_runs(
+    mask: Tensor,  # [..., T] bool
+    start: Tensor,  # [...]
+    end: Tensor,  # [...]
+) -> bool:
+    """Whether each row of the mask sees its interval and nothing else; waits for the mask's device."""
+    position = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.equal((position >= start[..., None]) & (position < end[..., None]), mask)
 
 
 def _int32(builder: str, name: str, numbers: Tensor) -> Tensor:

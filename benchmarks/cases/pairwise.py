@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, linear, normalize
 
 import vlmkernels
 from benchmarks import peers
@@ -89,8 +89,9 @@ def _recomputed_by_info_nce(device: str, dtype: torch.dtype, n: int, m: int, d: 
     """The part of the exponentials beyond the default `store_bytes`; the reference keeps none."""
     if not _library.has_kernel("info_nce_stats", device.upper()):
         return 1.0
-    query, key = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, m))
-    return 1 - pairwise.store_size(query, key, 1 << 28) / pairwise.store_size(query, key, 1 << 62)
+    query, key = (torch.empty(1, dtype=dtype, device=device).expand(rows, d) for rows in (n, m))
+    kept, everything = (pairwise.store_size(query, key, budget) for budget in (1 << 28, 1 << 62))
+    return 1 - kept / everything if everything else 1.0
 
 
 def _recomputed_by_sigmoid_loss(device: str, **sizes: Any) -> float:
@@ -223,4 +224,67 @@ def sigmoid_loss(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (info_nce, sigmoid_loss)
+def _hidden(device: str, dtype: torch.dtype, n: int, d: int, v: int, *, ignored: float) -> dict[str, Tensor]:
+    """Rows of unit variance and a head whose logits have it, as a trained model's."""
+    hidden = torch.randn(n, d, device=device).to(dtype)  # [N, D]
+    weight = (torch.randn(v, d, device=device) / d**0.5).to(dtype)  # [V, D]
+    target = torch.randint(v, (n,), device=device)
+    target[torch.rand(n, device=device) < ignored] = -100
+    return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "target": target}
+
+
+def _eager_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """As causal language models of transformers compute it: the logits are rounded, then float32."""
+    return cross_entropy(linear(hidden, weight).float(), target)
+
+
+def _torch_linear_cross_entropy(*, chunked: bool) -> Callable[..., Tensor]:
+    function = peers.load("linear_cross_entropy")
+    options = {"options": peers.load("torch.nn:LinearCrossEntropyOptions")()} if chunked else {}
+    return partial(_called_in_order, function, **options)
+
+
+def _called_in_order(
+    function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, target: Tensor, **options: Any
+) -> Tensor:
+    return function(hidden, weight, target, **options)
+
+
+def linear_cross_entropy(quick: bool, device: str) -> list[Case]:
+    """One sweep, 6 N V D operations of the rows that are counted."""
+    eager = Baseline("F.linear, F.cross_entropy", lambda: _eager_cross_entropy)
+    compiled = Baseline("torch.compile of F.linear, F.cross_entropy", eager.make, True)
+    whole = Baseline("F.linear_cross_entropy", partial(_torch_linear_cross_entropy, chunked=False))
+    chunked = Baseline("F.linear_cross_entropy, chunked", partial(_torch_linear_cross_entropy, chunked=True))
+    everyone = timed(quick, eager, compiled, whole, chunked)
+
+    def case(dtype: torch.dtype, n: int, d: int, v: int, *, ignored: float = 0.0, **flags: Any) -> Case:
+        sizes = cut(quick, n=n, d=d, v=v)
+        rows = sizes["n"] * (1 - ignored)
+        flops = 6.0 * rows * sizes["d"] * sizes["v"]
+        note = f", {ignored:.0%} ignored" if ignored else ""
+        return Case(
+            op="linear_cross_entropy",
+            name=f"[{n}, {d}] x {v} classes{note} {type_name(dtype)}",
+            dtype=dtype,
+            sizes=sizes,
+            make_inputs=partial(_hidden, ignored=ignored),
+            ours=vlmkernels.linear_cross_entropy,
+            baselines=everyone,
+            flops=flops,
+            min_flops=flops,
+            bytes=2.0 * (rows + sizes["v"]) * sizes["d"] * dtype.itemsize,
+            **flags,
+        )
+
+    cases = []
+    for dtype in (F32, BF16):
+        cases.append(case(dtype, 2048, 768, 50257, memory=True, headline=True))
+        cases.append(case(dtype, 2048, 768, 50257, ignored=0.85))
+        for n, d, v in ((64, 256, 1000), (256, 512, 8000), (512, 768, 30522)):
+            cases.append(case(dtype, n, d, v))
+        cases.append(case(dtype, 8192, 2048, 32000, memory=True, long=True))
+    return cases
+
+
+CASES = (info_nce, linear_cross_entropy, sigmoid_loss)

@@ -3,23 +3,13 @@
 #include "pack.h"
 #include "vector.h"
 #include "vlmkernels/attention.h"
+#include "vlmkernels/scratch.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
 template <class A>
 constexpr A kNothing = -__builtin_inf();
-
-// Takes pieces of scratch; from a null pointer it measures.
-struct Carve {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return piece;
-  }
-};
 
 template <class T>
 T* row_of(const Tokens<T>& x, int64_t b, int64_t h, int64_t t) {
@@ -68,14 +58,13 @@ struct Columns {
   int64_t c0, c1;
 };
 inline Columns columns_of(const Span& span, int64_t j0, int64_t block) {
-  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(ceil_div(span.hi - j0, kKeyUnit) * kKeyUnit, block)};
+  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(round_up(span.hi - j0, kKeyUnit), block)};
 }
 
 // Queries of a tile's row: whole vectors, and few distinct shapes of products.
 template <class P>
 int64_t tile_width(int64_t queries) {
-  constexpr int64_t step = kPaired<P> ? 32 : 16;
-  return ceil_div(queries, step) * step;
+  return round_up(queries, kPaired<P> ? kUnit : Vectors<float>::lanes);
 }
 
 template <class P>
@@ -149,8 +138,9 @@ constexpr int64_t kStep = kHalves<P> * Vectors<acc_t<P>>::lanes;
 // Where rows of d features hold feature c when their whole steps are in the order of the vectors.
 template <class P>
 int64_t place_in(int64_t c, int64_t d) {
-  if (!kPaired<P> || c >= d / kStep<P> * kStep<P>) return c;
-  return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
+  constexpr int64_t step = kStep<P>;
+  if (!kPaired<P> || c >= d / step * step) return c;
+  return c / step * step + c % 2 * (step / 2) + c % step / 2;
 }
 
 }  // namespace

@@ -26,38 +26,38 @@ struct BackwardScratch {
   BackwardScratch(const AttentionGrads<P>& grads, char* base) {
     const Attention<P>& g = grads.attention;
     const int64_t group = g.heads / g.kv_heads, blocks = ceil_div(g.tq, kQueryBlock), tile = kGradKeys * kQueryBlock;
-    Carve carve{base};
-    qt = carve.take<P>(kQueryBlock * g.depth);
-    dot = carve.take<P>(kQueryBlock * g.width);
-    q = carve.take<P>(kQueryBlock * g.depth);
-    dout = carve.take<P>(kQueryBlock * g.width);
-    lse = carve.take<A>(kQueryBlock);
-    slope = carve.take<A>(kQueryBlock);
-    from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
-    to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
-    rows = carve.take<A>(kQueryBlock * g.dh);
-    few = carve.take<A>(kFewQueries * g.dh);
-    s = carve.take<A>(tile);
-    ds = carve.take<A>(tile);
+    Scratch pieces{base};
+    qt = pieces.take<P>(kQueryBlock * g.depth);
+    dot = pieces.take<P>(kQueryBlock * g.width);
+    q = pieces.take<P>(kQueryBlock * g.depth);
+    dout = pieces.take<P>(kQueryBlock * g.width);
+    lse = pieces.take<A>(kQueryBlock);
+    slope = pieces.take<A>(kQueryBlock);
+    from = pieces.take<typename Vectors<A>::Index>(kQueryBlock);
+    to = pieces.take<typename Vectors<A>::Index>(kQueryBlock);
+    rows = pieces.take<A>(kQueryBlock * g.dh);
+    few = pieces.take<A>(kFewQueries * g.dh);
+    s = pieces.take<A>(tile);
+    ds = pieces.take<A>(tile);
     if constexpr (kPaired<P>) {
-      p_a = carve.take<P>(tile);
-      ds_a = carve.take<P>(tile);
-      ds_b = carve.take<P>(tile);
+      p_a = pieces.take<P>(tile);
+      ds_a = pieces.take<P>(tile);
+      ds_b = pieces.take<P>(tile);
     } else {
       p_a = s;
       ds_a = ds_b = ds;
     }
-    k = carve.take<P>(grads.key_chunk * g.depth);
-    v = carve.take<P>(grads.key_chunk * g.width);
-    kt = carve.take<P>(grads.key_chunk * g.dh);
-    dk = carve.take<A>(grads.key_chunk * g.depth);
-    dv = carve.take<A>(grads.key_chunk * g.width);
-    packed = carve.take<uint8_t>(grads.key_chunk / kGradKeys);
-    delta = carve.take<A>(group * g.tq);
+    k = pieces.take<P>(grads.key_chunk * g.depth);
+    v = pieces.take<P>(grads.key_chunk * g.width);
+    kt = pieces.take<P>(grads.key_chunk * g.dh);
+    dk = pieces.take<A>(grads.key_chunk * g.depth);
+    dv = pieces.take<A>(grads.key_chunk * g.width);
+    packed = pieces.take<uint8_t>(grads.key_chunk / kGradKeys);
+    delta = pieces.take<A>(group * g.tq);
     const bool whole = grads.chunks == 1 && grads.need_q;
-    dq = carve.take<A>(whole ? group * blocks * g.dh * kQueryBlock : 0);
-    touched = carve.take<uint8_t>(whole ? group * blocks : 0);
-    bytes = carve.at - base;
+    dq = pieces.take<A>(whole ? group * blocks * g.dh * kQueryBlock : 0);
+    touched = pieces.take<uint8_t>(whole ? group * blocks : 0);
+    bytes = pieces.next - base;
   }
 };
 
@@ -71,7 +71,7 @@ void grad_tile(int64_t keys, int64_t width, int64_t j0, acc_t<P> factor, const B
       Vec<A> p[2], ds[2];
       for (int64_t x = 0; x < 2; ++x) {
         const int64_t at = (j + x) * width + i;
-        p[x] = exp_of(logits_at<P>(w.s + at, factor) - lse);
+        p[x] = exp_or_zero(logits_at<P>(w.s + at, factor) - lse);
         ds[x] = p[x] * (load<Vec<A>>(w.ds + at) - slope);
         if constexpr (kMasked) {
           const auto seen = sees<A>(w.from + i, w.to + i, j0 + j + x);

@@ -24,25 +24,25 @@ struct ForwardScratch {
   int64_t bytes;
 
   ForwardScratch(const Attention<P>& g, char* base) {
-    Carve carve{base};
-    qt = carve.take<P>(kQueryBlock * g.depth);
-    s = carve.take<A>(kQueryBlock * g.key_block);
-    turned = carve.take<A>(g.once ? kQueryBlock * g.key_block : 0);
-    p = kPaired<P> ? carve.take<P>(kQueryBlock * g.key_block) : reinterpret_cast<P*>(g.once ? turned : s);
-    o = carve.take<A>(kQueryBlock * g.width);
-    rows = carve.take<A>(kQueryBlock * g.width);
-    top = carve.take<A>(kQueryBlock);
-    sum = carve.take<A>(kQueryBlock);
-    keep = carve.take<A>(kQueryBlock);
-    from = carve.take<typename Vectors<A>::Index>(kQueryBlock);
-    to = carve.take<typename Vectors<A>::Index>(kQueryBlock);
+    Scratch pieces{base};
+    qt = pieces.take<P>(kQueryBlock * g.depth);
+    s = pieces.take<A>(kQueryBlock * g.key_block);
+    turned = pieces.take<A>(g.once ? kQueryBlock * g.key_block : 0);
+    p = kPaired<P> ? pieces.take<P>(kQueryBlock * g.key_block) : reinterpret_cast<P*>(g.once ? turned : s);
+    o = pieces.take<A>(kQueryBlock * g.width);
+    rows = pieces.take<A>(kQueryBlock * g.width);
+    top = pieces.take<A>(kQueryBlock);
+    sum = pieces.take<A>(kQueryBlock);
+    keep = pieces.take<A>(kQueryBlock);
+    from = pieces.take<typename Vectors<A>::Index>(kQueryBlock);
+    to = pieces.take<typename Vectors<A>::Index>(kQueryBlock);
     slots = 0;
     for (int64_t n = 0; n < g.sources; ++n) slots += ceil_div(g.source[n].count, g.key_block);
     slots = g.once ? 1 : min_(slots, kHeldKeys / g.key_block);
-    k = carve.take<P>(slots * g.key_block * g.depth);
-    v = carve.take<P>(slots * g.key_block * g.width);
-    held = carve.take<int64_t>(slots);
-    bytes = carve.at - base;
+    k = pieces.take<P>(slots * g.key_block * g.depth);
+    v = pieces.take<P>(slots * g.key_block * g.width);
+    held = pieces.take<int64_t>(slots);
+    bytes = pieces.next - base;
   }
 };
 
@@ -65,12 +65,12 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
           z = sees<A>(w.from + i, w.to + i, j0 + j + x) ? z : nothing;
           store(z, at);
         }
-        high[x] = max_of(high[x], z);
+        high[x] = max_(high[x], z);
       }
     }
     const Vec<A> old = load<Vec<A>>(w.top + i);
-    const Vec<A> top = max_of(max_of(max_of(high[0], high[1]), max_of(high[2], high[3])), old);
-    const Vec<A> finite = top > nothing ? top : Vec<A>{}, keep = exp_of(old - finite);
+    const Vec<A> top = max_(max_(max_(high[0], high[1]), max_(high[2], high[3])), old);
+    const Vec<A> finite = top > nothing ? top : Vec<A>{}, keep = exp_or_zero(old - finite);
     for (int64_t x = 0; x < lanes; ++x) moved |= top[x] > old[x];
     store(top, w.top + i);
     store(keep, w.keep + i);
@@ -80,7 +80,8 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
       for (int64_t j = j0; j < j0 + 2 * kSumRows; j += 2) {
         A* at = s + j * width + i;
         const A rest = kMasked ? A(1) : factor;
-        const Vec<A> first = exp_of(logits_at<P>(at, rest) - finite), second = exp_of(logits_at<P>(at + width, rest) - finite);
+        const Vec<A> first = exp_or_zero(logits_at<P>(at, rest) - finite),
+                     second = exp_or_zero(logits_at<P>(at + width, rest) - finite);
         sum[0] += first;
         sum[1] += second;
         if constexpr (kPairs) {
@@ -307,8 +308,8 @@ void few_logits(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_
 template <class P>
 void attention_rows(const Attention<P>& g, int64_t b, int64_t h, char* scratch) {
   using A = acc_t<P>;
-  Carve carve{scratch};
-  A *q = carve.take<A>(g.dh), *o = carve.take<A>(g.dv), *part = carve.take<A>(g.dv), *s = carve.take<A>(0);
+  Scratch pieces{scratch};
+  A *q = pieces.take<A>(g.dh), *o = pieces.take<A>(g.dv), *part = pieces.take<A>(g.dv), *s = pieces.take<A>(0);
   const int64_t kv_head = h / (g.heads / g.kv_heads);
   const A* table = g.bias ? g.bias + h * table_size(g) : nullptr;
   for (int64_t i = 0; i < g.tq; ++i) {

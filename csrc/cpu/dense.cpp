@@ -74,10 +74,11 @@ VLMK_INLINE void put(A x, T& out) {
   from_acc(static_cast<acc_t<T>>(x), out);
 }
 
-// Some columns of some rows of a matrix whose rows are `width` long.
+// Some columns of some rows of a matrix whose rows are `width` long: rows index[row ..], or row .. when index is null.
 struct Window {
   int64_t width, row, count, c0, cols;
-  int64_t at(int64_t r) const { return (row + r) * width + c0; }
+  const int64_t* index = nullptr;
+  int64_t at(int64_t r) const { return (index ? index[row + r] : row + r) * width + c0; }
 };
 
 template <class A>
@@ -127,7 +128,7 @@ template <class F>
 void for_stages(const Window& w, int64_t ld, F f) {
   for (int64_t r = 0; r < w.count; r += kStageRows) {
     for (int64_t c = 0; c < w.cols; c += kStageCols) {
-      f(Window{w.width, w.row + r, min_(kStageRows, w.count - r), w.c0 + c, min_(kStageCols, w.cols - c)}, r * ld + c);
+      f(Window{w.width, w.row + r, min_(kStageRows, w.count - r), w.c0 + c, min_(kStageCols, w.cols - c), w.index}, r * ld + c);
     }
   }
 }
@@ -187,6 +188,25 @@ void finish_dx(const LinearInput<P>& f, acc_t<P>* tile, int64_t ld, const Window
   copy_out(tile, ld, w, f.dx);
 }
 
+// out = residual + t tile, in one pass.
+template <class P>
+void add_to_residual(const LinearOutput<P>& f, const acc_t<P>* tile, int64_t ld, const Window& w) {
+  const acc_t<P>* t = f.t + w.c0;
+  with_type(f.out, [&](auto* out) {
+    const auto* residual = static_cast<decltype(out)>(f.residual.data);
+    for (int64_t r = 0; r < w.count; ++r) {
+      const auto* x = residual + w.at(r);
+      auto* row = out + w.at(r);
+#pragma omp simd
+      for (int64_t c = 0; c < w.cols; ++c) {
+        acc_t<P> value;
+        get(x[c], value);
+        put(value + t[c] * tile[r * ld + c], row[c]);
+      }
+    }
+  });
+}
+
 // The tile of products as rows of the result; the tile is left with anything. The passes over it stay in the cache.
 template <class P>
 void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& w) {
@@ -209,6 +229,7 @@ void finish(const LinearOutput<P>& f, acc_t<P>* tile, int64_t ld, const Window& 
       }
     });
   }
+  if (f.t) return add_to_residual(f, tile, ld, w);
   if (f.residual.data) add(f.residual, w, tile, ld);
   copy_out(tile, ld, w, f.out);
 }
@@ -232,7 +253,7 @@ void for_products(const Stored& product, int64_t width, int64_t row, int64_t cou
 template <class P>
 void linear(const BlockProduct<P>& p, const LinearOutput<P>& f, int64_t row, int64_t count) {
   for_tiles(p, [&](int64_t j, acc_t<P>* tile) {
-    finish(f, tile, p.cols, Window{f.o, row, count, j * p.cols, min_(p.cols, f.o - j * p.cols)});
+    finish(f, tile, p.cols, Window{f.o, row, count, j * p.cols, min_(p.cols, f.o - j * p.cols), f.index});
   });
 }
 
@@ -241,19 +262,19 @@ void linear_few(const BlockProduct<P>& p, const LinearOutput<P>& f, int64_t o0, 
   for_tiles(p, [&](int64_t j, const acc_t<P>* tile) {
     const int64_t row = j * p.cols, of = min_(p.cols, rows - row);
     transpose(tile, p.cols, count, of, turned, count);
-    finish(f, turned, count, Window{f.o, row, of, o0, count});
+    finish(f, turned, count, Window{f.o, row, of, o0, count, f.index});
   });
 }
 
 template <class P>
 void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth, int64_t o0, int64_t count) {
   using A = acc_t<P>;
-  constexpr int64_t kSome = 64;
+  constexpr int64_t kSome = 256;
   for (int64_t o = 0; o < count; o += kSome) {
     const int64_t some = min_(kSome, count - o);
     A sums[kSome];
     dot_rows(x, w + o * depth, depth, some, sums);
-    finish(f, sums, kSome, Window{f.o, 0, 1, o0 + o, some});
+    finish(f, sums, kSome, Window{f.o, 0, 1, o0 + o, some, f.index});
   }
 }
 

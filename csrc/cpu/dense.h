@@ -9,15 +9,15 @@ namespace {
 // Calls done(block, tile) with each finished tile [rows][cols].
 template <class P, class Done>
 void for_tiles(const BlockProduct<P>& p, Done done) {
-  const bool packed = p.ldb == p.cols, parts = p.depth > kPart;
+  const bool packed = p.ldb == p.cols, parts = p.depth > kBlockDepth;
   const int64_t size = p.rows * p.cols;
-  for (int64_t e = 0; e < p.depth; e += kPart) {
-    const int64_t depth = min_(kPart, p.depth - e);
-    const P* a = p.a + e / kPart * p.a_step;
+  for (int64_t e = 0; e < p.depth; e += kBlockDepth) {
+    const int64_t depth = min_(kBlockDepth, p.depth - e);
+    const P* a = p.a + e / kBlockDepth * p.a_step;
     int64_t lda = p.lda;
-    if constexpr (kPaired<P>) {  // rows that are whole pages apart share cache lines
+    if constexpr (kPaired<P>) {
       if (parts && p.part) {
-        lda = kPart + 32;
+        lda = kPartStride;
         for (int64_t r = 0; r < p.rows; ++r) __builtin_memcpy(p.part + r * lda, a + r * p.lda, depth * sizeof(P));
         a = p.part;
       }
@@ -31,17 +31,17 @@ void for_tiles(const BlockProduct<P>& p, Done done) {
   }
 }
 
-// sums[i] = <x, row i of w [count, depth]>
+// sums[i] = <x, row i of w [count, depth]>; inlined into what uses the sums the loop is slower.
 template <class P>
-void dot_rows(const P* x, const P* w, int64_t depth, int64_t count, acc_t<P>* sums) {
+__attribute__((noinline)) void dot_rows(const P* x, const P* w, int64_t depth, int64_t count, acc_t<P>* sums) {
   using A = acc_t<P>;
   for (int64_t i = 0; i < count; i += 4) {  // sums that do not wait for one another
     const int64_t last = count - 1 - i;
     const P *w0 = w + i * depth, *w1 = w0 + min_<int64_t>(1, last) * depth, *w2 = w0 + min_<int64_t>(2, last) * depth,
             *w3 = w0 + min_<int64_t>(3, last) * depth;
     A sum[4] = {};
-    for (int64_t e = 0; e < depth; e += kPart) {
-      const int64_t end = min_(e + kPart, depth);
+    for (int64_t e = 0; e < depth; e += kBlockDepth) {
+      const int64_t end = min_(e + kBlockDepth, depth);
       A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
       for (int64_t c = e; c < end; ++c) {

@@ -3,51 +3,6 @@
 #include "dense.h"
 
 namespace vlmk::VLMK_ISA {
-namespace {
-
-// out = x + t branch for `cols` channels from d0 on; the branch has rows of `ld`.
-template <class P, class T>
-void add_branch(const GatedLinear<P, T>& g, const acc_t<P>* branch, int64_t ld, int64_t row, int64_t count, int64_t d0,
-                int64_t cols) {
-  const acc_t<P>* t = g.t + d0;
-  for (int64_t r = row; r < row + count; ++r, branch += ld) {
-    const int64_t at = (g.index ? g.index[r] : r) * g.d + d0;
-    const T* x = g.x + at;
-    T* out = g.out + at;
-#pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) from_acc(to_acc(x[c]) + t[c] * branch[c], out[c]);
-  }
-}
-
-}  // namespace
-
-template <class P, class T>
-void gated_linear_residual(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t row, int64_t count) {
-  for_tiles(p, [&](int64_t j, const acc_t<P>* tile) {
-    add_branch(g, tile, p.cols, row, count, j * p.cols, min_(p.cols, g.d - j * p.cols));
-  });
-}
-
-template <class P, class T>
-void gated_linear_residual_few(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t d0, int64_t count, int64_t rows,
-                               acc_t<P>* turned) {
-  for_tiles(p, [&](int64_t j, const acc_t<P>* tile) {
-    const int64_t row = j * p.cols, of = min_(p.cols, rows - row);
-    transpose(tile, p.cols, count, of, turned, count);
-    add_branch(g, turned, count, row, of, d0, count);
-  });
-}
-
-template <class P, class T>
-void gated_linear_residual_row(const GatedLinear<P, T>& g, const P* h, int64_t row, const P* w, int64_t depth, int64_t d0,
-                               int64_t count) {
-  for (int64_t d = 0; d < count; d += 64) {
-    const int64_t some = min_<int64_t>(64, count - d);
-    acc_t<P> branch[64];
-    dot_rows(h, w + d * depth, depth, some, branch);
-    add_branch(g, branch, 64, row, 1, d0 + d, some);
-  }
-}
 
 template <class P, class T>
 void gated_linear_residual_dh(const BlockProduct<P>& p, const GatedLinearInput<P, T>& g, int64_t row, int64_t count) {
@@ -92,14 +47,9 @@ void gated_linear_residual_dw(const BlockProduct<P>& p, const GatedLinearWeight<
   });
 }
 
-#define VLMK_INSTANTIATE(P, T)                                                                                           \
-  template void gated_linear_residual(const BlockProduct<P>&, const GatedLinear<P, T>&, int64_t, int64_t);               \
-  template void gated_linear_residual_few(const BlockProduct<P>&, const GatedLinear<P, T>&, int64_t, int64_t, int64_t,   \
-                                          acc_t<P>*);                                                                    \
-  template void gated_linear_residual_dh(const BlockProduct<P>&, const GatedLinearInput<P, T>&, int64_t, int64_t);       \
-  template void gated_linear_residual_dw(const BlockProduct<P>&, const GatedLinearWeight<P, T>&, int64_t, int64_t, bool, \
-                                         bool);                                                                          \
-  template void gated_linear_residual_row(const GatedLinear<P, T>&, const P*, int64_t, const P*, int64_t, int64_t, int64_t);
+#define VLMK_INSTANTIATE(P, T)                                                                                     \
+  template void gated_linear_residual_dh(const BlockProduct<P>&, const GatedLinearInput<P, T>&, int64_t, int64_t); \
+  template void gated_linear_residual_dw(const BlockProduct<P>&, const GatedLinearWeight<P, T>&, int64_t, int64_t, bool, bool);
 VLMK_INSTANTIATE(double, double)
 VLMK_INSTANTIATE(float, float)
 VLMK_INSTANTIATE(float, bf16)

@@ -111,7 +111,7 @@ void zero_padding(int64_t rows, int64_t cols, P* e) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = cols; c < kTileCols; ++c) e[r * kTileCols + c] = P{};
   }
-  for (int64_t i = rows * kTileCols; i < kTileRows * kTileCols; ++i) e[i] = P{};
+  for (int64_t i = rows * kTileCols; i < kTileSize; ++i) e[i] = P{};
 }
 
 // e = exp(s - reference), and the sums and moments of its rows (kRows) and columns (kColumns).
@@ -247,7 +247,7 @@ template <class P>
 void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chunk, acc_t<P>* scratch) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
-  A *s = scratch, *col_top = s + kTileRows * kTileCols, *col_sum = col_top + kTileCols, *col_moment = col_sum + kTileCols;
+  A *s = scratch, *col_top = s + kTileSize, *col_sum = col_top + kTileCols, *col_moment = col_sum + kTileCols;
   A row_top[kTileRows], row_sum[kTileRows], row_moment[kTileRows];
   const int64_t ib0 = row_chunk * g.chunk_rows, ib1 = min_(ib0 + g.chunk_rows, p.row_blocks());
   const int64_t jb0 = col_chunk * g.chunk_cols, jb1 = min_(jb0 + g.chunk_cols, p.col_blocks());
@@ -360,7 +360,7 @@ template <class P>
 void info_nce_query(const InfoNceGrads<P>& g, int64_t ib, acc_t<P>* sums, acc_t<P>* s, P* operand) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
-  P* direct = operand + kTileRows * kTileCols;
+  P* direct = operand + kTileSize;
   query_product(
       p, ib,
       [&](int64_t jb) {
@@ -378,7 +378,7 @@ void info_nce_query(const InfoNceGrads<P>& g, int64_t ib, acc_t<P>* sums, acc_t<
 
 template <class P>
 void info_nce_key(const InfoNceGrads<P>& g, int64_t jb, int64_t d0, int64_t d1, bool accumulate, acc_t<P>* s, P* operand) {
-  P* direct = operand + kKeyTiles<P> * kTileRows * kTileCols;
+  P* direct = operand + kKeyTiles<P> * kTileSize;
   key_product(
       g.pairs, jb, g.first, g.last, d0, d1, accumulate, operand,
       [&](int64_t ib, P* out) {

@@ -17,7 +17,7 @@ int64_t cols_of(const Pairs<P>& p, int64_t jb) {
 }
 
 // The part of a tile's columns that products touch: whole vectors, few distinct shapes.
-inline int64_t width_of(int64_t cols) { return ceil_div(cols, 64) * 64; }
+inline int64_t width_of(int64_t cols) { return round_up(cols, 64); }
 
 // x[rows][kTileCols] = Q_ib K_jb^T, summed in parts of the depth: one long chain of additions would round more than mm does.
 template <class P>
@@ -54,7 +54,7 @@ void key_product(const Pairs<P>& p, int64_t jb, int64_t first, int64_t last, int
     const P* g = tile(ib, operand);
     int64_t rows = rows_of(p, ib);
     for (int64_t next = ib + 1; next < min_(ib + group, last); ++next) {
-      tile(next, operand + (next - ib) * kTileRows * kTileCols);
+      tile(next, operand + (next - ib) * kTileSize);
       rows += rows_of(p, next);
     }
     if constexpr (kPaired<P>) {  // products run over all the rows of the group

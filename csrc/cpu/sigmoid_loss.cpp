@@ -54,7 +54,7 @@ void sigmoid_loss_tiles(const SigmoidLoss<P>& g, int64_t ib, int64_t col_chunk, 
   for (int64_t c = 0; c < kTileCols; ++c) sign[c] = -1, ones[c] = 1;
   for (int64_t jb = jb0; jb < jb1; ++jb) {
     const int64_t j0 = jb * kTileCols, cols = cols_of(p, jb);
-    P* tile = g.need_grad ? g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols : nullptr;
+    P* tile = g.need_grad ? g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileSize : nullptr;
     similarities(p, ib, jb, x);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = i0 + r, positive = g.positives ? g.positives[i] - j0 : -1;
@@ -73,7 +73,7 @@ void sigmoid_loss_tiles(const SigmoidLoss<P>& g, int64_t ib, int64_t col_chunk, 
       if (here) sign[positive] = -1;
       for (int64_t c = cols; out && c < kTileCols; ++c) out[c] = P{};
     }
-    for (int64_t i = rows * kTileCols; tile && i < kTileRows * kTileCols; ++i) tile[i] = P{};
+    for (int64_t i = rows * kTileCols; tile && i < kTileSize; ++i) tile[i] = P{};
   }
   for (int64_t r = 0; r < rows; ++r) {
     g.loss[at + r] = static_cast<A>(sums[r].loss);
@@ -88,7 +88,7 @@ void sigmoid_loss_query(const SigmoidLoss<P>& g, int64_t ib, acc_t<P>* sums, P* 
   query_product(
       p, ib,
       [&](int64_t jb) {
-        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
+        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileSize;
         if (!p.b) return tile;
         const int64_t cols = cols_of(p, jb);
         const acc_t<P>* b = p.b + jb * kTileCols;
@@ -111,7 +111,7 @@ void sigmoid_loss_key(const SigmoidLoss<P>& g, int64_t jb, int64_t d0, int64_t d
   key_product(
       p, jb, g.first, g.last, d0, d1, accumulate, operand,
       [&](int64_t ib, P* to) {
-        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileRows * kTileCols;
+        const P* tile = g.tiles + ((ib - g.first) * p.col_blocks() + jb) * kTileSize;
         if (!p.a && !kPaired<P>) return tile;
         const int64_t rows = rows_of(p, ib);
         for (int64_t r = 0; r < rows; r += 2) {

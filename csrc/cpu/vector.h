@@ -30,13 +30,9 @@ VLMK_INLINE void store(V v, T* to) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
 
-template <class V>
-VLMK_INLINE V max_of(V a, V b) {
-  return a > b ? a : b;
-}
-
-// exp(x) within 2 ulp and the rounding of x, for x <= 88; 0 below -88. The polynomial of Cephes' exp2f.
-VLMK_INLINE Vec<float> exp_of(Vec<float> x) {
+// exp(x) within 2 ulp and the rounding of x, for x <= 88; 0 below -88, where exp_ stays positive. The polynomial of Cephes'
+// exp2f.
+VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x) {
   const Vec<float> z = x * 1.44269504088896f;
   const Vec<float> low = Vec<float>{} - 127.0f, y = z < low ? low : z;
   const Vec<float> n = y + 12582912.0f, f = y - (n - 12582912.0f);
@@ -49,7 +45,7 @@ VLMK_INLINE Vec<float> exp_of(Vec<float> x) {
   const IndexVec<float> power = (__builtin_bit_cast(IndexVec<float>, n) << 23) + 0x3f800000;
   return p * __builtin_bit_cast(Vec<float>, power);
 }
-VLMK_INLINE Vec<double> exp_of(Vec<double> x) {
+VLMK_INLINE Vec<double> exp_or_zero(Vec<double> x) {
   Vec<double> out{};
   for (int i = 0; i < 8; ++i) out[i] = std::exp(x[i]);
   return out;

@@ -20,6 +20,11 @@ std::vector<P> transposed(const std::vector<P>& w, int64_t o, int64_t k) {
 }
 
 template <class P>
+vlmk::Stored stored(std::vector<P>& v) {
+  return {v.data(), sizeof(P) == 8 ? vlmk::Storage::f64 : vlmk::Storage::f32};
+}
+
+template <class P>
 void test_gated_linear_residual() {
   constexpr int64_t n = 9, d = 70, k = 1040, width = vlmk::kBlockCols<P>, blocks = vlmk::ceil_div(d, width);
   const double tolerance = sizeof(P) == 8 ? 1e-11 : 2e-4;
@@ -36,7 +41,7 @@ void test_gated_linear_residual() {
     for (int64_t e = 0; e < k; ++e) sum += double(h[r * k + e]) * w[c * k + e];
     return sum;
   };
-  const vlmk::GatedLinear<P, P> g{d, index.data(), t.data(), x.data(), out.data()};
+  const vlmk::LinearOutput<P> g{.o = d, .residual = stored(x), .out = stored(out), .t = t.data(), .index = index.data()};
   const auto check_out = [&](const char* what, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < d; ++c) check(what, out[(r + 1) * d + c], x[(r + 1) * d + c] + t[c] * branch(r, c), tolerance);
@@ -45,17 +50,17 @@ void test_gated_linear_residual() {
   };
 
   const std::vector<P> wt = transposed(w, d, k);
-  vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
+  vlmk::BlockProduct<P> p{plain_product<P>, h.data(),     wt.data(), n, k, width, k, vlmk::kBlockDepth, width, 0,
                           blocks,           tiles.data(), nullptr};
-  VLMK_CALL(gated_linear_residual, p, g, int64_t(0), n);
+  VLMK_CALL(linear, p, g, int64_t(0), n);
   check_out("gated linear residual", n);
 
   std::vector<P> ht(k * 16);
   VLMK_CALL(pack_transposed_b, h.data(), k, n, k, k, int64_t(16), ht.data());
-  p = {plain_product<P>, w.data(), ht.data(), d, k, 16, k, vlmk::kPart, 16, 0, 1, tiles.data(), nullptr};
-  VLMK_CALL(gated_linear_residual_few, p, g, int64_t(0), d, n, turned.data());
+  p = {plain_product<P>, w.data(), ht.data(), d, k, 16, k, vlmk::kBlockDepth, 16, 0, 1, tiles.data(), nullptr};
+  VLMK_CALL(linear_few, p, g, int64_t(0), d, n, turned.data());
   check_out("gated linear residual, few rows", n);
-  VLMK_CALL(gated_linear_residual_row, g, h.data(), int64_t(0), w.data(), k, int64_t(0), d);
+  VLMK_CALL(linear_row, g, h.data(), w.data(), k, int64_t(0), d);
   check_out("gated linear residual, one row", 1);
 
   const int64_t wide = vlmk::ceil_div(k, width);
@@ -66,7 +71,7 @@ void test_gated_linear_residual() {
   }
   std::vector<double> dots(wide);
   const vlmk::GatedLinearInput<P, P> to_h{k, index.data(), P(2), hs.data(), dh.data(), dots.data()};
-  p = {plain_product<P>, x.data() + d, packed.data(), n, d, width, d, vlmk::kPart, width, 0, wide, tiles.data(), nullptr};
+  p = {plain_product<P>, x.data() + d, packed.data(), n, d, width, d, vlmk::kBlockDepth, width, 0, wide, tiles.data(), nullptr};
   VLMK_CALL(gated_linear_residual_dh, p, to_h, int64_t(0), n);
   double dot = 0;
   for (int64_t r = 0; r < n; ++r) {
@@ -117,9 +122,6 @@ void test_linear() {
   for (int64_t i = 0; i < o * k; ++i) w[i] = std::cos(P(0.23) * i) / 8;
   for (int64_t i = 0; i < n * o; ++i) residual[i] = std::sin(P(0.7) * i);
   for (int64_t c = 0; c < o; ++c) bias[c] = P(0.01) * c;
-  const auto stored = [](std::vector<P>& v) {
-    return vlmk::Stored{v.data(), sizeof(P) == 8 ? vlmk::Storage::f64 : vlmk::Storage::f32};
-  };
   const auto below = [](double v) { return 0.5 * std::erfc(-v / std::sqrt(2.0)); };
   const auto slope = [&](double v) { return below(v) + v * std::exp(-0.5 * v * v) / std::sqrt(2 * std::acos(-1.0)); };
   const vlmk::LinearOutput<P> f{o, Activation::gelu, bias.data(), stored(y), stored(residual), stored(out)};
@@ -136,14 +138,14 @@ void test_linear() {
   };
 
   const std::vector<P> wt = transposed(w, o, k);
-  vlmk::BlockProduct<P> p{plain_product<P>, x.data(),     wt.data(), n, k, width, k, vlmk::kPart, width, 0,
+  vlmk::BlockProduct<P> p{plain_product<P>, x.data(),     wt.data(), n, k, width, k, vlmk::kBlockDepth, width, 0,
                           blocks,           tiles.data(), nullptr};
   VLMK_CALL(linear, p, f, int64_t(0), n);
   check_out("linear", n);
 
   std::vector<P> xt(k * 16);
   VLMK_CALL(pack_transposed_b, x.data(), k, n, k, k, int64_t(16), xt.data());
-  p = {plain_product<P>, w.data(), xt.data(), o, k, 16, k, vlmk::kPart, 16, 0, 1, tiles.data(), nullptr};
+  p = {plain_product<P>, w.data(), xt.data(), o, k, 16, k, vlmk::kBlockDepth, 16, 0, 1, tiles.data(), nullptr};
   VLMK_CALL(linear_few, p, f, int64_t(0), o, n, turned.data());
   check_out("linear, few rows", n);
   VLMK_CALL(linear_row, f, x.data(), w.data(), k, int64_t(0), o);
@@ -157,7 +159,8 @@ void test_linear() {
               packed.data() + k0 * o);
   }
   const vlmk::LinearInput<P> to_x{k, stored(dx), {}, Activation::gelu, stored(x), stored(hidden)};
-  p = {plain_product<P>, residual.data(), packed.data(), n, o, width, o, vlmk::kPart, width, 0, wide, tiles.data(), nullptr};
+  p = {plain_product<P>, residual.data(), packed.data(), n, o, width, o, vlmk::kBlockDepth, width, 0, wide,
+       tiles.data(),     nullptr};
   VLMK_CALL(linear_dx, p, to_x, int64_t(0), n);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t e = 0; e < k; ++e) {

@@ -110,6 +110,11 @@ def sigmoid_loss(draw: Draw) -> dict[str, Any]:
     return without(values, "need_query", "need_key", "need_scalars")
 
 
+@arguments
+def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
+    return without(named("linear_cross_entropy", raw.linear_cross_entropy(draw)), "needs")
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

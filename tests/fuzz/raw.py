@@ -44,12 +44,12 @@ def gated_residual_bwd(draw: Draw) -> list:
 def gated_linear_residual(draw: Draw) -> list:
     rows, d, k = (*draw.lead(), draw.size()), draw.size(), draw.size()
     h, weight = (draw.floats(*shape) for shape in ((*rows, k), (d, k)))
-    return [h, weight.to(h.dtype), draw.floats(*rows, d), draw.gate(d), draw.maybe(draw.mask(*rows))]
+    return [draw.floats(*rows, d), h, weight.to(h.dtype), draw.gate(d), draw.maybe(draw.mask(*rows))]
 
 
 @arguments
 def gated_linear_residual_bwd(draw: Draw) -> list:
-    h, weight, x, gate, mask = gated_linear_residual(draw)
+    x, h, weight, gate, mask = gated_linear_residual(draw)
     return [x, h, weight, gate, mask, draw.needs(3)]
 
 
@@ -226,18 +226,19 @@ def info_nce_stats(draw: Draw) -> list:
     key = torch.cat([key, key[: draw.small()]])
     index = torch.where(torch.rand(len(query)) < 0.8, draw.ids(len(query), len(key)), -1)
     store = draw.choice((0, 128 * 256 * (4 if query.dtype == torch.float16 else query.itemsize) + 64, 2**18))
-    return [query, key, draw.scalar(), *norms(draw, query, key), index, draw.flag(), store]
+    memory = store, draw.choice((0, 2**18))
+    return [query, key, draw.scalar(), *norms(draw, query, key), index, draw.flag(), *memory]
 
 
 @arguments
 def info_nce_grads(draw: Draw) -> list:
     inputs = info_nce_stats(draw)
-    query, key, scale, a, b, index, _, store_bytes = inputs
+    query, key, scale, a, b, index, _, _, workspace_bytes = inputs
     row_max, row_sum, _, _, col_max, col_sum, _, store = ops.info_nce_stats(*inputs)
     extra = [draw.maybe(draw.floats(*x.shape, dtype=work(x.dtype))) for x in (query, key)]
     coefficients = [torch.rand_like(x) for x in (row_max, col_max, row_max)]
     stats = [row_max, row_sum.log(), col_max, col_sum.log(), *coefficients]
-    return [query, key, scale, a, b, index, *stats, *extra, store, store_bytes, draw.flag(), draw.flag()]
+    return [query, key, scale, a, b, index, *stats, *extra, store, workspace_bytes, draw.flag(), draw.flag()]
 
 
 @arguments
@@ -266,6 +267,39 @@ def sigmoid_sweep(draw: Draw) -> list:
     coefficients = torch.rand(len(query), dtype=work(query.dtype))
     scalars = [draw.scalar(), draw.scalar()]
     return [query, key, *scalars, *norms(draw, query, key), *form, coefficients, *draw.needs(4)]
+
+
+def hidden(draw: Draw, *, ignored: bool, zero: bool) -> list:
+    """hidden, weight, target, bias and column_scale."""
+    n, v, d = draw.size(), draw.size(zero=zero), draw.size(zero=zero)
+    x = draw.floats(n, d)
+    target = draw.ids(n, v) if v else torch.full((n,), -100)
+    if ignored:
+        target = torch.where(torch.rand(n) < 0.7, target, -100)
+    bias = draw.maybe(draw.floats(v, dtype=x.dtype))
+    return [x, draw.floats(v, d, dtype=x.dtype), target, bias, draw.maybe(draw.floats(v))]
+
+
+@arguments
+def linear_cross_entropy(draw: Draw) -> list:
+    tensors = hidden(draw, ignored=True, zero=True)
+    reduction = draw.choice(("mean", "sum", "none"))
+    needs = draw.needs(3) if reduction != "none" else [False] * 3
+    return [*tensors, -100, draw.choice((0.0, 0.1)), reduction, needs]
+
+
+@arguments
+def linear_cross_entropy_bwd(draw: Draw) -> list:
+    *inputs, _ = linear_cross_entropy(draw)
+    dloss = draw.floats(*(inputs[2].shape if inputs[-1] == "none" else ()), dtype=work(inputs[0].dtype))
+    return [dloss, *inputs, draw.needs(3)]
+
+
+@arguments
+def linear_cross_entropy_sweep(draw: Draw) -> list:
+    tensors = hidden(draw, ignored=False, zero=False)
+    coefficients = torch.rand(len(tensors[0]), dtype=work(tensors[0].dtype))
+    return [*tensors, coefficients, draw.choice((0.0, 0.1)), *draw.needs(3)]
 
 
 @functools.cache

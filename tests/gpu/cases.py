@@ -126,7 +126,7 @@ def by_pairs() -> Iterator[Case]:
     stats, grads, sweep = "info_nce_stats", "info_nce_grads", "sigmoid_sweep"
     yield from each(stats, "ragged", lambda t: Stats(ragged(t)), quick=(FP32, BF16))
     yield from each(
-        stats, "chunks", lambda t: Stats(chunks(t), store_bytes=0), quick=(FP16,), settings=CHUNKS
+        stats, "chunks", lambda t: Stats(chunks(t), workspace_bytes=0), quick=(FP16,), settings=CHUNKS
     )
     yield from each(stats, "wide, no columns", lambda t: Stats(wide(t), columns=False))
     yield from each(stats, "large tiles", lambda t: Stats(wide(t)), settings=LARGE, quick=(BF16,))
@@ -140,7 +140,7 @@ def by_pairs() -> Iterator[Case]:
 
     yield from each(grads, "ragged", lambda t: Grads(ragged(t), extra=True), quick=(FP32, FP16))
     yield from each(
-        grads, "chunks", lambda t: Grads(chunks(t), store_bytes=0), quick=(BF16,), settings=CHUNKS
+        grads, "chunks", lambda t: Grads(chunks(t), workspace_bytes=0), quick=(BF16,), settings=CHUNKS
     )
     yield from each(grads, "wide, no columns", lambda t: Grads(wide(t), columns=False))
     yield from each(grads, "large tiles", lambda t: Grads(wide(t)), settings=LARGE, quick=(BF16,))

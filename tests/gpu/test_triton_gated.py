@@ -44,10 +44,10 @@ def test_leading_dimensions_strides_and_broadcast_gradients():
     x, dout = torch.randn(3, 5, 24, 4).mT, torch.randn(1, 1, 24).expand(3, 5, 4, 24)[..., :24]
     mask = (torch.rand(5, 3, 4) > 0.3).transpose(0, 1)
     with interpreting(sanitize=True):
-        out = linear.gated_linear_residual(h, weight, x, gate, mask)
+        out = linear.gated_linear_residual(x, h, weight, gate, mask)
         grads = linear.gated_linear_residual_bwd(dout, h, weight, gate, mask, (True, True, True))
     expected = gated_linear_residual_bwd(dout, h, weight, gate, mask, (True, True, True))
-    assert torch.allclose(out, gated_linear_residual_fwd(h, weight, x, gate, mask), atol=1e-5)
+    assert torch.allclose(out, gated_linear_residual_fwd(x, h, weight, gate, mask), atol=1e-5)
     for got, want in zip(grads, expected, strict=True):
         assert got.shape == want.shape
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -58,7 +58,7 @@ def test_sizes_of_zero(size):
     trial = Linear(*size, torch.float32)
     h, weight, x = trial.h, trial.weight, trial.x
     with interpreting(sanitize=True):
-        assert linear.gated_linear_residual(h, weight, x, torch.ones(1), None).shape == x.shape
+        assert linear.gated_linear_residual(x, h, weight, torch.ones(1), None).shape == x.shape
         dh, dweight, dgate = linear.gated_linear_residual_bwd(
             x, h, weight, torch.ones(1), None, (True, True, True)
         )
@@ -71,10 +71,10 @@ def test_sizes_of_zero(size):
 def test_float64_runs_the_reference(wide):
     dtypes = (torch.float64, torch.float64) if wide == "h" else (torch.float32, torch.float64)
     trial = Linear(7, 6, 5, dtypes[0], x_dtype=dtypes[1])
-    inputs = (trial.h, trial.weight, trial.x, trial.gate, None)
+    inputs = (trial.x, trial.h, trial.weight, trial.gate, None)
     out = linear.gated_linear_residual(*inputs)
     assert torch.equal(out, gated_linear_residual_fwd(*inputs))
-    saved = (out, inputs[0], inputs[1], inputs[3], None, (True, True, True))
+    saved = (out, *inputs[1:], (True, True, True))
     for got, want in zip(
         linear.gated_linear_residual_bwd(*saved), gated_linear_residual_bwd(*saved), strict=True
     ):

@@ -38,9 +38,9 @@ def test_chunks_of_rows_and_splits_of_columns(dtype, monkeypatch):
     monkeypatch.setattr(info_nce, "PARTIAL_TILES", 1)
     monkeypatch.setattr(info_nce, "PROGRAMS", 6)
     p = Problem(200, 170, 40, dtype)
-    check(Stats(p, store_bytes=0))
-    check(Grads(p, store_bytes=0))
-    whole, parts = Stats(p), Stats(p, store_bytes=0)
+    check(Stats(p, workspace_bytes=0))
+    check(Grads(p, workspace_bytes=0))
+    whole, parts = Stats(p), Stats(p, workspace_bytes=0)
     for a, b in zip(parts.finished(check(parts)), whole.finished(check(whole)), strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
 
@@ -100,7 +100,7 @@ def test_empty(n, m):
     query, key, scale = torch.empty(n, 8), torch.randn(m, 8), torch.tensor(2.0)
     with interpreting(sanitize=True):
         row_max, row_sum, _, positive, col_max, col_sum, _, _ = info_nce.info_nce_stats(
-            query, key, scale, None, None, torch.empty(n, dtype=torch.int64), True, 0
+            query, key, scale, None, None, torch.empty(n, dtype=torch.int64), True, 0, 0
         )
         grads = info_nce.info_nce_grads(
             query, key, scale, None, None, torch.empty(n, dtype=torch.int64), row_max, row_sum, col_max,

@@ -64,7 +64,7 @@ class Linear:
         self.tf32, self.needs = tf32, needs
 
     def launch(self):
-        out = linear.gated_linear_residual(self.h, self.weight, self.x, self.gate, self.mask)
+        out = linear.gated_linear_residual(self.x, self.h, self.weight, self.gate, self.mask)
         saved = (self.dout, self.h, self.weight, self.gate, self.mask)
         return out, *linear.gated_linear_residual_bwd(*saved, self.needs)
 
@@ -73,7 +73,7 @@ class Linear:
         # dout enters products in the dtype of h
         dout = (self.dout.to(self.h.dtype) if work == torch.float32 else self.dout).to(work)
         grads = gated_linear_residual_bwd(dout, h, weight, gate, self.mask, self.needs)
-        return gated_linear_residual_fwd(h, weight, x, gate, self.mask), *grads
+        return gated_linear_residual_fwd(x, h, weight, gate, self.mask), *grads
 
     def in_chain(self):
         """The result in float32 from products added one after the other, as a GPU adds them."""

@@ -114,8 +114,8 @@ class Problem:
 class Stats:
     """info_nce_stats."""
 
-    def __init__(self, problem: Problem, *, columns=True, store_bytes=1 << 28):
-        self.problem, self.options = problem, (columns, store_bytes)
+    def __init__(self, problem: Problem, *, columns=True, workspace_bytes=1 << 28):
+        self.problem, self.options = problem, (columns, 0, workspace_bytes)
 
     def launch(self):
         p = self.problem
@@ -145,7 +145,7 @@ class Grads:
     """info_nce_grads."""
 
     def __init__(
-        self, problem: Problem, *, columns=True, store_bytes=1 << 28, extra=False, needs=(True, True)
+        self, problem: Problem, *, columns=True, workspace_bytes=1 << 28, extra=False, needs=(True, True)
     ):
         self.problem = p = problem
         n, m, work = len(p.query), len(p.key), p.work
@@ -158,12 +158,12 @@ class Grads:
             stats[2], stats[3], v = stats[2][:0], stats[3][:0], v[:0]
         extras = [torch.randn(x.shape, dtype=work) / n if extra else None for x in (p.query, p.key)]
         self.arguments = (*stats, u, v, w, *extras)
-        self.store_bytes, self.needs = store_bytes, needs
+        self.workspace_bytes, self.needs = workspace_bytes, needs
 
     def launch(self):
         p, store = self.problem, torch.empty(0, dtype=torch.uint8)
         return info_nce.info_nce_grads(
-            p.query, p.key, p.scale, p.a, p.b, p.positives, *self.arguments, store, self.store_bytes,
+            p.query, p.key, p.scale, p.a, p.b, p.positives, *self.arguments, store, self.workspace_bytes,
             *self.needs,
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ def info_nce(n, m, d, dtype, *, normalize=False, columns=True, query=True, key=T
     q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
     a, b = (meta(n), meta(m)) if normalize else (None, None)
     positives, scale = meta(n, dtype=torch.int64), meta()
-    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 1 << 28)
+    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 0, 1 << 28)
     row, col = [meta(n) for _ in range(4)], [meta(m if columns else 0) for _ in range(3)]
     extras = (meta(n, d), meta(m, d)) if extra else (None, None)
     nce.info_nce_grads(
@@ -72,7 +72,7 @@ def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=
     h, w, gate = features(n, k, dtype), features(d, k, dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
     x = features(n, d, residual or dtype)
-    out = linear.gated_linear_residual(h, w, x, gate, row_mask)
+    out = linear.gated_linear_residual(x, h, w, gate, row_mask)
     linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, (True, weight, True))
 
 

@@ -1,6 +1,6 @@
 """Image-text data: emoji3 and scenes made of it, CSV files, webdataset tars, transforms, tokenizers."""
 
-from vlmkernels.data.captions import CaptionCollate, CaptionTokenizer
+from vlmkernels.data.captions import CaptionCollate
 from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.images import BrokenImageError, read_image
@@ -8,7 +8,7 @@ from vlmkernels.data.pairs import load_pairs
 from vlmkernels.data.samples import Collate, Sample, SkipLog
 from vlmkernels.data.scenes import SCENE_SPLITS, Scene, Scenes, load_scenes, parse_caption, slot_accuracy
 from vlmkernels.data.tar_pairs import TarPairs
-from vlmkernels.data.tokenizer import ClipTokenizer, WordPieceTokenizer, load_tokenizer
+from vlmkernels.data.tokenizer import CaptionTokenizer, ClipTokenizer, WordPieceTokenizer, load_tokenizer
 from vlmkernels.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
 
 __all__ = [

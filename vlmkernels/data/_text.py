@@ -1,10 +1,10 @@
-"""Names and captions from outside: how they are shown, and whether they are Unicode."""
+"""Names and captions from untrusted sources: printable form, and validity as Unicode."""
 
 from __future__ import annotations
 
 import re
 
-# C0, DEL, C1, line and paragraph separators, marks that turn the direction of writing, surrogates.
+# C0, DEL, C1, line and paragraph separators, bidirectional formatting characters, surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -14,7 +14,7 @@ def printable(text: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """False where `text` holds a lone surrogate: undecodable bytes of a name, or half a character in JSON."""
+    """False if `text` contains a lone surrogate: undecodable bytes of a name, or half a JSON escape."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Lines:
-    """Numbered lines below a header, which is line 1; those that were taken too early can be put back."""
+    """Numbered lines after a header, which is line 1; lines that were read too early can be put back."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines, self._returned, self.number = iter(lines), list[str](), 1
@@ -39,11 +39,11 @@ class _Lines:
 
 
 class _Table:
-    """The rows of a table, each with the line it begins on and whether its quotes close.
+    """The rows of a table, each with its first line and whether its quotes close.
 
-    A quoted field may go on over lines, until one of these is a row itself: it splits into as many fields as
-    the header, and its image ends like that of the row or of the one before. A row whose quotes do not close
-    is split as if they were letters, so that it takes no other row with it.
+    A quoted field may span several lines, until one of them is a row itself: it has the same number of fields
+    as the header, and its image has the extension of this row's or the previous row's. A row with an unclosed
+    quote is parsed with its quotes as ordinary characters, so that it does not swallow the next rows.
     """
 
     def __init__(self, lines: Iterable[str], separator: str, columns: int, image_at: int) -> None:
@@ -56,7 +56,7 @@ class _Table:
             number, fields, closed = self._lines.number, self._split(line), True
             if '"' in line:
                 taken: list[str] = []
-                record = self._record(line, taken, self._ending(before) | self._ending(fields))
+                record = self._record(line, taken, self._extension(before) | self._extension(fields))
                 try:
                     quoted = next(csv.reader(record, delimiter=self._separator, strict=True))
                     closed = not taken or len(quoted) == self._columns
@@ -69,23 +69,23 @@ class _Table:
             before = fields
             yield number, fields, closed
 
-    def _record(self, line: str, taken: list[str], endings: set[str]) -> Iterator[str]:
-        """A line and those behind it as far as csv asks for them, which are noted in `taken`."""
+    def _record(self, line: str, taken: list[str], extensions: set[str]) -> Iterator[str]:
+        """A line and the following ones that csv reads, which are recorded in `taken`."""
         yield line
         for line in self._lines:
             taken.append(line)
             fields = self._split(line)
-            # An image behind a quote may be that of this row, whose caption the quote closes.
+            # An image after a quote may be that of this row, whose caption the quote closes.
             before_quotes = '"' not in "".join(fields[: self._image_at + 1])
-            if before_quotes and len(fields) == self._columns and self._ending(fields) <= endings:
+            if before_quotes and len(fields) == self._columns and self._extension(fields) <= extensions:
                 return
             yield line
 
     def _split(self, line: str) -> list[str]:
         return line.rstrip("\r\n").split(self._separator)
 
-    def _ending(self, fields: list[str]) -> set[str]:
-        """The ending of the image's name, if the row is long enough to have one."""
+    def _extension(self, fields: list[str]) -> set[str]:
+        """That of the image's name, if the row is long enough to have one."""
         return {os.path.splitext(name.strip(' "'))[1].lower() for name in fields[self._image_at :][:1]}
 
 
@@ -93,14 +93,14 @@ class CsvPairs(Dataset[Sample]):
     """Map-style data set over the rows of a CSV file with a header.
 
     path: the file, UTF-8. image_column, text_column: names in its header (open_clip: filepath, title).
-    separator: between columns; None is a tab if the header holds one (open_clip's default), else a comma.
+    separator: between columns; None is a tab if the header has one (open_clip's default), else a comma.
     root: folder of relative image paths; None tries the working directory (as open_clip), then the folder of
         the file. transform: applied to the RGB image; see `image_transform`. seed: of random augmentation.
 
-    Rows without a path or a caption, with more columns than the header, with quotes that do not close or
-    bytes that are not UTF-8 are left out when the file is read, images that cannot be read or transformed
-    when they are met: a batch of a DataLoader is then shorter, and may be empty. `skipped` gives all of
-    them with the reason, rows by their line.
+    Rows without a path or a caption, with more columns than the header, with unclosed quotes or invalid
+    UTF-8 are skipped when the file is read, images that cannot be read or transformed when they are loaded:
+    a batch of a DataLoader is then shorter, and may be empty. `skipped` lists all of them with the reason,
+    rows by their line.
 
     Raises FileNotFoundError for the file, ValueError for a missing column (naming those found) or no usable
     row.
@@ -122,7 +122,7 @@ class CsvPairs(Dataset[Sample]):
         self._epoch, self._skip_log = Epoch(), SkipLog()
         self._rows: list[tuple[str, str]] = []
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path} is not a file; expected a CSV file")
+            raise FileNotFoundError(f"path must be a CSV file, got {self.path}")
         with self.path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
             header = file.readline()
             if separator is None:
@@ -145,23 +145,23 @@ class CsvPairs(Dataset[Sample]):
                 image = fields[image_at].strip() if image_at < len(fields) else ""
                 text = fields[text_at].strip() if text_at < len(fields) else ""
                 if not closed and len(fields) != len(columns):
-                    fault = "a quote is not closed"
+                    reason = "a quote is not closed"
                 elif len(fields) > len(columns) and any(fields[len(columns) :]):
-                    fault = f"{len(fields)} columns, the header has {len(columns)}"
+                    reason = f"{len(fields)} columns, the header has {len(columns)}"
                 elif not image or not text:
-                    fault = "no caption" if image else "no image path"
+                    reason = "no caption" if image else "no image path"
                 elif not ((image + text).isascii() or is_unicode(image + text)):
-                    fault = "not UTF-8"
+                    reason = "not UTF-8"
                 else:
                     self._rows.append((image, text))
                     continue
-                self._skip_log.add(f"line {line}", f"{fault}: {fields}")
+                self._skip_log.add(f"line {line}", f"{reason}: {fields}")
         if not self._rows:
             raise ValueError(f"{self.path} has no row with an image path and a caption ({self._skip_log})")
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reason by key (image path, or "line N" of the file) of what was left out so far, of all workers."""
+        """Reason by key (image path, or "line N") of the samples skipped so far, in all workers."""
         return self._skip_log.items()
 
     @property
@@ -170,7 +170,7 @@ class CsvPairs(Dataset[Sample]):
         return [text for _, text in self._rows]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of random augmentation; workers that are already running see it."""
+        """Set the epoch of random augmentation, also in workers that are already running."""
         self._epoch.set(epoch)
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ def _concepts() -> tuple[Concept, ...]:
 
 @lru_cache(maxsize=3)
 def _sheet(style: str) -> Tensor:
-    """All pictures of a style, uint8 [1852, 48, 48, 3]."""
+    """All images of a style, uint8 [1852, 48, 48, 3]."""
     document = _document()
     tile, columns, count = document["tile"], document["columns"], len(document["concepts"])
     with (resources.files("vlmkernels.data") / "emoji3" / f"{style}.webp").open("rb") as file:
@@ -91,13 +91,13 @@ class Emoji3(Dataset[Sample]):
     ) -> None:
         split = _ALIASES.get(split, split)
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {SPLITS} (or 'train', 'test')")
+            raise ValueError(f"split must be one of {SPLITS} (or 'train', 'test'), got {split!r}")
         if caption not in CAPTIONS:
-            raise ValueError(f"caption is {caption!r}, expected one of {CAPTIONS}")
+            raise ValueError(f"caption must be one of {CAPTIONS}, got {caption!r}")
         if max_tags < 1:
-            raise ValueError(f"max_tags is {max_tags}, expected at least 1")
+            raise ValueError(f"max_tags must be at least 1, got {max_tags}")
         if image_size < 1:
-            raise ValueError(f"image_size is {image_size}, expected at least 1")
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.split, self.image_size, self.caption, self.max_tags = split, image_size, caption, max_tags
         self.transform, self.seed = transform, seed
         self.concepts = _concepts()
@@ -129,15 +129,15 @@ class Emoji3(Dataset[Sample]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Samples left out, as for every data set of this package; always empty."""
+        """Skipped samples, as for every data set of this package; always empty."""
         return {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of random captions and augmentation; workers that are already running see it."""
+        """Set the epoch of random captions and augmentation, also in workers that are already running."""
         self._epoch.set(epoch)
 
     def pixels(self) -> Tensor:
-        """All pictures at 48 x 48, uint8 [N, 3, 48, 48], in item order."""
+        """All images at 48 x 48, uint8 [N, 3, 48, 48], in item order."""
         parts = [
             _sheet(style)[[c for c, s in zip(self.concept_ids, self.styles, strict=True) if s == style]]
             for style in dict.fromkeys(self.styles)
@@ -186,19 +186,19 @@ def load_emoji3(
     transform: Transform | None = None,
     seed: int = 0,
 ) -> Emoji3:
-    """The embedded emoji pictures as a map-style `torch.utils.data.Dataset` of `Sample`.
+    """The embedded emoji images as a map-style `torch.utils.data.Dataset` of `Sample`.
 
     split: "style-train" (alias "train"; Noto and Twemoji, all 1,852 concepts, 3,704 samples), "style-test"
         (alias "test"; Fluent, all concepts), "concept-train" (Noto and Twemoji, 1,482 concepts),
         "concept-test" (Fluent, the other 370 concepts). The country flags of the Fluent package have Noto's
-        design: leave out group 8 where the style must be unseen.
-    image_size: side of the pictures; other sizes than 48 are resized (bicubic).
+        design: exclude group 8 where the style must be unseen.
+    image_size: side of the images; sizes other than 48 are resized (bicubic).
     caption: "label" ("grinning face"), "tags" (one to `max_tags` tags drawn at random) or "label_tags" (the
-        label and such tags). The draw depends on seed, epoch (`set_epoch`) and picture only, not on workers
-        or order.
+        label and such tags). The draw depends on seed, epoch (`set_epoch`) and image only, not on workers or
+        order.
     transform: applied to the RGB `PIL.Image`; an `ImageTransform` gets the same deterministic random numbers.
 
-    Raises ValueError naming the argument that is not valid.
+    Raises ValueError naming the invalid argument.
     """
     return Emoji3(
         split, image_size=image_size, caption=caption, max_tags=max_tags, transform=transform, seed=seed

@@ -1,4 +1,4 @@
-"""`read_image`: a file or encoded bytes as an upright RGB image, whatever mode it is stored in."""
+"""`read_image`: a file or encoded bytes as an upright RGB image, from any stored mode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TURNS = {
 
 
 class BrokenImageError(ValueError):
-    """An image is missing or cannot be decoded or transformed; `key` names its sample, where it is known."""
+    """An image is missing or cannot be decoded or transformed; `key` names its sample, if known."""
 
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
@@ -34,12 +34,12 @@ class BrokenImageError(ValueError):
 
 
 def read_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """The RGB image of a file, or of encoded bytes. BrokenImageError with the reason if there is none.
+    """The RGB image of a file, or of encoded bytes. BrokenImageError with the reason if it cannot be read.
 
-    The first frame, turned as its EXIF orientation says; what is transparent lies on white. Grey of 16 bits
-    keeps its high byte. Grey of floats is white at 1, or at 255 where a value exceeds 1. Grey outside of its
-    range is an error, as are pipes, devices, names that are not UTF-8, EPS (a program), and more than the
-    179 million pixels that Pillow allows. Colour profiles are not applied.
+    The first frame, rotated according to its EXIF orientation; transparency is blended with white. 16-bit
+    grey keeps its high byte. Floating-point grey is white at 1, or at 255 if a value exceeds 1. Grey outside
+    of its range is an error, as are pipes, devices, names that are not UTF-8, EPS (a program), and more than
+    the 179 million pixels that Pillow allows. Colour profiles are not applied.
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else _checked(source)) as image:
@@ -54,7 +54,7 @@ def read_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 
 def transformed(transform: Transform | None, image: Image.Image, rng: random.Random | None = None) -> Any:
-    """`apply_transform`; BrokenImageError where it fails."""
+    """`apply_transform`; BrokenImageError if it fails."""
     try:
         return apply_transform(transform, image, rng)
     except Exception as error:
@@ -66,7 +66,7 @@ def _reason(error: Exception) -> str:
 
 
 def _checked(path: str | os.PathLike[str]) -> str:
-    """The path of a regular file: opening a pipe would wait for ever, and a device has no end."""
+    """The path of a regular file: opening a pipe would block forever, and a device has no end."""
     name = os.fspath(path)
     if not is_unicode(name):
         raise ValueError("the name is not UTF-8; rename the file")
@@ -78,7 +78,7 @@ def _checked(path: str | os.PathLike[str]) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata beside pixels that are not: as if there were none
+    except Exception:  # damaged metadata with intact pixels: ignored
         return 1
 
 
@@ -92,12 +92,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """Of the modes I;16 (any byte order), I (16 bits, from PNM) and F, which Pillow cuts off at 255."""
+    """8-bit grey from the modes I;16 (any byte order), I (16 bits, PNM) and F, which Pillow clips at 255."""
     grey = numpy.asarray(image)
     low, high = grey.min(), grey.max()
     white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
     if not (low >= 0 and high <= white):  # NaN is neither
-        raise ValueError(f"grey from {low} to {high}, expected 0 to {white}")
+        raise ValueError(f"grey values must be in [0, {white}], got {low} to {high}")
     if "transparency" in image.info:
         grey = numpy.where(grey == image.info["transparency"], white, grey)
     grey = numpy.rint(grey * (255 / white)) if image.mode == "F" else grey >> 8

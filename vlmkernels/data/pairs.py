@@ -22,18 +22,17 @@ def load_pairs(
     allow_pipe: bool = False,
     **options: Any,
 ) -> Emoji3 | Scenes | CsvPairs | TarPairs:
-    """Open the data set that `spec` names; its samples are `Sample`s.
+    """Open the data set given by `spec`; its samples are `Sample`s.
 
     spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), "scenes" or "scenes:SPLIT" (`load_scenes`), the path of
         a .csv, .tsv or .txt table (`CsvPairs`), or webdataset tars as a path, brace pattern or URL with
         ".tar" (`TarPairs`).
     transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
-    allow_pipe: whether a program may be run to read tars, which every URL asks for (`TarPairs`); keep it out
-        of what strangers may write.
+    allow_pipe: whether a program may be run to read tars, which every URL requires (`TarPairs`); do not take
+        it from untrusted input.
     options: further arguments of that class, e.g. caption="label_tags", separator=",", shuffle=1000.
 
-    Raises ValueError for a spec or option that is not known (naming those that are), and what the classes
-    raise.
+    Raises ValueError for an unknown spec or option (naming the known ones), and the errors of the classes.
     """
     arguments = {"transform": transform, "seed": seed, **options}
     name, _, split = spec.partition(":")
@@ -45,7 +44,7 @@ def load_pairs(
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
     raise ValueError(
-        f"spec is {spec!r}, expected emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards"
+        f"spec must be emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards, got {spec!r}"
     )
 
 
@@ -53,5 +52,5 @@ def _open(source: Callable[..., Any], first: str, arguments: dict[str, Any]) -> 
     known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(arguments) - set(known))
     if unknown:
-        raise ValueError(f"unknown options {unknown} for {source.__name__}, expected some of {known}")
+        raise ValueError(f"options of {source.__name__} must be among {known}, got {unknown}")
     return source(first, **arguments)

@@ -1,4 +1,4 @@
-"""What a data set yields (`Sample`), how samples become a batch (`Collate`), what is left out (`SkipLog`)."""
+"""Samples of a data set (`Sample`), batches of them (`Collate`), and skipped samples (`SkipLog`)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Transform = Callable[[Image.Image], Any]
 
 
 class Sample(TypedDict):
-    """One image with its text. `label` and `concept` are -1 where the data set has none.
+    """One image with its text. `label` and `concept` are -1 if the data set has none.
 
-    image: RGB `PIL.Image`, or what the transform of the data set made of it (a float tensor [3, H, W]).
-    text: the caption. key: names the sample in messages and result lists. label: class index (emoji3: group
+    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]).
+    text: the caption. key: identifies the sample in messages and results. label: class index (emoji3: group
     0-8).
-    concept: samples with an equal concept show the same thing (emoji3: index 0-1851), hence are mutual
+    concept: samples with an equal concept show the same object (emoji3: index 0-1851) and are mutual
     positives.
     """
 
@@ -54,7 +54,7 @@ def apply_transform(transform: Transform | None, image: Image.Image, rng: random
 
 
 class Epoch:
-    """An epoch number in shared memory: `set` in the main process is seen by running DataLoader workers."""
+    """An epoch number in shared memory, so that `set` in the main process reaches running workers."""
 
     def __init__(self) -> None:
         self._value = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -67,7 +67,7 @@ class Epoch:
 
 
 def warn_skipped(key: str, reason: str) -> None:
-    """The one line of the log that names a sample which is left out."""
+    """Log the warning about a skipped sample."""
     logger.warning("skipped %s: %s", printable(key), printable(reason))
 
 
@@ -79,8 +79,8 @@ def _remove(path: str, owner: int) -> None:
 class SkipLog:
     """Keys of skipped samples with the reason, shared by all DataLoader workers of a process.
 
-    Kept in a temporary file to which workers append whole lines; removed with the object that created it.
-    A key is logged as a warning when it is recorded, once for all workers and epochs.
+    Stored in a temporary file to which workers append whole lines; removed with the object that created it.
+    A key is logged as a warning when it is first recorded, once for all workers and epochs.
     """
 
     def __init__(self) -> None:
@@ -91,13 +91,13 @@ class SkipLog:
         weakref.finalize(self, _remove, self._path, os.getpid())
 
     def add(self, key: str, reason: str) -> None:
-        """Record a key; one that is recorded keeps its reason."""
+        """Record a key; one that is already recorded keeps its reason."""
         if self.reason(key) is not None:
             return
         reason = " ".join(reason.split())[:1000]
         self._known[key] = reason
         warn_skipped(key, reason)
-        # Where the disk is full the record is that of this worker alone, and the warning.
+        # If the disk is full, record and warning are limited to this worker.
         with contextlib.suppress(OSError), open(self._path, "ab", buffering=0) as file:
             file.write(json.dumps([key, reason]).encode() + b"\n")
 
@@ -108,7 +108,7 @@ class SkipLog:
         return self._known.get(key)
 
     def items(self) -> dict[str, str]:
-        """Reason by key, of all workers."""
+        """Reason by key, from all workers."""
         self._refresh()
         return dict(self._known)
 
@@ -132,12 +132,12 @@ class SkipLog:
 
 
 class Collate:
-    """Samples to a batch, for `DataLoader(collate_fn=Collate(tokenizer))`.
+    """Collates samples into a batch, for `DataLoader(collate_fn=Collate(tokenizer))`.
 
     The batch is a dict: images (float [B, 3, H, W] if the data set has a tensor transform, else a list),
     texts and keys (lists of str), labels [B] and concepts [B] (int64), and tokens [B, L] (int64) if a
-    tokenizer is given. A batch of which no sample can be read has B = 0; its images are [0, 3, H, W] of
-    `image_size`, an int or (H, W), and without it an empty list.
+    tokenizer is given. A batch without any readable sample has B = 0; its images are [0, 3, H, W] with
+    `image_size`, an int or (H, W), otherwise an empty list.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Collate:
 
 
 def stack_images(samples: Sequence[Sample], image_size: int | tuple[int, int] | None) -> Any:
-    """float [B, 3, H, W] of tensors, else the list; of no samples [0, 3, H, W] where the size is given."""
+    """float [B, 3, H, W] for tensors, else the list; without samples [0, 3, H, W] if the size is given."""
     images = [sample["image"] for sample in samples]
     if not images and image_size is not None:
         return torch.zeros(0, 3, *_pair(image_size))

@@ -1,7 +1,7 @@
-"""Scenes of emoji3: two or three pictures on a grid, "a fox to the left of an owl above a key".
+"""Scenes of emoji3: two or three emoji on a grid, "a fox to the left of an owl above a key".
 
-The caption follows from the picture, so that a generated one is right or wrong slot by slot. The test splits
-hold combinations of objects that no training scene shows.
+The image determines the caption, so that a generated caption can be scored slot by slot. The test splits
+contain combinations of objects that do not occur in training scenes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ARTICLE = re.compile(r"^(a|an|the)\s+")
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Objects from the upper left to the lower right; relation i says how object i lies to object i + 1.
+    """Objects from the upper left to the lower right; relation i is that of object i to object i + 1.
 
     cells: row and column of each object on the grid. styles: the drawing style of each.
     """
@@ -75,19 +75,19 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence that `parse_caption` reads back."""
+        """The caption; `parse_caption` is the inverse."""
         named = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in self.objects]
         return " ".join(itertools.chain(*itertools.zip_longest(named, self.relations, fillvalue=""))).strip()
 
 
 def parse_caption(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Objects and relations of a caption: what stands between the relations, without its article."""
+    """Objects and relations of a caption; objects are the words between relations, without the article."""
     parts = _BETWEEN.split(" ".join(text.lower().split()))
     return tuple(_ARTICLE.sub("", name).strip(" .") for name in parts[::2]), tuple(parts[1::2])
 
 
 def slot_accuracy(captions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Shares of the slots of generated captions that are exactly right: slots, objects, relations, scenes.
+    """Fractions of exactly right slots in generated captions: slots, objects, relations, scenes.
 
     Slot i of a caption is compared with slot i of its reference; a slot that only one of them has is wrong.
     `slots` counts objects and relations together, `scenes` captions with every slot right. ValueError for
@@ -126,7 +126,7 @@ def held_out_pairs(objects: int = 24) -> frozenset[frozenset[str]]:
 
 
 class Scenes(Dataset[Sample]):
-    """Map-style data set; see `load_scenes`. `scene(i)` gives what item i shows, `names` all captions."""
+    """Map-style data set; see `load_scenes`. `scene(i)` is the scene of item i, `names` all captions."""
 
     def __init__(
         self,
@@ -141,15 +141,15 @@ class Scenes(Dataset[Sample]):
     ) -> None:
         faults = []
         if split not in SCENE_SPLITS:
-            faults.append(f"split is {split!r}, expected one of {tuple(SCENE_SPLITS)}")
+            faults.append(f"split must be one of {tuple(SCENE_SPLITS)}, got {split!r}")
         if size is not None and size < 1:
-            faults.append(f"size is {size}, expected at least 1")
+            faults.append(f"size must be at least 1, got {size}")
         if grid not in (2, 3):
-            faults.append(f"grid is {grid}, expected 2 or 3")
+            faults.append(f"grid must be 2 or 3, got {grid}")
         elif image_size < 4 * grid:
-            faults.append(f"image_size is {image_size}, expected at least {4 * grid} for a grid of {grid}")
+            faults.append(f"image_size must be at least {4 * grid} for a grid of {grid}, got {image_size}")
         if not 12 <= objects <= len(OBJECTS):
-            faults.append(f"objects is {objects}, expected 12 to {len(OBJECTS)}")
+            faults.append(f"objects must be in [12, {len(OBJECTS)}], got {objects}")
         if faults:
             raise ValueError("; ".join(faults))
         self.split, self.size = split, SCENE_SPLITS[split] if size is None else size
@@ -169,15 +169,15 @@ class Scenes(Dataset[Sample]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Samples left out, as for every data set of this package; always empty."""
+        """Skipped samples, as for every data set of this package; always empty."""
         return {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of random augmentation; workers that are already running see it."""
+        """Set the epoch of random augmentation, also in workers that are already running."""
         self._epoch.set(epoch)
 
     def scene(self, index: int) -> Scene:
-        """What item ``index`` shows: a function of seed, split and index."""
+        """The scene of item ``index``, a function of seed, split and index."""
         return self._draw(sample_rng("scenes", self.seed, self.split, index))
 
     def _draw(self, rng: random.Random) -> Scene:
@@ -185,7 +185,7 @@ class Scenes(Dataset[Sample]):
         chain = [rng.choice(self.objects)]
         while len(chain) < count:
             others = [name for name in self._partners[chain[-1]] if name not in chain]
-            if self.split == "train":  # there every two objects of a scene are a combination to learn from
+            if self.split == "train":  # in training scenes every pair is a combination to learn from
                 others = [name for name in others if all(name in self._partners[had] for had in chain)]
             if not others:
                 chain = [rng.choice(self.objects)]
@@ -197,7 +197,7 @@ class Scenes(Dataset[Sample]):
         return Scene(tuple(chain), relations, cells, drawn)
 
     def _place(self, count: int, rng: random.Random) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-        """Cells of which each lies right of or below the one before, drawn until all are on the grid."""
+        """Cells, each to the right of or below the previous one, drawn until all are on the grid."""
         while True:
             cells = [(rng.randrange(self.grid), rng.randrange(self.grid))]
             relations = tuple(rng.choice(RELATIONS) for _ in range(count - 1))
@@ -209,7 +209,7 @@ class Scenes(Dataset[Sample]):
                 return tuple(cells), relations
 
     def _paint(self, scene: Scene, rng: random.Random) -> Image.Image:
-        """The picture: each object 3/4 to 1 of its cell wide, somewhere in the cell, on white."""
+        """The image: each object 3/4 to 1 of its cell wide, at a random position in the cell, on white."""
         picture = Image.new("RGB", (self.image_size, self.image_size), "white")
         cell = self.image_size // self.grid
         for name, (row, column), style in zip(scene.objects, scene.cells, scene.styles, strict=True):
@@ -254,14 +254,14 @@ def load_scenes(
     """Scenes of two or three emoji as a map-style `torch.utils.data.Dataset` of `Sample`.
 
     split: "train" (8,000 scenes, Noto and Twemoji), "test" (1,000, the same styles) or "style-test" (1,000,
-        Fluent). A fifth of the pairs of objects is held out: no training scene holds such a pair, and in the
-        test splits every two neighbours of a caption are one.
-    size: number of scenes, if another one is wanted; the first ones stay the same.
-    image_size: side of the pictures. grid: cells a side, 2 or 3. objects: how many of the 32 names of
-        `OBJECTS` take part, 12 or more.
+        Fluent). A fifth of the pairs of objects is held out: no training scene contains such a pair, and in
+        the test splits every two adjacent objects of a caption are one.
+    size: number of scenes, by default that of the split; the first scenes do not depend on it.
+    image_size: side of the images. grid: cells per side, 2 or 3. objects: number of names of `OBJECTS` to
+        use, 12 to 32.
     transform: applied to the RGB `PIL.Image`. seed: of all scenes; the epoch changes augmentation only.
 
-    Raises ValueError naming every argument that is not valid.
+    Raises ValueError naming every invalid argument.
     """
     return Scenes(
         split, size=size, image_size=image_size, grid=grid, objects=objects, transform=transform, seed=seed

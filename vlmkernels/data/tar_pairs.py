@@ -26,10 +26,8 @@ logger = logging.getLogger(__name__)
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 TEXT_FIELDS = ("txt", "json")
 TEXT_KEYS = ("caption", "text", "title")
-LARGEST_MEMBER = (
-    2**28
-)  # bytes of one image or text; more is a compressed or sparse member that fills the memory
-_HIDDEN = re.compile(r"(^|/)\.[^/]|^__[^/]*__(/|$)")  # and what webdataset takes for the shard's own notes
+LARGEST_MEMBER = 2**28  # bytes of one image or text; larger compressed or sparse members exhaust memory
+_HIDDEN = re.compile(r"(^|/)\.[^/]|^__[^/]*__(/|$)")  # and names reserved by webdataset
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -47,11 +45,11 @@ def _this_rank() -> tuple[int, int]:
 
 
 class _SkippedError(ValueError):
-    """A sample that is left out; the message says why."""
+    """A sample is skipped; the message gives the reason."""
 
 
 def _local(url: str) -> str | None:
-    """The path of a shard that is a file; None where webdataset would run a program to read it."""
+    """The path of a shard that is a file; None if webdataset would run a program to read it."""
     if os.path.exists(url):
         return url
     parts = urlparse(url)
@@ -68,7 +66,7 @@ def _open(url: str) -> IO[bytes]:
 
 
 def _is_cut(url: str) -> bool:
-    """True for a local plain tar without its end mark; tarfile takes a cut between files for the end."""
+    """True for a local plain tar without its end mark; to tarfile a cut between two files is the end."""
     path = _local(url)
     if path is None or not path.endswith(".tar"):
         return False
@@ -78,8 +76,8 @@ def _is_cut(url: str) -> bool:
         return size % 512 != 0 or any(file.read())
 
 
-def _fault(member: tarfile.TarInfo) -> str | None:
-    """Why a member is left out. What is read stays in memory, whatever its name; such names mean harm."""
+def _skip_reason(member: tarfile.TarInfo) -> str | None:
+    """Why a member is skipped. Members are only read into memory, but such names indicate an attack."""
     if not is_unicode(member.name):
         return "the name is not UTF-8"
     if ".." in member.name.replace("\\", "/").split("/"):
@@ -95,23 +93,23 @@ class TarPairs(IterableDataset[Sample]):
     urls: a path or file: URL, several with braces ("shard-{000..009}.tar"); "::" joins.
     allow_pipe: whether urls may be any other URL that webdataset opens. It runs a program for each: the shell
         for pipe:, curl for http: and https:, gsutil, ais.
-    shuffle: size of the buffer samples are drawn from; the order of the shards is drawn as well. 0 keeps the
-    order.
-    text_key: where a KEY.json is the text, its field with the caption; None takes caption, text or title.
-    rank, world_size: which shards this process reads (every world_size-th); None asks torch.distributed, then
-        RANK and WORLD_SIZE. The shards of a rank are dealt out to the workers of the DataLoader in the same
+    shuffle: size of the shuffle buffer for samples; the order of the shards is random as well. 0 keeps the
+        order.
+    text_key: if a KEY.json is the text, its field with the caption; None uses caption, text or title.
+    rank, world_size: which shards this process reads (every world_size-th); None uses torch.distributed, then
+        RANK and WORLD_SIZE. The shards of a rank are distributed over the DataLoader's workers in the same
         way.
     samples_per_rank: length of an epoch on each rank; shards are then repeated as needed, so that every rank
         makes the same number of steps, unless a worker's shards have no readable sample at all. None reads
         each shard once, and ranks may differ in length.
-    transform: applied to the RGB image. seed: with the epoch (`set_epoch`) it fixes every random choice.
+    transform: applied to the RGB image. seed: determines every random choice, with the epoch (`set_epoch`).
 
     Samples without image or text, images that cannot be read or transformed, links, devices, names that are
-    not UTF-8 or hold "..", members above 256 MiB and damaged tars are skipped; `skipped` gives them with the
-    reason. Hidden files and other fields of a sample are passed over.
-    Raises FileNotFoundError for shards that are not there, and ValueError for URLs that need `allow_pipe`,
-    for fewer shards than ranks, or (when iterated by one worker of one rank) if no sample has an image and a
-    text, naming the fields found.
+    not UTF-8 or contain "..", members above 256 MiB and damaged tars are skipped; `skipped` lists them with
+    the reason. Hidden files and other fields of a sample are ignored.
+    Raises FileNotFoundError for missing shards, and ValueError for URLs that need `allow_pipe`, for fewer
+    shards than ranks, or (when iterated by one worker of one rank) if no sample has an image and a text,
+    naming the fields found.
     """
 
     def __init__(
@@ -134,18 +132,19 @@ class TarPairs(IterableDataset[Sample]):
             raise ModuleNotFoundError(message, name="webdataset") from error
 
         if shuffle < 0:
-            raise ValueError(f"shuffle is {shuffle}, expected a buffer size of at least 0")
+            raise ValueError(f"shuffle must be a buffer size of at least 0, got {shuffle}")
         if samples_per_rank is not None and samples_per_rank < 1:
-            raise ValueError(f"samples_per_rank is {samples_per_rank}, expected at least 1")
+            raise ValueError(f"samples_per_rank must be at least 1, got {samples_per_rank}")
         self.shards: list[str] = expand_urls(urls)
         known_rank, known_size = _this_rank()
         self.rank = known_rank if rank is None else rank
         self.world_size = known_size if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank is {self.rank}, expected 0 to world_size - 1 = {self.world_size - 1}")
+            raise ValueError(f"rank must be in [0, world_size = {self.world_size}), got {self.rank}")
         if len(self.shards) < self.world_size:
             raise ValueError(
-                f"{len(self.shards)} shards for {self.world_size} ranks, expected one or more for each"
+                f"urls must have at least one shard per rank, got {len(self.shards)} shards for "
+                f"{self.world_size} ranks"
             )
         foreign = [url for url in self.shards if _local(url) is None]
         if foreign and not allow_pipe:
@@ -163,11 +162,11 @@ class TarPairs(IterableDataset[Sample]):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reason by key of the samples and shards that were left out so far, of all workers."""
+        """Reason by key of the samples and shards skipped so far, in all workers."""
         return self._skip_log.items()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of shuffling and augmentation; workers that are already running see it."""
+        """Set the epoch of shuffling and augmentation, also in workers that are already running."""
         self._epoch.set(epoch)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -183,7 +182,7 @@ class TarPairs(IterableDataset[Sample]):
             yield from islice(self._endless(worker, active, epoch), quota)
 
     def _endless(self, worker: int, workers: int, epoch: int) -> Iterator[Sample]:
-        # Shuffled shards are dealt anew in every pass: so many passes deal about all of them to each worker.
+        # Shuffled shards are redistributed in every pass: in so many a worker gets most of them.
         repeat, barren, patience = 0, 0, self.world_size * workers if self.shuffle else 1
         while barren < patience:
             barren += 1
@@ -242,7 +241,7 @@ class TarPairs(IterableDataset[Sample]):
                 yield sample
 
     def _members(self, url: str) -> Iterator[tuple[str, str, bytes]]:
-        """Key, field and content of the files of a shard; what is no image or text is not read."""
+        """Key, field and content of the files of a shard; other files than images and texts are not read."""
         from webdataset.tariterators import base_plus_ext
 
         stream: IO[bytes] | None = None
@@ -251,21 +250,21 @@ class TarPairs(IterableDataset[Sample]):
             with tarfile.open(fileobj=stream, mode="r|*", encoding="utf-8") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # which would grow with the shard
-                    fault = _fault(member)
-                    if member.isdir() or (fault is None and _HIDDEN.search(member.name)):
+                    reason = _skip_reason(member)
+                    if member.isdir() or (reason is None and _HIDDEN.search(member.name)):
                         continue
                     key, field = base_plus_ext(member.name)
-                    if fault is None and key is None:
-                        fault = "the name has no ending"
+                    if reason is None and key is None:
+                        reason = "the name has no extension"
                     read = field is not None and field.lower() in IMAGE_FIELDS + TEXT_FIELDS
                     if read and member.size > LARGEST_MEMBER:
-                        fault = f"{member.size} bytes, more than {LARGEST_MEMBER}"
-                    if fault is not None:
-                        self._skip(url, member.name, fault)
+                        reason = f"{member.size} bytes, more than {LARGEST_MEMBER}"
+                    if reason is not None:
+                        self._skip(url, member.name, reason)
                         continue
                     file = tar.extractfile(member) if read else None
                     yield key, field.lower(), b"" if file is None else file.read()
-            while stream.read(2**20):  # a program that was still writing would say that its pipe broke
+            while stream.read(2**20):  # a program that is still writing would report a broken pipe
                 pass
             stream.close()
             if _is_cut(url):
@@ -274,7 +273,7 @@ class TarPairs(IterableDataset[Sample]):
             self._skip_log.add(url, f"rest of the shard: {type(error).__name__}: {error}")
         finally:
             if stream is not None:
-                with contextlib.suppress(OSError):  # of a program whose output is not wanted any more
+                with contextlib.suppress(OSError):  # of a program whose output is no longer needed
                     stream.close()
 
     def _skip(self, url: str, name: str, reason: str) -> None:
@@ -317,9 +316,9 @@ class TarPairs(IterableDataset[Sample]):
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
             raise _SkippedError(f"text cannot be decoded: {error}") from error
         if not isinstance(text, str) or not text.strip():
-            raise _SkippedError(f"caption is {text!r}, expected a text")
+            raise _SkippedError(f"caption must be a string, got {text!r}")
         if not is_unicode(text):
-            raise _SkippedError(f"caption is {text!r}, which holds half of a character")
+            raise _SkippedError(f"caption must be Unicode without lone surrogates, got {text!r}")
         return text.strip()
 
     def __repr__(self) -> str:

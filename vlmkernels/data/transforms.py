@@ -21,8 +21,8 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _RESIZE_MODES = ("shortest", "longest", "squash")
-# A picture of 1 x 60,000 pixels has 3,000 million of them when its short side is 224. Beyond these limits
-# only what is shown is resized, and sides are first reduced by whole factors.
+# An image of 1 x 60,000 pixels would have 3,000 million of them with a short side of 224. Beyond these limits
+# only the visible part is resized, and sides are first reduced by integer factors.
 _RESIZED_PIXELS = 2**24
 _SIDE = 2**15
 
@@ -37,8 +37,8 @@ def _numbers(values: Any, count: int, kind: Any = (int, float)) -> bool:
     return right and all(isinstance(value, kind) and math.isfinite(value) for value in values)
 
 
-def _middle(old: int, new: int, shown: int) -> tuple[float, float]:
-    """Where the `shown` pixels in the middle of `new`, the resized side, come from on the `old` side."""
+def _centre(old: int, new: int, shown: int) -> tuple[float, float]:
+    """The range on the `old` side of the `shown` centre pixels of the resized side, `new`."""
     first = round((new - shown) / 2)
     return first * (old / new), min((first + shown) * (old / new), old)
 
@@ -46,7 +46,7 @@ def _middle(old: int, new: int, shown: int) -> tuple[float, float]:
 def _resize(
     image: Image.Image, size: tuple[int, int], interpolation: str, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """The part `box` of an image, resized; what Pillow needs for each row and column is bounded."""
+    """The part `box` of an image, resized; Pillow's memory per row and column is bounded."""
     gap = 3.0 if max(box[2] - box[0], box[3] - box[1]) > _SIDE else None
     return image.resize(size, _FILTERS[interpolation], box, gap)
 
@@ -55,7 +55,7 @@ def _resize(
 class ImageTransform:
     """A callable PIL image -> float32 [3, H, W], made by `image_transform`, which documents the fields.
 
-    Frozen and JSON-serialisable: `to_dict` and `from_dict` keep it beside a checkpoint.
+    Frozen and JSON-serialisable: `to_dict` and `from_dict` store it with a checkpoint.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -77,29 +77,33 @@ class ImageTransform:
             sides = (size, size) if isinstance(size, int) else size
             absent = size is None and name == "resize_size"
             if not absent and not (_numbers(sides, 2, int) and min(sides) >= 1):
-                raise ValueError(f"{name} is {size!r}, expected a positive int or (height, width)")
+                raise ValueError(f"{name} must be a positive int or (height, width), got {size!r}")
         if not (_numbers(self.mean, 3) and _numbers(self.std, 3) and min(self.std) > 0):
-            raise ValueError(f"mean and std need 3 values, std > 0, got mean={self.mean!r}, std={self.std!r}")
+            raise ValueError(
+                f"mean and std must have 3 values, std > 0, got mean={self.mean!r}, std={self.std!r}"
+            )
         if self.interpolation not in _FILTERS:
-            raise ValueError(f"interpolation is {self.interpolation!r}, expected one of {sorted(_FILTERS)}")
+            raise ValueError(f"interpolation must be one of {sorted(_FILTERS)}, got {self.interpolation!r}")
         if self.resize_mode not in _RESIZE_MODES:
-            raise ValueError(f"resize_mode is {self.resize_mode!r}, expected one of {_RESIZE_MODES}")
+            raise ValueError(f"resize_mode must be one of {_RESIZE_MODES}, got {self.resize_mode!r}")
         if not isinstance(self.train, bool) or not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
-            raise ValueError(f"train is {self.train!r}, fill is {self.fill!r}, expected a bool and 0 to 255")
+            raise ValueError(
+                f"train must be a bool and fill in [0, 255], got train={self.train!r}, fill={self.fill!r}"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {self.crop_scale!r}, expected 0 < low <= high <= 1")
+            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale!r}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio is {self.crop_ratio!r}, expected 0 < low <= high")
+            raise ValueError(f"crop_ratio must satisfy 0 < low <= high, got {self.crop_ratio!r}")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip!r}, expected a probability")
+            raise ValueError(f"flip must be a probability, got {self.flip!r}")
         if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter is {self.jitter!r}, expected 0 <= jitter < 1")
+            raise ValueError(f"jitter must be in [0, 1), got {self.jitter!r}")
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Tensor:
-        """float32 [3, H, W]. `rng` drives the augmentation; without it torch's generator gives the seed."""
+        """float32 [3, H, W]. `rng` drives the augmentation; by default it is seeded by torch's generator."""
         if not isinstance(image, Image.Image):
-            raise ValueError(f"image is a {type(image).__name__}, expected a PIL.Image")
+            raise ValueError(f"image must be a PIL.Image, got a {type(image).__name__}")
         if self.train:
             rng = rng or random.Random(int(torch.randint(2**62, (), device="cpu")))
             image = self._augment(image, rng).convert("RGB")
@@ -116,15 +120,15 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
-        """The inverse of `to_dict` (also after JSON made lists of the tuples). ValueError if it is none."""
+        """The inverse of `to_dict` (also after JSON turned tuples into lists). ValueError if invalid."""
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             got = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"unknown keys {got}, expected a dict with some of {sorted(known)}")
+            raise ValueError(f"values must be a dict with keys among {sorted(known)}, got {got}")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**arguments)
-        except TypeError as error:  # a number where a pair belongs, a text where a number does
+        except TypeError as error:  # a number instead of a pair, a string instead of a number
             raise ValueError(f"not the values of an image transform, {error}: {values}") from error
 
     def for_inference(self) -> ImageTransform:
@@ -149,7 +153,7 @@ class ImageTransform:
         if new[0] * new[1] > _RESIZED_PIXELS:
             shown = (min(new[0], target[1]), min(new[1], target[0]))
         if new != image.size:
-            box = (*_middle(image.width, new[0], shown[0]), *_middle(image.height, new[1], shown[1]))
+            box = (*_centre(image.width, new[0], shown[0]), *_centre(image.height, new[1], shown[1]))
             image = _resize(image, shown, self.interpolation, (box[0], box[2], box[1], box[3]))
         return self._center_crop_or_pad(image, target)
 
@@ -212,12 +216,12 @@ def image_transform(
     (an alpha channel is dropped, not blended). Sizes are an int (square) or (height, width).
     resize_mode: "shortest" side to the target and crop, "longest" side to the target and pad with `fill`, or
     "squash".
-    resize_size: size of the resize where it differs from the crop `image_size`.
+    resize_size: size of the resize if it differs from the crop `image_size`.
     interpolation: "bicubic", "bilinear" or "nearest", Pillow's antialiased filters.
 
     Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
-    target; mirrored with probability `flip` (0: captions may say left and right); brightness, contrast and
-    saturation are each scaled by a factor in 1 +- `jitter`.
+    target; flipped horizontally with probability `flip` (0: captions may contain left and right); brightness,
+    contrast and saturation are each scaled by a factor in 1 +- `jitter`.
 
     Raises ValueError naming the argument that is out of range.
     """

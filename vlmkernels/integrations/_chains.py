@@ -1,7 +1,7 @@
-"""Which modules are straight lines of their children: x = self.a(x); x = self.b(x); ...
+"""Which modules only call their children one after the other: x = self.a(x); x = self.b(x); ...
 
-The code of `forward` is compared, instruction by instruction, with that of the sentence it should be. A class
-whose authors change it is then no longer taken for what it was.
+The bytecode of `forward` is compared, instruction by instruction, with that of the expected expression, so
+that a class is not recognised any more if its authors change it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _OTHER_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATO
 
 
 def chain_of(cls: type[nn.Module]) -> tuple[str, ...] | None:
-    """The names of the children in the order of their calls; None where forward is anything else."""
+    """The names of the children in the order of their calls; None if forward does anything else."""
     return _chain(cls.forward.__code__) if isinstance(cls.forward, FunctionType) else None
 
 
 def gated_of(cls: type[nn.Module]) -> tuple[str, str, str, str] | None:
-    """The names of down, activation, gate and up where forward is down(activation(gate(x)) * up(x))."""
+    """The names of down, activation, gate and up if forward is down(activation(gate(x)) * up(x))."""
     return _gated(cls.forward.__code__) if isinstance(cls.forward, FunctionType) else None
 
 

@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from vlmkernels import intervals
 from vlmkernels.intervals import Intervals
 
 _ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
@@ -22,18 +23,18 @@ def intervals_of(
     true_is_seen: bool = True,
     owner: Tensor | None = None,
 ) -> Intervals | None:
-    """What each query sees, where that is one run of keys and nothing else; None where it is not.
+    """The interval of keys that each query attends to; None if the mask is not made of intervals.
 
-    The mask is broadcast to the shape as torch does, from the right. Boolean masks say what is seen, or with
-    ``true_is_seen=False`` what is hidden; floating-point masks are added to the logits: 0 is seen, the
-    smallest number of the dtype or -inf is hidden, anything else is a bias and no interval. A query that sees
-    nothing gets an empty interval, unless the mask is finite there: all keys are then equally far away, and
-    the softmax is uniform.
+    The mask is broadcast to the shape as in torch. In a boolean mask True means attend, or masked out with
+    ``true_is_seen=False``. Floating-point masks are added to the logits: 0 means attend, the smallest number
+    of the dtype or -inf masked out, and any other value is a bias, not an interval. A query whose keys are
+    all masked out gets an empty interval, unless the mask is finite there: the softmax is then uniform over
+    all keys.
 
-    The answer is remembered with the mask, or with `owner` where the mask is a view made for the question,
-    beside a copy of its bytes: memory that numpy or ``mask.data`` writes to shows no other sign of a change.
+    The result is cached with the mask, or with `owner` if the mask is a temporary view, together with a copy
+    of the mask's bytes, because changes by numpy or through ``mask.data`` cannot be detected otherwise.
 
-    In compiled code and on accelerators nothing can be read without waiting: None.
+    None in compiled code and on accelerators, where a mask cannot be read without synchronisation.
     """
     if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.dtype not in _LOWEST:
         return None
@@ -77,18 +78,16 @@ def _read(
         uniform = ~seen.any(-1) & (mask > -numpy.inf).any(-1)
         if (seen == hidden).any() or uniform.any():
             return None
-    seen = numpy.broadcast_to(seen, (*seen.shape[:-1], keys))
-    start = seen.argmax(-1).astype(numpy.int32)
-    end = start + seen.sum(-1, dtype=numpy.int32)
-    j = numpy.arange(keys, dtype=numpy.int32)
-    if not numpy.array_equal(seen, (j >= start[..., None]) & (j < end[..., None])):
+    whole = torch.from_numpy(numpy.broadcast_to(seen, (*seen.shape[:-1], keys)).copy())
+    start, end = intervals.runs(whole)
+    if not intervals.are_runs(whole, start, end):
         return None
-    first, last = (torch.from_numpy(x).expand(-1, queries) for x in (start, end))
+    first, last = (x.expand(-1, queries) for x in (start, end))
     return (first, last) if len(mask) > 1 else (first[0], last[0])
 
 
 def both(a: Intervals | None, b: Intervals | None) -> Intervals | None:
-    """What two masks let through together; None is a mask that hides nothing."""
+    """The intersection of two masks; None is a mask that masks out nothing."""
     if a is None or b is None:
         return a or b
     return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])

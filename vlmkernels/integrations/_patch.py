@@ -1,4 +1,4 @@
-"""`patch(model)` and its undo."""
+"""`patch(model)` and its inverse."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 class Report(list[Entry]):
-    """The modules that `patch` looked at; str() is a table for people."""
+    """The modules that `patch` considered; str() is a readable table."""
 
     @property
     def patched(self) -> list[Entry]:
@@ -59,25 +59,25 @@ class Report(list[Entry]):
 def patch(
     model: nn.Module, *, loss: bool = True, attention: bool = True, linear: bool = True, padding: bool = True
 ) -> Report:
-    """Lets the modules of a live model run on the ops of this library, in place.
+    """Makes the modules of a live model run on the ops of this library, in place.
 
-    The modules stay the objects they are, with their parameters, buffers, hooks, names and flags; only their
-    class becomes a subclass of itself. Patched models can be copied, pickled, saved, checkpointed, wrapped
-    and compiled; compile after patching. What a module cannot compute exactly it is refused, or, where that
-    shows only in a call (dropout in training, an unknown mask), the call runs the module's own code.
+    Each module remains the same object, with its parameters, buffers, hooks, names and flags; only its class
+    is replaced by a subclass of it. Patched models can be copied, pickled, saved, checkpointed, wrapped and
+    compiled; compile after patching. A module that cannot be computed exactly is refused. Under conditions
+    that are known only at call time (dropout in training, an unsupported mask) its own code runs.
 
     Args:
-        model: any module, a loss included; wrappers (DistributedDataParallel) are looked through.
+        model: any module, including a loss; wrappers (DistributedDataParallel) are unwrapped.
         loss: contrastive losses of open_clip, of sentence-transformers, and of transformers' CLIP, SigLIP
             and ALIGN.
         attention: attention modules.
-        linear: linear layers, and perceptrons of two of them, plain or gated: torch.nn.Sequential, and
-            classes whose forward does nothing but call the layers.
-        padding: text towers of open_clip's CLIP, which then compute no token behind the longest text.
+        linear: linear layers, and MLPs of two of them, plain or gated: torch.nn.Sequential, and classes whose
+            forward only calls the layers.
+        padding: text towers of open_clip's CLIP, which then skip the columns after the longest text.
 
     Returns:
-        The report, one entry per module that a rule speaks about, with what runs or the reason. What is
-        patched already stays patched; a second call can add an option.
+        The report, with one entry per module that matches a rule: what runs, or the reason why not. Modules
+        that are already patched stay patched; a second call can add options.
     """
     options = {"loss": loss, "attention": attention, "linear": linear, "padding": padding}
     asked = {name for name, wanted in options.items() if wanted}
@@ -104,11 +104,11 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every patched module of `model` its own class back.
+    """Restores the class of every patched module of `model`.
 
     Raises:
-        ValueError: naming the modules whose class was changed again after they were patched; no module of
-            the model is then restored.
+        ValueError: naming the modules whose class was changed again after the patch; no module of the model
+            is restored then.
     """
     patched = {name: module for name, module in model.named_modules() if _swap.rule_of(module) is not None}
     faults = [
@@ -121,7 +121,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def drop_in(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class to construct instead of a loss class: a subclass of it with its constructor's arguments.
+    """The class to use instead of a loss class: a subclass of it with the same constructor.
 
     Args:
         cls: ClipLoss, CoCaLoss or SigLipLoss of open_clip, MultipleNegativesRankingLoss or

@@ -1,8 +1,8 @@
-"""A live module gets another forward by a change of its class: it stays the object that it was.
+"""Replaces the forward of a live module by changing its class; the module remains the same object.
 
-Parameters, buffers, hooks, names, flags, and all who refer to the module are untouched. The new class is a
-subclass of the old one, made once per (class, rule), with its name and module: code that looks a class up by
-name (checkpoints, transformers' registries) finds the same.
+Parameters, buffers, hooks, names, flags and references to the module are unchanged. The new class is a
+subclass of the old one, created once per (class, rule), with the same name and module, so that code that
+looks a class up by name (checkpoints, transformers' registries) finds the original.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchMode
 
 
 class Rule(nn.Module):
-    """What is put before a class: the methods that differ, and which modules can have them."""
+    """A mixin that is put before a class: the methods that differ, and which modules it applies to."""
 
-    patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding", what it takes
-    patch_runs: ClassVar[str]  # what the report says of a patched module
-    patch_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the class that this one puts its own before
+    patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding": those required
+    patch_runs: ClassVar[str]  # the report's text for a patched module
+    patch_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the original class, overridden by ours
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
     patch_class: ClassVar[type[nn.Module]]  # the swapped class itself, also in its subclasses
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:
-        """Whether this rule speaks about the module."""
+        """Whether this rule applies to the module."""
         raise NotImplementedError  # every rule has its own; with abc, swapped classes would get its metaclass
 
     @classmethod
     def patch_refuses(cls, module: nn.Module) -> str | None:
-        """Why the module cannot be kept exact; None when it can."""
+        """Why the result would not be exact; None if it is."""
         return None
 
     @classmethod
@@ -47,16 +47,16 @@ class Rule(nn.Module):
 
     @classmethod
     def patch_ready(cls) -> None:
-        """What must be there before a module runs; called again where a pickled one is loaded."""
+        """Sets up what a module needs to run; called again when a pickled module is loaded."""
 
     @classmethod
     def patch_facts(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """What is found out once for a class, as attributes of the swapped one."""
+        """Facts that are computed once per class, as attributes of the swapped class."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A swapped class cannot be found by name: it is made again from the two classes that can."""
-        if type(self) is not self.patch_class:  # a subclass that somebody wrote
+        """A swapped class cannot be found by name: it is recreated from the two classes that can."""
+        if type(self) is not self.patch_class:  # a subclass written by a user
             return super().__reduce_ex__(protocol)
         return _new, self.patch_origin, *super().__reduce_ex__(protocol)[2:]
 
@@ -71,7 +71,7 @@ _SWAPPED: dict[tuple[type[nn.Module], type[Rule]], type[nn.Module]] = {}
 
 
 def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
-    """The subclass of `original` with the methods of `rule`, always the same one."""
+    """The subclass of `original` with the methods of `rule`; every call returns the same class."""
     if (original, rule) in _SWAPPED:
         return _SWAPPED[original, rule]
     names = ("__module__", "__qualname__", "__doc__")
@@ -87,10 +87,10 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
 
 
 def _before(ours: Callable, original: type[nn.Module], name: str) -> Callable:
-    """The method that runs ours, and the class's own in transformed calls and once somebody replaced it.
+    """A method that runs ours, or the original one in transformed calls and after it was replaced.
 
-    It passes for the own one: trainers that choose the columns of a data set by its arguments, torch.fx and
-    TorchScript find the own signature, source and names through it.
+    It has the signature, source and names of the original one, which trainers that choose the columns of a
+    data set by its arguments, torch.fx and TorchScript inspect.
     """
     own = getattr(original, name)
     both = zip(_arguments(own), _arguments(ours), strict=False)
@@ -106,7 +106,7 @@ def _before(ours: Callable, original: type[nn.Module], name: str) -> Callable:
             kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
         return patch_ours(self, *args, **kwargs)
 
-    known = getattr(own, "__globals__", globals())  # where TorchScript looks up the names in the own source
+    known = getattr(own, "__globals__", globals())  # where TorchScript looks up the names of its source
     return functools.wraps(own)(types.FunctionType(method.__code__, known, closure=method.__closure__))
 
 
@@ -117,9 +117,9 @@ def _arguments(method: Callable) -> list[str]:
 
 
 def own_code_runs() -> bool:
-    """Whether a call is looked at by more than its caller, so that a module's own code has to run.
+    """Whether a call is traced or transformed, so that the module's own code has to run.
 
-    Under torch.jit.trace, torch.fx, make_fx and torch.export that is not strict, on fake tensors, under
+    This is so under torch.jit.trace, torch.fx, make_fx and non-strict torch.export, on fake tensors, under
     transforms of torch.func, and in forward-mode differentiation. In graphs of torch.compile our ops run.
     """
     if is_transformed():
@@ -138,12 +138,12 @@ def rule_of(module: nn.Module) -> type[Rule] | None:
 
 
 def own(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has without a patch."""
+    """The class of the module without the patch."""
     return module.patch_origin[0] if isinstance(module, Rule) else type(module)
 
 
 def cannot_swap(module: nn.Module) -> str | None:
-    """Why the class of no such module can be changed."""
+    """Why the class of such a module cannot be changed."""
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"

@@ -1,8 +1,8 @@
 """Attention modules of other code bases on `vlmkernels.interval_attention`.
 
-Exact are calls without dropout in training and without a mask, with `is_causal`, or with a mask tensor that
-shows each query one run of keys (`_masks`); all others run the module's own code. On an accelerator torch's
-own kernels stay.
+A call is exact without dropout in training if it has no mask, `is_causal`, or a mask tensor in which each
+query attends to one interval of keys (`_masks`); all other calls run the module's own code. On an accelerator
+torch's kernels are used.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AttentionRule(Rule):
 
 
 class TorchMultiheadAttention(AttentionRule):
-    """torch.nn.MultiheadAttention; the calls that ask for the attention weights run torch's code."""
+    """torch.nn.MultiheadAttention; calls that request the attention weights run torch's code."""
 
     patch_runs = "vlmkernels.interval_attention where need_weights=False"
 
@@ -164,7 +164,7 @@ class TorchMultiheadAttention(AttentionRule):
 
 
 class TorchMultiheadAttentionLinear(TorchMultiheadAttention):
-    """The same with its projections: torch calls no layer for them."""
+    """The same including its projections, for which torch calls no layer."""
 
     patch_needs = frozenset({"attention", "linear"})
     patch_runs = "vlmkernels.interval_attention and linear where need_weights=False"
@@ -188,7 +188,7 @@ def _transformers_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' "sdpa" gives; calls that are not exact here are handed to it."""
+    """The result of transformers' "sdpa"; calls that are not exact here are delegated to it."""
     sinks = [name for name in ("s_aux", "sinks") if kwargs.get(name) is not None]
     if sinks:  # which "sdpa" passes over, and models that have them are never told to take it
         cls = type(module).__name__
@@ -220,7 +220,7 @@ def _transformers_attention(
 
 
 class _Config:
-    """A configuration that names our function where it says "sdpa"."""
+    """A configuration in which "sdpa" is replaced by the name of our function."""
 
     def __init__(self, behind: Any) -> None:
         self._behind = behind
@@ -235,7 +235,7 @@ class _Config:
 
 
 class _Call:
-    """A module in a call of its forward, which finds our function in its configuration."""
+    """A module during a call of its forward, whose configuration names our function."""
 
     def __init__(self, module: nn.Module) -> None:
         object.__setattr__(self, "_module", module)
@@ -252,10 +252,10 @@ class _Call:
 
 
 class TransformersAttention(AttentionRule):
-    """Attention modules of transformers that ask its registry for the function that computes it.
+    """Attention modules of transformers that look up their attention function in its registry.
 
-    Configurations, and with them the masks that are made, stay those of "sdpa"; after
-    ``model.set_attn_implementation("eager")`` the module does what transformers does.
+    Configurations, and therefore the masks that transformers builds, stay those of "sdpa"; after
+    ``model.set_attn_implementation("eager")`` the module runs transformers' code.
     """
 
     @classmethod
@@ -299,7 +299,7 @@ def _has_sdpa(module: nn.Module) -> bool:
 
 
 class _Redirect(TorchFunctionMode):
-    """Takes the calls of torch's scaled_dot_product_attention that can be kept exact."""
+    """Intercepts the calls of torch's scaled_dot_product_attention that can be computed exactly."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -332,7 +332,7 @@ def _scaled_dot_product_attention(
 
 
 class ScaledDotProductAttention(AttentionRule):
-    """Any module whose forward calls torch's scaled_dot_product_attention: timm's Attention for example."""
+    """Any module whose forward calls torch's scaled_dot_product_attention, for example timm's Attention."""
 
     patch_runs = "vlmkernels.interval_attention; under torch.compile its own code"
 

@@ -1,4 +1,4 @@
-"""Attention modules that write out the products and the softmax, each by its name.
+"""Attention modules that compute the products and the softmax explicitly, recognised by name.
 
 open_flamingo's MaskedCrossAttention and PerceiverAttention, the Perceiver of IDEFICS, VisualBERT and ALIGN.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.integrations import _masks
 from vlmkernels.integrations._swap import qualified_name
 from vlmkernels.integrations.attention import AttentionRule, attend
@@ -41,14 +41,14 @@ def _perceiver(*projected: Tensor, heads: int, scale: float) -> Tensor:  # [B, H
 
 
 def _may_be_called_in_parts(*projections: nn.Module) -> bool:
-    """Whether rows may be projected by two calls instead of one: nobody listens, and rows do not interact."""
-    return all(is_exactly(p, nn.Linear) and unheard(p) for p in projections)
+    """Whether rows may be projected by two calls instead of one: no hooks, and rows do not interact."""
+    return all(is_exactly(p, nn.Linear) and not must_be_called(p) for p in projections)
 
 
 class FlamingoCrossAttention(_Named):
-    """open_flamingo's MaskedCrossAttention: the images that a text row sees are an interval of keys.
+    """open_flamingo's MaskedCrossAttention: the images that a text row attends to are an interval of keys.
 
-    A row none of whose images is there sees all keys equally, as all its logits are one and the same number;
+    A row whose images are all missing attends to all keys equally, since all its logits are the same number;
     before the first image, with `only_attend_immediate_media`, its result is zero.
     """
 
@@ -159,7 +159,9 @@ class _BertAttention(_Named):
         attention_mask: Tensor | None,  # [B, 1, 1 or T, T], added to the logits
     ) -> Tensor | None:  # [B, T, D], None where it would not be exact
         seen, tokens = None, hidden_states.shape[1]
-        if (self.training and self.dropout.p > 0) or hidden_states.numel() == 0 or not unheard(self.dropout):
+        if must_be_called(self.dropout) or (self.training and self.dropout.p > 0):
+            return None
+        if hidden_states.numel() == 0:
             return None
         if attention_mask is not None:
             seen = _masks.intervals_of(
@@ -175,7 +177,7 @@ class _BertAttention(_Named):
 
 
 class VisualBertAttention(_BertAttention):
-    """transformers' VisualBertSelfAttention; the calls that ask for the attention weights run its code."""
+    """transformers' VisualBertSelfAttention; calls that request the attention weights run its own code."""
 
     patch_name = "transformers.models.visual_bert.modeling_visual_bert.VisualBertSelfAttention"
 
@@ -191,8 +193,8 @@ class VisualBertAttention(_BertAttention):
 class AlignAttention(_BertAttention):
     """transformers' AlignTextSelfAttention, for which transformers has no "sdpa".
 
-    Its caller drops the attention weights; who wants them puts a hook on the module, as
-    ``output_attentions=True`` does, and gets them from its own code.
+    Its caller discards the attention weights. They are requested by a hook on the module, as
+    ``output_attentions=True`` registers it; the module's own code then runs.
     """
 
     patch_name = "transformers.models.align.modeling_align.AlignTextSelfAttention"
@@ -215,7 +217,7 @@ class AlignAttention(_BertAttention):
 
 
 class UnknownAttention(AttentionRule):
-    """Modules that are attention by their name: none is left out of the report."""
+    """Other modules with attention in their name, so that the report is complete."""
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""Linear layers and multilayer perceptrons on `vlmkernels.linear`, `mlp` and `gated_mlp`.
+"""Linear layers and MLPs on `vlmkernels.linear`, `mlp` and `gated_mlp`.
 
-A layer with hooks, a parametrization or quantized weights is never passed over: the layers then run one by
-one. On an accelerator torch's own products stay.
+A layer with hooks, a parametrization or quantized weights is always called: the layers then run one by one.
+On an accelerator torch's own products are used.
 """
 
 from __future__ import annotations
@@ -14,38 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
+from vlmkernels._activations import activation_of
+from vlmkernels._modules import are_plain, must_be_called, passable
 from vlmkernels.integrations._chains import chain_of, gated_of
-from vlmkernels.integrations._swap import Rule, qualified_name
+from vlmkernels.integrations._swap import Rule
 
 _ALL = ("*",)  # every child, in order
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "open_clip.transformer.QuickGELU": "quick_gelu",
-    "timm.layers.activations.QuickGELU": "quick_gelu",
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.QuickGELUActivation": "quick_gelu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.ReLUSquaredActivation": "squared_relu",
-}
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """The word for our ops; None for an activation that they do not have."""
-    if not has_own_forward(type(module)):
-        return None
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _ACTIVATIONS.get(qualified_name(type(module)))
 
 
 def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether x can go through layers of these weights and biases on the CPU, all of one dtype."""
+    """Whether our ops support the operands: plain tensors on the CPU, of one dtype outside autocast."""
     if not (
         x is not None
         and are_plain(x, weight, *others)
@@ -96,11 +74,11 @@ class TorchLinear(LinearRule):
         return F.linear(x, weight, bias)
 
 
-class Perceptron(LinearRule):
+class MLP(LinearRule):
     """torch.nn.Sequential, and classes whose forward calls their children one after the other.
 
-    Linear, activation and Linear become one op, Linear and activation another; nn.Identity and a Dropout that
-    does nothing are passed over.
+    Linear, activation and Linear become one op, Linear and activation another; nn.Identity and an inactive
+    Dropout are skipped.
     """
 
     patch_runs = "vlmkernels.mlp, or linear with the activation"
@@ -117,9 +95,9 @@ class Perceptron(LinearRule):
     @classmethod
     def patch_refuses(cls, module: nn.Module) -> str | None:
         pairs = _activated(module)
-        heard = [type(m).__name__ for pair in pairs for m in pair if not unheard(m)]
-        if heard:
-            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        hooked = [type(m).__name__ for pair in pairs for m in pair if must_be_called(m)]
+        if hooked:
+            return f"hooks on {' and '.join(hooked)}: it runs layer by layer"
         unknown = [type(activation).__name__ for _, activation in pairs if activation_of(activation) is None]
         return f"there is no kernel for {' and '.join(unknown)}" if len(unknown) == len(pairs) else None
 
@@ -137,7 +115,7 @@ class Perceptron(LinearRule):
         return x
 
 
-class GatedPerceptron(LinearRule):
+class GatedMLP(LinearRule):
     """Classes whose forward is down(activation(gate(x)) * up(x))."""
 
     patch_runs = "vlmkernels.gated_mlp"
@@ -159,9 +137,9 @@ class GatedPerceptron(LinearRule):
     def patch_refuses(cls, module: nn.Module) -> str | None:
         names = gated_of(type(module))
         assert names is not None
-        heard = [name for name in names if not unheard(getattr(module, name))]
-        if heard:
-            return f"hooks on {' and '.join(heard)}: it runs layer by layer"
+        hooked = [name for name in names if must_be_called(getattr(module, name))]
+        if hooked:
+            return f"hooks on {' and '.join(hooked)}: it runs layer by layer"
         activation = getattr(module, names[1])
         return None if activation_of(activation) else f"there is no kernel for {type(activation).__name__}"
 
@@ -178,8 +156,8 @@ class GatedPerceptron(LinearRule):
 
 
 def _steps(module: nn.Module) -> list[Any]:
-    """What the module calls, one after the other; empty where it does anything else."""
-    names: Any = module.patch_steps if isinstance(module, Perceptron) else _names(type(module))
+    """The modules that the forward calls one after the other; empty if it does anything else."""
+    names: Any = module.patch_steps if isinstance(module, MLP) else _names(type(module))
     names = list(module._modules) if names == _ALL else names
     return [step for step in (getattr(module, name, None) for name in names) if not _passes(step)]
 
@@ -189,20 +167,20 @@ def _names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _passes(step: Any) -> bool:
-    """Whether a step does nothing and nobody would notice that it is not called."""
+    """Whether a step does nothing and can be skipped unobserved."""
     idle = type(step) is nn.Identity or (type(step) is nn.Dropout and not (step.training and step.p > 0))
-    return idle and unheard(step)
+    return idle and not must_be_called(step)
 
 
 def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer that need not be called; None for all other steps."""
+    """Weight and bias of a linear layer that does not have to be called; None for all other steps."""
     free = isinstance(step, nn.Linear) and passable(step, nn.Linear)
     return (step.weight, step.bias) if free else None
 
 
 def _word(step: Any) -> str | None:
-    """What our ops call the step, if it is an activation that need not be called."""
-    return activation_of(step) if isinstance(step, nn.Module) and unheard(step) else None
+    """Our ops' name of the step, if it is an activation that does not have to be called."""
+    return activation_of(step) if isinstance(step, nn.Module) and not must_be_called(step) else None
 
 
 def _activated(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -218,4 +196,4 @@ def _is_activation(step: Any) -> bool:
     )
 
 
-LINEAR: tuple[type[LinearRule], ...] = (TorchLinear, Perceptron, GatedPerceptron)
+LINEAR: tuple[type[LinearRule], ...] = (TorchLinear, MLP, GatedMLP)

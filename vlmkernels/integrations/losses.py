@@ -24,7 +24,7 @@ class LossRule(Rule):
 
 
 def _forward_of(ours: type[nn.Module]) -> Callable:
-    """The forward of our loss, which outside autocast has the dtype of the features, as open_clip's has."""
+    """The forward of our loss; outside autocast the result has the dtype of the features, as in open_clip."""
 
     @functools.wraps(ours.forward)
     def forward(self: Any, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
 
 
 class ClipLoss(ours.ClipLoss):
-    forward = _forward_of(ours.ClipLoss)  # not in a base, which would stand behind open_clip's class
+    forward = _forward_of(ours.ClipLoss)  # not in a base class, which would come after open_clip's class
 
 
 class SigLipLoss(ours.SigLipLoss):
@@ -76,7 +76,7 @@ class OpenClipLoss(LossRule):
 
     @classmethod
     def patch_bases(cls, original: type[nn.Module]) -> tuple[type, ...]:
-        """Our forward stands directly before that of the base class, behind what a subclass adds to it."""
+        """Our forward comes directly before that of the base class, after what a subclass adds to it."""
         *added, base = cls._known(original)
         return (cls, *added, cls.ours, base)
 
@@ -96,9 +96,9 @@ class OpenSigLipLoss(OpenClipLoss):
 
 
 class _ModelLoss(LossRule):
-    """A model of transformers that returns the loss beside the logits: the loss is made from the features.
+    """A model of transformers that returns loss and logits: our loss is computed from the features.
 
-    The logits are an output and are computed as before, but no gradient of the loss runs through them.
+    The logits are an output and are computed as before, but no gradient of the loss flows through them.
     """
 
     name: ClassVar[str]
@@ -108,7 +108,7 @@ class _ModelLoss(LossRule):
         return qualified_name(type(module)) == cls.name
 
     def contrastive_loss(self, texts: Tensor, images: Tensor) -> Tensor:
-        raise NotImplementedError  # every model has its own; why there is no abc, Rule says
+        raise NotImplementedError  # every model has its own; not abc, for the reason given in Rule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("return_loss"):

@@ -1,4 +1,4 @@
-"""Texts without the padding on which no result depends: open_clip's CLIP, whose text tower is causal."""
+"""Truncates padding that affects no result: open_clip's CLIP, whose text tower is causal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.integrations._swap import Rule, own, qualified_name
 
 _POOLED_AT_THE_END = ("argmax", "eos")
 
 
 class _Shorter:
-    """A model for shorter texts: what belongs to positions ends with them, all else is the model's."""
+    """A view of a model for shorter texts: tensors over positions are truncated, all else is the model's."""
 
     def __init__(self, model: OpenClipText, length: int) -> None:
         self._model = model
@@ -26,10 +26,10 @@ class _Shorter:
 
 
 class OpenClipText(Rule):
-    """open_clip's CLIP, whose tokenizer pads every text to the whole context.
+    """open_clip's CLIP, whose tokenizer pads every text to the full context.
 
-    Each text is pooled at its end, and no token sees what follows it: the library's own code runs on the
-    texts up to the last end of the batch.
+    Each text is pooled at its end token, and no token attends to later ones: the library's own code runs on
+    the columns up to the last end token of the batch.
     """
 
     patch_needs = frozenset({"padding"})
@@ -70,9 +70,9 @@ class OpenClipText(Rule):
         return own(self).encode_text(model, text, normalize)  # type: ignore[attr-defined]
 
     def _quiet(self) -> bool:
-        """Whether nobody sees the tokens on their way."""
+        """Whether no hook observes the tokens inside the text tower."""
         parts: Any = (self.token_embedding, self.transformer, self.ln_final)
-        return all(unheard(module) for part in parts for module in part.modules())
+        return not any(must_be_called(module) for part in parts for module in part.modules())
 
 
 PADDING: tuple[type[Rule], ...] = (OpenClipText,)

@@ -18,7 +18,7 @@ _BOTH = {"query_to_doc", "doc_to_query"}
 class RankingLoss(LossRule):
     """MultipleNegativesRankingLoss: anchors against all positives and negatives of the batch.
 
-    Options are read in the call: those that `refusal` names run the library's own code.
+    Options are read at call time; with those that `refusal` names, the library's own code runs.
     """
 
     patch_runs = "vlmkernels.info_nce"
@@ -90,7 +90,7 @@ class RankingLoss(LossRule):
 
 
 class CachedRankingLoss(RankingLoss):
-    """Its form with cached gradients: the embeddings are made in small batches, the loss here in one go."""
+    """The variant with cached gradients: embeddings are computed in mini-batches, the loss here at once."""
 
     name = "CachedMultipleNegativesRankingLoss"
     patch_methods = ("calculate_loss",)
@@ -109,7 +109,7 @@ class CachedRankingLoss(RankingLoss):
 
 
 def _similarity(function: Any) -> str | None:
-    """ "cos_sim" or "dot_score" where the function is one of these of sentence-transformers."""
+    """ "cos_sim" or "dot_score" if the function is that of sentence-transformers."""
     name = getattr(function, "__name__", None)
     theirs = getattr(sys.modules.get("sentence_transformers.util"), name, None) if name else None
     return name if name in ("cos_sim", "dot_score") and function is theirs else None

@@ -1,4 +1,4 @@
-"""Reference architectures, one readable file each."""
+"""Reference architectures, one readable file each; `parts/` has what they share."""
 
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmkernels.models._foreign_config import Part
-from vlmkernels.models.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
+from vlmkernels._activations import HUGGING_FACE
+from vlmkernels.models.parts.efficientnet import CHANNELS, EXPANSIONS, KERNELS, REPEATS, STRIDES
+from vlmkernels.models.parts.foreign_config import Part
 
-# Hugging Face's AlignTextConfig and AlignVisionConfig: what is read, with their defaults, ...
+# Hugging Face's AlignTextConfig and AlignVisionConfig: the keys that are read, with their defaults, ...
 TEXT: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -31,7 +32,7 @@ VISION: dict[str, Any] = {
     "batch_norm_eps": 0.001,
     "drop_connect_rate": 0.2,
 }
-# ... and what an ALIGN here has in one form alone.
+# ... and what is fixed in an ALIGN here.
 TEXT_FIXED = {"type_vocab_size": 2}
 VISION_FIXED = {
     "num_channels": 3,
@@ -45,33 +46,23 @@ VISION_FIXED = {
     "squeeze_expansion_ratio": 0.25,
     "pooling_type": "mean",
 }
-# Names of Hugging Face's activations, of those that the ops have.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of AlignConfig for the config.json of an AlignModel; ValueError with all reasons against it."""
+    """Fields of AlignConfig for the config.json of an AlignModel; ValueError listing what is unsupported."""
     if config.get("model_type") != "align":
-        raise ValueError(f"model_type is {config.get('model_type')!r}, wants 'align'")
+        raise ValueError(f"model_type must be 'align', got {config.get('model_type')!r}")
     top = Part("config", config, {"projection_dim": 640, "temperature_init_value": 1.0}, {})
     text = Part("text_config", config.get("text_config") or {}, TEXT, TEXT_FIXED)
     vision = Part(
         "vision_config", config.get("vision_config") or {}, VISION, VISION_FIXED, loose=("image_size",)
     )
     image_size = vision.side("image_size")
-    if text["hidden_act"] not in ACTIVATIONS:
-        text.fault("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+    if text["hidden_act"] not in HUGGING_FACE:
+        text.fault("hidden_act", f"one of {', '.join(HUGGING_FACE)}")
     if text["attention_probs_dropout_prob"] != text["hidden_dropout_prob"]:
         text.fault("attention_probs_dropout_prob", "hidden_dropout_prob")
-    if ACTIVATIONS.get(vision["hidden_act"]) != "silu":
+    if HUGGING_FACE.get(vision["hidden_act"]) != "silu":
         vision.fault("hidden_act", '"swish"')
     if faults := [*top.faults, *text.faults, *vision.faults]:
         raise ValueError("; ".join(faults))
@@ -91,7 +82,7 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],
         "text_mlp_width": text["intermediate_size"],
-        "text_activation": ACTIVATIONS[text["hidden_act"]],
+        "text_activation": HUGGING_FACE[text["hidden_act"]],
         "text_eps": text["layer_norm_eps"],
         "text_dropout": text["hidden_dropout_prob"],
         "pad_id": text["pad_token_id"],

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels.models._clip_sources import OPEN_CLIP_FILE, OPEN_CLIP_WEIGHTS, hf_fields, open_clip_fields
-from vlmkernels.models._files import Source, read_json, read_state_dict, weights_file
-from vlmkernels.models._pretrained import CONFIG_FILE, naming
+from vlmkernels.models.parts.pretrained import CONFIG_FILE, naming
+from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict, weights_file
 
 OPENAI_BUFFERS = ("input_resolution", "context_length", "vocab_size")
 NOT_IN_SHAPES = ("quick_gelu", "vision_heads", "text_heads")
@@ -45,7 +45,7 @@ HF_PARTS = {
 
 
 class Converted(NamedTuple):
-    """Weights under our names, and the fields of ClipConfig that come with them, with where these stand."""
+    """Weights under our names, and the fields of ClipConfig that come with them, with their origin."""
 
     weights: dict[str, Tensor]
     fields: dict[str, Any]
@@ -53,10 +53,10 @@ class Converted(NamedTuple):
 
 
 def from_openai(source: Source) -> Converted:
-    """Weights of openai/CLIP or open_clip, without buffers; of a folder, the file that open_clip would take.
+    """Weights of openai/CLIP or open_clip, without buffers; of a folder, the file that open_clip would load.
 
-    With them comes what open_clip_config.json says beside the file. Without it, OpenAI's own checkpoints are
-    known by their buffers: they have QuickGELU and heads of 64 channels.
+    The fields are those of open_clip_config.json beside the file. Without it, OpenAI's own checkpoints are
+    recognised by their buffers: they have QuickGELU and heads of 64 channels.
     """
     if not isinstance(source, Mapping) and Path(source).is_dir():
         source = weights_file(source, OPEN_CLIP_WEIGHTS)
@@ -65,7 +65,7 @@ def from_openai(source: Source) -> Converted:
     for name, tensor in state_dict.items():
         if name in OPENAI_BUFFERS or name.endswith("attn_mask"):
             continue
-        out[name.removeprefix("text.")] = tensor  # where open_clip's CustomTextCLIP keeps the text tower
+        out[name.removeprefix("text.")] = tensor  # the text tower of open_clip's CustomTextCLIP
     for name in ("logit_scale", "logit_bias"):
         if name in out and out[name].shape == (1,):  # open_clip's nonscalar_logit_scale
             out[name] = out[name].reshape(())
@@ -81,7 +81,7 @@ def from_openai(source: Source) -> Converted:
 def _beside(
     source: Source, name: str, convert: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[dict[str, Any], str]:
-    """The fields that the config `name` beside a file says, and its path; nothing where there is none."""
+    """The fields of the config `name` beside a file, and its path; empty if there is none."""
     if isinstance(source, Mapping) or not (path := Path(source).parent / name).is_file():
         return {}, ""
     with naming(path):
@@ -89,7 +89,7 @@ def _beside(
 
 
 def from_hf(source: Source) -> Converted:
-    """Weights of Hugging Face's CLIPModel; with them comes what config.json says beside the file."""
+    """Weights of Hugging Face's CLIPModel; the fields are those of config.json beside the file."""
     if not isinstance(source, Mapping) and Path(source).is_dir():
         source = weights_file(source)
     state_dict = {
@@ -114,7 +114,7 @@ def from_hf(source: Source) -> Converted:
                 names = [f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
                 if all(name in state_dict for name in names):
                     out[f"{block}.attn.in_proj_{kind}"] = torch.cat([state_dict.pop(name) for name in names])
-    # What is left of the state dict is reported as unknown by check_weights.
+    # check_weights reports the rest of the state dict as unknown.
     return Converted({**out, **state_dict}, *_beside(source, CONFIG_FILE, hf_fields))
 
 
@@ -141,31 +141,31 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_activation(known: Mapping[str, Any], quick_gelu: bool, origin: str) -> None:
-    """ValueError where the activation that comes with the weights is another one."""
+    """ValueError if the weights were trained with another activation."""
     if known.get("quick_gelu", quick_gelu) != quick_gelu:
         name = "GELU" if quick_gelu else "QuickGELU"
         raise ValueError(
-            f"quick_gelu: {origin} was trained with {name}, and here quick_gelu={quick_gelu}: take "
-            f"quick_gelu={not quick_gelu} (open_clip's names of QuickGELU end in -quickgelu), or pass "
-            "check_activation=False to load it all the same"
+            f"quick_gelu: {origin} was trained with {name}, but quick_gelu={quick_gelu}: pass "
+            f"quick_gelu={not quick_gelu} (open_clip's names of QuickGELU end in -quickgelu), or "
+            "check_activation=False to load it anyway"
         )
 
 
 def complete(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` of ClipConfig and those that shapes of our weights show; ValueError for what neither shows."""
+    """`fields` of ClipConfig and those that the shapes determine; ValueError for fields in neither."""
     out = {**infer_sizes(weights), **fields}
     wanted = NOT_IN_SHAPES + (() if out["vision_ln_pre"] else NOT_IN_SHAPES_OF_CLIPA)
     if missing := [name for name in wanted if name not in out]:
         raise ValueError(
-            f"{', '.join(missing)}: shapes do not show this and no config lies beside the weights; give each "
-            f"as an argument (heads of None are 64 channels wide), or put {OPEN_CLIP_FILE} or Hugging Face's "
-            f"{CONFIG_FILE} beside the file, or load into a model of a config that you know"
+            f"{', '.join(missing)}: not determined by shapes, and there is no config beside the weights; "
+            f"pass each as an argument (None means heads of 64 channels), put {OPEN_CLIP_FILE} or Hugging "
+            f"Face's {CONFIG_FILE} beside the file, or load into a model with a known config"
         )
     return out
 
 
 def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of ClipConfig that the shapes of our state dict determine; ValueError if it is no CLIP's."""
+    """The fields of ClipConfig that shapes of our state dict determine; ValueError if it is not a CLIP's."""
     needed = {
         "text_projection": 2,
         "positional_embedding": 2,
@@ -176,9 +176,11 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     grid_name = "visual.positional_embedding" if vit else "visual.attnpool.positional_embedding"
     needed[grid_name] = 2
     if missing := [name for name in needed if name not in state_dict]:
-        raise ValueError(f"state_dict is not a CLIP's: it has no {', '.join(missing)}")
+        raise ValueError(f"state_dict must be a CLIP's, but it has no {', '.join(missing)}")
     if flat := [name for name, dims in needed.items() if state_dict[name].ndim != dims]:
-        raise ValueError(f"state_dict is not a CLIP's: {', '.join(flat)} of another number of dimensions")
+        raise ValueError(
+            f"state_dict must be a CLIP's, but {', '.join(flat)} have another number of dimensions"
+        )
     grid = round(max(len(state_dict[grid_name]) - 1, 0) ** 0.5)
     vocab_size, text_width = state_dict["token_embedding.weight"].shape
     fields: dict[str, Any] = {

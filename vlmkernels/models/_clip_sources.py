@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmkernels.models._foreign_config import Part
+from vlmkernels.models.parts.foreign_config import Part
 
 OPEN_CLIP_FILE = "open_clip_config.json"
 # In the order in which open_clip looks for them.
@@ -20,7 +20,7 @@ OPEN_CLIP_WEIGHTS = (
     "model.pth",
 )
 
-# open_clip's CLIPVisionCfg and CLIPTextCfg: what is read, with their defaults, ...
+# open_clip's CLIPVisionCfg and CLIPTextCfg: the keys that are read, with their defaults, ...
 VISION: dict[str, Any] = {
     "layers": 12,
     "width": 768,
@@ -46,7 +46,7 @@ TEXT: dict[str, Any] = {
     "norm_kwargs": None,
     "hf_tokenizer_name": None,
 }
-# ... what a CLIP here does not have, ...
+# ... those of features that a CLIP here does not have, ...
 BLOCK_FIXED = {
     "ls_init_value": None,
     "act_kwargs": None,
@@ -79,7 +79,7 @@ TOP: dict[str, Any] = {
     "init_logit_scale": None,
     "init_logit_bias": None,
 }
-# ... and what changes nothing without the above, or nothing but training and tokens.
+# ... and those that have no effect without the above, or only on training and tokens.
 IGNORED = (
     *("patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pad_id"),
     *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
@@ -88,7 +88,7 @@ IGNORED = (
 
 
 def open_clip_fields(model_cfg: Any) -> dict[str, Any]:
-    """Fields of ClipConfig for open_clip's model config; ValueError with all reasons against it."""
+    """Fields of ClipConfig for open_clip's model config; ValueError listing what is not supported."""
     top = Part(
         "model_cfg", model_cfg, TOP, {"multimodal_cfg": None}, ("custom_text", "nonscalar_logit_scale")
     )
@@ -103,7 +103,7 @@ def open_clip_fields(model_cfg: Any) -> dict[str, Any]:
         text.fault("pool_type", '"argmax", "eos" or "last"')
     if text["pool_type"] == "argmax" and text["hf_tokenizer_name"]:
         text.fault(
-            "pool_type", '"eos" or "last": the highest id is the end of text in CLIP\'s vocabulary alone'
+            "pool_type", '"eos" or "last" (the highest id is the end of text only in CLIP\'s vocabulary)'
         )
     if vision["head_width"] < 1:
         vision.fault("head_width", "1 or more")
@@ -149,7 +149,7 @@ def open_clip_fields(model_cfg: Any) -> dict[str, Any]:
 def _eps(part: Part) -> float:
     options = part["norm_kwargs"] or {}
     if not isinstance(options, Mapping) or options.keys() - {"eps"}:
-        part.fault("norm_kwargs", "eps alone")
+        part.fault("norm_kwargs", "null or contain only eps")
         return 1e-5
     return options.get("eps", 1e-5)
 
@@ -158,7 +158,7 @@ def _mlp_width(width: int, hidden: int) -> int | None:
     return None if hidden == 4 * width else hidden
 
 
-# Hugging Face's CLIPTextConfig, CLIPVisionConfig and CLIPConfig: what is read, with their defaults.
+# Hugging Face's CLIPTextConfig, CLIPVisionConfig and CLIPConfig: the keys that are read, with their defaults.
 HF_TEXT: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -183,9 +183,9 @@ HF_VISION: dict[str, Any] = {
 
 
 def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ClipConfig for the config.json of a CLIPModel; ValueError with all reasons against it."""
+    """Fields of ClipConfig for the config.json of a CLIPModel; ValueError listing what is not supported."""
     if config.get("model_type") != "clip":
-        raise ValueError(f"model_type is {config.get('model_type')!r}, wants 'clip'")
+        raise ValueError(f"model_type must be 'clip', got {config.get('model_type')!r}")
     top = Part("config", config, {"projection_dim": 512}, {})
     text = Part("text_config", _hf_part(config, "text_config"), HF_TEXT, {})
     sides = ("image_size", "patch_size")
@@ -194,7 +194,7 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     image_size, patch_size = (vision.side(name) for name in sides)
     if text["hidden_act"] not in ("quick_gelu", "gelu") or text["hidden_act"] != vision["hidden_act"]:
-        text.fault("hidden_act", f'"quick_gelu" or "gelu", as of vision_config ({vision["hidden_act"]!r})')
+        text.fault("hidden_act", f'"quick_gelu" or "gelu", as in vision_config ({vision["hidden_act"]!r})')
     if faults := [*top.faults, *text.faults, *vision.faults]:
         raise ValueError("; ".join(faults))
     eot_id = text["eos_token_id"]
@@ -215,12 +215,12 @@ def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "text_mlp_width": _mlp_width(text["hidden_size"], text["intermediate_size"]),
         "text_eps": text["layer_norm_eps"],
         "quick_gelu": text["hidden_act"] == "quick_gelu",
-        # Configs written before transformers 4.31 say 2, which is not the id: there the highest id is meant.
+        # Configs written before transformers 4.31 have 2 here; their end of text is the highest id.
         "eot_id": text["vocab_size"] - 1 if eot_id == 2 else eot_id,
     }
 
 
 def _hf_part(config: Mapping[str, Any], name: str) -> Any:
-    """A tower's config; where an old file has it twice, the one that transformers takes."""
+    """A tower's config; if an old file has it twice, the one that transformers uses."""
     twice = config.get(f"{name}_dict")
     return (config.get(name) or {}) if twice is None else twice

@@ -7,17 +7,20 @@ The model is any module called like a decoder of transformers (which is not impo
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmkernels._modules import must_be_called, passable
+from vlmkernels.intervals import Intervals
+from vlmkernels.models.parts.generation import LanguageModelCall
+from vlmkernels.models.parts.token_loss import loss_of_logits, next_token_loss
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
 
-# Where a language model keeps its layers: OPT, GPT-NeoX, Llama and its kin, GPT-2 and GPT-J, MPT, `CausalLM`.
+# The layers of OPT, GPT-NeoX, Llama and its relatives, GPT-2, GPT-J and `CausalLM`, MPT.
 LAYERS = (
     "model.decoder.layers",
     "gpt_neox.layers",
@@ -26,18 +29,27 @@ LAYERS = (
     "transformer.blocks",
     "layers",
 )
+# Those of transformers whose logits are ``head(base_model(...))``: no scale, no soft-capping after the head.
+PLAIN_HEADS = (
+    "GPT2LMHeadModel",
+    "GPTJForCausalLM",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "MptForCausalLM",
+    "OPTForCausalLM",
+)
 GATED = "gated_cross_attn_layer"
 _PREFIX = "lang_encoder."
 _DUPLICATES = {f"{_PREFIX}gated_cross_attn_layers.": GATED, f"{_PREFIX}old_decoder_blocks.": "decoder_layer"}
 
 
 class MediaCondition:
-    """What the gated layers look at during one call of the language model; outside a call, nothing."""
+    """What the gated layers attend to during one call of the language model; empty outside a call."""
 
     def __init__(self) -> None:
         self.media: Tensor | None = None  # [B, M, n, Dv]
-        self.intervals: tuple[Tensor, Tensor] | None = None  # each [B, T], columns of the M n media tokens
-        self.cache: MediaCache | None = None  # holds both of the above, for decoding
+        self.intervals: Intervals | None = None  # each [B, T], columns of the M n media tokens
+        self.cache: MediaCache | None = None  # contains both of the above, for decoding
 
     @property
     def empty(self) -> bool:
@@ -61,11 +73,11 @@ class FlamingoLayer(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        block, seen = self.gated_cross_attn_layer, self.condition
-        if block is not None and seen.cache is not None:
-            x = block(x, cache=seen.cache)
-        elif block is not None and seen.media is not None:
-            x = block(x, seen.media, intervals=seen.intervals)
+        block, condition = self.gated_cross_attn_layer, self.condition
+        if block is not None and condition.cache is not None:
+            x = block(x, cache=condition.cache)
+        elif block is not None and condition.media is not None:
+            x = block(x, condition.media, intervals=condition.intervals)
         return self.decoder_layer(x, *args, **kwargs)
 
 
@@ -78,7 +90,7 @@ def decoder_layers(language_model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(found, nn.ModuleList):
             return path, found
     raise ValueError(
-        f"lang_encoder: {type(language_model).__name__} keeps its layers under none of {', '.join(LAYERS)}"
+        f"lang_encoder: {type(language_model).__name__} has no layers under any of {', '.join(LAYERS)}"
     )
 
 
@@ -100,9 +112,7 @@ def input_embeddings(language_model: nn.Module) -> nn.Embedding:
         embedding.weight  # noqa: B018
         return embedding
     except (AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"lang_encoder: {type(language_model).__name__} does not give its input embeddings"
-        ) from error
+        raise ValueError(f"lang_encoder: {type(language_model).__name__} has no input embeddings") from error
 
 
 def insert_blocks(
@@ -117,11 +127,45 @@ def insert_blocks(
     setattr(language_model.get_submodule(parent), name, wrapped)
 
 
-class TrainedRows:
-    """Before every call of an embedding: from then on the gradient of its weight is 0 outside `rows`.
+def predict(
+    language_model: Any,
+    call: LanguageModelCall,
+    tokens: Tensor,  # [B, T]
+    attention_mask: Tensor | None,  # [B, T]
+    labels: Tensor | None,  # [B, T] int64
+    return_logits: bool,
+) -> dict[str, Tensor]:
+    """What `Flamingo.forward` returns; the loss is computed from hidden states if the head is known."""
+    arguments = call.arguments(tokens, attention_mask)
+    if labels is None:
+        return {"logits": language_model(**arguments).logits}
+    if call.takes_return_logits:
+        out = language_model(**arguments, labels=labels, return_logits=return_logits)
+        logits, loss = out.logits, out.loss
+    elif (head := plain_head(language_model)) is not None:
+        hidden = language_model.base_model(**arguments).last_hidden_state
+        logits = head(hidden) if return_logits else None
+        loss = next_token_loss(hidden, head.weight, labels, head.bias)
+    else:
+        logits = language_model(**arguments).logits
+        loss = loss_of_logits(logits, labels)
+    return {"logits": logits, "loss": loss} if return_logits else {"loss": loss}
 
-    A hook of the module, since those of tensors stay behind where the weight becomes another tensor: assigned
-    by `load_state_dict`, copied, moved off the meta device, or gathered from its shards.
+
+def plain_head(language_model: Any) -> nn.Linear | None:
+    """The linear layer whose result is the logits, if its weights may be used without calling the model."""
+    cls = type(language_model)
+    if not cls.__module__.startswith("transformers.") or cls.__name__ not in PLAIN_HEADS:
+        return None
+    head = language_model.get_output_embeddings()
+    return None if must_be_called(language_model) or not passable(head, nn.Linear) else head
+
+
+class TrainedRows:
+    """A forward pre-hook of an embedding that keeps the gradient of its weight 0 outside `rows`.
+
+    A hook of the module, since tensor hooks are lost when the weight becomes another tensor: assigned by
+    `load_state_dict`, copied, moved off the meta device, or gathered from its shards.
     """
 
     def __init__(self, rows: Sequence[int]) -> None:
@@ -137,7 +181,7 @@ class TrainedRows:
 
     @classmethod
     def of(cls, embedding: nn.Module, rows: Sequence[int]) -> None:
-        """Sees to it for this embedding, whose weight may belong to compiled code."""
+        """Registers the hook for this embedding, whose weight may belong to compiled code."""
         known = [hook for hook in embedding._forward_pre_hooks.values() if isinstance(hook, cls)]
         if not known:
             known = [cls(rows)]
@@ -151,35 +195,8 @@ def _keep_rows(rows: list[int], gradient: Tensor) -> Tensor:  # [V, D]
     return kept
 
 
-class LanguageModelCall:
-    """Calls a language model with the arguments that its forward has."""
-
-    def __init__(self, language_model: nn.Module) -> None:
-        known = inspect.signature(language_model.forward).parameters
-        self.takes_positions = "position_ids" in known
-        self.takes_logits_to_keep = "logits_to_keep" in known
-
-    def arguments(
-        self,
-        tokens: Tensor,  # [B, T]
-        attention_mask: Tensor | None,  # [B, past + T]
-        *,
-        last_only: bool = False,
-    ) -> dict[str, Any]:
-        """Positions count from the first token that is not padding."""
-        options: dict[str, Any] = {"input_ids": tokens}
-        if attention_mask is not None:
-            options["attention_mask"] = attention_mask
-            if self.takes_positions:
-                positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-                options["position_ids"] = positions[:, attention_mask.shape[1] - tokens.shape[1] :]
-        if last_only and self.takes_logits_to_keep:
-            options["logits_to_keep"] = 1
-        return options
-
-
 def without_duplicates(state_dict: Mapping[str, Tensor], layers: str) -> dict[str, Tensor]:
-    """open_flamingo's names, in which each layer stands up to three times, as one name for each tensor.
+    """open_flamingo's names, which have each layer up to three times, as one name for each tensor.
 
     `layers` is the path of the decoder layers.
     """

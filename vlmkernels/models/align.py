@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels._activations import ACTIVATIONS
 from vlmkernels.models._align_sources import hf_fields
-from vlmkernels.models._files import Source, read_json, read_state_dict
-from vlmkernels.models._pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
-from vlmkernels.models.bert import ACTIVATIONS, Bert
-from vlmkernels.models.efficientnet import (
+from vlmkernels.models.parts.bert import Bert
+from vlmkernels.models.parts.efficientnet import (
     CHANNELS,
     COEFFICIENTS,
     PADDINGS,
@@ -38,6 +37,8 @@ from vlmkernels.models.efficientnet import (
     round_channels,
     round_repeats,
 )
+from vlmkernels.models.parts.pretrained import CONFIG_FILE, LATER, Pretrained, below, config_from_dict, naming
+from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
 from vlmkernels.nn._bounds import within
 from vlmkernels.nn.dense import Linear
 
@@ -61,10 +62,10 @@ class AlignConfig:
     convolutions with stride 2 is "same", TensorFlow's rule, or "fixed", Hugging Face's; they are equal while
     every side is even. `image_projection` adds a linear layer from the pooled features to `embed_dim`.
     `batch_norm_momentum` is torch's, the weight of the new statistic. `text_heads` of None means a head width
-    of 64. `context_length` is the number of tokens a text is cut to, `max_positions` the size of the position
-    table. `text_pooler` keeps BERT's unused pooler in the state dict, frozen. `min_temperature` is the floor
-    of the learned temperature: 1 / it bounds the scale. `text_activation` is that of BERT's MLP, by its name
-    in `vlmkernels.mlp`; `text_eps` and `batch_norm_eps` are the epsilons of the normalisations.
+    of 64. `context_length` is the number of tokens to which a text is truncated, `max_positions` the size of
+    the position table. `text_pooler` keeps BERT's unused pooler in the state dict, frozen. `min_temperature`
+    is the floor of the learned temperature: 1 / it bounds the scale. `text_activation` is that of BERT's MLP,
+    by its name in `vlmkernels.mlp`; `text_eps` and `batch_norm_eps` are the epsilons of the normalisations.
     """
 
     embed_dim: int = 640
@@ -100,37 +101,42 @@ class AlignConfig:
         object.__setattr__(self, "text_heads", heads)
         faults = []
         if self.image_padding not in PADDINGS:
-            faults.append(f"image_padding: got {self.image_padding!r}, want one of {PADDINGS}")
+            faults.append(f"image_padding must be one of {PADDINGS}, got {self.image_padding!r}")
         if len(self.image_strides) != 7 or not set(self.image_strides) <= {1, 2}:
-            faults.append(f"image_strides: got {self.image_strides}, want seven of 1 or 2")
+            faults.append(f"image_strides must be seven values of 1 or 2, got {self.image_strides}")
         if not (0 < self.image_width <= 100 and 0 < self.image_depth <= 100):
             got = f"{self.image_width}, {self.image_depth}"
-            faults.append(f"image_width, image_depth: got {got}, want both > 0 and <= 100")
+            faults.append(f"image_width and image_depth must be in (0, 100], got {got}")
         elif not self.image_projection and self.embed_dim != (
             features := round_channels(CHANNELS[-1], self.image_width)
         ):
-            wanted = f"want {features}, the image channels, or image_projection=True"
-            faults.append(f"embed_dim: got {self.embed_dim}, {wanted}")
+            faults.append(
+                f"embed_dim must be {features}, the image channels, without image_projection, "
+                f"got {self.embed_dim}"
+            )
         if self.text_activation not in ACTIVATIONS:
-            faults.append(f"text_activation: got {self.text_activation!r}, want one of {tuple(ACTIVATIONS)}")
+            faults.append(
+                f"text_activation must be one of {tuple(ACTIVATIONS)}, got {self.text_activation!r}"
+            )
         if self.text_width % heads:
-            faults.append(f"text_heads: got {heads}, want a divisor of text_width {self.text_width}")
+            faults.append(f"text_heads must be a divisor of text_width {self.text_width}, got {heads}")
         if not 1 <= self.context_length <= self.max_positions:
             faults.append(
-                f"context_length: got {self.context_length}, want 1 to max_positions {self.max_positions}"
+                f"context_length must be in [1, max_positions = {self.max_positions}], "
+                f"got {self.context_length}"
             )
         if not 0 <= self.pad_id < self.vocab_size:
-            faults.append(f"pad_id: got {self.pad_id}, want 0 to vocab_size - 1 = {self.vocab_size - 1}")
+            faults.append(f"pad_id must be in [0, vocab_size = {self.vocab_size}), got {self.pad_id}")
         for name in ("text_eps", "batch_norm_eps"):
             if not getattr(self, name) >= 0.0:
-                faults.append(f"{name}: got {getattr(self, name)}, want 0 or more")
+                faults.append(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("drop_rate", "text_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                faults.append(f"{name}: got {getattr(self, name)}, want 0 <= {name} < 1")
+                faults.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0.0 < self.min_temperature <= self.init_temperature < math.inf:
             faults.append(
-                f"min_temperature, init_temperature: got {self.min_temperature}, {self.init_temperature},"
-                " want 0 < min_temperature <= init_temperature"
+                "min_temperature and init_temperature must satisfy 0 < min_temperature <= init_temperature, "
+                f"got {self.min_temperature} and {self.init_temperature}"
             )
         if faults:
             raise ValueError("AlignConfig: " + "; ".join(faults))
@@ -139,12 +145,12 @@ class AlignConfig:
 def paper_config(image: str, text: str) -> AlignConfig:
     """A cell of the paper's grid: EfficientNet `image` ("b0".."b7", "l2") and BERT `text` ("mini".."large").
 
-    Embedding width 640, through a linear layer on the pooled features where they are not 640 wide; the L2
+    Embedding width 640, through a linear layer on the pooled features if they are not 640 wide; the L2
     model has no such layer and embeds into 1376. Vocabulary of 100,000 word pieces.
     """
     if image not in COEFFICIENTS or text not in BERT_SIZES:
-        known = f"want one of {', '.join(COEFFICIENTS)} and one of {', '.join(BERT_SIZES)}"
-        raise ValueError(f"image, text: got {image!r}, {text!r}, {known}")
+        known = f"one of {', '.join(COEFFICIENTS)} and one of {', '.join(BERT_SIZES)}"
+        raise ValueError(f"image and text must be {known}, got {image!r} and {text!r}")
     width, depth, _ = COEFFICIENTS[image]
     text_width, layers = BERT_SIZES[text]
     return AlignConfig(
@@ -235,7 +241,7 @@ class ALIGN(Pretrained):
         return [*image, self.text_projection]
 
     def scale(self) -> Tensor:
-        """1 / temperature (0-dim, with gradient): what the similarities are multiplied by.
+        """1 / temperature (0-dim, with gradient), the factor of the similarities.
 
         A temperature below its floor counts as the floor: the scale is in (0, 1 / min_temperature].
         """
@@ -245,7 +251,7 @@ class ALIGN(Pretrained):
         """Image embeddings; any H and W. ValueError for anything but a floating [B, 3, H, W]."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
-                f"images: got {images.dtype} of shape {tuple(images.shape)}, want floating [B, 3, H, W]"
+                f"images must be floating [B, 3, H, W], got {images.dtype} of shape {tuple(images.shape)}"
             )
         features = self.vision_model(images)
         if self.config.image_projection:
@@ -291,7 +297,7 @@ class ALIGN(Pretrained):
         image-to-text and text-to-image as in Hugging Face's AlignModel, or their "sum" as in the paper.
         """
         if directions not in ("mean", "sum"):
-            raise ValueError(f"directions: wants 'mean' or 'sum', got {directions!r}")
+            raise ValueError(f"directions must be 'mean' or 'sum', got {directions!r}")
         image = self.encode_image(images)
         text = self.encode_text(tokens, attention_mask=attention_mask)
         loss = vlmkernels.info_nce(
@@ -308,11 +314,11 @@ class ALIGN(Pretrained):
     def from_hf_state_dict(cls, source: Source, config: AlignConfig | None = None, **fields: Any) -> ALIGN:
         """An ALIGN in eval mode with the weights of a Hugging Face AlignModel, a state dict or its file.
 
-        config None: what config.json beside the file says, else what the shapes show and `fields`
-        (`infer_config`). `fields` come before both. ValueError lists every missing, unknown and mis-shaped
+        config None: that of config.json beside the file, else that of the shapes and `fields`
+        (`infer_config`). `fields` override both. ValueError lists every missing, unknown and mis-shaped
         key; it is also raised for a temperature below the config's min_temperature.
         """
-        buffers = ("position_ids", "token_type_ids")  # of indices; older releases of transformers stored them
+        buffers = ("position_ids", "token_type_ids")  # indices, stored by older releases of transformers
         state = {k: v for k, v in read_state_dict(source).items() if k.rpartition(".")[2] not in buffers}
         if config is None and not isinstance(source, Mapping):
             path = Path(source) if Path(source).is_dir() else Path(source).parent
@@ -327,15 +333,15 @@ class ALIGN(Pretrained):
             temperature = float(model.temperature.detach())
             if not temperature >= config.min_temperature:
                 floor = config.min_temperature
-                raise ValueError(f"temperature is {temperature}, want min_temperature {floor} or more")
+                raise ValueError(f"temperature must be at least min_temperature {floor}, got {temperature}")
         return model
 
     @classmethod
     def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> ALIGN:
         """An ALIGN from a folder that Hugging Face's AlignModel.save_pretrained wrote, in evaluation mode.
 
-        `fields` of AlignConfig come before those of config.json, of which the momentum of BatchNorm is not
-        taken over (see the page on ALIGN). ValueError lists all that an ALIGN here has not.
+        `fields` of AlignConfig override those of config.json, of which the momentum of BatchNorm is ignored
+        (see the page on ALIGN). ValueError lists what an ALIGN here does not support.
         """
         if not (path := Path(folder) / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -345,14 +351,14 @@ class ALIGN(Pretrained):
 def infer_config(state_dict: Mapping[str, Tensor], **fields: Any) -> AlignConfig:
     """The config of a Hugging Face ALIGN state dict: "fixed" padding, the rest as published.
 
-    Shapes do not show `text_heads`, which has to be given; other `fields` come before what they show.
+    Shapes do not determine `text_heads`, which must be given; other `fields` override what they determine.
     ValueError without it, if a key is missing or the image tower is none of B0-B7 and L2 (pass a config
     then).
     """
     if "text_heads" not in fields:
         raise ValueError(
-            "text_heads: shapes do not show this and no config lies beside the weights; give it as an "
-            f"argument, or a config, or put Hugging Face's {CONFIG_FILE} beside the file"
+            "text_heads: not determined by shapes, and there is no config beside the weights; pass it, or a "
+            f"config, or put Hugging Face's {CONFIG_FILE} beside the file"
         )
     n_blocks = sum(k.endswith(".projection.project_conv.weight") for k in state_dict)
     last_block = f"vision_model.encoder.blocks.{n_blocks - 1}"
@@ -363,14 +369,14 @@ def infer_config(state_dict: Mapping[str, Tensor], **fields: Any) -> AlignConfig
         channels = state_dict[f"{last_block}.projection.project_conv.weight"].shape[0]
         embed_dim = state_dict["text_projection.weight"].shape[0]
     except KeyError as missing:
-        raise ValueError(f"state_dict: not an ALIGN state dict, it has no key {missing}") from None
+        raise ValueError(f"state_dict must be an ALIGN's, but it has no key {missing}") from None
     published = {
         (sum(round_repeats(n, depth) for n in REPEATS), round_channels(CHANNELS[-1], width)): (width, depth)
         for width, depth, _ in COEFFICIENTS.values()
     }
     if (n_blocks, channels) not in published:
         raise ValueError(
-            f"state_dict: {n_blocks} blocks up to {channels} channels are no B0-B7 or L2; pass config"
+            f"state_dict: {n_blocks} blocks up to {channels} channels are not B0-B7 or L2; pass config"
         )
     width, depth = published[n_blocks, channels]
     shown = {

@@ -1,16 +1,16 @@
 """CLIP: two towers, one space. S = exp(t) I T^T, trained with the symmetric InfoNCE (or sigmoid) loss.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; the
-released code openai/CLIP (MIT) for what the paper leaves open. Parameter names are those of openai/CLIP and
-open_clip, so their state dicts load as they are; `_clip_convert.py` does the rest (OpenAI's extra buffers,
-Hugging Face's names).
+released code openai/CLIP (MIT) for what the paper does not specify. Parameter names are those of openai/CLIP
+and open_clip, so their state dicts load as they are; `_clip_convert.py` does the rest (OpenAI's extra
+buffers, Hugging Face's names).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,185 +20,112 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.intervals import Intervals
+from vlmkernels._activations import QuickGELU
 from vlmkernels.models import _clip_convert as convert
-from vlmkernels.models import _padding
-from vlmkernels.models._clip_config import CONFIGS as CONFIGS
-from vlmkernels.models._clip_config import ClipConfig as ClipConfig
-from vlmkernels.models._clip_resnet import ModifiedResNet
-from vlmkernels.models._files import Source
-from vlmkernels.models._pretrained import Pretrained, config_from_dict, naming
+from vlmkernels.models.parts import padding
+from vlmkernels.models.parts.pretrained import LATER, Pretrained, below, config_from_dict, naming
+from vlmkernels.models.parts.resnet import ModifiedResNet
+from vlmkernels.models.parts.transformer import LayerNorm, Transformer
+from vlmkernels.models.parts.vit import VisionTransformer
+from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn._bounds import within
-from vlmkernels.nn.dense import MLP, Linear, QuickGELU, add, take_rows
 
 MAX_LOG_SCALE = math.log(100.0)
+VISION_POOLS = ("class", "mean")
+TEXT_POOLS = ("eot", "last")
+SIZES = (
+    *("embed_dim", "image_size", "vision_layers", "vision_width", "vision_heads", "patch_size"),
+    *("context_length", "vocab_size", "text_width", "text_layers", "text_heads"),
+    *("vision_mlp_width", "text_mlp_width"),
+)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose result has its input's dtype: under autocast F.layer_norm alone would return fp32."""
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a CLIP. Defaults: ViT-B/32 with GELU.
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        return super().forward(x).to(x.dtype)
+    `vision_layers` is a number for a ViT, which needs `patch_size`, or four numbers for a ModifiedResNet,
+    which has none. `vision_heads` and `text_heads` of None mean a head width of 64 (for a ModifiedResNet: of
+    its attention pooling, 32 * vision_width wide), `vision_mlp_width` and `text_mlp_width` of None 4 times
+    the width. `quick_gelu` is x * sigmoid(1.702 x) in place of GELU; OpenAI's weights need it.
+    `init_logit_bias` of None means no logit bias, hence the softmax loss; a number means the sigmoid loss.
 
+    A ViT pools its "class" token or the "mean" of its patches; `vision_ln_pre` is the LayerNorm before its
+    blocks. A text is pooled at its end ("eot"), or at the "last" of `context_length` tokens, padding or not;
+    `text_causal=False` lets its tokens attend to all others, padding too. CLIPA differs from CLIP in these
+    four. `vision_eps` and `text_eps` are those of the LayerNorms.
+    """
 
-class Attention(nn.Module):
-    """Multi-head self-attention; parameter names of nn.MultiheadAttention (one projection for q, k, v)."""
+    embed_dim: int = 512
+    image_size: int = 224
+    vision_layers: int | tuple[int, int, int, int] = 12
+    vision_width: int = 768
+    vision_heads: int | None = None
+    patch_size: int | None = 32
+    context_length: int = 77
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int | None = None
+    quick_gelu: bool = False
+    pad_id: int = 0
+    eot_id: int = 49407
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
+    vision_mlp_width: int | None = field(default=None, metadata=LATER)
+    text_mlp_width: int | None = field(default=None, metadata=LATER)
+    vision_eps: float = field(default=1e-5, metadata=LATER)
+    text_eps: float = field(default=1e-5, metadata=LATER)
+    vision_ln_pre: bool = field(default=True, metadata=LATER)
+    vision_pool: str = field(default="class", metadata=LATER)
+    text_pool: str = field(default="eot", metadata=LATER)
+    text_causal: bool = field(default=True, metadata=LATER)
 
-    linear_weights: ClassVar = ("in_proj_weight",)
-    adds_residual: ClassVar = True
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None,  # [B, n] int64
-        residual: Tensor | None = None,  # [B, n or T, D]
-    ) -> Tensor:  # [B, n or T, D]
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
-        if wanted is None:
-            query, key, value = self._heads(vlmkernels.linear(x, weight, bias), 3)
-        else:
-            (query,) = self._heads(vlmkernels.linear(take_rows(x, wanted), weight[:width], bias[:width]), 1)
-            key, value = self._heads(vlmkernels.linear(x, weight[width:], bias[width:]), 2)
-            seen = seen[0][wanted], seen[1][wanted]
-        out = vlmkernels.interval_attention(query, key, value, *seen)
-        return add(residual, self.out_proj, out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor, parts: int) -> Tensor:  # [B, T, parts D] -> [parts, B, heads, T, Dh]
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += Attention(LN x); x += W2 act(W1 LN x)."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, activation: type[nn.Module], eps: float
-    ) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width, eps)
-        c_fc, c_proj = Linear(width, mlp_width), Linear(mlp_width, width)
-        self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or T, D]
-        residual = x if wanted is None else take_rows(x, wanted)
-        x = add(residual, self.attn, self.ln_1(x), seen, wanted)
-        return add(x, self.mlp, self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """Blocks one after the other; the last one computes the wanted tokens alone, where a tower pools."""
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        activation: type[nn.Module],
-        eps: float,
-    ) -> None:
-        super().__init__()
-        block_sizes = (width, heads, 4 * width if mlp_width is None else mlp_width)
-        self.resblocks = nn.ModuleList(Block(*block_sizes, activation, eps) for _ in range(layers))
-        branch_std = width**-0.5 * (2 * layers) ** -0.5  # 2 * layers branches are summed
-        for block in self.resblocks:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.get_parameter("c_fc.weight"), std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.get_parameter("c_proj.weight"), std=branch_std)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        seen: Intervals,  # [T] each
-        wanted: Tensor | None = None,  # [B, n] int64, all tokens when None
-    ) -> Tensor:  # [B, n or T, D]
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x, seen)
-        return last(x, seen, wanted)
-
-
-class VisionTransformer(nn.Module):
-    """The image tower of ViT-B/32 ... ViT-L/14@336px: images [B, 3, R, R] to embeddings [B, output_dim]."""
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int | None,
-        output_dim: int,
-        activation: type[nn.Module],
-        *,
-        eps: float,
-        ln_pre: bool,
-        pool: str,
-    ) -> None:
-        super().__init__()
-        self.pool = pool
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        tokens = (image_size // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre = LayerNorm(width, eps) if ln_pre else nn.Identity()
-        self.transformer = Transformer(width, layers, heads, mlp_width, activation, eps)
-        self.ln_post = LayerNorm(width, eps)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
-
-    def _tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        wanted: Tensor | None = None,  # [B, n] int64
-    ) -> Tensor:  # [B, n or 1 + (R / P)^2, D], class token first
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, (R / P)^2, D]
-        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.transformer(self.ln_pre(x), intervals.full(x.shape[1], device=x.device), wanted)
-
-    def patch_tokens(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        normalize: bool = False,
-    ) -> Tensor:  # [B, (R / P)^2, D]
-        """The last layer's output at the patches, row by row, through `ln_post` if `normalize`."""
-        return self(images, patches=True, normalize=normalize)
-
-    def forward(
-        self,
-        images: Tensor,  # [B, 3, R, R]
-        *,
-        patches: bool = False,
-        normalize: bool = False,
-    ) -> Tensor:  # [B, output_dim]
-        """The embeddings, or with `patches` what `patch_tokens` says."""
-        if patches:
-            tokens = self._tokens(images)[:, 1:]
-            return self.ln_post(tokens) if normalize else tokens
-        if self.pool == "mean":
-            pooled = self._tokens(images)[:, 1:].mean(1)
-        else:
-            class_token = torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device)
-            pooled = self._tokens(images, class_token)[:, 0]
-        return self.ln_post(pooled) @ self.proj
+    def __post_init__(self) -> None:
+        if too_small := below(self, 1, *SIZES):
+            raise ValueError("ClipConfig: " + "; ".join(too_small))
+        resnet = not isinstance(self.vision_layers, int)
+        pool_width = self.vision_width * 32 if resnet else self.vision_width
+        faults = []
+        if not isinstance(self.quick_gelu, bool):
+            faults.append(f"quick_gelu must be True or False, got {self.quick_gelu!r}")
+        if not isinstance(self.vision_layers, int) and len(self.vision_layers) != 4:
+            faults.append(
+                f"vision_layers must be one number (ViT) or four (ModifiedResNet), got {self.vision_layers}"
+            )
+        if resnet and self.patch_size is not None:
+            faults.append(f"patch_size must be None for a ModifiedResNet, got {self.patch_size}")
+        of_vit = ("vision_mlp_width", "vision_eps", "vision_ln_pre", "vision_pool")
+        if resnet and (
+            given := [name for name in of_vit if getattr(self, name) != getattr(ClipConfig, name)]
+        ):
+            faults.append(f"{', '.join(given)} must not be given for a ModifiedResNet")
+        for name, allowed in (("vision_pool", VISION_POOLS), ("text_pool", TEXT_POOLS)):
+            if getattr(self, name) not in allowed:
+                faults.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("vision_eps", "text_eps"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} must not be negative, got {getattr(self, name)}")
+        if resnet and self.image_size % 32:
+            faults.append(f"image_size must be a multiple of 32 for a ModifiedResNet, got {self.image_size}")
+        if not resnet and (self.patch_size is None or self.image_size % self.patch_size):
+            faults.append(
+                f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
+            )
+        for tower, width in (("vision", pool_width), ("text", self.text_width)):
+            heads = getattr(self, f"{tower}_heads")
+            if heads is None:
+                heads = max(width // 64, 1)
+                object.__setattr__(self, f"{tower}_heads", heads)
+            if width % heads:
+                faults.append(f"{tower}_heads must be a divisor of the width {width}, got {heads}")
+        for name in ("pad_id", "eot_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                faults.append(
+                    f"{name} must be an id below vocab_size {self.vocab_size}, got {getattr(self, name)}"
+                )
+        if faults:
+            raise ValueError("ClipConfig: " + "; ".join(faults))
 
 
 def _activation(config: ClipConfig) -> type[nn.Module]:
@@ -206,7 +133,7 @@ def _activation(config: ClipConfig) -> type[nn.Module]:
 
 
 def image_tower(config: ClipConfig) -> nn.Module:
-    """`CLIP(config).visual` alone."""
+    """Only `CLIP(config).visual`."""
     c = config
     assert c.vision_heads is not None, "set by ClipConfig"
     if not isinstance(c.vision_layers, int):
@@ -260,13 +187,13 @@ class CLIP(Pretrained):
 
     def encode_image(
         self,
-        images: Tensor,  # [B, 3, R, R], normalised as the weights want
+        images: Tensor,  # [B, 3, R, R], normalised as in training
         normalize: bool = False,
     ) -> Tensor:
-        """Image embeddings [B, E], L2-normalised when asked. ValueError for another shape."""
+        """Image embeddings [B, E], L2-normalised if `normalize`. ValueError for another shape."""
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images: wants [B, 3, {size}, {size}], got {list(images.shape)}")
+            raise ValueError(f"images must be [B, 3, {size}, {size}], got {list(images.shape)}")
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -287,10 +214,10 @@ class CLIP(Pretrained):
         padding_counts = not causal or self.config.text_pool == "last"
         if tokens.ndim != 2 or tokens.shape[1] > length or (padding_counts and tokens.shape[1] < length):
             sign = "=" if padding_counts else "<="
-            raise ValueError(f"tokens: wants [B, L] with L {sign} {length}, got {list(tokens.shape)}")
-        last = self._pooled_places(tokens)
-        if not padding_counts and _padding.can_drop(tokens):
-            tokens, positions, bounds = _padding.drop(tokens, last + 1)
+            raise ValueError(f"tokens must be [B, L] with L {sign} {length}, got {list(tokens.shape)}")
+        last = self._pooled_positions(tokens)
+        if not padding_counts and padding.can_drop(tokens):
+            tokens, positions, bounds = padding.drop(tokens, last + 1)
             position_embeddings = F.embedding(positions, self.positional_embedding)
             seen, wanted = intervals.packed(bounds, tokens.shape[1]), bounds[None, 1:] - 1
         else:
@@ -303,12 +230,12 @@ class CLIP(Pretrained):
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
-    def _pooled_places(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
+    def _pooled_positions(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B]
         if self.config.text_pool == "last":
             return tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1, dtype=torch.int64)
         is_eot = tokens == self.config.eot_id
         ended, last = is_eot.any(dim=1), is_eot.int().argmax(dim=1)
-        if torch.jit.is_tracing():  # which records no assertions: such a row reads behind its end
+        if torch.jit.is_tracing():  # a trace has no assertions: such a row indexes beyond its end
             last = last.where(ended, tokens.shape[1])
         elif tokens.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(ended.all(), "tokens: a row has no end-of-text id")
@@ -318,7 +245,7 @@ class CLIP(Pretrained):
         return last
 
     def scale(self) -> Tensor:
-        """exp(logit_scale), at most 100: what the similarities are multiplied by (0-dim)."""
+        """exp(logit_scale), at most 100 (0-dim): the factor of the similarities."""
         return within(self.logit_scale, high=MAX_LOG_SCALE).exp()
 
     def forward(
@@ -371,8 +298,8 @@ class CLIP(Pretrained):
     def load_openai_state_dict(self, source: Source, *, check_activation: bool = True) -> None:
         """Loads weights of openai/CLIP or open_clip: a state dict or a file (.pt, TorchScript, .safetensors).
 
-        What comes with the weights (`from_openai_state_dict`) has to be as in this model's config, or else
-        they would compute something else: ValueError, as for keys or shapes that do not fit. With
+        The fields that come with the weights (`from_openai_state_dict`) must be as in this model's config,
+        which the results depend on: ValueError, as for keys or shapes that do not match. With
         `check_activation=False` the activation may differ.
         """
         weights, fields, origin = convert.from_openai(source)
@@ -381,12 +308,12 @@ class CLIP(Pretrained):
         quick_gelu = {"quick_gelu": self.config.quick_gelu}
         wanted = config_from_dict(ClipConfig, {**vars(self.config), **fields, **quick_gelu})
         differing = [
-            f"{name} is {getattr(self.config, name)}, here {getattr(wanted, name)} is wanted"
+            f"{name} must be {getattr(wanted, name)}, got {getattr(self.config, name)}"
             for name in fields
             if not name.startswith("init_") and getattr(self.config, name) != getattr(wanted, name)
         ]
         if differing:
-            raise ValueError(f"{origin} does not fit this config: " + "; ".join(differing))
+            raise ValueError(f"{origin} does not match this config: " + "; ".join(differing))
         self.load_weights(weights)
 
     @classmethod
@@ -400,13 +327,13 @@ class CLIP(Pretrained):
     ) -> CLIP:
         """A CLIP with weights of openai/CLIP or open_clip, sized by their shapes, in evaluation mode.
 
-        What shapes do not show is read from open_clip_config.json beside a file, and known of OpenAI's own
-        checkpoints (their buffers input_resolution, context_length, vocab_size tell): QuickGELU, heads of 64
-        channels. For other weights `quick_gelu`, `vision_heads` and `text_heads` have to be given, for
-        CLIPA's `vision_pool`, `text_pool` and `text_causal` too; ValueError names what is missing. Other
-        `fields` of ClipConfig are its defaults, and the end-of-text id is vocab_size - 1. What is given comes
-        first, but that another activation than the known one is a ValueError unless `check_activation` is
-        False. Raises as `load_openai_state_dict`.
+        What shapes do not determine is read from open_clip_config.json beside a file, and is known for
+        OpenAI's own checkpoints (recognised by their buffers input_resolution, context_length, vocab_size):
+        QuickGELU, heads of 64 channels. For other weights `quick_gelu`, `vision_heads` and `text_heads` must
+        be given, for CLIPA's `vision_pool`, `text_pool` and `text_causal` too; ValueError names what is
+        missing. Other `fields` of ClipConfig are its defaults, and the end-of-text id is vocab_size - 1.
+        Arguments override what was read, but another activation than the known one is a ValueError unless
+        `check_activation` is False. Raises as `load_openai_state_dict`.
         """
         given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
         weights, known, origin = convert.from_openai(source)
@@ -418,8 +345,8 @@ class CLIP(Pretrained):
     def from_open_clip_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
         """A CLIP from a folder with open_clip_config.json and weights of open_clip, in evaluation mode.
 
-        `fields` of ClipConfig come before the config's. ValueError lists all that such a model has and a CLIP
-        here has not (timm's and Hugging Face's towers, LayerScale, ...).
+        `fields` of ClipConfig override the config's. ValueError lists what a CLIP here does not support
+        (timm's and Hugging Face's towers, LayerScale, ...).
         """
         if not (path := Path(folder) / convert.OPEN_CLIP_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -429,8 +356,8 @@ class CLIP(Pretrained):
     def from_hf_state_dict(cls, source: Source, *, quick_gelu: bool | None = None, **fields: Any) -> CLIP:
         """A CLIP with the weights of Hugging Face's CLIPModel (a state dict or file), in evaluation mode.
 
-        What shapes do not show is read from config.json beside a file; for a state dict `quick_gelu` (True
-        where hidden_act is "quick_gelu"), `vision_heads` and `text_heads` have to be given. Other `fields` as
+        What shapes do not determine is read from config.json beside a file; for a state dict `quick_gelu`
+        (True if hidden_act is "quick_gelu"), `vision_heads` and `text_heads` must be given. Other `fields` as
         in `from_openai_state_dict`.
         """
         given = fields if quick_gelu is None else {"quick_gelu": quick_gelu, **fields}
@@ -441,8 +368,8 @@ class CLIP(Pretrained):
     def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CLIP:
         """A CLIP from a folder that Hugging Face's CLIPModel.save_pretrained wrote, in evaluation mode.
 
-        `fields` of ClipConfig come before those of config.json. Dropout of attention, which acts in training
-        alone, is not taken over. ValueError lists all that a CLIP here has not.
+        `fields` of ClipConfig override those of config.json. Dropout of attention, which acts only in
+        training, is ignored. ValueError lists what a CLIP here does not support.
         """
         if not (path := Path(folder) / convert.CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -457,3 +384,63 @@ class CLIP(Pretrained):
         with naming(source):
             config = config_from_dict(ClipConfig, convert.complete(weights, fields))
             return cls.with_weights(config, weights)
+
+
+def _vit(
+    embed_dim: int, image_size: int, patch_size: int, layers: int, width: int, text: int, **more: Any
+) -> ClipConfig:
+    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": patch_size}
+    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision, **more)
+
+
+def _resnet(
+    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text: int
+) -> ClipConfig:
+    vision: dict[str, Any] = {"vision_layers": layers, "vision_width": width, "patch_size": None}
+    return ClipConfig(embed_dim=embed_dim, image_size=image_size, text_width=text, **vision)
+
+
+OPENAI = {
+    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
+    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
+    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
+    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
+    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
+    "ViT-B-32": _vit(512, 224, 32, 12, 768, 512),
+    "ViT-B-16": _vit(512, 224, 16, 12, 768, 512),
+    "ViT-L-14": _vit(768, 224, 14, 24, 1024, 768),
+    "ViT-L-14-336": _vit(768, 336, 14, 24, 1024, 768),
+}
+
+LARGER = {
+    "ViT-H-14": _vit(1024, 224, 14, 32, 1280, 1024, vision_heads=16, text_layers=24),
+    "ViT-g-14": _vit(1024, 224, 14, 40, 1408, 1024, vision_heads=16, vision_mlp_width=6144, text_layers=24),
+    "ViT-bigG-14": _vit(
+        1280, 224, 14, 48, 1664, 1280, vision_heads=16, vision_mlp_width=8192, text_layers=32
+    ),
+}
+
+# open_clip's names: OpenAI's own weights belong to the "-quickgelu" ones.
+CONFIGS: dict[str, ClipConfig] = {
+    **OPENAI,
+    **LARGER,
+    **{
+        f"{name}-quickgelu": replace(config, quick_gelu=True)
+        for name, config in {**OPENAI, **LARGER}.items()
+        if name != "ViT-g-14"  # open_clip has none
+    },
+    "emoji-tiny": ClipConfig(
+        embed_dim=128,
+        image_size=48,
+        vision_layers=4,
+        vision_width=128,
+        vision_heads=4,
+        patch_size=8,
+        context_length=32,
+        vocab_size=4096,
+        eot_id=4095,
+        text_width=128,
+        text_layers=2,
+        text_heads=4,
+    ),
+}

@@ -1,30 +1,86 @@
-"""A small causal language model: pre-LayerNorm, learned positions, attention on intervals, tied head.
+"""A causal language model with GPT-2's layers and parameter names: learned positions, tied head.
 
-The layout is GPT-2's (Radford et al. 2019): x += Attention(LN x); x += W2 gelu(W1 LN x); logits = LN(x) E^T.
-`CausalLM` is called like a decoder of transformers, so `Flamingo` takes either.
+Radford et al. 2019: x += Attention(LN x); x += W2 gelu(W1 LN x); logits = LN(x) E^T. Linear weights are
+[out, in], as everywhere in torch, and in the files that are written here; Hugging Face's GPT-2 has them
+[in, out] under the same names (`CausalLM.from_hf_state_dict`). `CausalLM` is called like a decoder of
+transformers, so `Flamingo` takes either.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vlmkernels
 from vlmkernels import intervals
-from vlmkernels.models._pretrained import Pretrained, below
-from vlmkernels.models.clip import LayerNorm
-from vlmkernels.nn.dense import MLP, Linear, add, tied_logits
+from vlmkernels._activations import ACTIVATIONS, HUGGING_FACE
+from vlmkernels.intervals import Intervals
+from vlmkernels.models.parts.attention import Keep, SelfAttention, split_heads
+from vlmkernels.models.parts.foreign_config import Part
+from vlmkernels.models.parts.pretrained import (
+    CONFIG_FILE,
+    LATER,
+    Pretrained,
+    below,
+    config_from_dict,
+    naming,
+)
+from vlmkernels.models.parts.token_loss import IGNORE as IGNORE
+from vlmkernels.models.parts.token_loss import next_token_loss
+from vlmkernels.models.parts.transformer import Block, LayerNorm
+from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
+from vlmkernels.nn.dense import Linear, add, table_for, take_rows, tied_logits
+from vlmkernels.nn.kv_cache import KVCache as KVCache
 
-IGNORE = -100
+SIZES = ("vocab_size", "width", "layers", "heads", "context_length", "mlp_ratio")
+HF_CONFIG: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+# What is fixed in a CausalLM.
+HF_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Names of the first version of the format -> GPT-2's.
+FIRST_NAMES = {
+    "embed_tokens": "transformer.wte",
+    "embed_positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+}
+FIRST_NAMES_OF_LAYERS = {
+    "norm_attn": "ln_1",
+    "attn.to_qkv": "attn.c_attn",
+    "attn.to_out": "attn.c_proj",
+    "norm_mlp": "ln_2",
+    "mlp.0": "mlp.c_fc",
+    "mlp.2": "mlp.c_proj",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `CausalLM`; `context_length` is the longest text, what is generated included."""
+    """Sizes of a `CausalLM`; `context_length` is the longest text, generated tokens included.
+
+    `activation` is that of the MLP, by its name in `vlmkernels.mlp` (GPT-2's own is "gelu_tanh"), `eps` that
+    of the LayerNorms.
+    """
 
     vocab_size: int
     width: int = 128
@@ -32,120 +88,85 @@ class DecoderConfig:
     heads: int = 4
     context_length: int = 256
     mlp_ratio: int = 4
+    activation: str = dataclasses.field(default="gelu", metadata=LATER)
+    eps: float = dataclasses.field(default=1e-5, metadata=LATER)
 
     def __post_init__(self) -> None:
-        faults = below(self, 1, *(field.name for field in dataclasses.fields(self)))
+        faults = below(self, 1, *SIZES)
         if self.heads > 0 and self.width % self.heads:
-            faults.append(f"heads is {self.heads}, wants a divisor of the width {self.width}")
+            faults.append(f"heads must be a divisor of the width {self.width}, got {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not self.eps >= 0:
+            faults.append(f"eps must not be negative, got {self.eps}")
         if faults:
             raise ValueError("DecoderConfig: " + "; ".join(faults))
 
 
 class CausalLMOutput(NamedTuple):
-    logits: Tensor  # [B, T, V]
+    logits: Tensor | None  # [B, T, V]
     past_key_values: KVCache | None
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] each
+    loss: Tensor | None = None  # []
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, [B, heads, T, Dh] for each layer."""
+class DecoderAttention(SelfAttention):
+    """Self-attention with GPT-2's names."""
 
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def get_seq_length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def update(
-        self,
-        key: Tensor,  # [B, heads, t, Dh]
-        value: Tensor,  # [B, heads, t, Dh]
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Appends to a layer; returns all its keys and values."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
-            old_key, old_value = self.layers[layer]
-            self.layers[layer] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
-        return self.layers[layer]
-
-    def reorder_cache(
-        self,
-        rows: Tensor,  # [B'] int64
-    ) -> None:
-        """The batch becomes its `rows`, of which there may be more than before."""
-        self.layers = [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.layers]
-
-
-class DecoderAttention(nn.Module):
     adds_residual: ClassVar = True
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = Linear(width, 3 * width)
-        self.to_out = Linear(width, width)
+        super().__init__(heads)
+        self.c_attn = Linear(width, 3 * width)
+        self.c_proj = Linear(width, width)
+
+    def project(self, x: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.c_attn(x)
+        query, key, value = split_heads(qkv, self.heads, 3)
+        if wanted is not None:
+            (query,) = split_heads(take_rows(qkv[..., : x.shape[-1]], wanted), self.heads)
+        return query, key, value
 
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        start: Tensor,  # [T] or [B, T]
-        end: Tensor,  # as start
-        past_key_values: KVCache | None,
-        layer: int,
-        residual: Tensor | None = None,  # [B, T, D]
-    ) -> Tensor:
-        query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, layer)
-        out = vlmkernels.interval_attention(query, key, value, start, end)  # [B, heads, T, Dh]
-        return add(residual, self.to_out, out.transpose(1, 2).flatten(2))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.mlp_ratio * config.width
-        self.norm_attn = LayerNorm(width)
-        self.attn = DecoderAttention(width, config.heads)
-        self.norm_mlp = LayerNorm(width)
-        self.mlp = MLP(Linear(width, hidden), nn.GELU(), Linear(hidden, width))
-
-    def forward(
-        self,
-        x: Tensor,  # [B, T, D]
-        start: Tensor,  # [T] or [B, T]
-        end: Tensor,  # as start
-        past_key_values: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        x = add(x, self.attn, self.norm_attn(x), start, end, past_key_values, layer)
-        return add(x, self.mlp, self.norm_mlp(x))
+        seen: Intervals,
+        wanted: Tensor | None = None,  # [B, n] int64
+        keep: Keep | None = None,
+        residual: Tensor | None = None,  # [B, n or T, D]
+    ) -> Tensor:  # [B, n or T, D]
+        return add(residual, self.c_proj, self.mix(x, seen, wanted, keep))
 
 
 class CausalLM(Pretrained):
-    """A causal language model of the library's own, for training from nothing on a small machine."""
+    """A causal language model: GPT-2, or a small one to train from scratch on a small machine."""
 
     model_type: ClassVar[str] = "decoder"
     config_class: ClassVar[type] = DecoderConfig
+    format: ClassVar[dict[str, Any]] = {"format_version": 2, "linear_weights": "[out, in]"}
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         c = self.config
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
-        self.embed_positions = nn.Embedding(c.context_length, c.width)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.layers))
-        self.norm = LayerNorm(c.width)
+        activation = ACTIVATIONS[c.activation].module
+        wte, wpe = nn.Embedding(c.vocab_size, c.width), nn.Embedding(c.context_length, c.width)
+        layers = nn.ModuleList(
+            Block(c.width, DecoderAttention(c.width, c.heads), c.mlp_ratio * c.width, activation, c.eps)
+            for _ in range(c.layers)
+        )
+        self.transformer = nn.ModuleDict(
+            {"wte": wte, "wpe": wpe, "h": layers, "ln_f": LayerNorm(c.width, c.eps)}
+        )
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:  # 2 * layers branches are summed
-                branch = name.endswith(("to_out.weight", "mlp.2.weight"))
+                branch = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 * (2 * c.layers) ** -0.5 if branch else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
+        return cast(nn.Embedding, self.transformer["wte"])
 
     def forward(
         self,
@@ -154,23 +175,35 @@ class CausalLM(Pretrained):
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        labels: Tensor | None = None,  # [B, T] int64
+        return_logits: bool = True,
     ) -> CausalLMOutput:
         """Logits [B, T, V] of the next token at each position, of the last `logits_to_keep` if not 0.
 
         The ones of a row of `attention_mask` are one run: padding is on the left, on the right or both.
-        Positions count from the first one. With `use_cache` the result holds the keys and values, to be given
-        back with the tokens that follow. ValueError for other shapes, and beyond `config.context_length`.
+        Positions count from the first one. With `use_cache` the result contains the keys and values, to be
+        passed with the next tokens. With `output_hidden_states` it contains layers + 1 states of all T
+        tokens: their embeddings and the output of each layer, the last one after the final LayerNorm.
+        With `labels` it contains the loss: the mean over t of -log softmax(logits_t)[labels_(t+1)], labels of
+        -100 excluded, 0 if all are. The loss forms no logits; `return_logits=False` leaves them out.
+        ValueError for other shapes, and beyond `config.context_length`.
         """
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = past + input_ids.shape[-1]
         faults = []
         if input_ids.ndim != 2:
-            faults.append(f"input_ids: wants [B, T], got {list(input_ids.shape)}")
+            faults.append(f"input_ids must be [B, T], got {list(input_ids.shape)}")
         elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length):
             wanted, got = [input_ids.shape[0], length], list(attention_mask.shape)
-            faults.append(f"attention_mask: wants {wanted} with the cached tokens, got {got}")
+            faults.append(f"attention_mask must be {wanted} with the cached tokens, got {got}")
+        if labels is not None and labels.shape != input_ids.shape:
+            faults.append(f"labels must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
         if length > self.config.context_length:
-            faults.append(f"input_ids: {length} tokens, context_length is {self.config.context_length}")
+            faults.append(
+                f"input_ids must have at most context_length = {self.config.context_length} tokens, "
+                f"got {length}"
+            )
         if faults:
             raise ValueError("CausalLM: " + "; ".join(faults))
         if use_cache and past_key_values is None:
@@ -178,17 +211,24 @@ class CausalLM(Pretrained):
         start, end = intervals.causal(length - past, past, device=input_ids.device)  # [T]
         positions = torch.arange(past, length, device=input_ids.device)
         if attention_mask is not None:
-            real = attention_mask.bool()
-            first = real.int().argmax(1, keepdim=True)  # [B, 1]
-            start = torch.maximum(start, first).to(torch.int32)  # [B, T]
-            end = torch.minimum(end, first + real.sum(1, keepdim=True)).to(torch.int32)
+            first, last = (x[:, None] for x in intervals.runs(attention_mask.bool()))  # [B, 1]
+            start, end = torch.maximum(start, first), torch.minimum(end, last)  # [B, T]
             positions = (positions - first).clamp_min(0)
-        x = self.embed_tokens(input_ids) + self.embed_positions(positions)  # [B, T, D]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, start=start, end=end, past_key_values=past_key_values, layer=index)
-        if logits_to_keep:
+        x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)  # [B, T, D]
+        hidden = [x]
+        for index, layer in enumerate(cast(nn.ModuleList, self.transformer["h"])):
+            keep = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
+            x = layer(x, (start, end), keep=keep)
+            if output_hidden_states:
+                hidden.append(x)
+        if logits_to_keep and not output_hidden_states and labels is None:
             x = x[:, -logits_to_keep:]
-        return CausalLMOutput(tied_logits(self.norm(x), self.embed_tokens), past_key_values)
+        x = self.transformer["ln_f"](x)
+        embedding = self.get_input_embeddings()
+        logits = tied_logits(x[:, -logits_to_keep:], embedding) if return_logits else None
+        states = (*hidden[:-1], x) if output_hidden_states else None
+        loss = None if labels is None else next_token_loss(x, table_for(x, embedding), labels)
+        return CausalLMOutput(logits, past_key_values, states, loss)
 
     def loss(
         self,
@@ -196,27 +236,158 @@ class CausalLM(Pretrained):
         labels: Tensor | None = None,  # [B, T] int64
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
     ) -> Tensor:
-        """Mean negative log-likelihood of the labels (of the tokens, padding excluded, when not given)."""
+        """Mean negative log-likelihood of the labels (by default of the tokens, padding excluded)."""
         if labels is None:
             labels = tokens if attention_mask is None else tokens.masked_fill(~attention_mask.bool(), IGNORE)
-        return next_token_loss(self(tokens, attention_mask).logits, labels)
+        return self(tokens, attention_mask, labels=labels, return_logits=False).loss
+
+    def upgrade(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return gpt2_names(state_dict)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Also where this is a part of another module, or of the average of one in a checkpoint."""
+        named = gpt2_names(state_dict, prefix)
+        state_dict.clear()
+        state_dict.update(named)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @classmethod
+    def from_hf_state_dict(cls, source: Source, **fields: Any) -> CausalLM:
+        """A language model with the weights of Hugging Face's GPT2LMHeadModel or GPT2Model, in eval mode.
+
+        `source` is a state dict or a file; its linear weights, [in, out] there, are transposed. What shapes
+        do not determine is read from config.json beside a file; for a state dict `heads` must be given, and
+        `activation` and `eps` are GPT-2's by default. Dropout, which acts only in training, is ignored.
+        `fields` of DecoderConfig override all. ValueError lists what a CausalLM here does not support.
+        """
+        state_dict = read_state_dict(source)
+        known: dict[str, Any] = {"activation": "gelu_tanh"}
+        if not isinstance(source, Mapping):
+            path = (Path(source) if Path(source).is_dir() else Path(source).parent) / CONFIG_FILE
+            if path.is_file():
+                with naming(path):
+                    known = hf_fields(read_json(path))
+        with naming(source):
+            weights = _from_hf(state_dict)
+            known = {**_infer_sizes(weights), **known, **fields}
+            if "heads" not in known:
+                raise ValueError(
+                    "heads: not determined by shapes, and there is no config beside the weights; pass it, or "
+                    f"put Hugging Face's {CONFIG_FILE} beside the file"
+                )
+            config = config_from_dict(DecoderConfig, known)
+            return cls.with_weights(config, weights)
+
+    @classmethod
+    def from_hf_folder(cls, folder: str | os.PathLike[str], **fields: Any) -> CausalLM:
+        """A language model from a folder of Hugging Face's GPT-2 (config.json and weights), in eval mode.
+
+        `fields` of DecoderConfig override those of config.json.
+        """
+        if not (path := Path(folder) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls.from_hf_state_dict(folder, **fields)
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """The weights as Hugging Face's GPT2LMHeadModel has them: linear ones [in, out], a tied head."""
+        out = {
+            name: tensor.T.contiguous() if name.endswith(HF_TRANSPOSED) else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        return {**out, "lm_head.weight": out["transformer.wte.weight"]}
 
 
-def next_token_loss(
-    logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T] int64
-) -> Tensor:
-    """Mean over t of -log softmax(logits_t)[labels_(t+1)], labels of -100 not counted; 0 if none counts.
+def gpt2_names(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a `CausalLM` under `prefix` by GPT-2's names, whichever version of the format they have.
 
-    In float32 (float64 for float64 logits).
+    Its layers may belong to a Flamingo, whose own names remain. Other tensors do as well.
     """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels: wants {list(logits.shape[:2])} as the tokens, got {list(labels.shape)}")
-    labels = labels[:, 1:].flatten()
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    flat = logits[:, :-1].flatten(0, 1).to(wide)
-    total = F.cross_entropy(flat, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp_min(1)
+    return {
+        prefix + _gpt2_name(name.removeprefix(prefix)) if name.startswith(prefix) else name: tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def _gpt2_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in FIRST_NAMES:
+        return f"{FIRST_NAMES[module]}.{kind}"
+    if layer := re.fullmatch(r"layers\.(\d+)\.(decoder_layer\.)?(.+)", module):
+        index, wrapper, part = layer.groups("")
+        return f"transformer.h.{index}.{wrapper}{FIRST_NAMES_OF_LAYERS.get(part, part)}.{kind}"
+    return name
+
+
+def hf_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of DecoderConfig for the config.json of a GPT-2; ValueError listing what is not supported."""
+    if config.get("model_type") != "gpt2":
+        raise ValueError(f"model_type must be 'gpt2', got {config.get('model_type')!r}")
+    part = Part("config", config, HF_CONFIG, HF_FIXED)
+    inner, width = part["n_inner"], max(part["n_embd"], 1)
+    if inner is not None and (type(inner) is not int or inner < 1 or inner % width):
+        part.fault("n_inner", f"null or a multiple of n_embd {part['n_embd']}")
+    if part["activation_function"] not in HUGGING_FACE:
+        part.fault("activation_function", f"one of {', '.join(HUGGING_FACE)}")
+    if part.faults:
+        raise ValueError("; ".join(part.faults))
+    return {
+        "vocab_size": part["vocab_size"],
+        "width": part["n_embd"],
+        "layers": part["n_layer"],
+        "heads": part["n_head"],
+        "context_length": part["n_positions"],
+        "mlp_ratio": 4 if inner is None else inner // width,
+        "activation": HUGGING_FACE[part["activation_function"]],
+        "eps": part["layer_norm_epsilon"],
+    }
+
+
+def _from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a Hugging Face GPT-2 as ours; ValueError if they are [out, in] or the head is not tied."""
+    buffers = (".attn.bias", ".attn.masked_bias")  # older releases of transformers stored them
+    given = {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in state_dict.items()
+        if not name.endswith(buffers)
+    }
+    head, table = given.pop("lm_head.weight", None), given.get("transformer.wte.weight")
+    faults = []
+    if head is not None and table is not None and not (head is table or torch.equal(head, table)):
+        faults.append(
+            "lm_head.weight must equal transformer.wte.weight, to which the head of a CausalLM is tied"
+        )
+    turned = [
+        name
+        for name, tensor in given.items()
+        if name.endswith("attn.c_attn.weight") and tensor.ndim == 2 and len(tensor) == 3 * tensor.shape[1]
+    ]
+    if turned:
+        faults.append(
+            f"{', '.join(turned)} [3 D, D], that is [out, in] as in files of this library (from_pretrained); "
+            "Hugging Face's GPT-2 has [D, 3 D]"
+        )
+    if faults:
+        raise ValueError("state_dict: " + "; ".join(faults))
+    return {
+        name: tensor.T.contiguous() if name.endswith(HF_TRANSPOSED) and tensor.ndim == 2 else tensor
+        for name, tensor in given.items()
+    }
+
+
+def _infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of DecoderConfig that shapes determine; ValueError if the weights are not a GPT-2's."""
+    needed = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight")
+    if missing := [name for name in needed if name not in weights or weights[name].ndim != 2]:
+        raise ValueError(f"state_dict must be a GPT-2's, but it has no matrix {', '.join(missing)}")
+    (vocab_size, width), (positions, _), (hidden, _) = (weights[name].shape for name in needed)
+    matches = (re.match(r"transformer\.h\.(\d+)\.", name) for name in weights)
+    return {
+        "vocab_size": vocab_size,
+        "width": width,
+        "layers": len({match.group(1) for match in matches if match}),
+        "context_length": positions,
+        "mlp_ratio": hidden // max(width, 1),
+    }
 
 
 CONFIGS: dict[str, DecoderConfig] = {"emoji-tiny": DecoderConfig(vocab_size=4098, context_length=128)}

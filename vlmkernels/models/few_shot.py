@@ -35,25 +35,27 @@ def few_shot_prompt(
 ) -> str:
     """The text of a few-shot query: demonstrations, then the start that the model continues.
 
-    Demonstrations are captions, or (question, answer) pairs where a `question` is asked. The first `shots` of
-    them are shown, all when not given, each with its image; the images of the sequence are those of the
-    demonstrations in order, then the query's. With ``shots=0`` the first two stand there as text alone,
-    without ``<image>``, to show the form of an answer: the zero-shot setting of Flamingo, whose sequence has
-    one image. The templates are those of open_flamingo's evaluation, which also puts a line break between
-    them (``separator="\\n"``). ValueError for fewer demonstrations than are shown, or of the other kind.
+    Demonstrations are captions, or (question, answer) pairs with a `question`. The first `shots` of them are
+    used, by default all, each with its image; the images of the sequence are those of the demonstrations in
+    order, then the query's. With ``shots=0`` the first two are used as text only, without ``<image>``, to
+    show the form of an answer: the zero-shot setting of Flamingo, whose sequence has one image. The templates
+    are those of open_flamingo's evaluation, which also puts a line break between them (``separator="\\n"``).
+    ValueError for too few demonstrations, or of the other kind.
     """
     needed = len(demonstrations) if shots is None else (shots or ZERO_SHOT_TEXTS)
     wanted = "captions (str)" if question is None else "(question, answer) pairs"
     faults = []
     if isinstance(demonstrations, str):
-        faults.append(f"demonstrations: wants a sequence of {wanted}, got one str")
+        faults.append(f"demonstrations must be a sequence of {wanted}, got one str")
     elif any(isinstance(each, str) == (question is not None) for each in demonstrations):
         asked = "without" if question is None else "with"
-        faults.append(f"demonstrations: wants {wanted} {asked} a question")
+        faults.append(f"demonstrations must be {wanted} {asked} a question")
     if shots is not None and shots < 0:
-        faults.append(f"shots: wants at least 0, got {shots}")
+        faults.append(f"shots must be at least 0, got {shots}")
     elif needed > len(demonstrations):
-        faults.append(f"demonstrations: {shots} shots want {needed}, got {len(demonstrations)}")
+        faults.append(
+            f"demonstrations must be at least {needed} for {shots} shots, got {len(demonstrations)}"
+        )
     if faults:
         raise ValueError("few_shot_prompt: " + "; ".join(faults))
     shown = [
@@ -75,9 +77,9 @@ def media_labels(
     pad_token_id: int | None = None,
     interleaved: bool = True,
 ) -> Tensor:
-    """Labels [B, T] for `Flamingo`: the tokens, -100 where there is nothing to learn.
+    """Labels [B, T] for `Flamingo`: the tokens, -100 where they are excluded from the loss.
 
-    Not counted: padding (where `attention_mask` is 0, or the token is `pad_token_id`) and ``<image>``. With
+    Excluded are padding (where `attention_mask` is 0, or the token is `pad_token_id`) and ``<image>``. With
     `interleaved`, the rule for documents with several images, also text before the first ``<image>`` and text
     after an ``<|endofchunk|>`` up to the next ``<image>``; without, the rule for single captions. The model
     shifts the labels itself.
@@ -110,17 +112,19 @@ def rices(
 
     Retrieval-based In-Context Example Selection (Yang et al. 2022; Alayrac et al. 2022, section 3.4): the
     cosine of frozen features, such as CLIP's image embeddings. Ties go to the lower index. ``exclude[i]`` is
-    one support image that query i must not get, such as itself; -1 for none. `chunk` queries are compared at
+    a support image excluded for query i, such as itself; -1 for none. `chunk` queries are compared at
     once. ValueError for other shapes, or fewer support images than shots.
     """
     faults = []
     if query.ndim != 2 or support.ndim != 2 or query.shape[-1] != support.shape[-1]:
         shapes = f"{list(query.shape)} and {list(support.shape)}"
-        faults.append(f"query, support: want [Q, D] and [N, D], got {shapes}")
+        faults.append(f"query and support must be [Q, D] and [N, D], got {shapes}")
     elif not 0 <= shots <= len(support) - (exclude is not None):
-        faults.append(f"shots: wants 0 to the {len(support)} support images less excluded ones, got {shots}")
+        faults.append(
+            f"shots must be in [0, {len(support)}], the support images without excluded ones, got {shots}"
+        )
     if exclude is not None and exclude.shape != query.shape[:1]:
-        faults.append(f"exclude: wants [{len(query)}], got {list(exclude.shape)}")
+        faults.append(f"exclude must be [{len(query)}], got {list(exclude.shape)}")
     if faults:
         raise ValueError("rices: " + "; ".join(faults))
     support = F.normalize(support.float(), dim=-1)

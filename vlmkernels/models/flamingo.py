@@ -1,32 +1,34 @@
-"""Flamingo: a frozen vision encoder and a frozen language model, joined by what is trained between them.
+"""Flamingo: a frozen vision encoder and a frozen language model, joined by trained layers.
 
     y <- y + tanh(a) CrossAttention(LN y, resampled image);  y <- y + tanh(b) FFW(LN y)   before LM layers
 
 Source: Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning"; open_flamingo (MIT,
-Awadalla et al. 2023) for sizes, parameter names and what the paper leaves open.
+Awadalla et al. 2023) for sizes, parameter names and what the paper does not specify.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from vlmkernels import intervals
+from vlmkernels._activations import activation_of
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _flamingo_lm as lm
-from vlmkernels.models import decoder, generation
-from vlmkernels.models._files import read_state_dict
-from vlmkernels.models._pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models import decoder
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
+from vlmkernels.models.parts import generation
+from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
-from vlmkernels.nn.dense import activation_name
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -73,11 +75,13 @@ class FlamingoConfig:
         faults = []
         for name in ("media_token_id", "endofchunk_token_id"):
             if getattr(self, name) < 0 or (self.language and getattr(self, name) >= self.language.vocab_size):
-                faults.append(f"{name} is {getattr(self, name)}, wants an id of the vocabulary")
+                faults.append(f"{name} must be an id of the vocabulary, got {getattr(self, name)}")
         if self.media_token_id == self.endofchunk_token_id:
-            faults.append(f"media_token_id and endofchunk_token_id are both {self.media_token_id}")
+            faults.append(
+                f"media_token_id and endofchunk_token_id must differ, got {self.media_token_id} for both"
+            )
         if self.vision and not isinstance(self.vision.vision_layers, int):
-            faults.append("vision is a ModifiedResNet, wants a ViT: it has patch tokens")
+            faults.append("vision must be a ViT, which has patch tokens, got a ModifiedResNet")
         sizes = (
             ("vision_width", self.vision and self.vision.vision_width, "vision"),
             ("language_width", self.language and self.language.width, "language"),
@@ -86,9 +90,9 @@ class FlamingoConfig:
         for name, own, part in sizes:
             given = getattr(self, name)
             if own is None and given is None and name != "language_layers":
-                faults.append(f"{name} is None, wants a number without `{part}`")
+                faults.append(f"{name} must be a number without `{part}`, got None")
             elif own is not None and given not in (None, own):
-                faults.append(f"{name} is {given}, `{part}` says {own}")
+                faults.append(f"{name} must be {own}, as in `{part}`, got {given}")
         counts = ("cross_attn_every_n_layers", "num_latents", "resampler_depth", "heads", "dim_head")
         widths = ("vision_width", "language_width", "language_layers", "max_num_media", "max_num_frames")
         faults += below(self, 1, *counts, "resampler_heads", "resampler_dim_head", "ff_mult", *widths)
@@ -97,21 +101,23 @@ class FlamingoConfig:
 
 
 class Flamingo(Pretrained):
-    """Text that goes on from images and text in any order.
+    """Continues sequences of images and text in any order.
 
-    `Flamingo(config)` builds both frozen parts at random; `vision_encoder` and `lang_encoder` are taken over
-    otherwise, frozen, the language model's layers wrapped in place. A vision encoder has `patch_tokens`, as
+    `Flamingo(config)` builds both frozen parts at random; otherwise `vision_encoder` and `lang_encoder`
+    are used, frozen, the language model's layers wrapped in place. A vision encoder has `patch_tokens`, as
     the towers of `CLIP` do, or maps images [N, 3, R, R] to patch tokens [N, v, D], or to a pair that ends
     with them. A language model is a decoder of transformers (GPT-2, GPT-J, OPT, Llama, GPT-NeoX, MPT and
-    what has one of their layouts) or a `CausalLM`. ValueError where a module does not fit the config.
+    what has one of their layouts) or a `CausalLM`. ValueError if a module does not match the config.
 
-    Trained are the resampler, the gated blocks and two rows of the input embedding: the gradient of the
-    embedding is zero elsewhere, so give it no weight decay (see `parameter_groups`). In training mode the
-    vision encoder stays in evaluation mode. Called directly, `lang_encoder` is the frozen language model.
+    The trained parameters are the resampler, the gated blocks and two rows of the input embedding: the
+    gradient of the embedding is zero elsewhere, so give it no weight decay (see `parameter_groups`). In
+    training mode the vision encoder stays in evaluation mode. Called directly, `lang_encoder` is the frozen
+    language model.
     """
 
     model_type: ClassVar[str] = "flamingo"
     config_class: ClassVar[type] = FlamingoConfig
+    format: ClassVar[dict[str, Any]] = CausalLM.format  # of the language model in it
     config: FlamingoConfig
 
     def __init__(
@@ -125,7 +131,7 @@ class Flamingo(Pretrained):
         c = self.config
         if vision_encoder is None:
             if c.vision is None:
-                raise ValueError("Flamingo: config.vision is None, wants a vision_encoder")
+                raise ValueError("Flamingo: vision_encoder must be given, since config.vision is None")
             vision_encoder = image_tower(c.vision)
         elif c.vision is not None:
             with torch.device("meta"):
@@ -137,7 +143,7 @@ class Flamingo(Pretrained):
                 raise ValueError(f"Flamingo: vision_encoder has other {what} than the tower of config.vision")
         if lang_encoder is None:
             if c.language is None:
-                raise ValueError("Flamingo: config.language is None, wants a lang_encoder")
+                raise ValueError("Flamingo: lang_encoder must be given, since config.language is None")
             lang_encoder = CausalLM(c.language)
         width = self._check_language_model(lang_encoder)
         path, layers = lm.decoder_layers(lang_encoder)
@@ -157,7 +163,7 @@ class Flamingo(Pretrained):
         ]
         self._condition = lm.MediaCondition()
         self._layers_path = path
-        self._call = lm.LanguageModelCall(lang_encoder)
+        self._call = generation.LanguageModelCall(lang_encoder)
         self.vision_encoder = vision_encoder.requires_grad_(False).eval()
         self.perceiver = PerceiverResampler(
             vision_width,
@@ -223,7 +229,7 @@ class Flamingo(Pretrained):
                 yield cast(GatedCrossAttentionBlock, layer.gated_cross_attn_layer)
 
     def parameter_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-        """What is trained, for an optimizer: weight decay on the gated blocks and on nothing else."""
+        """The trained parameters for an optimizer, with weight decay only on the gated blocks."""
         decayed = [p for block in self.gated_blocks() for p in block.parameters() if p.requires_grad]
         seen = {id(p) for p in decayed}
         plain = [p for p in self.parameters() if p.requires_grad and id(p) not in seen]
@@ -237,7 +243,7 @@ class Flamingo(Pretrained):
         self,
         vision_x: Tensor,  # [B, M, F, 3, R, R]
     ) -> Tensor:  # [B, M, F, v, Dv]
-        """Patch tokens of M images (of F frames) per sample: what the frozen encoder says of them."""
+        """Patch tokens of M images (of F frames) per sample, from the frozen encoder."""
         images = vision_x.flatten(0, 2)
         patch_tokens: Any = getattr(self.vision_encoder, "patch_tokens", None)
         if patch_tokens is not None:
@@ -251,7 +257,7 @@ class Flamingo(Pretrained):
         self,
         vision_x: Tensor,  # [B, M, F, 3, R, R] or [B, M, F, v, Dv]
     ) -> Tensor:  # [B, M, n, Dv]
-        """The n latents of each image, from pixels or from what `encode_vision` gave."""
+        """The n latents of each image, from pixels or from the result of `encode_vision`."""
         return self.perceiver(self.encode_vision(vision_x) if vision_x.ndim == 6 else vision_x)
 
     def forward(
@@ -260,17 +266,19 @@ class Flamingo(Pretrained):
         lang_x: Tensor,  # [B, T] int64
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
         labels: Tensor | None = None,  # [B, T] int64
+        return_logits: bool = True,
     ) -> dict[str, Tensor]:
         """`logits` [B, T, V] of the next token and, with labels, `loss`: mean NLL of those not -100, or 0.
 
-        Text sees the last image before it (or, with ``only_attend_immediate_media=False``, all of them);
-        image i of a sample belongs to its i-th `config.media_token_id`, and images beyond the last are never
-        seen. `vision_x` is pixels, patch tokens from `encode_vision` (the encoder is frozen, so they may be
-        kept), or None for text alone. The labels are shifted here (see `few_shot.media_labels`). Positions
-        count from the first token that is not padding.
+        The loss needs no logits if the language model's head is linear: `return_logits=False` saves them.
+        Text attends to the last image before it (or, with ``only_attend_immediate_media=False``, all of
+        them); image i of a sample belongs to its i-th `config.media_token_id`, and images beyond the last are
+        never attended to. `vision_x` is pixels, patch tokens from `encode_vision` (the encoder is frozen, so
+        they may be cached), or None for text only. The labels are shifted here (see `few_shot.media_labels`).
+        Positions count from the first token that is not padding.
 
         Raises:
-            ValueError: naming every argument that does not fit; on the CPU also for more image tokens than
+            ValueError: naming every invalid argument; on the CPU also for more image tokens than
                 images.
         """
         if not torch.compiler.is_compiling():
@@ -279,19 +287,16 @@ class Flamingo(Pretrained):
         locations = lang_x == self.config.media_token_id
         attend = "immediate" if self.config.only_attend_immediate_media else "all_previous"
         seen = intervals.media(intervals.text_time(locations), media.shape[2], media.shape[1], attend=attend)
-        arguments = self._call.arguments(lang_x, attention_mask)
-        logits = self._language_model(arguments, media=media, intervals=seen).logits
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": decoder.next_token_loss(logits, labels)}
+        predict = partial(lm.predict, self.lang_encoder, self._call, lang_x, attention_mask)
+        return self._conditioned(partial(predict, labels, return_logits), media=media, intervals=seen)
 
-    def _language_model(self, arguments: dict[str, Any], **seen: Any) -> Any:
+    def _conditioned(self, call: Callable[[], Any], **seen: Any) -> Any:
         if not self._condition.empty:
-            raise RuntimeError("Flamingo: called while a call of the same model is under way")
+            raise RuntimeError("Flamingo: called during another call of the same model")
         try:
             for name, value in seen.items():
                 setattr(self._condition, name, value)
-            return self.lang_encoder(**arguments)
+            return call()
         finally:
             self._condition.media = self._condition.intervals = self._condition.cache = None
 
@@ -304,10 +309,10 @@ class Flamingo(Pretrained):
     ) -> Tensor:  # [B, M, n, Dv]
         faults = []
         if lang_x.ndim != 2 or lang_x.dtype not in (torch.int32, torch.int64):
-            faults.append(f"lang_x: wants integers [B, T], got {lang_x.dtype} {list(lang_x.shape)}")
+            faults.append(f"lang_x must be integers [B, T], got {lang_x.dtype} {list(lang_x.shape)}")
         for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
             if tensor is not None and tensor.shape != lang_x.shape:
-                faults.append(f"{name}: wants {list(lang_x.shape)} as lang_x, got {list(tensor.shape)}")
+                faults.append(f"{name} must be {list(lang_x.shape)} like lang_x, got {list(tensor.shape)}")
         if vision_x is not None:
             shape = list(vision_x.shape)
             size = self.config.vision.image_size if self.config.vision else "R"
@@ -317,7 +322,10 @@ class Flamingo(Pretrained):
             else:
                 fits = vision_x.ndim == 5 and shape[4] == self.perceiver.dim
             if not fits or shape[:1] != list(lang_x.shape[:1]):
-                faults.append(f"vision_x: wants {wanted} with B of lang_x {list(lang_x.shape)}, got {shape}")
+                faults.append(
+                    f"vision_x must be {wanted} with the batch size of lang_x {list(lang_x.shape)}, "
+                    f"got {shape}"
+                )
         images = 0 if vision_x is None else vision_x.shape[1]
         if not faults and lang_x.device.type == "cpu" and not is_traced():
             counts = (lang_x == self.config.media_token_id).sum(1)
@@ -346,20 +354,24 @@ class Flamingo(Pretrained):
     ) -> Tensor:
         """New tokens [B, n] after each prompt; after a row's end, `pad_token_id`.
 
-        A row ends with `eos_token_id`, the config's end-of-chunk token when not given. Keys and values of
-        the images are computed once for all steps. The prompt is read `prefill_chunk` tokens at a time, at
-        once when None. The image token is never chosen. `decoding`: `num_beams`, `do_sample`, `temperature`,
-        `top_k`, `top_p`, `pad_token_id`, `length_penalty`, `early_stopping`, `suppress_tokens`, `generator`,
-        as in `models.generation.generate`. ValueError as `forward`, for padding on the right, and from there.
+        A row ends with `eos_token_id`, by default the config's end-of-chunk token. Keys and values of
+        the images are computed once for all steps. The prompt is read `prefill_chunk` tokens at a time; None
+        reads it at once. The image token is never chosen. `decoding`: `num_beams`, `do_sample`,
+        `temperature`, `top_k`, `top_p`, `pad_token_id`, `length_penalty`, `early_stopping`,
+        `suppress_tokens`, `generator`, as in `models.generation.generate`. ValueError as `forward`, for
+        padding on the right, and from there.
         """
         chunk = lang_x.shape[-1] if prefill_chunk is None else prefill_chunk
         if lang_x.numel() == 0 or chunk < 1:
             shape = list(lang_x.shape)
             raise ValueError(
-                f"Flamingo: lang_x wants prompts [B, T], got {shape}; prefill_chunk >= 1, got {prefill_chunk}"
+                f"Flamingo: lang_x must be prompts [B, T], got {shape}, and prefill_chunk at least 1, "
+                f"got {prefill_chunk}"
             )
         if attention_mask is not None and not attention_mask[..., -1].bool().all():
-            raise ValueError("Flamingo: attention_mask ends with padding, generate wants it on the left")
+            raise ValueError(
+                "Flamingo: attention_mask must have padding on the left for generate, got some at the end"
+            )
         session = _Decoding(self, self._checked_media(vision_x, lang_x, attention_mask))
         for first in range(0, lang_x.shape[1], chunk):
             tokens = lang_x[:, first : first + chunk]
@@ -376,16 +388,20 @@ class Flamingo(Pretrained):
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """As `Pretrained.save_pretrained`; ValueError where the config does not hold both frozen parts."""
+        """As `Pretrained.save_pretrained`; ValueError if the config does not contain both frozen parts."""
         if self.config.vision is None or self.config.language is None:
             raise ValueError(
-                "Flamingo: a vision or language model of another library is not saved; "
-                "openflamingo_state_dict() has what is trained"
+                "Flamingo: a vision or language model of another library cannot be saved; "
+                "openflamingo_state_dict() returns the trained weights"
             )
         super().save_pretrained(folder)
 
+    def upgrade(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ours = isinstance(self.lang_encoder, CausalLM)
+        return decoder.gpt2_names(state_dict, "lang_encoder.") if ours else dict(state_dict)
+
     def openflamingo_state_dict(self) -> dict[str, Tensor]:
-        """What is trained, under the names of an OpenFlamingo checkpoint: all that such a file needs."""
+        """The trained weights under the names of an OpenFlamingo checkpoint: all that such a file needs."""
         embedding = lm.input_embeddings(self.lang_encoder).weight
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
         return {
@@ -397,12 +413,12 @@ class Flamingo(Pretrained):
     def load_openflamingo_state_dict(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> None:
         """Loads open_flamingo's weights: a checkpoint (a mapping or a file), or a whole state dict.
 
-        Resampler and gated blocks must be complete. Tensors of the frozen parts are loaded where this model
-        has them and passed over elsewhere (buffers come and go between versions of transformers). ValueError
+        Resampler and gated blocks must be complete. Tensors of the frozen parts are loaded if this model
+        has them and skipped otherwise (buffers differ between versions of transformers). ValueError
         listing every missing, unknown and mis-shaped key; FileNotFoundError.
         """
         own = self.state_dict()
-        given = lm.without_duplicates(read_state_dict(source), self._layers_path)
+        given = self.upgrade(lm.without_duplicates(read_state_dict(source), self._layers_path))
         trained = {
             name for name in [*own, *given] if name.startswith("perceiver.") or f".{lm.GATED}." in name
         }
@@ -410,14 +426,14 @@ class Flamingo(Pretrained):
             "missing": sorted(trained - given.keys()),
             "unknown": sorted(trained - own.keys()),
             "of another shape": [
-                f"{name} is {list(tensor.shape)}, here {list(own[name].shape)}"
+                f"{name} must be {list(own[name].shape)}, got {list(tensor.shape)}"
                 for name, tensor in given.items()
                 if name in own and own[name].shape != tensor.shape
             ],
         }
         faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names]
         if faults:
-            raise ValueError("state_dict does not fit Flamingo: " + "; ".join(faults))
+            raise ValueError("state_dict does not match Flamingo: " + "; ".join(faults))
         self.load_state_dict({name: given[name] for name in given if name in own}, strict=False)
 
 
@@ -429,42 +445,26 @@ def _not_in_shapes(tower: nn.Module) -> list[Any]:
     """Heads, epsilons, pooling and activation of each module that has them."""
     names = ("heads", "eps", "pool")
     found = [
-        (*(getattr(part, name, None) for name in names), activation_name(part)) for part in tower.modules()
+        (*(getattr(part, name, None) for name in names), activation_of(part)) for part in tower.modules()
     ]
     return [each for each in found if each != (None,) * 4]
 
 
-class _Decoding:
-    """One run of `generate`: what has been read, in the caches of the images and of the language model."""
+class _Decoding(generation.Decoding):
+    """One run of `generate`: the language model's texts, and the images that they attend to."""
 
     def __init__(self, model: Flamingo, media: Tensor) -> None:
+        super().__init__(model.lang_encoder, model._call)
         self.model = model
         self.media = MediaCache(model.gated_blocks(), media)
-        self.past: Any = None
-        self.mask: Tensor | None = None
 
-    def read(
-        self,
-        tokens: Tensor,  # [N, t]
-        mask: Tensor | None,  # [N, t]
-    ) -> Tensor:  # [N, V]
-        if mask is not None:
-            self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
-        self.media.step(tokens == self.model.config.media_token_id)
-        arguments = self.model._call.arguments(tokens, self.mask, last_only=True)
-        arguments.update(past_key_values=self.past, use_cache=True)
-        out = self.model._language_model(arguments, cache=self.media)
-        self.past = out.past_key_values
-        return out.logits[:, -1]
-
-    def step(self, tokens: Tensor) -> Tensor:  # [N] -> [N, V]
-        mask = None if self.mask is None else self.mask.new_ones((tokens.shape[0], 1))
-        return self.read(tokens[:, None], mask)
+    def run(self, arguments: dict[str, Any]) -> Any:
+        self.media.step(arguments["input_ids"] == self.model.config.media_token_id)
+        return self.model._conditioned(partial(self.model.lang_encoder, **arguments), cache=self.media)
 
     def reorder(self, rows: Tensor) -> None:  # [M]
+        super().reorder(rows)
         self.media.reorder(rows)
-        self.past.reorder_cache(rows)
-        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def _openflamingo(width: int, layers: int, every: int) -> FlamingoConfig:

@@ -1,13 +1,14 @@
-"""Norms, projections and feed-forward layers that keep their input for the backward and little else.
+"""Norms, projections and feed-forward layers that save little more than their input for the backward.
 
-What a norm gives, and what an activation gives, is made again in the backward from tensors that are kept
-anyway. Modules that have to be called (a linear layer wrapped for low-rank adaptation, say, or one with a
-hook) are called as they are, and then keep what PyTorch keeps.
+The outputs of norms and activations are recomputed in the backward from tensors that are saved anyway.
+Modules that have to be called (a LoRA layer, for example, or a layer with a forward hook) are called, and
+save what PyTorch saves.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import vlmkernels
-from vlmkernels._modules import is_exactly, is_transformed, passable, unheard
-from vlmkernels.nn.dense import SquaredReLU, activation_name
+from vlmkernels import _activations as activations
+from vlmkernels._arguments import product_dtype
+from vlmkernels._modules import is_exactly, is_transformed, must_be_called, passable
 from vlmkernels.reference._dense import activate
 
 
@@ -30,16 +32,14 @@ class SwiGLU(nn.Module):
 
 
 NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "squared_relu": SquaredReLU,
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    **{name: activations.ACTIVATIONS[name].module for name in ("gelu", "relu", "squared_relu")},
     "swiglu": SwiGLU,
 }
 
 
 def option_faults(**given: Any) -> list[str]:
-    """Faults of constructor arguments: sizes must be positive, options known, heads divisible."""
+    """Errors in constructor arguments: sizes must be positive, options known, heads divisible."""
     known = {
         "norm": tuple(NORMS),
         "activation": tuple(ACTIVATIONS),
@@ -57,16 +57,8 @@ def option_faults(**given: Any) -> list[str]:
     return faults
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products with `x` run in: autocast's where it is on, else that of `x`."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
-    """Whether none has to be called: torch's own norm, with weights, and linear layers without bias."""
+    """Whether no module has to be called: torch's own norm, with weights, and linear layers without bias."""
     if is_transformed() or not passable(norm, nn.LayerNorm, nn.RMSNorm) or norm.eps is None:
         return False
     for parameter in norm._parameters.values():
@@ -79,15 +71,15 @@ def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
 
 
 def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
-    """The norm of a query or key, if it has one, in the dtype of `x`; under autocast it runs in its own."""
-    if is_exactly(norm, nn.Identity) and unheard(norm):
+    """The norm of a query or key, if any, in the dtype of `x`; under autocast it runs in its own dtype."""
+    if is_exactly(norm, nn.Identity) and not must_be_called(norm):
         return x
     weight = getattr(norm, "weight", x)
     return norm(x.to(weight.dtype)).to(x.dtype)
 
 
 def norm_linear(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """``linear(norm(x))`` of each linear layer; `x` is kept for the backward, the normalised x is not."""
+    """``linear(norm(x))`` for each linear layer; `x` is saved for the backward, the normalised x is not."""
     if not are_passable(norm, *linears):
         normed = norm(x)
         return tuple(linear(normed) for linear in linears)
@@ -103,7 +95,7 @@ def add_linear(
     gate: Tensor | None,  # 1 or D elements
     row_mask: Tensor | None = None,  # [...] bool
 ) -> Tensor:  # [..., D]
-    """``x + tanh(gate) * linear(h)``; what the linear layer gives is not stored."""
+    """``x + tanh(gate) * linear(h)``; the output of the linear layer is not stored."""
     if gate is None or not passable(linear, nn.Linear) or linear.bias is not None:
         return add_gated(x, linear(h), gate, row_mask)
     weight, h = linear.weight.to(product_dtype(x)), h.to(product_dtype(x))
@@ -121,9 +113,9 @@ def add_gated(
 
 
 class FeedForward(nn.Sequential):
-    """norm, linear, activation, linear, without biases; the names of open_flamingo's: 0, 1 and 3.
+    """norm, linear, activation, linear, without biases; parameter names as in open_flamingo: 0, 1 and 3.
 
-    Called, it is the branch alone; `add_feed_forward` adds it to the residual stream.
+    A call computes the branch only; `add_feed_forward` adds it to the residual stream.
     """
 
     def __init__(self, dim: int, hidden: int, *, activation: str, norm: str, eps: float) -> None:
@@ -145,12 +137,12 @@ def add_feed_forward(
     row_mask: Tensor | None = None,  # [...] bool
     recompute: bool = False,
 ) -> Tensor:  # [..., D]
-    """``x + tanh(gate) * feed_forward(x)``, without the tanh when there is no gate; masked rows keep x.
+    """``x + tanh(gate) * feed_forward(x)``, or ``x + feed_forward(x)`` without a gate; masked rows keep x.
 
-    With ``branch = (h, linear, gate_h)`` it goes on from ``x + tanh(gate_h) * linear(h)``, which it makes
-    again in the backward. Kept for the backward: x, h, and the pre-activation unless `recompute`.
+    With ``branch = (h, linear, gate_h)``, x is replaced by ``x + tanh(gate_h) * linear(h)``, which is
+    recomputed in the backward. Saved for the backward: x, h, and the pre-activation unless `recompute`.
     """
-    if not is_exactly(feed_forward, FeedForward) or len(feed_forward) != 4 or not unheard(feed_forward):
+    if not is_exactly(feed_forward, FeedForward) or len(feed_forward) != 4 or must_be_called(feed_forward):
         x = x if branch is None else add_linear(x, *branch)
         return add_gated(x, feed_forward(x), gate, row_mask)
     norm, w1, activation, w2 = feed_forward
@@ -170,9 +162,9 @@ def add_feed_forward(
 
 def _name(activation: nn.Module) -> str | None:
     """The name of an activation of `ACTIVATIONS` or of the ops; None where it has to be called."""
-    if type(activation) is SwiGLU:
-        return "swiglu" if unheard(activation) else None
-    return activation_name(activation)
+    if must_be_called(activation):
+        return None
+    return "swiglu" if type(activation) is SwiGLU else activations.activation_of(activation)
 
 
 def _linear(
@@ -194,11 +186,10 @@ def _linear_grads(
     activation: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight in act(x W^T), None where not needed."""
-    needs = (need_x, need_weight)
-    grads = torch.ops.vlmkernels.linear_bwd(
-        dout.to(weight.dtype), x, weight, None, preactivation, activation, [*needs, False]
+    dx, dweight, _ = torch.ops.vlmkernels.linear_bwd(
+        dout.to(weight.dtype), x, weight, None, preactivation, activation, [need_x, need_weight, False]
     )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))  # type: ignore
+    return dx if need_x else None, dweight if need_weight else None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -216,7 +207,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *dys):
         x, gain, shift, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        normed, stats = _norm_again(x, gain, shift, ctx.eps)
+        normed, stats = _recompute_norm(x, gain, shift, ctx.eps)
         normed = normed.to(weights[0].dtype)
         dnormeds, dweights = zip(
             *(
@@ -253,7 +244,7 @@ class _AddFeedForward(torch.autograd.Function):
         need_x, *need_first, need_gain, need_shift, need_w1, need_w2, need_gate = ctx.needs_input_grad[:9]
         need_norm = (need_x or any(need_first), need_gain, need_shift)
         y = x if h is None else vlmkernels.gated_linear_residual(x, h, w0, gate_h)
-        normed, stats = _norm_again(y, gain, shift, ctx.eps)
+        normed, stats = _recompute_norm(y, gain, shift, ctx.eps)
         normed = normed.to(w1.dtype)
         if pre is None:
             hidden, pre = _hidden(normed, w1, ctx.activation)
@@ -295,8 +286,8 @@ def _norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], gain, shift, eps)
 
 
-def _norm_again(x, gain, shift, eps):
-    """The norm in at least float32, and what its gradient needs: x in that precision, mean, 1 / deviation."""
+def _recompute_norm(x, gain, shift, eps):
+    """The norm in at least float32, and the inputs of its gradient: x in that precision, mean, 1 / std."""
     work = torch.promote_types(x.dtype, torch.promote_types(gain.dtype, torch.float32))
     wide, gain = x.to(work), gain.to(work)
     if shift is not None:
@@ -327,7 +318,7 @@ def _norm_backward(dy, dtype, stats, gain, shift, needs):
 
 
 def _hidden(normed: Tensor, w1: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(normed W1^T) and what the activation reads."""
+    """act(normed W1^T) and the pre-activation."""
     if activation != "swiglu":
         return _linear(normed, w1, activation)
     pre = _linear(normed, w1)[0]

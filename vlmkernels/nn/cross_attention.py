@@ -1,10 +1,10 @@
-"""Text attends to images: Flamingo's masked cross-attention and the gated block around it.
+"""Cross-attention of text to images: Flamingo's masked cross-attention and the gated block around it.
 
     h = x + tanh(attn_gate) attention(norm x, media)        out = h + tanh(ff_gate) feed_forward(norm h)
 
 Source: Alayrac et al. 2022, "Flamingo", section 3.1.2 and 3.1.3; the released code of open_flamingo 2.0.1
-(MIT) for what the paper leaves open. Parameter names are open_flamingo's; `families.py` has the names and
-the options of the other families.
+(MIT) for choices that the paper leaves open. Parameter names are open_flamingo's; `families.py` has the
+names and options of the other families.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import intervals as build
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._arguments import product_dtype
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.intervals import Intervals
 from vlmkernels.nn import _layers as layers
 
@@ -26,24 +27,23 @@ if TYPE_CHECKING:
 
 
 class MaskedCrossAttention(nn.Module):
-    """The attention branch: text rows see the tokens of the image before them, or of all images before them.
+    """The attention branch: text rows attend to the tokens of the last image before them, or of all of them.
 
-    Arguments and parameter names are those of open_flamingo's class; the keyword-only ones it does not have
-    serve the other families (`vlmkernels.nn.families`).
+    Arguments and parameter names are those of open_flamingo's class; further keyword-only arguments support
+    the other families (`vlmkernels.nn.families`).
 
     Args:
         dim: width of the text; dim_visual: width of the media, `dim` when None.
         heads, dim_head, kv_heads: query heads, their width, heads of keys and values (`heads` when None).
-        only_attend_immediate_media: see the last image before a row only, otherwise all before it.
+        only_attend_immediate_media: a row attends to the last image before it only, otherwise to all of them.
         norm, eps: "layernorm" or "rmsnorm" of the text; the media are not normalised.
-        qk_norm: a norm of that kind over each head of the queries and keys.
-        empty_row: what the attention gives to a row that sees nothing. "zero"; "uniform", the mean of all
-            values, as open_flamingo does (but zero before the first image when
-            `only_attend_immediate_media`, as it does too); "all", attention to everything, as transformers'
-            mllama does.
+        qk_norm: a norm of the same type over each head of the queries and keys.
+        empty_row: attention output of a row that attends to no image. "zero"; "uniform", the mean of all
+            values, as in open_flamingo (but zero before the first image with `only_attend_immediate_media`,
+            also as in open_flamingo); "all", attention to all media, as in transformers' mllama.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MaskedCrossAttention(nn.Module):
 
     @property
     def attend(self) -> str:
-        """The word for `vlmkernels.intervals.media`."""
+        """The argument `attend` of `vlmkernels.intervals.media`."""
         return "immediate" if self.only_attend_immediate_media else "all_previous"
 
     def forward(
@@ -95,7 +95,7 @@ class MaskedCrossAttention(nn.Module):
         mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
         cache: MediaCache | None = None,
     ) -> Tensor:  # [B, T, D]
-        """The branch alone, without residual and gate. Arguments: see `GatedCrossAttentionBlock.forward`."""
+        """The branch, without residual and gate. Arguments: see `GatedCrossAttentionBlock.forward`."""
         out, _ = self.attention(
             x, media, media_locations, use_cached_media,
             num_media=num_media, intervals=intervals, mask=mask, cache=cache,
@@ -106,7 +106,7 @@ class MaskedCrossAttention(nn.Module):
         self,
         media: Tensor,  # [B, M, n, Dv]
     ) -> tuple[Tensor, Tensor]:  # each [B, Hkv, M n, Dh]
-        """Keys and values of images; `MediaCache` keeps them."""
+        """Keys and values of images, which `MediaCache` stores."""
         both = self.to_kv(media.flatten(1, 2)).unflatten(-1, (2, self.kv_heads, self.dim_head))
         key, value = both.unbind(2)  # each [B, M n, Hkv, Dh]
         return layers.head_norm(self.k_norm, key).transpose(1, 2), value.transpose(1, 2)
@@ -123,14 +123,14 @@ class MaskedCrossAttention(nn.Module):
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, H Dh], [B, T] or [T]
-        """What `to_out` projects, and which rows see nothing (None: every row sees everything)."""
+        """The input of `to_out`, and which rows attend to no image (None: every row attends to all media)."""
         self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         if cache is not None:
             key, value = cache.keys_values(self)
         else:
             assert media is not None
             key, value = self.keys_values(media)
-        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        seen = self._intervals(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         (query,) = layers.norm_linear(x, self.norm, self.to_q)
         query = query.unflatten(-1, (self.heads, self.dim_head))
         query = layers.head_norm(self.q_norm, query).transpose(1, 2)
@@ -152,9 +152,9 @@ class MaskedCrossAttention(nn.Module):
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> Tensor | None:  # [B, T] or [T]
-        """Which rows see nothing; None: every row sees everything."""
+        """Which rows attend to no image; None: every row attends to all media."""
         self._check(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
-        seen = self._seen(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
+        seen = self._intervals(x, media, media_locations, use_cached_media, num_media, intervals, mask, cache)
         if mask is not None:
             return mask.sum(-1) == 0
         if cache is not None:
@@ -162,7 +162,7 @@ class MaskedCrossAttention(nn.Module):
         assert media is not None
         return _empty(seen, media.shape[1] * media.shape[2])
 
-    def _seen(
+    def _intervals(
         self,
         x: Tensor,
         media: Tensor | None,
@@ -173,7 +173,7 @@ class MaskedCrossAttention(nn.Module):
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> Intervals | None:
-        """What the rows see as intervals; None where a mask says it, or they see everything."""
+        """The intervals that the rows attend to; None with a mask, or if they attend to all media."""
         if cache is not None and intervals is None and mask is None:
             return cache.intervals_for(x)
         if media is None or media_locations is None:
@@ -208,7 +208,7 @@ class MaskedCrossAttention(nn.Module):
         if mask.shape[-1] != key.shape[2]:
             mask = mask.repeat_interleave(key.shape[2] // mask.shape[-1], -1)
         empty = mask.sum(-1) == 0
-        dtype = layers.product_dtype(query)
+        dtype = product_dtype(query)
         out = F.scaled_dot_product_attention(
             query.to(dtype), key.to(dtype), value.to(dtype),
             attn_mask=(mask | empty[..., None])[:, None],
@@ -238,16 +238,18 @@ class MaskedCrossAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             faults.append(f"x must be [B, T, {self.dim}], got {tuple(x.shape)}")
         if (media is None) == (cache is None):
-            faults.append("wants either media or a cache")
+            faults.append("exactly one of media and cache must be given")
         if media is not None and (media.dim() != 4 or media.shape[0] != x.shape[0]):
             faults.append(f"media must be [B = {x.shape[0]}, M, n, Dv], got {tuple(media.shape)}")
         ways = {"media_locations": media_locations, "intervals": intervals, "mask": mask}
         given = [name for name, way in ways.items() if way is not None]
         if len(given) > 1:
-            faults.append(f"wants one of media_locations, intervals and mask, got {' and '.join(given)}")
+            faults.append(
+                f"at most one of media_locations, intervals and mask may be given, got {' and '.join(given)}"
+            )
         if media_locations is not None:
             if cache is not None:
-                faults.append("media_locations go to cache.step()")
+                faults.append("media_locations must be passed to cache.step() if there is a cache")
             wanted = (x.shape[0],) if use_cached_media else tuple(x.shape[:2])
             if media_locations.dim() != 2 or tuple(media_locations.shape[: len(wanted)]) != wanted:
                 faults.append(
@@ -255,7 +257,7 @@ class MaskedCrossAttention(nn.Module):
                     f"got {tuple(media_locations.shape)}"
                 )
         elif num_media is not None:
-            faults.append("num_media goes with media_locations")
+            faults.append("num_media requires media_locations")
         if mask is not None and not faults:
             images = media.shape[1] if media is not None else cache.num_slots  # type: ignore[union-attr]
             each = media.shape[2] if media is not None else cache.tokens_per_media  # type: ignore[union-attr]
@@ -270,12 +272,12 @@ class MaskedCrossAttention(nn.Module):
 
 
 def _empty(seen: Intervals | None, tokens: int) -> Tensor | None:
-    """Which rows see none of the tokens; None: every row sees everything."""
+    """Which rows attend to none of the tokens; None: every row attends to all of them."""
     return None if seen is None else seen[1].clamp_max(tokens) <= seen[0].clamp_min(0)
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Flamingo's GATED XATTN-DENSE: cross-attention and feed-forward, each through a tanh gate from 0.
+    """Flamingo's GATED XATTN-DENSE: cross-attention and feed-forward, each with a tanh gate initialised to 0.
 
     Arguments and parameter names are those of open_flamingo's class. Beyond `MaskedCrossAttention`'s:
 
@@ -283,13 +285,13 @@ class GatedCrossAttentionBlock(nn.Module):
         ff_mult, ff_dim: hidden width of the feed-forward layer, ``dim * ff_mult`` unless given as `ff_dim`.
         activation: "gelu", "relu", "squared_relu" (Flamingo's paper) or "swiglu".
         gate: "scalar" or "vector", one gate or one per channel.
-        ffn_on_empty: whether the feed-forward layer works on rows that see no image; without it such a row
-            passes unchanged, as in Meta's mllama.
-        recompute_ffn: make the hidden layer of the feed-forward again in the backward instead of keeping its
-            pre-activation: less memory, one more product.
+        ffn_on_empty: whether the feed-forward layer applies to rows that attend to no image; otherwise such a
+            row passes unchanged, as in Meta's mllama.
+        recompute_ffn: recompute the pre-activation of the feed-forward layer in the backward instead of
+            saving it: less memory, one more matrix product.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
 
     def __init__(
@@ -344,30 +346,30 @@ class GatedCrossAttentionBlock(nn.Module):
         mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
         cache: MediaCache | None = None,
     ) -> Tensor:  # [B, T, D]
-        """The residual stream with what the images add.
+        """The residual stream after both branches.
 
-        Without one of `media_locations`, `intervals`, `mask` and `cache` every row sees all media.
+        Without `media_locations`, `intervals`, `mask` and `cache` every row attends to all media.
 
         Args:
             x: text, ``[B, T, D]``.
             media: ``[B, M, n, Dv]``, n tokens of each of M images; or None with a `cache`.
-            media_locations: bool ``[B, T]``, True at the tokens that stand for an image; the token itself
-                sees its image.
+            media_locations: bool ``[B, T]``, True at the image tokens; an image token attends to its own
+                image.
             use_cached_media: every row comes after the last of `media_locations`, whose length may differ.
-            num_media: int ``[B]``, how many of the M images a sample has; the others are never seen.
-            intervals: ``(start, end)``, what row i sees, in tokens of all images; computed once per forward
-                by `vlmkernels.intervals.media` and shared by the blocks of a model.
-            mask: bool, what row i sees, per image or per media token. The one way that is not an interval:
-                scaled dot-product attention with a mask, of size T x M n.
+            num_media: int ``[B]``, how many of the M images a sample has; the others are ignored.
+            intervals: ``(start, end)``, the media tokens that row i attends to, over all images; computed
+                once per forward by `vlmkernels.intervals.media` and shared by the blocks of a model.
+            mask: bool, the images or media tokens that row i attends to. The only argument that is not an
+                interval: it uses scaled dot-product attention with a mask of size T x M n.
             cache: keys, values and intervals come from a `MediaCache`.
 
         Raises:
-            ValueError: naming every argument that does not fit.
+            ValueError: naming every invalid argument.
         """
         given: Any = (x, media, media_locations, use_cached_media)
         ways: Any = {"num_media": num_media, "intervals": intervals, "mask": mask, "cache": cache}
         branch = empty = None
-        if is_exactly(self.attn, MaskedCrossAttention) and unheard(self.attn):
+        if is_exactly(self.attn, MaskedCrossAttention) and not must_be_called(self.attn):
             out, empty = self.attn.attention(*given, **ways)
             branch = (out, self.attn.to_out, self.attn_gate)
         else:

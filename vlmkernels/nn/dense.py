@@ -1,46 +1,17 @@
-"""Linear layers and multilayer perceptrons on the ops, with the names of the torch modules they replace."""
+"""Linear layers and MLPs on the ops, with the parameter names of the torch modules they replace."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import are_plain, has_own_forward, passable, unheard
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the approximation of GELU in OpenAI's CLIP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1.702 * x).sigmoid()
-
-
-class SquaredReLU(nn.Module):
-    """max(x, 0)^2, the activation of Flamingo (Alayrac et al. 2022, appendix A.1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
-
-
-_NAMES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    QuickGELU: "quick_gelu",
-    SquaredReLU: "squared_relu",
-}
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """The name under which the ops know an activation; None where they do not, or it has to be called."""
-    if not (unheard(module) and has_own_forward(type(module))):
-        return None
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _NAMES.get(type(module))
+from vlmkernels._activations import QuickGELU as QuickGELU
+from vlmkernels._activations import SquaredReLU as SquaredReLU
+from vlmkernels._activations import activation_of
+from vlmkernels._modules import are_plain, must_be_called, passable
 
 
 class Linear(nn.Linear):
@@ -59,8 +30,8 @@ class Linear(nn.Linear):
 class MLP(nn.Sequential):
     """linear, activation, linear: ``act(x W1^T + b1) W2^T + b2``, plus `residual` in the same pass.
 
-    Its three children may have any names. Where one of them has to be called (it is replaced, by low-rank
-    adaptation say, or has a hook), or there are more of them, they are called one after the other.
+    Its three children may have any names. If one of them has to be called (it was replaced, by a LoRA layer
+    for example, or has a forward hook), or there are more than three, they are called one after the other.
     """
 
     adds_residual: ClassVar = True
@@ -72,12 +43,12 @@ class MLP(nn.Sequential):
     ) -> Tensor:  # [..., O]
         if len(self) == 3:
             first, activation, last = self
-            return perceptron(x, first, activation, last, residual=residual)
+            return mlp(x, first, activation, last, residual=residual)
         out = super().forward(x)
         return out if residual is None else residual + out
 
 
-def perceptron(
+def mlp(
     x: Tensor,  # [..., K]
     first: nn.Module,
     activation: nn.Module,
@@ -85,8 +56,8 @@ def perceptron(
     *,
     residual: Tensor | None = None,  # [..., O]
 ) -> Tensor:  # [..., O]
-    """``last(activation(first(x))) + residual``, in one op where none of the three has to be called."""
-    name = activation_name(activation)
+    """``last(activation(first(x))) + residual``, in one op if none of the three has to be called."""
+    name = None if must_be_called(activation) else activation_of(activation)
     if name is None or not (passable(first, Linear, nn.Linear) and passable(last, Linear, nn.Linear)):
         return add(residual, last, activation(first(x)))
     first, last = cast(nn.Linear, first), cast(nn.Linear, last)
@@ -95,13 +66,13 @@ def perceptron(
 
 
 def add(residual: Tensor | None, branch: nn.Module, *inputs: Any) -> Tensor:
-    """``residual + branch(*inputs)``, in the branch's own pass where nobody waits for what it gives alone.
+    """``residual + branch(*inputs)``, fused into the branch if its own result cannot be observed.
 
-    That is so for modules whose very class has `adds_residual`; a subclass may have a forward of its own.
+    This applies to modules whose own class has `adds_residual`; a subclass may override forward.
     """
     if residual is None:
         return branch(*inputs)
-    if "adds_residual" in type(branch).__dict__ and unheard(branch):
+    if "adds_residual" in type(branch).__dict__ and not must_be_called(branch):
         return branch(*inputs, residual=residual)
     return residual + branch(*inputs)
 
@@ -110,7 +81,7 @@ def take_rows(
     x: Tensor,  # [B, T, D]
     wanted: Tensor,  # [B, n] int64
 ) -> Tensor:  # [B, n, D]
-    """The wanted rows of each sample."""
+    """The selected rows of each sample."""
     return x.gather(1, wanted[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -119,7 +90,12 @@ def tied_logits(
     embedding: nn.Module,
 ) -> Tensor:  # [..., V]
     """``hidden E^T`` for the table E [V, D] of an embedding."""
+    return vlmkernels.linear(hidden, table_for(hidden, embedding))
+
+
+def table_for(hidden: Tensor, embedding: nn.Module) -> Tensor:  # [V, D]
+    """The table of an embedding, on the device of what it is multiplied with."""
     table = cast(nn.Embedding, embedding).weight
-    if table.device != hidden.device or not are_plain(table):  # offloaded, sharded, quantized: a call has it
-        table = embedding(torch.arange(table.shape[0], device=hidden.device))
-    return vlmkernels.linear(hidden, table)
+    if table.device == hidden.device and are_plain(table):
+        return table
+    return embedding(torch.arange(table.shape[0], device=hidden.device))  # offloaded, sharded, quantized

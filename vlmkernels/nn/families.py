@@ -1,4 +1,4 @@
-"""Names and options under which other code bases know the resampler and the gated block.
+"""Parameter names and options of the resampler and the gated block in other code bases.
 
     options = BLOCK_PRESETS["idefics"]
     block = GatedCrossAttentionBlock(4096, 1280, heads=32, dim_head=128, ff_dim=11008, **options)
@@ -21,7 +21,7 @@ from vlmkernels.nn.perceiver import PerceiverResampler
 
 _RMS: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu"}
 
-# What differs from the constructors' defaults, sizes aside.
+# Differences from the constructors' defaults, except sizes.
 BLOCK_PRESETS: dict[str, dict[str, Any]] = {
     "flamingo": {"activation": "squared_relu"},
     "open_flamingo": {"empty_row": "uniform"},
@@ -40,7 +40,7 @@ RESAMPLER_PRESETS: dict[str, dict[str, Any]] = {
     "idefics2": {**_RMS, "eps": 1e-6},
 }
 
-# Our module or parameter -> theirs; several are parts of ours, one below the other. Absent: the same name.
+# Our module or parameter -> theirs; several are concatenated in ours along the rows. Absent: the same name.
 _MLP = {"ff.1": "mlp.gate_proj mlp.up_proj", "ff.3": "mlp.down_proj"}
 _BLOCK_NAMES: dict[str, dict[str, str]] = {
     "flamingo": {},
@@ -126,7 +126,7 @@ def load_family_state_dict(
         prefix: of the module in that state dict, "model.layers.3.gated_cross_attn_layer." for example.
 
     Raises:
-        ValueError: an unknown family, or every missing, unknown and mis-shaped name.
+        ValueError: an unknown family, or all missing, unexpected and mis-shaped names.
     """
     theirs = {
         name.removeprefix(prefix): tensor
@@ -155,12 +155,14 @@ def load_family_state_dict(
         if names
     ]
     if faults:
-        raise ValueError(f"state_dict does not fit {type(module).__name__} as {family}: {'; '.join(faults)}")
+        raise ValueError(
+            f"state_dict does not match {type(module).__name__} as {family}: {'; '.join(faults)}"
+        )
     module.load_state_dict({key: tensor.reshape(own[key].shape) for key, tensor in weights.items()})
 
 
 def family_state_dict(module: nn.Module, family: str, *, prefix: str = "") -> dict[str, Tensor]:
-    """The weights of `module` under a family's names, in its shapes; `load_family_state_dict` reads them."""
+    """The weights of `module` with a family's names and shapes; the inverse of `load_family_state_dict`."""
     result = {}
     for key, tensor in module.state_dict().items():
         names = _names(key, module, family)

@@ -1,7 +1,7 @@
-"""Contrastive losses as modules, over `vlmkernels.info_nce` and `vlmkernels.sigmoid_loss`.
+"""Losses as modules, on the ops `info_nce`, `sigmoid_loss` and `linear_cross_entropy`.
 
-`ClipLoss` and `SigLipLoss` take the place of open_clip 3.3.0's classes: same constructor, same forward, no N
-x N matrix.
+`ClipLoss` and `SigLipLoss` replace open_clip 3.3.0's classes: same constructor, same forward, but no N x N
+matrix.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from vlmkernels.nn._bounds import within
 
 
 class _PairLoss(nn.Module):
-    """What the two losses over image-text pairs share: the process layout and the exchange of features."""
+    """Base class of the two losses over image-text pairs: the process layout and the gather of features."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank} with world_size {world_size}, wants 0 <= rank < world_size")
+            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
         self.rank = rank
         self.world_size = world_size
 
     def _shard_sizes(self, image_features: Tensor, text_features: Tensor) -> list[int]:
         if image_features.shape != text_features.shape:
             shapes = f"{list(image_features.shape)} and {list(text_features.shape)}"
-            raise ValueError(f"image_features and text_features want one shape [N, D], got {shapes}")
+            raise ValueError(
+                f"image_features and text_features must have the same shape [N, D], got {shapes}"
+            )
         check_initialized()
         if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
             layout = f"rank {dist.get_rank()} of {dist.get_world_size()}"
@@ -40,11 +42,11 @@ class _PairLoss(nn.Module):
         return shard_sizes(len(image_features), image_features.device)
 
     def _targets(self, sizes: list[int], device: torch.device) -> Tensor:
-        """The column of each local row's pair among the gathered rows, [n] int64."""
+        """The index of each local row's pair among the gathered rows, [n] int64."""
         return sum(sizes[: self.rank]) + torch.arange(sizes[self.rank], device=device)
 
     def _share(self, sizes: list[int]) -> float:
-        """Weight of a mean over local rows, such that the mean over the ranks is the mean over all rows."""
+        """Weight of the mean over local rows, so that the mean over the ranks is the mean over all rows."""
         return sizes[self.rank] * self.world_size / sum(sizes) if sum(sizes) else 0.0
 
 
@@ -52,12 +54,12 @@ class ClipLoss(_PairLoss):
     """Symmetric InfoNCE over image-text pairs, as open_clip.ClipLoss (Radford et al. 2021).
 
     With `world_size` > 1 the features of all processes are gathered, always with their gradients
-    (`gather_with_grad` is accepted and changes nothing: without them the gradient is not that of the loss).
+    (`gather_with_grad` is accepted and has no effect: without them the gradient is not that of the loss).
     Shards may differ in size. After DistributedDataParallel's averaging, gradients equal those of one process
     with the joint batch. `local_loss=False`: every rank returns the loss of the joint batch.
     `local_loss=True`: a rank computes its own rows and columns only, and returns its share of the loss: the
-    mean over the ranks is the loss of the joint batch. `cache_labels` changes nothing, there are no labels to
-    build. `use_horovod=True` is a ValueError.
+    mean over the ranks is the loss of the joint batch. `cache_labels` has no effect, since no labels are
+    built. `use_horovod=True` raises a ValueError.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class ClipLoss(_PairLoss):
     ) -> None:
         super().__init__(rank, world_size)
         if use_horovod:
-            raise ValueError("use_horovod: wants False, features are gathered with torch.distributed")
+            raise ValueError("use_horovod must be False; features are gathered with torch.distributed")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -81,7 +83,7 @@ class ClipLoss(_PairLoss):
         image_features: Tensor,  # [N, D], L2-normalised
         text_features: Tensor,  # [N, D], L2-normalised
         logit_scale: Tensor | float,  # one element
-        logit_bias: Tensor | float | None = None,  # adds the same to every logit: no effect on a softmax
+        logit_bias: Tensor | float | None = None,  # a constant added to every logit: no effect on the softmax
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The scalar loss, fp32 (fp64 for fp64 features); {"contrastive_loss": loss} with `output_dict`."""
@@ -108,12 +110,11 @@ class ClipLoss(_PairLoss):
 class SigLipLoss(_PairLoss):
     """Pairwise sigmoid loss, as open_clip.SigLipLoss (Zhai et al. 2023).
 
-    With `world_size` > 1 each rank scores its images against the texts of all ranks and returns its share of
-    the loss: the mean over the ranks is the loss of the joint batch, gradients alike after
-    DistributedDataParallel's averaging. Shards may differ in size. open_clip's four patterns of exchange
-    (`dist_impl`: "bidir", "shift", "reduce", "gather") are accepted; they give one and the same loss, and
-    here all of them gather. `chunk_size` and `cache_labels` change nothing: no N x N matrix is built in any
-    case.
+    With `world_size` > 1 each rank compares its images with the texts of all ranks and returns its share of
+    the loss: the mean over the ranks is the loss of the joint batch, and after DistributedDataParallel's
+    averaging so are the gradients. Shards may differ in size. open_clip's four communication patterns
+    (`dist_impl`: "bidir", "shift", "reduce", "gather") are accepted; they give the same loss, and here all of
+    them gather. `chunk_size` and `cache_labels` have no effect, since no N x N matrix is built.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class SigLipLoss(_PairLoss):
         super().__init__(rank, world_size)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
-                f"dist_impl: got {dist_impl!r}, wants 'bidir', 'shift', 'reduce', 'gather' or None"
+                f"dist_impl must be 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}"
             )
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl or "bidir"
@@ -176,7 +177,7 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 0.0 < init_scale <= max_scale:
-            raise ValueError(f"init_scale: got {init_scale}, wants 0 < init_scale <= max_scale = {max_scale}")
+            raise ValueError(f"init_scale must be in (0, max_scale = {max_scale}], got {init_scale}")
         log_scale = torch.tensor(math.log(init_scale))
         self.log_scale: Tensor
         if learnable:
@@ -196,7 +197,7 @@ class InfoNCELoss(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Puts log_scale back to at most ln max_scale; to be called after each optimizer step."""
+        """Clamps log_scale to at most ln max_scale; call it after each optimizer step."""
         self.log_scale.clamp_(max=math.log(self.max_scale))
 
     def forward(
@@ -219,4 +220,44 @@ class InfoNCELoss(nn.Module):
             weight=weight,
             reduction=self.reduction,
             store_bytes=self.store_bytes,
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`vlmkernels.linear_cross_entropy` with its options, as torch.nn.CrossEntropyLoss has those of its own.
+
+    The classes' weight is not a parameter of the loss: give that of the model's head, which stays where it is
+    and may be tied to an embedding.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        target: Tensor,  # [...] int64
+        bias: Tensor | None = None,  # [V]
+        *,
+        column_scale: Tensor | None = None,  # [V]
+    ) -> Tensor:
+        """The loss, a scalar or [...] with reduction "none"; errors as in `linear_cross_entropy`."""
+        return vlmkernels.linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            column_scale=column_scale,
+            reduction=self.reduction,
         )

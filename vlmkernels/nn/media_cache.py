@@ -1,8 +1,8 @@
-"""Keys and values of images, computed once for all layers and read at every step of decoding."""
+"""Keys and values of images, computed once for all layers and reused at every decoding step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from vlmkernels import intervals as build
 from vlmkernels.intervals import Intervals
 from vlmkernels.nn.cross_attention import MaskedCrossAttention
+from vlmkernels.nn.kv_cache import KVCache
 
 
 class MediaCache:
-    """The images of a batch as the cross-attention layers of a model see them.
+    """The images of a batch as keys and values of the cross-attention layers of a model.
 
         cache = MediaCache(blocks, media)          # one product per layer, once
-        cache.step(media_locations)                # what the rows of this chunk of text see
+        cache.step(media_locations)                # which images the rows of this chunk of text attend to
         for block in blocks:
             x = block(x, cache=cache)
         cache.step()                               # decoding: one more row, no new image
         ...
 
-    `step` counts the image tokens of the text, so that prefilling in chunks of any size gives what one
-    forward gives. Everything stays on the device of `media`; nothing waits for it.
+    `step` counts the image tokens of the text, so that prefilling in chunks of any size gives the result of a
+    single forward. Everything stays on the device of `media`, without synchronisation.
 
     Args:
         blocks: the `GatedCrossAttentionBlock` or `MaskedCrossAttention` modules of the model.
@@ -33,11 +34,11 @@ class MediaCache:
 
     Attributes:
         seen: int32 ``[B]``, image tokens in the text so far.
-        num_media: images of each sample, an int where all have as many, else int32 ``[B]``.
+        num_media: images of each sample, an int if all have the same number, else int32 ``[B]``.
         num_slots, tokens_per_media: M and n.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class MediaCache:
                 f"blocks must be GatedCrossAttentionBlock or MaskedCrossAttention modules, got {wrong}"
             )
         elif len({a.attend for a in attentions}) > 1:
-            faults.append("blocks must have one value of only_attend_immediate_media")
+            faults.append("blocks must have the same only_attend_immediate_media")
         if media.dim() != 4:
             faults.append(f"media must be [B, M, n, Dv], got {tuple(media.shape)}")
         elif num_media is not None and num_media.shape != media.shape[:1]:
@@ -63,7 +64,10 @@ class MediaCache:
         if faults:
             raise ValueError("MediaCache: " + "; ".join(faults))
         self._attentions = attentions
-        self._keys_values = [a.keys_values(media) for a in attentions]
+        self._kept = KVCache()
+        for layer, attention in enumerate(attentions):
+            key, value = attention.keys_values(media)
+            self._kept.update(key, value, layer)
         self._intervals: Intervals | None = None
         self.num_slots, self.tokens_per_media = media.shape[1:3]
         self.num_media: int | Tensor = self.num_slots if num_media is None else num_media.to(torch.int32)
@@ -75,11 +79,11 @@ class MediaCache:
         *,
         length: int = 1,
     ) -> Intervals:  # two [B, t]
-        """What the next t rows of text see; call it once per forward, before the blocks.
+        """Determines what the next t rows of text attend to; call it once per forward, before the blocks.
 
         Args:
             media_locations: bool ``[B, t]``, True at image tokens; None: `length` rows without any.
-            length: t when there are no `media_locations`.
+            length: t without `media_locations`.
 
         Returns:
             The intervals, which the blocks read from the cache.
@@ -101,55 +105,56 @@ class MediaCache:
         media: Tensor,  # [B, m, n, Dv]
         num_media: Tensor | None = None,  # [B]
     ) -> None:
-        """Puts m more images after those of each sample; it has `num_media` of them, all when None."""
+        """Adds m images after those of each sample; `num_media` of them are valid, all when None."""
         new = MediaCache(self._attentions, media, num_media=num_media)
         if new.seen.shape[0] != self.seen.shape[0] or new.tokens_per_media != self.tokens_per_media:
             wanted = f"[B = {self.seen.shape[0]}, m, n = {self.tokens_per_media}, Dv]"
             raise ValueError(f"MediaCache: media must be {wanted}, got {tuple(media.shape)}")
         slots = self.num_slots + new.num_slots
-        order = None  # which slot of both follows which, where samples have numbers of their own
+        order = None  # of the slots of both, if samples have different numbers of images
         if isinstance(self.num_media, Tensor):
             place = torch.arange(slots, device=self.seen.device)
             after = place - self.num_media[:, None]
             order = torch.where(after < 0, place, (after + self.num_slots).clamp_max(slots - 1))  # [B, slots]
-        for i, (old_pair, new_pair) in enumerate(zip(self._keys_values, new._keys_values, strict=True)):
-            joined = [torch.cat(pair, 2) for pair in zip(old_pair, new_pair, strict=True)]
-            if order is not None:
-                joined = [self._take(x, order, slots) for x in joined]
-            self._keys_values[i] = joined[0], joined[1]
+        for layer, pair in enumerate(new._kept.layers):
+            self._kept.update(*pair, layer)
+        if order is not None:
+            self._kept.map(lambda x: self._take(x, order, slots))
         self.num_media = self.num_media + new.num_media
         self.num_slots = slots
         self._intervals = None
 
     def drop(self, index: int) -> None:
-        """Takes out image `index`, 0 being the oldest, of every sample, as if it had not been in the text."""
+        """Removes image `index` (0 is the oldest) of every sample, as if it had not been in the text."""
         if not 0 <= index < self.num_slots:
             raise ValueError(f"MediaCache: index must be in [0, {self.num_slots}), got {index}")
         n = self.tokens_per_media
-        self._map(lambda x: torch.cat([x[:, :, : index * n], x[:, :, (index + 1) * n :]], 2))
+        self._kept.map(lambda x: torch.cat([x[:, :, : index * n], x[:, :, (index + 1) * n :]], 2))
         if isinstance(self.num_media, Tensor):
             self.num_media = self.num_media - (self.num_media > index).int()
         else:
             self.num_media -= 1
         self.num_slots -= 1
         self.seen = self.seen - (self.seen > index).int()
+        self._intervals = None
 
     def reorder(
         self,
         beam_index: Tensor,  # [B']
     ) -> None:
-        """Row i of the batch becomes what row ``beam_index[i]`` was; B' may differ from B."""
-        self._map(lambda x: x.index_select(0, beam_index))
+        """Row i of the batch becomes the former row ``beam_index[i]``; B' may differ from B."""
+        self._kept.reorder_cache(beam_index)
         if isinstance(self.num_media, Tensor):
             self.num_media = self.num_media.index_select(0, beam_index)
         self.seen = self.seen.index_select(0, beam_index)
+        self._intervals = None
 
     def keys_values(self, attention: MaskedCrossAttention) -> tuple[Tensor, Tensor]:
-        """What this layer attends to, each [B, Hkv, M n, Dh]."""
-        for own, pair in zip(self._attentions, self._keys_values, strict=True):
+        """The keys and values for this layer, each [B, Hkv, M n, Dh]."""
+        for own, pair in zip(self._attentions, self._kept.layers, strict=True):
             if own is attention:
                 return pair
-        raise ValueError("MediaCache: the cache was made without this layer")
+        raise ValueError("MediaCache: the cache was created without this layer")
 
     def intervals_for(
         self,
@@ -163,10 +168,6 @@ class MediaCache:
                 f"the last was for {made}"
             )
         return self._intervals
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._keys_values = [(change(key), change(value)) for key, value in self._keys_values]
-        self._intervals = None
 
     def _take(self, x: Tensor, order: Tensor, slots: int) -> Tensor:
         index = order[:, None, :, None, None]

@@ -1,9 +1,9 @@
-"""The Perceiver Resampler: a fixed number of latents reads the visual tokens of each image or video.
+"""The Perceiver Resampler: a fixed number of latents attends to the visual tokens of each image or video.
 
     z = z + attention(norm z; norm [x; z])        z = z + feed_forward(norm z)        (depth times; norm)
 
 Source: Alayrac et al. 2022, "Flamingo", section 3.1.1; the released code of open_flamingo 2.0.1 (MIT) for
-what the paper leaves open. Parameter names are open_flamingo's; `families.py` has those of the others.
+choices that the paper leaves open. Parameter names are open_flamingo's; `families.py` has those of others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels._modules import is_exactly, unheard
+from vlmkernels._modules import is_exactly, must_be_called
 from vlmkernels.nn import _layers as layers
 
 
@@ -41,7 +41,7 @@ class PerceiverAttention(nn.Module):
         media: Tensor | tuple[Tensor, Tensor],  # [N, S, D], or keys and values [N, S, Hkv, Dh] each
         media_lengths: Tensor | None,  # [N]
     ) -> Tensor:  # [N, n, D]
-        """The branch alone; latents with a batch of 1 are those of every image."""
+        """The branch, without the residual; latents with a batch of 1 are shared by all images."""
         if isinstance(media, Tensor):
             (both,) = layers.norm_linear(media, self.norm_media, self.to_kv)
             media_key, media_value = both.unflatten(-1, (2, self.kv_heads, self.dim_head)).unbind(2)
@@ -66,25 +66,25 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Turns the visual tokens of each image, or of the frames of a video, into `num_latents` tokens.
+    """Maps the visual tokens of each image, or of the frames of a video, to `num_latents` tokens.
 
-    Arguments and parameter names are those of open_flamingo's class; the ones it does not have serve the
-    other families (`vlmkernels.nn.families`). The media are normalised once, and the keys and values of all
-    layers come from one product, the layers' norms folded into its weights.
+    Arguments and parameter names are those of open_flamingo's class; further arguments support the other
+    families (`vlmkernels.nn.families`). The media are normalised once, and the keys and values of all layers
+    come from one matrix product, with the layers' norms folded into its weights.
 
     Args:
         dim: width of the visual tokens and the latents.
         depth, dim_head, heads, num_latents: layers, head width, query heads, latents.
         kv_heads: heads of keys and values, `heads` when None.
-        max_num_media, max_num_frames: learnt embeddings of the position of an image in the sample, of a
-            frame in the video; none when None.
+        max_num_media, max_num_frames: number of learned embeddings of the position of an image in the sample
+            and of a frame in the video; no embeddings when None.
         ff_mult, ff_dim: hidden width of the feed-forward layers, ``dim * ff_mult`` unless given as `ff_dim`.
         activation: "gelu", "relu", "squared_relu" (Flamingo's paper) or "swiglu".
         norm, eps: "layernorm" or "rmsnorm".
-        qk_norm: a norm of that kind over each head of the queries and keys.
+        qk_norm: a norm of the same type over each head of the queries and keys.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class PerceiverResampler(nn.Module):
         Args:
             x: ``[B, T, F, v, D]``, v visual tokens of F frames of T images; ``[B, T, v, D]`` for one frame,
                 ``[B, v, D]`` for one image.
-            media_lengths: int ``[B, T]``, how many of an image's F v tokens count; 0: the latents see only
-                themselves. All when None.
+            media_lengths: int ``[B, T]``, number of valid tokens among an image's F v; with 0 the latents
+                attend only to themselves. All when None.
 
         Raises:
-            ValueError: naming every argument that does not fit.
+            ValueError: naming every invalid argument.
         """
         x = self._check(x, media_lengths)
         images, frames = x.shape[1:3]
@@ -162,19 +162,21 @@ class PerceiverResampler(nn.Module):
         self,
         x: Tensor,  # [N, S, D]
     ) -> list[Any]:  # for each layer two [N, S, Hkv, Dh], or x
-        """What each layer gets: where there is much of it, keys and values from one product for all layers.
+        """The media for each layer: for many tokens, keys and values from one product for all layers.
 
         With x^ the media normalised without gains: norm_l(x) W_l^T = x^ (W_l diag(g_l))^T + W_l b_l
         """
         attentions = [attention for attention, _ in self._pairs()]
         foldable = all(
-            is_exactly(a, PerceiverAttention) and unheard(a) and layers.are_passable(a.norm_media, a.to_kv)
+            is_exactly(a, PerceiverAttention)
+            and not must_be_called(a)
+            and layers.are_passable(a.norm_media, a.to_kv)
             for a in attentions
         )
         foldable = foldable and len({(type(a.norm_media), a.norm_media.eps) for a in attentions}) == 1
         if (
             not foldable or x.shape[:-1].numel() < attentions[0].to_kv.out_features
-        ):  # few: the fold costs more
+        ):  # few tokens: folding would cost more
             return [x] * len(attentions)
         norms = [a.norm_media for a in attentions]
         weights = [a.to_kv.weight for a in attentions]

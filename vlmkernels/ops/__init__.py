@@ -6,6 +6,7 @@ from vlmkernels.ops.gated_residual import gated_residual
 from vlmkernels.ops.info_nce import info_nce
 from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
+from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
@@ -14,7 +15,7 @@ from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 FAMILIES = {
     "attention": ("interval_attention", "perceiver_attention"),
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
-    "pairwise": ("info_nce", "sigmoid_loss"),
+    "pairwise": ("info_nce", "linear_cross_entropy", "sigmoid_loss"),
     "residual": ("gated_residual",),
 }
 
@@ -25,6 +26,7 @@ __all__ = [
     "info_nce",
     "interval_attention",
     "linear",
+    "linear_cross_entropy",
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",

@@ -1,9 +1,12 @@
 """What the attention ops share: checks of the arguments, their FLOPs."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
+from vlmkernels.reference._attention import laid_out
 
 
 def flops(query: torch.Size, keys: int, dv: int) -> int:
@@ -21,9 +24,16 @@ def flops_bwd(
     need_value: bool,
     need_logits: bool,
 ) -> int:
-    """Of the logits, made again, and of the gradients that are needed."""
+    """Of the logits, recomputed, and of the gradients that are needed."""
     width = query[-1] * (1 + need_query + need_key) + dv * (need_value + need_logits)
     return 2 * query[:-1].numel() * keys * width
+
+
+def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Memory for gradients, laid out as the results are; one that nobody needs has size 0."""
+    return tuple(
+        laid_out(t, t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)
+    )
 
 
 def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
@@ -42,16 +52,16 @@ def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, T
         hkv, dv = key_shapes[0][1], value_shapes[0][3]
         others = (*key_shapes, *value_shapes)
         if any(shape[0] != b for shape in others):
-            faults.append(f"all must have one batch size, got {got()}")
+            faults.append(f"all must have the same batch size, got {got()}")
         if any(shape[3] != dh for shape in key_shapes):
-            faults.append(f"query and key must have one width, got {got()}")
+            faults.append(f"query and key must have the same width, got {got()}")
         if any(shape[1] != hkv for shape in others) or (h % hkv if hkv else h):
             faults.append(f"the heads of query must be a multiple of those of key and value, got {got()}")
         if any(shape[3] != dv for shape in value_shapes):
-            faults.append(f"values must have one width, got {got()}")
+            faults.append(f"values must have the same width, got {got()}")
         for name, of, k, v in zip(keys, values, key_shapes, value_shapes, strict=True):
             if k[2] != v[2]:
-                faults.append(f"{name} and {of} must have as many tokens, got {got()}")
+                faults.append(f"{name} and {of} must have the same number of tokens, got {got()}")
     faults += arguments.device_faults(tensors)
     return faults + arguments.dtype_faults(tensors, tensors)
 

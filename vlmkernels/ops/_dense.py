@@ -1,6 +1,6 @@
 """What the dense layers share: checks of the arguments, gradients."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ def size(t: Tensor, dim: int) -> int:
 def trained(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow that asks for the gradient of one of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def empty_grads(like: Tensor, shapes: Iterable[Sequence[int]], needs: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Memory for gradients of these shapes; one that nobody needs has size 0."""
+    return tuple(like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def gradients(

@@ -1,20 +1,22 @@
 """What the pairwise ops share: checks of features and scalars, norms, their FLOPs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-
-# One stored tile of the CPU kernel: 128 x 256 exponentials and a header of 64 bytes
-# (csrc/include/vlmkernels/info_nce.h).
-TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
+from vlmkernels._native import TILE_COLS, TILE_HEADER, TILE_ROWS
 
 
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     """Bytes of the tiles of exponentials, in the precision of the features, that the forward keeps.
 
-    All of them where they fit in `store_bytes`; else half of it, the other half holding what is made again.
+    All of them where they fit in `store_bytes`; else half of it, the other half holding what is recomputed.
+    CPU kernels alone keep exponentials: a GPU recomputes them at the cost of moving them.
     """
+    if query.device.type != "cpu":
+        return 0
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
     tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER
@@ -68,6 +70,27 @@ def as_scalar(op: str, name: str, value: float | Tensor, query: Tensor) -> Tenso
         return query.new_full((), value, dtype=work)
     except (OverflowError, RuntimeError):
         raise ValueError(f"{op}: {name} must be in the range of {work}, got {value}")
+
+
+def forms_ahead(x: Tensor) -> bool:
+    """Whether a forward whose result has one incoming gradient forms those of its inputs.
+
+    float16 ones wait for it: without the factor of a scaled loss they would leave the range.
+    """
+    return torch.is_grad_enabled() and arguments.product_dtype(x) != torch.float16
+
+
+def scaled(
+    formed: Sequence[Tensor], dloss: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """The gradients that a forward formed, times the incoming one; None unless all that are needed are there.
+
+    Under create_graph they have to come from the backward op, which is then in the graph and refuses.
+    """
+    needed = [(grad, x) for grad, x, need in zip(formed, inputs, needs, strict=True) if need]
+    if torch.is_grad_enabled() or any(x is None or grad.shape != x.shape for grad, x in needed):
+        return None
+    return [(grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
 
 
 def with_width(x: Tensor) -> Tensor:

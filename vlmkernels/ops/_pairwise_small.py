@@ -78,7 +78,8 @@ class _Loss(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:4])
         form = _Gradients.apply if torch.is_grad_enabled() else _bwd
         grads = form(dloss, *ctx.saved_tensors, ctx.normalize, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6
+        given = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return *given, *(None for _ in ctx.needs_input_grad[len(given) :])
 
 
 class _Gradients(torch.autograd.Function):

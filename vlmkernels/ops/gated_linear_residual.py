@@ -57,10 +57,10 @@ def gated_linear_residual(
     faults += arguments.device_faults({**tensors, "row_mask": row_mask})
     if faults:
         raise ValueError("gated_linear_residual: " + "; ".join(faults))
-    return _op(h, weight, x, gate, row_mask)
+    return _op(x, h, weight, gate, row_mask)
 
 
-def _fake(h: Tensor, weight: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
+def _fake(x: Tensor, h: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
     torch._check(x.shape[:-1] == h.shape[:-1], lambda: f"rows of x {x.shape} and h {h.shape} differ")
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, h.dtype))
 
@@ -69,7 +69,7 @@ def _fake_bwd(dout, h, weight, gate, row_mask, needs):
     return empty_grads((h, weight, gate), needs)
 
 
-def _flops(h, weight, *_, **__):
+def _flops(x, h, weight, *_, **__):
     return 2 * h.numel() * weight[0]
 
 
@@ -79,7 +79,7 @@ def _flops_bwd(dout, h, weight, gate, row_mask, needs, **_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    h, weight, x, gate, row_mask = inputs
+    x, h, weight, gate, row_mask = inputs
     ctx.save_for_backward(h, weight, gate, row_mask)
     ctx.x_dtype = x.dtype
 
@@ -93,7 +93,7 @@ def _backward(ctx, needs, dout):
 
 
 _op = define(
-    "gated_linear_residual(Tensor h, Tensor weight, Tensor x, Tensor gate, Tensor? row_mask) -> Tensor",
+    "gated_linear_residual(Tensor x, Tensor h, Tensor weight, Tensor gate, Tensor? row_mask) -> Tensor",
     reference=gated_linear_residual_fwd,
     fake=_fake,
     flops=_flops,

@@ -94,7 +94,7 @@ def _fake_bwd(dout, x, w_gate, w_up, w_down, b_gate, b_up, gate, up, activation,
     (hidden, inner), outputs = w_gate.shape, w_down.shape[0]
     weights = (w_gate.shape, w_up.shape, w_down.shape)
     shapes = ((*dout.shape[:-1], inner), *weights, (hidden,), (hidden,), (outputs,))
-    return tuple(w_gate.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+    return dense.empty_grads(w_gate, shapes, needs)
 
 
 def _flops(x, w_gate, w_up, w_down, *_, **__):

@@ -101,15 +101,18 @@ def info_nce(
     return _op(*tensors, symmetric, label_smoothing, normalize, reduction, store_bytes)[0]
 
 
-def _store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
-    """CPU kernels alone keep exponentials: a GPU makes them again at the cost of moving them."""
-    return pairwise.store_size(query, key, store_bytes) if query.device.type == "cpu" else 0
+def _reference(*args):
+    """What only kernels read is 0, and the store is not filled: graphs hold both, whoever runs them."""
+    _, *stats, store = _fake(*args)
+    return info_nce_fwd(*args[:-1]), *(x.zero_() for x in stats), store
 
 
-def _reference(query, key, *rest):
-    """With the memory that kernels fill: what a graph holds does not depend on who runs it."""
-    *outputs, store = info_nce_fwd(query, key, *rest)
-    return *outputs, store.new_empty(_store_size(query, key, rest[-1]))
+def _reference_bwd(dloss, query, key, scale, positives, key_ids, weight, *rest):
+    *_, symmetric, label_smoothing, normalize, reduction, _, needs = rest
+    return info_nce_bwd(
+        dloss, query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize,
+        reduction, needs,
+    )  # fmt: skip
 
 
 def _fake(
@@ -126,7 +129,7 @@ def _fake(
         stats.new_empty(n if symmetric else 0),
         stats.new_empty(n),
         stats.new_empty(m if symmetric else 0),
-        query.new_empty(_store_size(query, key, store_bytes), dtype=torch.uint8),
+        query.new_empty(pairwise.store_size(query, key, store_bytes), dtype=torch.uint8),
     )
 
 
@@ -163,9 +166,9 @@ _op = define(
     autocast=("query", "key"),
 )
 _bwd = define(
-    f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[] needs)"
+    f"info_nce_bwd(Tensor dloss, {_TENSORS}, {_STATS}, {_OPTIONS}, bool[3] needs)"
     " -> (Tensor dquery, Tensor dkey, Tensor dscale)",
-    reference=info_nce_bwd,
+    reference=_reference_bwd,
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.ops import _attention as attention
 from vlmkernels.reference._attention import laid_out
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
@@ -99,12 +99,8 @@ def _fake(query, key, value, start, end, scale, relative_bias, grid_rows, grid_c
 def _fake_bwd(
     dout, dlse, query, key, value, start, end, out, lse, scale, relative_bias, grid_rows, grid_cols, needs
 ):
-    grads = [
-        laid_out(x, x.shape) if need else x.new_empty(0)
-        for x, need in zip((query, key, value), needs, strict=False)
-    ]
     bias = query if relative_bias is None else relative_bias
-    return *grads, bias.new_empty(bias.shape if needs[3] else 0)
+    return *attention.empty_grads((query, key, value), needs[:3]), *empty_grads((bias,), needs[3:])
 
 
 def _flops(query, key, value, *_, **__):
@@ -148,7 +144,7 @@ _op = define(
 )
 _bwd = define(
     f"interval_attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS},"
-    " bool[] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drelative_bias)",
+    " bool[4] needs) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor drelative_bias)",
     reference=interval_attention_bwd,
     fake=_fake_bwd,
     flops=_flops_bwd,

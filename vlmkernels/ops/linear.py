@@ -68,12 +68,8 @@ def _fake(x, weight, bias, residual, activation, keep):
 
 
 def _fake_bwd(dout, x, weight, bias, y, activation, needs):
-    need_x, need_weight, need_bias = needs
-    return (
-        weight.new_empty((*dout.shape[:-1], weight.shape[1]) if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-    )
+    shapes = ((*dout.shape[:-1], weight.shape[1]), weight.shape, weight.shape[:1])
+    return dense.empty_grads(weight, shapes, needs)
 
 
 def _flops(x, weight, *_, **__):

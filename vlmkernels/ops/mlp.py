@@ -81,7 +81,7 @@ def _fake(x, w1, b1, w2, b2, residual, activation, keep):
 def _fake_bwd(dout, x, w1, b1, w2, y, activation, needs):
     (hidden, inner), outputs = w1.shape, w2.shape[0]
     shapes = ((*dout.shape[:-1], inner), w1.shape, (hidden,), w2.shape, (outputs,))
-    return tuple(w1.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+    return dense.empty_grads(w1, shapes, needs)
 
 
 def _flops(x, w1, b1, w2, *_, **__):

@@ -66,10 +66,7 @@ def _fake(query, media_key, media_value, latent_key, latent_value, media_lengths
 def _fake_bwd(
     dout, query, media_key, media_value, latent_key, latent_value, media_lengths, out, lse, scale, needs
 ):
-    inputs = (query, media_key, media_value, latent_key, latent_value)
-    return tuple(
-        laid_out(x, x.shape) if need else x.new_empty(0) for x, need in zip(inputs, needs, strict=True)
-    )
+    return attention.empty_grads((query, media_key, media_value, latent_key, latent_value), needs)
 
 
 def _flops(query, media_key, media_value, latent_key, *_, **__):
@@ -119,7 +116,7 @@ _op = define(
     autocast=_OPERANDS,
 )
 _bwd = define(
-    f"perceiver_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float scale, bool[] needs)"
+    f"perceiver_attention_bwd(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, float scale, bool[5] needs)"
     " -> (Tensor dquery, Tensor dmedia_key, Tensor dmedia_value, Tensor dlatent_key, Tensor dlatent_value)",
     reference=perceiver_attention_bwd,
     fake=_fake_bwd,

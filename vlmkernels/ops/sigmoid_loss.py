@@ -62,19 +62,10 @@ def sigmoid_loss(
     bias = pairwise.as_scalar("sigmoid_loss", "bias", bias, query)
     if positives is None and reduction == "mean" and _pairwise_small.serves(query, key):
         return _pairwise_small.loss(query, key, scale, bias, False, 0.0, normalize)
-    # With one incoming gradient the forward can form those of the inputs. float16 ones wait for it: without
-    # the factor of a scaled loss they would leave the range.
-    ahead = torch.is_grad_enabled() and reduction != "none" and _product_dtype(query) != torch.float16
+    ahead = reduction != "none" and pairwise.forms_ahead(query)
     needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
     tensors = (query, key, scale, bias, positives, key_ids)
     return _op(*tensors, normalize, reduction, needs[0], needs[1], needs[2] or needs[3])[0]
-
-
-def _product_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    if device not in ("cpu", "cuda") or query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return query.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _fake(
@@ -106,12 +97,8 @@ def _backward(ctx, needs, dloss, *unused):
     names = ("query", "key", "scale", "bias")
     wanted = [needs[name] for name in names]
     inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    here = all(grad.shape == x.shape for grad, x, need in zip(formed, inputs, wanted, strict=False) if need)
-    if here and not torch.is_grad_enabled():  # under create_graph the backward op is in the graph and refuses
-        grads = [
-            (grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, wanted, strict=True)
-        ]
-    else:
+    grads = pairwise.scaled(formed, dloss, inputs[:4], wanted)
+    if grads is None:
         grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, wanted)
     return dict(zip(names, grads, strict=True))
 
@@ -131,7 +118,7 @@ _op = define(
     autocast=("query", "key"),
 )
 _bwd = define(
-    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[] needs) -> ({_GRADS})",
+    f"sigmoid_loss_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[4] needs) -> ({_GRADS})",
     reference=sigmoid_loss_bwd,
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),

@@ -6,6 +6,7 @@ from vlmkernels.reference.gated_residual import gated_residual
 from vlmkernels.reference.info_nce import info_nce
 from vlmkernels.reference.interval_attention import interval_attention
 from vlmkernels.reference.linear import linear
+from vlmkernels.reference.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
@@ -17,6 +18,7 @@ __all__ = [
     "info_nce",
     "interval_attention",
     "linear",
+    "linear_cross_entropy",
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",

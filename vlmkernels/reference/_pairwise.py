@@ -34,7 +34,7 @@ def check_pair(op: str, positives: Tensor | None, key_ids: Tensor | None) -> Non
 
 
 def check_indices(op: str, positives: Tensor, m: int) -> None:
-    """Indices of positives are -100 or in [0, M); a device assertion where waiting for the device is dear."""
+    """Indices of positives are -100 or in [0, M); a device assertion where reading them would synchronise."""
     valid = ((positives == -100) | ((positives >= 0) & (positives < m))).all()
     if positives.is_cuda:
         torch._assert_async(valid, f"{op}: positives must be in [0, M) or -100")

@@ -24,11 +24,11 @@ def gated_linear_residual(
     row_mask: Tensor | None = None,  # [...] bool
 ) -> Tensor:  # [..., D]
     """The definition, differentiable by autograd."""
-    return gated_linear_residual_fwd(h, weight, x, gate, row_mask)
+    return gated_linear_residual_fwd(x, h, weight, gate, row_mask)
 
 
 def gated_linear_residual_fwd(
-    h: Tensor, weight: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None
+    x: Tensor, h: Tensor, weight: Tensor, gate: Tensor, row_mask: Tensor | None
 ) -> Tensor:
     dtype = torch.promote_types(x.dtype, h.dtype)
     work = torch.promote_types(dtype, torch.float32)

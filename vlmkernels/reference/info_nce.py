@@ -31,52 +31,48 @@ def info_nce(
 ) -> Tensor:
     """The definition, dense and differentiable by autograd; `store_bytes` has no meaning here."""
     positives, key_ids = positives if isinstance(positives, tuple) else (positives, None)
-    return _loss(
+    return info_nce_fwd(
         query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
-    )[0]
+    )
 
 
 def info_nce_fwd(
-    query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction,
-    store_bytes,
-):  # fmt: skip
-    """The raw op: loss and what its backward needs.
-
-    row_max [N] + row_log [N] and col_max [M] + col_log [M] are the log-sum-exps. row_gap [N] and col_gap [N]
-    (log-sum-exp minus the logit of the row's positive), row_slope [N] and col_slope [M] (loss minus the
-    entropy of the softmax) serve the backward of the fused kernels; here they are 0, and the store is empty.
-    What belongs to columns has size 0 unless symmetric.
-
-    Returns:
-        (loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store).
-    """
+    query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
+) -> Tensor:
     check_features("info_nce", query, key)
-    loss, logits = _loss(
-        query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction
-    )
-    cols = _lse_parts(logits, 0) if symmetric else (loss.new_empty(0), loss.new_empty(0))
-    n, m = logits.shape
-    unused = (logits.new_zeros(size) for size in (n, n if symmetric else 0, n, m if symmetric else 0))
-    return loss, *_lse_parts(logits, 1), *cols, *unused, query.new_empty(0, dtype=torch.uint8)
+    work = torch.promote_types(query.dtype, torch.float32)
+    q, k = features(query, normalize, work), features(key, normalize, work)
+    scale = scale.to(work).reshape(()) if isinstance(scale, Tensor) else scale
+    logits = scale * (q @ k.T)  # [N, M]
+    positive = matches("info_nce", positives, key_ids, len(q), len(k), logits.device)  # [N, M]
+    losses = []
+    for dim in _softmaxes(symmetric):
+        target = _target(positive, dim, label_smoothing, work)
+        w = _weight(positive, dim, weight, work)
+        loss = w * -(target * logits.log_softmax(dim)).sum(dim)
+        if reduction != "none":
+            loss = loss.sum()
+        losses.append(loss / _mass(w) if reduction == "mean" else loss)
+    return sum(losses) / len(losses)
 
 
 def info_nce_bwd(
-    dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
-    row_gap, col_gap, row_slope, col_slope, store, symmetric, label_smoothing, normalize, reduction,
-    store_bytes, needs,
+    dloss, query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction,
+    needs,
 ):  # fmt: skip
     """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
     check_features("info_nce_bwd", query, key)
-    work = row_max.dtype
+    work = torch.promote_types(query.dtype, torch.float32)
     q, k = features(query, normalize, work), features(key, normalize, work)
     cosine = q @ k.T  # [N, M]
     factor = scale.to(work).reshape(())
     logits = factor * cosine
-    rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
-    u, v = _coefficients(dloss, rows, cols, weight, symmetric, reduction)
-    dlogits = u[:, None] * (((logits - row_max[:, None]) - row_log[:, None]).exp() - rows)  # [N, M]
-    if symmetric:
-        dlogits += v * (((logits - col_max) - col_log).exp() - cols)
+    positive = matches("info_nce", positives, key_ids, len(q), len(k), logits.device)
+    dlogits = torch.zeros_like(logits)
+    for dim in _softmaxes(symmetric):
+        w = _weight(positive, dim, weight, work)
+        u = dloss.to(work) * (w / _mass(w) if reduction == "mean" else w) / len(_softmaxes(symmetric))
+        dlogits += u.unsqueeze(dim) * (logits.softmax(dim) - _target(positive, dim, label_smoothing, work))
     dquery, dkey, dscale = query.new_empty(0), key.new_empty(0), scale.new_empty(0)
     if needs[0]:
         dquery = feature_grad(factor * (dlogits @ k), query, normalize)
@@ -87,63 +83,24 @@ def info_nce_bwd(
     return dquery, dkey, dscale
 
 
-def _loss(query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction):
-    work = torch.promote_types(query.dtype, torch.float32)
-    q, k = features(query, normalize, work), features(key, normalize, work)
-    scale = scale.to(work).reshape(()) if isinstance(scale, Tensor) else scale
-    logits = scale * (q @ k.T)  # [N, M]
-    rows, cols = _targets(positives, key_ids, label_smoothing, len(q), len(k), logits)
-    row_loss = -(rows * logits.log_softmax(1)).sum(1)  # [N]
-    losses = [(row_loss, _weight(rows.sum(1), weight))]
-    if symmetric:
-        col_loss = -(cols * logits.log_softmax(0)).sum(0)  # [M]
-        losses.append((col_loss, _weight(cols.sum(0), weight)))
-    loss = sum(_reduce(each, w, reduction) for each, w in losses) / len(losses)
-    return loss, logits
+def _softmaxes(symmetric: bool) -> tuple[int, ...]:
+    """The dimensions that the softmaxes run over: keys for each query, queries for each key."""
+    return (1, 0) if symmetric else (1,)
 
 
-def _lse_parts(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Maximum and log of the sum of exp(logits - maximum) along `dim`."""
-    if logits.shape[dim] == 0:
-        return logits.sum(dim), logits.sum(dim)
-    top = logits.amax(dim, keepdim=True)
-    return top.squeeze(dim), (logits - top).exp().sum(dim).log()
+def _target(positive: Tensor, dim: int, smoothing: float, work: torch.dtype) -> Tensor:
+    """Distributions along `dim` of [N, M]; 0 where there is no positive."""
+    count = positive.sum(dim, keepdim=True).to(work)
+    uniform = positive / count.clamp_min(1)
+    smooth = (1 - smoothing) * uniform + smoothing / max(positive.shape[dim], 1)
+    return torch.where(count > 0, smooth, 0)
 
 
-def _targets(positives, key_ids, smoothing: float, n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """T [N, M] with rows summing to 1, T' [N, M] with columns summing to 1; 0 where one has no target."""
-    same = matches("info_nce", positives, key_ids, n, m, like.device).to(like.dtype)
-
-    def spread(counts: Tensor, classes: int) -> Tensor:
-        uniform = same / counts.clamp_min(1)
-        return torch.where(counts > 0, (1 - smoothing) * uniform + smoothing / max(classes, 1), 0)
-
-    return spread(same.sum(1, keepdim=True), m), spread(same.sum(0, keepdim=True), n)
+def _weight(positive: Tensor, dim: int, weight: Tensor | None, work: torch.dtype) -> Tensor:
+    """Of each softmax along `dim`; 0 where there is no positive."""
+    counted = positive.any(dim).to(work)
+    return counted if weight is None else counted * weight.to(work)
 
 
-def _weight(target_mass: Tensor, weight: Tensor | None) -> Tensor:
-    """The weight of each row or column: 0 where it has no target."""
-    counted = (target_mass > 0).to(target_mass.dtype)
-    return counted if weight is None else counted * weight.to(counted.dtype)
-
-
-def _reduce(loss: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    weighted = loss * weight
-    if reduction == "none":
-        return weighted
-    total = weighted.sum()
-    return total / torch.where(weight.sum() > 0, weight.sum(), 1) if reduction == "mean" else total
-
-
-def _coefficients(dloss, rows, cols, weight, symmetric, reduction) -> tuple[Tensor, Tensor]:
-    """u [N] and v [M]: the gradient of the reduced loss by each row's and each column's loss."""
-
-    def of(mass: Tensor) -> Tensor:
-        w = _weight(mass, weight)
-        if reduction == "mean":
-            w = w / torch.where(w.sum() > 0, w.sum(), 1)
-        return dloss.to(w.dtype) * w
-
-    if not symmetric:
-        return of(rows.sum(1)), cols.new_zeros(cols.shape[1])
-    return 0.5 * of(rows.sum(1)), 0.5 * of(cols.sum(0))
+def _mass(weight: Tensor) -> Tensor:
+    return torch.where(weight.sum() > 0, weight.sum(), 1)

@@ -1,24 +1,25 @@
-"""Training of contrastive models: ``train(kind, TrainConfig(...))`` is what ``vlmkernels train`` calls."""
+"""Training: ``train(kind, TrainConfig(...))`` is what ``vlmkernels train`` calls. Each kind has a file."""
 
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .bundle import Bundle, load_bundle
+    from vlmkernels.use.bundle import Bundle, load_bundle
+
     from .loop import Summary, train
 
 __all__ = ["Bundle", "Summary", "TrainConfig", "load_bundle", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the loop, hence accelerate, when it is first asked for: the other commands do without."""
+    """Import the loop, and with it accelerate, on first use: the other commands do not need it."""
     if name in ("Summary", "train"):
         from . import loop
 
         return getattr(loop, name)
     if name in ("Bundle", "load_bundle"):
-        from . import bundle
+        from vlmkernels.use import bundle
 
         return getattr(bundle, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

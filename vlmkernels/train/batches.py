@@ -1,4 +1,4 @@
-"""The order of the samples: joint batches that the processes share, as a function of seed and epoch."""
+"""The order of the samples: joint batches over all processes, as a function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlmkernels.data.samples import sample_rng
 
 
 class BatchPlan:
-    """Which samples every step takes on every process, for a data set with numbered samples.
+    """The samples of every step on every process, for a data set with numbered samples.
 
     A permutation per epoch is cut into joint batches, and a joint batch is split over the processes in parts
-    that differ by at most one sample. No sample is repeated and none is left out, except that a last batch
-    smaller than the number of processes is dropped.
+    that differ by at most one sample. No sample is repeated or omitted, except that a last batch smaller than
+    the number of processes is dropped.
     """
 
     def __init__(
@@ -40,10 +40,8 @@ class BatchPlan:
         whole, rest = divmod(size, batch_size)
         self.steps_per_epoch = whole + (0 if drop_last or rest < world_size else 1)
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"data: {size} samples give no batch of {batch_size} pairs on {world_size} processes"
-                + (" with drop_last" if drop_last else "")
-            )
+            need = f"{batch_size}, a batch with drop_last" if drop_last else f"{world_size}, one per process"
+            raise ValueError(f"the number of samples in data must be at least {need}, got {size}")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """The indices of this process's part of each joint batch of an epoch, from batch ``start`` on."""
@@ -68,7 +66,7 @@ class BatchPlan:
 class StreamPlan:
     """Steps over tars, which are read in their own order, every process its own shards.
 
-    An epoch is as many samples as the user says; each process takes an equal part of it and of every batch.
+    An epoch has ``samples_per_epoch`` samples; each process takes an equal part of it and of every batch.
     """
 
     def __init__(
@@ -83,7 +81,8 @@ class StreamPlan:
         whole, rest = divmod(self.samples_per_rank, self.part)
         self.steps_per_epoch = whole + (0 if drop_last or rest == 0 else 1)
         if self.steps_per_epoch == 0:
-            raise ValueError(f"samples_per_epoch: {samples_per_epoch} samples give no batch of {batch_size}")
+            need = f"{batch_size}, a batch with drop_last" if drop_last else f"{world_size}, one per process"
+            raise ValueError(f"samples_per_epoch must be at least {need}, got {samples_per_epoch}")
 
     def load(
         self, source: TarPairs, collate: Callable[[list], Any], epoch: int, start: int, **options: Any
@@ -98,5 +97,5 @@ class StreamPlan:
 
 
 def _own_generator(epoch: int) -> torch.Generator:
-    """A loader takes its base seed from it, and not from the generator that dropout draws from."""
+    """For the base seed of a loader, which would otherwise come from the generator of dropout."""
     return torch.Generator().manual_seed(epoch)

@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or absent: written beside their place, flushed to the disk, then renamed.
+"""Checkpoints that are complete or absent: written to a partial folder, flushed to the disk, then renamed.
 
-Each carries the checksum of its content; a lock keeps a second run out of a run's folder.
+Each has the checksum of its content; a lock keeps a second run out of a run's folder.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def _write_state(path: Path, state: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a partial folder to fill; when the block ends without error it becomes ``folder`` in one rename.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a partial folder to fill; when the block ends without error it becomes ``folder`` in one rename.
 
-    An earlier ``folder`` is exchanged for it, on Linux in that one rename. After an error the partial folder
-    is gone and ``folder`` is as it was.
+    It replaces an earlier ``folder``, on Linux in the same rename. After an error the partial folder is
+    removed and ``folder`` is unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(PARTIAL + folder.name)
@@ -112,9 +112,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Make the folder and keep every other run out of it; a process that dies takes its lock along.
+    """Create the folder and lock it against other runs; the lock of a process ends with it.
 
-    ValueError if it cannot be made or another run is in it. A file system without locks gives a warning.
+    ValueError if it cannot be created or another run uses it. A file system without locks gives a warning.
     """
     file = run / FOLDER / LOCK
     try:
@@ -153,12 +153,12 @@ def step_of(folder: Path) -> int:
     """The step of a checkpoint folder named ``step-00000123``; ValueError for any other name."""
     name = folder.name
     if not (name.startswith("step-") and name[5:].isdecimal()):
-        raise ValueError(f"checkpoint: a folder named step-<number> is wanted, got {folder}")
+        raise ValueError(f"checkpoint must be a folder named step-<number>, got {folder}")
     return int(name[5:])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """All whole checkpoints of a run, oldest first."""
+    """All complete checkpoints of a run, oldest first."""
     folder = run / FOLDER
     found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()] if folder.is_dir() else []
     return sorted(found, key=step_of)
@@ -167,7 +167,7 @@ def checkpoints(run: Path) -> list[Path]:
 def save(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and remove the oldest ones so that ``keep`` remain."""
     target = run / FOLDER / f"step-{step:08d}"
-    with whole_folder(target) as partial:
+    with atomic_folder(target) as partial:
         digest = _write_state(partial / STATE, state)
         (partial / CHECKSUMS).write_bytes(_checksums(digest))
     for old in checkpoints(run)[:-keep]:
@@ -194,12 +194,12 @@ def load(folder: Path) -> dict[str, Any]:
     """
     path, sums = folder / STATE, folder / CHECKSUMS
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {folder} holds no {STATE}")
+        raise FileNotFoundError(f"checkpoint: {folder} contains no {STATE}")
     if sums.is_file() and sums.read_bytes() != _checksums(file_digest(path)):
-        raise ValueError(f"checkpoint: {path} is damaged: it does not have the checksum in {CHECKSUMS}")
+        raise ValueError(f"checkpoint: {path} is damaged: it does not match the checksum in {CHECKSUMS}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of bytes that are not its own
+    except Exception as error:  # torch raises many types for damaged files
         raise ValueError(f"checkpoint: {path} is damaged: {error}") from error
     if not sums.is_file():
         if "course" in state:
@@ -209,7 +209,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def load_first(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """The first of these checkpoints that is not damaged, with its content; those before it are named.
+    """The first of these checkpoints that is not damaged, with its content; a warning names those before it.
 
     ValueError if all are.
     """
@@ -223,7 +223,7 @@ def load_first(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
         if faults:
             log.warning("%s; resuming the one before it, %s", "; ".join(faults), folder)
         return folder, state
-    raise ValueError(f"resume: no checkpoint is left to go on from: {'; '.join(faults)}")
+    raise ValueError(f"resume: no intact checkpoint is left to resume from: {'; '.join(faults)}")
 
 
 def random_state() -> dict[str, Any]:
@@ -246,7 +246,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`random_state` gave."""
+    """Restore what :func:`random_state` returned."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, words, position, has_gauss, cached = state["numpy"]

@@ -1,6 +1,6 @@
-"""What a training run is made of: one flat dataclass, filled from YAML and overridden by flags."""
+"""The settings of a training run, from YAML, overridden by flags."""
 
-# ruff: noqa: RUF009 (_option only wraps dataclasses.field)
+# ruff: noqa: RUF009 (option only wraps dataclasses.field)
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import reprlib
 import typing
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,107 +19,147 @@ import yaml
 
 from vlmkernels._files import write_text
 
-CAPTIONERS = ("lm", "flamingo", "simvlm")
-OBJECTIVES = ("clip", "align", "siglip", *CAPTIONERS)
+from . import kinds
+
 SHIPPED = "configs"
-SEEDS = 2**31  # numpy takes 32 bits, and each process adds its number
+SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str, *, least: int | None = None, owner: str | None = None) -> Any:
+    """A field that is a key of the YAML file and a flag of ``vlmkernels train``.
+
+    ``least`` is its smallest value. ``owner`` names the kinds that have the option, in the error for
+    any other kind; without an owner the others ignore it.
+    """
+    more: dict[str, Any] = {"default": default}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        more = {"default_factory": lambda: dict(default)}
+    return dataclasses.field(**more, metadata={"help": help, "least": least, "owner": owner})
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field made by :func:`option`, with its type."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    least: int | None
+    owner: str | None
+
+
+@cache
+def settings_of(holder: type) -> dict[str, Setting]:
+    """The settings of a dataclass by name."""
+    hints = typing.get_type_hints(holder)
+    return {
+        field.name: Setting(
+            field.name,
+            hints[field.name],
+            {} if field.default is dataclasses.MISSING else field.default,
+            **field.metadata,
+        )
+        for field in dataclasses.fields(holder)
+        if field.metadata
+    }
+
+
+def settings() -> dict[str, Setting]:
+    """Every key of a YAML file and flag: those of all runs, and the options of each kind."""
+    own = [settings_of(kind.options) for kind in kinds.every()]
+    return {name: each for group in (settings_of(TrainConfig), *own) for name, each in group.items()}
+
+
+@dataclasses.dataclass(init=False)
 class TrainConfig:
     """One training run. Every field is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    ``batch_size`` counts the pairs of one step over all processes together, so that a run on two processes
-    is the run on one. ValueError lists every field that does not fit.
+    So are the options of the kinds (``vlmkernels.train.kinds``), which are given in the same way, as in
+    ``TrainConfig(epochs=3, images_per_row=2)``; ``options`` contains those that are not the default.
+    ``batch_size`` counts the pairs of one step over all processes, so that a run on two processes equals the
+    run on one. ValueError lists every invalid setting.
     """
 
-    model: str = _option(
-        "emoji-tiny", "name of a model configuration, as in vlmkernels.models.<kind>.CONFIGS"
-    )
-    model_options: dict[str, Any] = _option({}, "fields of the model configuration to replace")
-    init: str | None = _option(
+    model: str = option("emoji-tiny", "name of a model configuration, as in vlmkernels.models.<kind>.CONFIGS")
+    model_options: dict[str, Any] = option({}, "fields of the model configuration to replace")
+    init: str | None = option(
         None, "folder of a trained model (RUN/final) to start from, with its tokenizer and transform"
     )
-    tokenizer: str | None = _option(
-        None,
-        "align: tokenizer.json or vocab.txt of word pieces; learned from the data's texts when not given",
-    )
-    vision: str | None = _option(
-        None, "flamingo: folder of a trained CLIP (RUN/final), whose image tower it keeps frozen"
-    )
-    language_model: str | None = _option(
-        None, "flamingo: folder of a trained language model (RUN/final of train lm), which it keeps frozen"
-    )
-    data: str = _option(
+    data: str = option(
         "emoji3:style-train",
         "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars",
     )
-    data_options: dict[str, Any] = _option(
+    data_options: dict[str, Any] = option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"
     )
-    samples_per_epoch: int | None = _option(None, "tars: how many samples count as one epoch")
-    augment: dict[str, Any] = _option(
+    samples_per_epoch: int | None = option(None, "tars: how many samples count as one epoch", least=1)
+    augment: dict[str, Any] = option(
         {},
         "options of image_transform in training: crop_scale, crop_ratio, flip, jitter; none: no augmentation",
     )
-    out: str | None = _option(None, "run folder; runs/<kind>-<date>-<time> when not given")
-    resume: str | None = _option(None, "'auto' (newest checkpoint in --out, if any) or a checkpoint folder")
-    epochs: int = _option(10, "passes over the data")
-    max_steps: int | None = _option(None, "stop after this many steps; the schedule still spans all epochs")
-    batch_size: int = _option(256, "pairs per step, all processes together")
-    images_per_row: int = _option(
-        1, "lm, flamingo: pairs that follow each other in one row of tokens; the others see one at a time"
+    out: str | None = option(None, "run folder; runs/<kind>-<date>-<time> when not given")
+    resume: str | None = option(None, "'auto' (newest checkpoint in --out, if any) or a checkpoint folder")
+    epochs: int = option(10, "passes over the data", least=1)
+    max_steps: int | None = option(
+        None, "stop after this many steps; the schedule still spans all epochs", least=1
     )
-    drop_last: bool = _option(False, "leave out the last, smaller batch of an epoch")
-    optimizer: str = _option("adamw", "adamw or sgd (momentum 0.9)")
-    lr: float = _option(1e-3, "peak learning rate")
-    min_lr: float = _option(0.0, "learning rate at the end of the cosine")
-    warmup_steps: int = _option(20, "steps of linear warm-up")
-    weight_decay: float = _option(0.1, "decay of weight matrices; gains, biases and scales have none")
-    beta1: float = _option(0.9, "AdamW's first decay rate")
-    beta2: float = _option(0.98, "AdamW's second decay rate")
-    eps: float = _option(1e-6, "AdamW's epsilon")
-    grad_clip: float = _option(1.0, "largest norm of the gradient; 0 turns clipping off")
-    label_smoothing: float | None = _option(
-        None, "of the softmax losses; clip 0 and align 0.1 when not given"
+    batch_size: int = option(256, "pairs per step, all processes together", least=1)
+    drop_last: bool = option(False, "drop the last, incomplete batch of an epoch")
+    optimizer: str = option("adamw", "adamw or sgd (momentum 0.9)")
+    lr: float = option(1e-3, "peak learning rate")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    warmup_steps: int = option(20, "steps of linear warm-up")
+    weight_decay: float = option(0.1, "decay of weight matrices; gains, biases and scales have none")
+    beta1: float = option(0.9, "AdamW's first decay rate")
+    beta2: float = option(0.98, "AdamW's second decay rate")
+    eps: float = option(1e-6, "AdamW's epsilon")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 disables clipping")
+    label_smoothing: float | None = option(None, "of the softmax losses; clip 0 and align 0.1 when not given")
+    ema_decay: float = option(
+        0.0, "decay of the exponential moving average of the weights, which is saved as final/; 0 disables it"
     )
-    ema_decay: float = _option(0.0, "decay of an average of the weights, which is then saved; 0 turns it off")
-    precision: str = _option("fp32", "fp32, bf16 or fp16 (fp16 needs a CUDA device); weights stay fp32")
-    device: str = _option("auto", "auto or cpu")
-    seed: int = _option(0, "seed of weights, order and augmentation")
-    deterministic: bool = _option(True, "use deterministic algorithms of torch")
-    num_workers: int = _option(0, "processes that load images, per training process")
-    log_every: int = _option(1, "steps between lines of metrics.jsonl; each waits for the device")
-    save_every: int = _option(0, "steps between checkpoints; 0 saves after each epoch")
-    keep: int = _option(2, "number of checkpoints to keep")
-    tensorboard: bool = _option(True, "write TensorBoard events")
-    progress: bool = _option(True, "show a progress bar")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (fp16 needs a CUDA device); weights stay fp32")
+    device: str = option("auto", "auto or cpu")
+    seed: int = option(0, "seed of weights, order and augmentation")
+    deterministic: bool = option(True, "use deterministic algorithms of torch")
+    num_workers: int = option(0, "processes that load images, per training process")
+    log_every: int = option(1, "steps between lines of metrics.jsonl; each waits for the device", least=1)
+    save_every: int = option(0, "steps between checkpoints; 0 saves after each epoch")
+    keep: int = option(2, "number of checkpoints to keep", least=1)
+    tensorboard: bool = option(True, "write TensorBoard events")
+    progress: bool = option(True, "show a progress bar")
 
-    def __post_init__(self) -> None:
-        faults: list[str] = []
-        hints = field_types()
-        for field in dataclasses.fields(self):
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        values = {**values.pop("options", {}), **values}
+        known, own = settings(), settings_of(TrainConfig)
+        if unknown := sorted(values.keys() - known.keys()):
+            raise TypeError(f"TrainConfig has no settings {', '.join(unknown)}")
+        faults, self.options = [], {}
+        for name, setting in known.items():
             try:
-                setattr(self, field.name, _convert(getattr(self, field.name), hints[field.name]))
+                value = _convert(values.get(name, setting.default), setting.hint)
             except ValueError as error:
-                faults.append(f"{field.name} {error}")
-        if not faults:
-            faults = self._range_faults()
+                faults.append(f"{name} {error}")
+                continue
+            if name in own:
+                setattr(self, name, value)
+            elif value != setting.default:
+                self.options[name] = value
+        faults = faults or self._range_faults(known)
         if faults:
             raise ValueError("training configuration: " + "; ".join(faults))
 
-    def _range_faults(self) -> list[str]:
-        numbers = {name: value for name, value in self.to_dict().items() if isinstance(value, float)}
+    def _range_faults(self, known: Mapping[str, Setting]) -> list[str]:
+        values = self.to_dict()
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         faults = [f"{name} must be finite, got {v}" for name, v in numbers.items() if not math.isfinite(v)]
-        for name in ("epochs", "batch_size", "images_per_row", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in values.items():
+            least = known[name].least
+            if least is not None and value is not None and value < least:
+                faults.append(f"{name} must be at least {least}, got {value}")
         for name in (
             "min_lr",
             "warmup_steps",
@@ -139,12 +180,10 @@ class TrainConfig:
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_steps", "samples_per_epoch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(f"{name} must be at least 1, got {value}")
-        if "allow_pipe" in self.data_options:  # who starts the run allows that, not who wrote the file
-            faults.append("data_options must not hold allow_pipe, an argument of its own (--allow-pipe)")
+        if "allow_pipe" in self.data_options:  # allowed by the user of the run, not by the author of the file
+            faults.append(
+                "data_options must not contain allow_pipe, which is a separate argument (--allow-pipe)"
+            )
         if self.streams and self.samples_per_epoch is None:
             faults.append(f"samples_per_epoch must be given for the tars {self.data!r}")
         choices = {
@@ -163,18 +202,15 @@ class TrainConfig:
         return ".tar" in self.data
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All settings by name; of the options of the kinds those that are not the default."""
+        values = dataclasses.asdict(self)
+        return values.pop("options") | values
 
 
 # Fields that a resumed run may change: none of them alters the losses or the weights.
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "num_workers", "save_every", "keep", "tensorboard", "progress", "max_steps"}
 )
-
-
-def field_types() -> dict[str, Any]:
-    """The annotated type of each field of TrainConfig."""
-    return typing.get_type_hints(TrainConfig)
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -212,9 +248,9 @@ def shipped_configs() -> list[str]:
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, or of a shipped configuration named without folder and ending.
+    """The keys and values of a YAML file, or of a shipped configuration named without folder and extension.
 
-    FileNotFoundError names the shipped configurations; ValueError says what is wrong with the file.
+    FileNotFoundError lists the shipped configurations; ValueError says what is wrong with the file.
     """
     path = Path(source)
     if path.is_file():
@@ -234,8 +270,10 @@ def read_config(source: str | Path) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ValueError(f"config: {source!s} must hold keys and values, got {type(values).__name__}")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+        raise ValueError(
+            f"config: {source!s} must be a mapping of keys to values, got {type(values).__name__}"
+        )
+    known = settings().keys()
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ValueError(
@@ -245,6 +283,6 @@ def read_config(source: str | Path) -> dict[str, Any]:
     return values
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
-    """Write ``config`` as YAML, whole or not at all."""
-    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+def write_config(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings as YAML, atomically."""
+    write_text(path, yaml.safe_dump(dict(values), sort_keys=False))

@@ -1,4 +1,4 @@
-"""The training loop: accelerate places and wraps the model, a BatchPlan says what each step sees."""
+"""The training loop: accelerate places and wraps the model, a BatchPlan has the samples of each step."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from torch import Tensor, nn
 from vlmkernels.data import ImageTransform, load_pairs
 from vlmkernels.data._text import printable
 from vlmkernels.data.tokenizer import load_tokenizer
+from vlmkernels.use.bundle import Bundle
 
-from . import batches, checkpoint, course
-from .bundle import Bundle, build_model, build_tokenizer, build_transform, check_model
-from .config import OBJECTIVES, TrainConfig, read_config, write_config
-from .gate import Gate, check_finite
+from . import batches, checkpoint, kinds
+from .config import TrainConfig, read_config, write_config
+from .finite_guard import FiniteGuard, check_finite
 from .optim import build_average, build_optimizer, learning_rate
-from .record import METRICS, Recorder
-from .tasks import build_task
+from .record import METRICS, Recorder, score_text
+from .resume_check import inputs_identity, reject_changes, settings_identity, with_later_fields
 
 log = logging.getLogger("vlmkernels.train")
 Result = TypeVar("Result")
 FINAL = "final"
 TOKENIZER = "tokenizer"
-SHUFFLE = 1000  # samples of a tar among which the next one is drawn
+SHUFFLE = 1000  # size of the shuffle buffer of tars
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run ended with; ``final`` is the folder that eval, embed, search and caption take.
+    """The results of a run; ``final`` is the folder for eval, embed, search and caption.
 
-    ``scores`` are of the last logged batch: retrieval_at_1, or perplexity and token_accuracy of a model that
-    writes captions.
+    ``scores`` are of the last logged batch: retrieval_at_1, or perplexity and token_accuracy of a captioning
+    model.
     """
 
     run: Path
@@ -52,22 +52,28 @@ class Summary:
     seconds: float
     pairs_per_second: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps, loss {self.loss:.4f}, {score_text(self.scores)}, {self.seconds:.1f} s, "
+            f"{self.pairs_per_second:.0f} pairs/s\nmodel: {printable(self.final)}"
+        )
+
 
 def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summary:
-    """Train ``kind`` (clip, align, siglip, lm, flamingo or simvlm) as ``config`` says; write the run folder.
+    """Train ``kind`` (a name in ``vlmkernels.train.kinds.KINDS``) with ``config``; write the run folder.
 
     The folder gets config.yaml, metrics.jsonl, TensorBoard events, tokenizer/, checkpoints/ (the last
     ``keep``, as step-00000120) and final/. ``allow_pipe`` lets ``config.data`` be a URL that runs a program
-    to read tars; no configuration can say so. ValueError or FileNotFoundError for a configuration that cannot
-    run, FloatingPointError naming the step when the loss, its gradient or the weights are not finite: nothing
-    of them is saved. A KeyboardInterrupt is raised again, as is an OSError, such as that of a full disk; the
+    to read tars; no configuration can allow that. ValueError or FileNotFoundError for an invalid
+    configuration, FloatingPointError naming the step when the loss, its gradient or the weights are not
+    finite: nothing of them is saved. KeyboardInterrupt and OSError (such as a full disk) are passed on; the
     run can then be resumed from its last checkpoint.
     """
-    if kind not in OBJECTIVES:
-        raise ValueError(f"kind must be one of {', '.join(OBJECTIVES)}, got {kind!r}")
-    if kind not in ("clip", "align") and config.label_smoothing:
+    chosen = kinds.find(kind)
+    if chosen.label_smoothing is None and config.label_smoothing:
         raise ValueError(
-            f"label_smoothing belongs to the softmax losses, not to {kind}; got {config.label_smoothing}"
+            f"label_smoothing may only be given for the softmax losses, not for {kind}; "
+            f"got {config.label_smoothing}"
         )
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.precision == "fp16" and on_cpu:
@@ -87,7 +93,7 @@ def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summar
     )
     try:
         with _deterministic(config.deterministic), contextlib.ExitStack() as held:
-            return Run(kind, config, accelerator, run, held, allow_pipe=allow_pipe).execute()
+            return Run(chosen, config, accelerator, run, held, allow_pipe=allow_pipe).execute()
     finally:
         if own_group:
             accelerator.state.destroy_process_group()
@@ -95,7 +101,7 @@ def train(kind: str, config: TrainConfig, *, allow_pipe: bool = False) -> Summar
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """torch's deterministic algorithms (a warning where an op has none), then the earlier setting again."""
+    """torch's deterministic algorithms (a warning where an op has none) inside the block."""
     memory: Any = torch.utils.deterministic
     was, warned = (
         torch.are_deterministic_algorithms_enabled(),
@@ -137,7 +143,7 @@ def locate(kind: str, config: TrainConfig) -> Path:
 def starting_point(run: Path, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from and its content, None for a new run.
 
-    ValueError for a folder with a run that nobody asked to resume, or without an undamaged checkpoint.
+    ValueError if the folder has a run and ``resume`` is None, or has no undamaged checkpoint.
     """
     found = checkpoint.checkpoints(run)
     if resume == "auto":
@@ -145,7 +151,7 @@ def starting_point(run: Path, resume: str | None) -> tuple[Path, dict[str, Any]]
     if resume is None:
         if found or (run / FINAL).exists():
             raise ValueError(
-                f"out: {run} already holds a run; add --resume auto to continue it, or give another folder"
+                f"out: {run} already contains a run; add --resume auto to continue it, or pass another folder"
             )
         return None
     start = Path(resume)
@@ -162,7 +168,7 @@ class Run:
 
     def __init__(
         self,
-        kind: str,
+        kind: kinds.Kind,
         config: TrainConfig,
         accelerator: Accelerator,
         run: Path,
@@ -172,8 +178,9 @@ class Run:
     ) -> None:
         self.kind, self.config, self.accelerator, self.run = kind, config, accelerator, run
         set_seed(config.seed)
-        check_model(kind, config)
-        transform = build_transform(kind, config)
+        if faults := kind.faults(config):
+            raise ValueError("; ".join(faults))
+        transform = kind.build_transform(config)
         drawn = transform
         if config.augment and transform is not None:
             drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
@@ -197,18 +204,18 @@ class Run:
                 world_size=world,
             )
         state: dict[str, Any] | None = self._begin(held)
-        self.course = course.of_settings(kind, config)
+        self.identity = settings_identity(kind, config)
         earlier: dict[str, Any] = state.get("course", {}) if state else {}
         if state and not earlier:  # of an earlier version
-            earlier = course.of_settings(kind, TrainConfig(**read_config(run / "config.yaml")))
-        course.refuse_other(run, earlier, self.course)
+            earlier = settings_identity(kind, TrainConfig(**read_config(run / "config.yaml")))
+        reject_changes(run, earlier, self.identity)
         tokenizer = load_tokenizer(run / TOKENIZER)
-        self.bundle = Bundle(build_model(kind, config, tokenizer), tokenizer, transform)
-        inputs = course.of_inputs(self.source, run / TOKENIZER, drawn, self.bundle.model)
-        self.course |= inputs
-        course.refuse_other(run, earlier, inputs)
+        self.bundle = Bundle(kind.build_model(config, tokenizer), tokenizer, transform)
+        inputs = inputs_identity(self.source, run / TOKENIZER, drawn, self.bundle.model)
+        self.identity |= inputs
+        reject_changes(run, with_later_fields(earlier, self.bundle.model), inputs)
         image_size = None if transform is None else transform.image_size
-        self.task = build_task(kind, config, tokenizer, image_size)
+        self.task = kind.build_task(config, tokenizer, image_size)
         self.span = (
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
@@ -225,10 +232,10 @@ class Run:
         if state is not None:
             self._restore(state)
         scaled = accelerator.scaler is not None
-        self.gate = Gate(optimizer, accelerator.device, self.step, scaled=scaled)
+        self.guard = FiniteGuard(optimizer, accelerator.device, self.step, scaled=scaled)
 
     def _by_main(self, work: Callable[[], Result]) -> Result:
-        """Do ``work`` on the first process and give its result on all; its error ends all of them."""
+        """Do ``work`` on the first process and return its result on all; its error ends all of them."""
         outcome: list[Any] = [None, None]
         error: Exception | None = None
         if self.accelerator.is_main_process:
@@ -245,17 +252,17 @@ class Run:
         return outcome[0]
 
     def _begin(self, held: contextlib.ExitStack) -> dict[str, Any] | None:
-        """Enter the run folder; give the content of the checkpoint to resume from, if any."""
+        """Enter the run folder; returns the content of the checkpoint to resume from, if any."""
         config, known = self.config, []
 
         def enter() -> str | None:
             held.enter_context(checkpoint.lock(self.run))
             for name in checkpoint.clean(self.run):
-                log.info("removed %s, which an interrupted write left", name)
+                log.info("removed %s, left by an interrupted write", name)
             start = starting_point(self.run, config.resume)
             if start is None:
-                tokenizer = build_tokenizer(self.kind, config, self.source)
-                with checkpoint.whole_folder(self.run / TOKENIZER) as folder:
+                tokenizer = self.kind.build_tokenizer(config, self.source)
+                with checkpoint.atomic_folder(self.run / TOKENIZER) as folder:
                     tokenizer.save(folder)
                 return None
             known.append(start[1])
@@ -283,7 +290,7 @@ class Run:
                 self._by_main(self._write_final)
             except (KeyboardInterrupt, FloatingPointError, OSError) as error:
                 if main:
-                    log.warning("%s", self._what_is_left(isinstance(error, FloatingPointError)))
+                    log.warning("%s", self._last_checkpoint_hint(isinstance(error, FloatingPointError)))
                 raise
             skipped = self._skipped()
             if main and skipped:
@@ -292,13 +299,13 @@ class Run:
         return Summary(self.run, self.run / FINAL, self.step, **recorder.totals())
 
     def _tidy(self) -> None:
-        """Drop what the run did after this step, the checkpoints before the metrics that belong to them."""
+        """Remove what the run wrote after this step, checkpoints before their metrics."""
         for later in checkpoint.checkpoints(self.run):
             if checkpoint.step_of(later) > self.step:
                 checkpoint.remove(later)
         checkpoint.keep_metrics_until(self.run / METRICS, self.step)
         stored = dataclasses.replace(self.config, out=str(self.run), resume=None)
-        write_config(self.run / "config.yaml", stored)
+        write_config(self.run / "config.yaml", self.kind.settings(stored))
 
     def _loop(self, recorder: Recorder) -> None:
         config = self.config
@@ -333,7 +340,7 @@ class Run:
                 raise ValueError(f"data: no sample can be read, {len(skipped)} were skipped, first {first}")
 
     def _skipped(self) -> dict[str, str]:
-        """Reason by key of what was left out so far on any process; all of them call it."""
+        """Reason by key of the samples skipped so far on any process; all processes call it."""
         return {key: reason for part in gather_object([self.source.skipped]) for key, reason in part.items()}
 
     def one_step(self, batch: dict[str, Any], measured: bool) -> dict[str, Any] | None:
@@ -349,12 +356,12 @@ class Run:
         with self.accelerator.autocast():
             found = self.task.loss(self.model, placed, self.step, measured)
         if found is None:
-            self.gate.pass_over()
+            self.guard.skip()
             return None
         loss, measure = found
         self.accelerator.backward(loss)
         norm = self._clip()
-        self.gate.check(loss, norm)
+        self.guard.check(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(self.bare)
@@ -362,7 +369,7 @@ class Run:
             self.average.update_parameters(self.bare)
         if not measured:
             return {}
-        self.gate.read()
+        self.guard.read()
         return {**measure(), "lr": rate, "grad_norm": norm.item()}
 
     def _clip(self) -> Tensor:
@@ -373,7 +380,7 @@ class Run:
         return nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
 
     def _save(self) -> None:
-        self.gate.read()
+        self.guard.read()
         states = gather_object([checkpoint.random_state()])
 
         def write() -> None:
@@ -387,7 +394,7 @@ class Run:
             state = {
                 **learned,
                 "step": self.step,
-                "course": self.course,
+                "course": self.identity,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
             }
@@ -416,18 +423,18 @@ class Run:
     def _write_final(self) -> None:
         model: Any = self.bare if self.average is None else self.average.module
         check_finite(self.step, model=model.state_dict())
-        with checkpoint.whole_folder(self.run / FINAL) as folder:
+        with checkpoint.atomic_folder(self.run / FINAL) as folder:
             dataclasses.replace(self.bundle, model=model).save(folder)
 
-    def _what_is_left(self, would_stop_again: bool) -> str:
-        """After a stop: the last checkpoint, and how to go on from it."""
+    def _last_checkpoint_hint(self, would_stop_again: bool) -> str:
+        """After a stop: the last checkpoint, and how to continue from it."""
         found = checkpoint.checkpoints(self.run)
         if not found:
             return f"interrupted after step {self.step}, before the first checkpoint: start again"
         last = checkpoint.step_of(found[-1])
         if would_stop_again:
             return f"the last good checkpoint, of step {last}, is {found[-1]}"
-        command = f"vlmkernels train {self.kind} --out {self.run} --resume auto"
+        command = f"vlmkernels train {self.kind.name} --out {self.run} --resume auto"
         return (
             f"interrupted after step {self.step}; the last checkpoint is of step {last}; continue: {command}"
         )

@@ -10,8 +10,6 @@ from torch import Tensor
 from vlmkernels import distributed
 from vlmkernels.ops import info_nce, sigmoid_loss
 
-LABEL_SMOOTHING = {"clip": 0.0, "align": 0.1, "siglip": 0.0}
-
 
 def process_count() -> int:
     """Number of processes that train together."""
@@ -21,7 +19,7 @@ def process_count() -> int:
 
 @torch.no_grad()
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of every process's value, the same on all; ``value`` itself is left alone."""
+    """The sum of every process's value, the same on all; ``value`` is unchanged."""
     total = value.clone()
     if process_count() > 1:
         torch.distributed.all_reduce(total)
@@ -67,6 +65,6 @@ def retrieval_at_1(
     texts: Tensor,  # [N, E]
     limit: int = 1024,
 ) -> Tensor:
-    """Share of the first ``limit`` images whose own text, or one equal to it, is nearest of the batch's."""
+    """Fraction of the first ``limit`` images whose own text, or an equal one, is the nearest in the batch."""
     similarity = images[:limit].float() @ texts.float().T  # [min(N, limit), N]
     return (similarity.diagonal() >= similarity.amax(dim=1)).float().mean()

@@ -21,8 +21,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused, and so able to skip an update on the device: see `gate`."""
-    own = getattr(model, "parameter_groups", None)  # a model may know better what decays
+    """Fused, and therefore able to skip an update on the device: see `finite_guard`."""
+    own = getattr(model, "parameter_groups", None)  # a model may define its own
     groups = own(config.weight_decay) if own else parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)

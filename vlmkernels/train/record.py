@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, accelerate's trackers (TensorBoard) and the progress bar."""
+"""The records of a run: metrics.jsonl, accelerate's trackers (TensorBoard) and the progress bar."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ METRICS = "metrics.jsonl"
 
 
 def _last_values(path: Path) -> dict[str, Any]:
-    """The last line, to which a run that is resumed at its end has nothing to add."""
+    """The last line; a run that is resumed at its end adds none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return json.loads(lines[-1]) if lines else {}
 
 
-SHORT = {"retrieval_at_1": "R@1", "perplexity": "perplexity", "token_accuracy": "token accuracy"}
+SHORT = {"retrieval_at_1": "R@1"}
 
 
 def score_text(scores: Mapping[str, float]) -> str:
-    """Scores by their short names, for people."""
-    return ", ".join(f"{SHORT[name]} {value:.3f}" for name, value in scores.items())
+    """Scores by their short names."""
+    return ", ".join(f"{SHORT.get(n, n.replace('_', ' '))} {value:.3f}" for n, value in scores.items())
 
 
 class Recorder:
-    """Writes the values of logged steps; any process but the first only keeps the totals."""
+    """Writes the values of logged steps; processes other than the first only keep the totals."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.ExitStack() as closing:
-            if error is not None:  # which a full disk met twice must not replace
+            if error is not None:  # must not be replaced by a second error of a full disk
                 closing.enter_context(contextlib.suppress(OSError))
             for tracker in self._accelerator.trackers:
                 closing.callback(tracker.finish)
@@ -104,7 +104,7 @@ class Recorder:
         self._bar.update(1)
 
     def flush(self) -> None:
-        """Bring the lines so far to the disk: a checkpoint must not outlive the metrics before it."""
+        """Flush the lines to the disk: a checkpoint must not outlive the metrics before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK_ROWS = 256  # rows of gradients held at once when `store_bytes` allows no more
+CHUNK_ROWS = 256  # rows of gradients held at once when `workspace_bytes` allow no more
 
 
 @triton.jit
@@ -75,9 +75,10 @@ def feature_grads(
             tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty), mask=inside)
 
 
-def chunk_rows(n: int, m: int, itemsize: int, store_bytes: int) -> int:
+def chunk_rows(n: int, m: int, itemsize: int, workspace_bytes: int) -> int:
     """How many rows of gradients of the similarities are held at once."""
-    return max(1, min(n, max(CHUNK_ROWS, store_bytes // (max(m, 1) * itemsize) // CHUNK_ROWS * CHUNK_ROWS)))
+    rows = workspace_bytes // (max(m, 1) * itemsize)
+    return max(1, min(n, max(CHUNK_ROWS, rows // CHUNK_ROWS * CHUNK_ROWS)))
 
 
 def chunk_buffer(like: Tensor, rows: int, m: int) -> Tensor:  # [rows, m]

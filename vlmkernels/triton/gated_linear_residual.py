@@ -125,15 +125,15 @@ def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor,
 
 
 def gated_linear_residual(
+    x: Tensor,  # [..., D]
     h: Tensor,  # [..., K]
     weight: Tensor,  # [D, K]
-    x: Tensor,  # [..., D]
     gate: Tensor,  # 1 or D elements
     row_mask: Tensor | None,  # [...] bool
 ) -> Tensor:  # [..., D]
     dtype = torch.promote_types(x.dtype, h.dtype)
     if dtype == torch.float64:
-        return reference_fwd(h, weight, x, gate, row_mask)
+        return reference_fwd(x, h, weight, gate, row_mask)
     out = x.new_empty(x.shape, dtype=dtype)
     if out.numel() == 0:
         return out

@@ -15,7 +15,7 @@ from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._tiles import grouped_tile, similarities
 
 PROGRAMS = 1024  # the columns are split until about so many programs share the first sweep
-PARTIAL_TILES = 256  # row tiles whose column statistics are held at once when `store_bytes` allows no more
+PARTIAL_TILES = 256  # row tiles whose column statistics are held at once when `workspace_bytes` allow no more
 NOTHING: tl.constexpr = tl.constexpr(
     -3e38
 )  # a logit that counts for nothing, finite so that products with 0 are 0
@@ -220,7 +220,8 @@ def info_nce_stats(
     key_inv_norm: Tensor | None,  # [M]
     positives: Tensor,  # [N] int64
     columns: bool,
-    store_bytes: int,
+    store_size: int,
+    workspace_bytes: int,
 ) -> tuple[Tensor, ...]:
     """(row_max [N], row_sum, row_moment, positive_logit, col_max [M], col_sum, col_moment, empty store)."""
     if query.dtype == torch.float64:  # tensor cores have no use for it
@@ -237,7 +238,7 @@ def info_nce_stats(
     tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
     splits = triton.cdiv(col_tiles, tiles_per_split)
     rows, positive = stats.new_empty((3, splits, n)), stats.new_empty((splits, n))
-    held = max(PARTIAL_TILES, store_bytes // (12 * m)) * options["BLOCK_M"] if columns else n
+    held = max(PARTIAL_TILES, workspace_bytes // (12 * m)) * options["BLOCK_M"] if columns else n
     col_parts = []
     with torch.cuda.device_of(query):
         for start in range(0, n, held):
@@ -273,7 +274,7 @@ def info_nce_grads(
     query_extra: Tensor | None,  # [N, D]
     key_extra: Tensor | None,  # [M, D]
     store: Tensor,
-    store_bytes: int,
+    workspace_bytes: int,
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -303,7 +304,7 @@ def info_nce_grads(
     unit_key = pairwise.unit(key, key_inv_norm) if need_query else key
     query_acc = row_coef.new_empty(query.shape) if need_query else None
     key_acc = row_coef.new_empty(key.shape) if need_key else None
-    held = pairwise.chunk_rows(n, m, query.element_size(), store_bytes)
+    held = pairwise.chunk_rows(n, m, query.element_size(), workspace_bytes)
     buffer = pairwise.chunk_buffer(query, held, m)
     with torch.cuda.device_of(query):
         for start in range(0, n, held):

@@ -4,11 +4,11 @@
 
 namespace vlmk {
 
-// Attention of queries over one or two sources of keys, query i of sample b seeing keys [begin_bi, end_bi) of each:
+// Attention over one or two sources of keys; query i of sample b attends to keys [begin_bi, end_bi) of each:
 //   s_ij = scale <q_i, k_j> + bias_ij    p_i = softmax of s_i over all sources    out_i = sum_j p_ij v_j    lse_i = log sum
 //   e^s_ij
 
-// [batch, heads, tokens, width], the strides of all but the last.
+// [batch, heads, tokens, width] with the strides of all dimensions but the last, which is contiguous.
 template <class T>
 struct Tokens {
   T* data;
@@ -27,12 +27,12 @@ struct Source {
 template <class P>
 struct Attention {
   int64_t batch, heads, kv_heads, tq, dh, dv;
-  int64_t depth, width;  // dh and dv as products see them; bf16: rounded up to a multiple of 32
+  int64_t depth, width;  // depth_of<P> of dh and dv: what products see
   Tokens<const P> q;     // [batch, heads, tq, dh]
   Source<P> source[2];
   int64_t sources;
   int64_t key_block;  // a multiple of kKeyUnit
-  bool once;          // the forward meets every block of keys once: values are not packed
+  bool once;          // the forward visits every block of keys once: values are not packed
   acc_t<P> scale;
   const acc_t<P>* bias;  // [heads][2R-1][2C-1] for keys and queries on the grid, or null
   int64_t grid_rows, grid_cols;
@@ -48,8 +48,8 @@ struct AttentionGrads {
   const acc_t<P>* dlse;    // [batch][heads][tq] or null
   Tokens<P> dq;
   bool need_q, need_k, need_v;
-  int64_t chunks;       // tasks that share the keys of one head, a piece of key_chunk keys each in turn
-  int64_t key_chunk;    // keys whose operands and gradients are held at once, a multiple of kGradKeys
+  int64_t chunks;       // tasks that share the keys of one head, in alternating pieces of key_chunk keys
+  int64_t key_chunk;    // keys whose operands and gradients are in memory at once, a multiple of kGradKeys
   acc_t<P>* dq_parts;   // chunks > 1: [chunks][batch][heads][query blocks][dh][kQueryBlock]
   uint8_t* dq_touched;  // chunks > 1: [chunks][batch][heads][query blocks]
   double* dbias_parts;  // [batch][chunks][heads][2R-1][2C-1] or null
@@ -69,9 +69,9 @@ VLMK_PER_ISA(
     // Query blocks part, part + parts, ... of one head.
     template <class P>
     void attention_forward(const Attention<P>&, int64_t b, int64_t h, int64_t part, int64_t parts, char* scratch);
-    // The same for kFewQueries: one after the other, keys and values read as they are.
+    // The same for at most kFewQueries queries, one after the other, with keys and values read in place.
     template <class P> void attention_rows(const Attention<P>&, int64_t b, int64_t h, char* scratch);
-    // Key gradients of one chunk of the keys of one key head; query gradients too, where chunks > 1 as parts.
+    // Key gradients of one chunk of the keys of one key head, and query gradients, in parts if chunks > 1.
     template <class P>
     void attention_backward(const AttentionGrads<P>&, int64_t b, int64_t kv_head, int64_t chunk, char* scratch);
     // Adds the parts of query gradients of one query block. scratch: 2 * dh * kQueryBlock.

@@ -1,12 +1,12 @@
 #pragma once
-// What a launcher of csrc/cuda takes: memory of the device and the stream its kernels are put on.
+// Arguments of the launchers of csrc/cuda: device memory, and the stream that their kernels run on.
 #include <cstdint>
 
 namespace vlmk::cuda {
 
 enum class DType : int32_t { f64, f32, bf16, f16 };
 
-// [rows, d]: rows `stride` elements apart, the elements of a row side by side.
+// [rows, d] with a row stride in elements; the elements of a row are contiguous.
 struct Matrix {
   const void* data;
   DType type;

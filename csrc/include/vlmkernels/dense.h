@@ -3,13 +3,15 @@
 
 namespace vlmk {
 
-// A product runs over blocks of kBlockRows rows and kBlockCols columns, as measured best, in parts of kPart of its depth: one
-// long chain of additions would round more than mm does, and a part of a block of rows stays in the cache.
-constexpr int64_t kPart = 256;
+// A product runs over blocks of kBlockRows rows and kBlockCols columns, as measured best, in parts of kBlockDepth of its
+// depth: one long chain of additions would round more than mm does, and a part of a block of rows stays in the cache.
+constexpr int64_t kBlockDepth = 256;
 template <class P>
 constexpr int64_t kBlockRows = sizeof(P) == 2 ? 256 : 512;
 template <class P>
 constexpr int64_t kBlockCols = sizeof(P) == 2 ? 256 : 64;
+// From row to row of a part that is copied out: rows that are whole pages apart share cache lines.
+constexpr int64_t kPartStride = kBlockDepth + kUnit;
 
 // Rows of A against several column blocks of B. A B operand is [blocks][depth][cols], bf16 [blocks][depth / 2][cols][2]; or,
 // when ldb is not cols, columns of one matrix [depth][ldb].
@@ -21,7 +23,7 @@ struct BlockProduct {
   int64_t rows, depth, cols, lda, a_step, ldb;
   int64_t first, last;  // column blocks
   acc_t<P>* tiles;      // [last - first][rows][cols]
-  P* part;              // [rows][kPart + 32], bf16 only
+  P* part;              // [rows][kPartStride], bf16 only
 };
 
 enum class Activation { none, gelu, gelu_tanh, quick_gelu, silu, relu, squared_relu };
@@ -33,7 +35,8 @@ struct Stored {
   Storage type = Storage::f32;
 };
 
-// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual.
+// out = act(y) + residual, y = x weight^T + bias; with a gate out = act(gate) * y + residual; with t out = residual + t y, the
+// residual in the type of out.
 template <class P>
 struct LinearOutput {
   int64_t o;
@@ -43,6 +46,8 @@ struct LinearOutput {
   Stored residual{};               // [rows, o] or null
   Stored out{};                    // [rows, o]
   Stored gate{};                   // [rows, o] or null
+  const acc_t<P>* t = nullptr;     // [o] or null
+  const int64_t* index = nullptr;  // which rows of these matrices the rows of the product are; null when they are all
 };
 
 // dx = g weight + plus. Where the weight multiplied hidden = act(y), dx = g weight * act'(y); where it multiplied
@@ -63,7 +68,7 @@ struct LinearInput {
 template <class P>
 struct LinearWeight {
   int64_t k;
-  acc_t<P>* sums;  // [o, k], where sums of earlier rows are, if there are more than one task takes
+  acc_t<P>* sums;  // [o, k] sums over earlier rows, if the rows take more than one task
   Stored dweight;  // [o, k]
 };
 
@@ -82,14 +87,14 @@ VLMK_PER_ISA(
     // For a single row x [depth], without tile products: w [count, depth] are rows of the weight from channel o0 on.
     template <class P>
     void linear_row(const LinearOutput<P>& f, const P* x, const P* w, int64_t depth, int64_t o0, int64_t count);
-    // What follows the product x weight^T [rows, o] that is in memory, for rows [row, row + count).
+    // The epilogue of a product x weight^T [rows, o] in memory, for rows [row, row + count).
     template <class P> void linear_finish(const LinearOutput<P>& f, Stored product, int64_t row, int64_t count);
     // B is the weight. The product's rows are rows [row, row + count).
     template <class P> void linear_dx(const BlockProduct<P>& p, const LinearInput<P>& f, int64_t row, int64_t count);
-    // What follows the product g weight [rows, k] that is in memory, for rows [row, row + count).
+    // The epilogue of a product g weight [rows, k] in memory, for rows [row, row + count).
     template <class P> void linear_dx_finish(const LinearInput<P>& f, Stored product, int64_t row, int64_t count);
-    // A is g^T of `count` channels from o0 on, B is x, both of some rows: their products are added to those of earlier rows
-    // when `add`, and give dweight when `finish`.
+    // A is g^T of `count` channels from o0 on, B is x, both of some rows: their product is added to the sums over earlier
+    // rows if `add`, and written to dweight if `finish`.
     template <class P>
     void linear_dw(const BlockProduct<P>& p, const LinearWeight<P>& f, int64_t o0, int64_t count, bool add, bool finish);
     // Rows [row, row + count) of g = dout * act'(y) [rows, o] where g is not null, and the sums of its columns, [o], where

@@ -3,15 +3,8 @@
 
 namespace vlmk {
 
-// out = x + t (h weight^T), t = tanh(gate). Operands have type P, x and out type T.
-template <class P, class T>
-struct GatedLinear {
-  int64_t d;
-  const int64_t* index;  // which rows of x and out the rows of h are; null when they are all
-  const acc_t<P>* t;     // [d]
-  const T* x;            // [rows, d]
-  T* out;                // [rows, d]
-};
+// out = x + t (h weight^T) with t = tanh(gate) is a form of LinearOutput. Operands have type P, h, weight and their gradients
+// type T.
 
 // dh = t (dout weight) and <dout weight, h>. For a gate of d elements they are part of `weight`, and t is 1.
 template <class P, class T>
@@ -19,7 +12,7 @@ struct GatedLinearInput {
   int64_t k;
   const int64_t* index;  // which rows of h and dh the rows of dout are; null when they are all
   acc_t<P> t;
-  const T* h;    // [rows, k], or null when the second is not asked for
+  const T* h;    // [rows, k], or null if the dots are not needed
   T* dh;         // [rows, k]
   double* dots;  // [row blocks][column blocks], or null
 };
@@ -29,23 +22,13 @@ template <class P, class T>
 struct GatedLinearWeight {
   int64_t d, k;
   const acc_t<P>* t;   // [d]
-  const T* weight;     // [d, k], or null when part is not asked for
-  acc_t<P>* products;  // [d, k], where sums of earlier rows are, if there are more than one task takes
+  const T* weight;     // [d, k], or null if part is not needed
+  acc_t<P>* products;  // [d, k] sums over earlier rows, if the rows take more than one task
   T* dweight;          // [d, k], or null
   acc_t<P>* part;      // [column blocks][d]
 };
 
 VLMK_PER_ISA(
-    // B is weight^T: columns are channels. The product's rows are kept rows [row, row + count).
-    template <class P, class T>
-    void gated_linear_residual(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t row, int64_t count);
-    // For few rows: A is [count] rows of the weight from channel d0 on, B is h^T of `rows` kept rows.
-    template <class P, class T> void gated_linear_residual_few(const BlockProduct<P>& p, const GatedLinear<P, T>& g, int64_t d0,
-                                                               int64_t count, int64_t rows,
-                                                               acc_t<P>* turned);  // [cols][count]
-    // For a single row h [depth], without tile products: w [count, depth] are rows of the weight from channel d0 on.
-    template <class P, class T> void gated_linear_residual_row(const GatedLinear<P, T>& g, const P* h, int64_t row, const P* w,
-                                                               int64_t depth, int64_t d0, int64_t count);
     // B is the weight. The product's rows are kept rows [row, row + count).
     template <class P, class T>
     void gated_linear_residual_dh(const BlockProduct<P>& p, const GatedLinearInput<P, T>& g, int64_t row, int64_t count);

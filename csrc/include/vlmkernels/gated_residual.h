@@ -5,7 +5,7 @@
 namespace vlmk {
 
 VLMK_PER_ISA(
-    // out = x + t y on rows the mask keeps, x elsewhere; t = tanh(gate).
+    // out = x + t y on rows where the mask is true, x elsewhere; t = tanh(gate).
     template <class T> void gated_residual(const T* x,            // [rows, d]
                                            const T* y,            // [rows, d]
                                            const acc_t<T>* t,     // [d]

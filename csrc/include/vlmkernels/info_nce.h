@@ -8,7 +8,7 @@ namespace vlmk {
 
 // A stored tile: this header, then [kTileRows][kTileCols] of e_ij = exp(S_ij - reference) in the operands' type, 0 beyond the
 // tile's rows and columns and at positives. A tile whose rows or columns lie too far below its maximum for that is marked.
-constexpr int64_t kTileHeader = 64;
+constexpr int64_t kTileHeader = 64;  // its size and that of the tile are known in vlmkernels/_native.py too
 enum class TileKind : int64_t { relative, weighted, absent };
 struct TileInfo {
   double reference;
@@ -17,7 +17,7 @@ struct TileInfo {
 };
 template <class P>
 constexpr int64_t tile_bytes() {
-  return kTileHeader + kTileRows * kTileCols * static_cast<int64_t>(sizeof(P));
+  return kTileHeader + kTileSize * static_cast<int64_t>(sizeof(P));
 }
 
 // Of a set of logits: the maximum, sum of exp(S - maximum), and sum of exp(S - maximum) (S - maximum).
@@ -56,12 +56,12 @@ struct InfoNceGrads {
 };
 
 VLMK_PER_ISA(
-    // Statistics of one chunk of S. scratch: kTileRows * kTileCols + 3 * kTileCols.
+    // Statistics of one chunk of S. scratch: kTileSize + 3 * kTileCols.
     template <class P> void info_nce_stats(const InfoNceStats<P>&, int64_t row_chunk, int64_t col_chunk, acc_t<P>* scratch);
     // Joins the moments [parts][count] of the chunks in [begin, end).
     template <class A>
     void info_nce_merge(Moments<A> parts, int64_t part_count, int64_t count, int64_t begin, int64_t end, Moments<A> out);
-    // Fills the workspace's tile (ib, jb). scratch: kTileRows * kTileCols.
+    // Fills the workspace's tile (ib, jb). scratch: kTileSize.
     template <class P> void info_nce_recompute(const InfoNceGrads<P>&, int64_t ib, int64_t jb, acc_t<P>* scratch);
     // dq of row block ib. sums: kTileRows * depth; scratch: a tile; operand: two tiles.
     template <class P> void info_nce_query(const InfoNceGrads<P>&, int64_t ib, acc_t<P>* sums, acc_t<P>* scratch, P* operand);

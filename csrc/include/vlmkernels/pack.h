@@ -7,15 +7,15 @@ namespace vlmk {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
 
-// The depth of operands of a product: bf16 units take whole groups of 32, filled up with zeros.
+// What bf16 hardware multiplies at a time. Whatever the type, blocks of whole units keep the distinct shapes of products few.
+constexpr int64_t kUnit = 32;
+constexpr int64_t whole_units(int64_t count) { return round_up(count, kUnit); }
+
+// The depth of operands of a product: whole units for bf16, filled up with zeros.
 template <class P>
 constexpr int64_t depth_of(int64_t d) {
-  return sizeof(P) == 2 ? round_up(d, 32) : d;
+  return sizeof(P) == 2 ? whole_units(d) : d;
 }
-
-// Products that sum over less than the whole depth at a time take this much of it: one long chain of additions would round more
-// than mm does.
-constexpr int64_t kSumDepth = 512;
 
 VLMK_PER_ISA(
     // Packs rows [first, first + count) of x [*, ldx] into the B operand of the product with x^T: [depth][block], zero padded;

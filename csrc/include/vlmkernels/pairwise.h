@@ -4,13 +4,16 @@
 namespace vlmk {
 
 // S = Q K^T is walked in tiles of kTileRows x kTileCols; tiles at the last row and column may be partly empty.
-constexpr int64_t kTileRows = 128, kTileCols = 256;
+constexpr int64_t kTileRows = 128, kTileCols = 256, kTileSize = kTileRows * kTileCols;
+
+// Products sum over this much of the depth at a time: one long chain of additions would round more than mm does.
+constexpr int64_t kSumDepth = 512;
 
 // The product with Q^T sums over this many tiles at once: bf16 units are fast enough to want a longer sum.
 template <class P>
 constexpr int64_t kKeyTiles = sizeof(P) == 2 ? 2 : 1;
 
-// The operands of the tile products. `depth` is d, rounded up to a multiple of 32 with zeros for bf16.
+// The operands of the tile products. `depth` is depth_of<P>(d).
 template <class P>
 struct Pairs {
   int64_t n, m, d, depth;

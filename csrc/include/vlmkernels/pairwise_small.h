@@ -4,12 +4,12 @@
 
 namespace vlmk {
 
-// Losses of a problem so small that its matrix of similarities is held: x_ij = a_i b_j <q_i, k_j>, S_ij = scale x_ij + bias,
-// pairs (i, i) positive. One call works on kSmallRows rows; columns go in vectors of kSmallCols.
+// Losses of a problem small enough to store its similarity matrix: x_ij = a_i b_j <q_i, k_j>, S_ij = scale x_ij + bias,
+// pairs (i, i) positive. One call computes kSmallRows rows; columns are processed in vectors of kSmallCols.
 constexpr int64_t kSmallRows = 32, kSmallCols = 64;
 
-// G = dL/dS, with L the loss before the incoming gradient. The gradients are products of G with the features; positives stay
-// out of them and are added in the precision of the sums.
+// G = dL/dS, with L the loss before the incoming gradient. The gradients are products of G with the features; positives are
+// kept out of the products and added in the precision of the sums.
 template <class P>
 struct PairwiseSmall {
   Pairs<P> pairs;    // kt: [col blocks][depth][kSmallCols], bf16 [col blocks][depth / 2][kSmallCols][2]; k and qt unused
@@ -50,9 +50,9 @@ struct DenseGradient {
 };
 
 VLMK_PER_ISA(
-    // Cross-entropy: similarities of row block ib, the log-sum-exps of its rows, their losses, and its part of the columns'.
+    // Cross-entropy: similarities of row block ib, log-sum-exps and losses of its rows, and its part of the columns' sums.
     template <class P> void small_cross_entropy_rows(const PairwiseSmall<P>&, int64_t ib);
-    // The log-sum-exps of the columns, after all rows; gives the sum of their losses.
+    // The log-sum-exps of the columns, after all rows; returns the sum of their losses.
     template <class P> double small_cross_entropy_columns(const PairwiseSmall<P>&);
     // The slopes of row block ib. scratch: kSmallRows * ldx.
     template <class P> void small_cross_entropy_slopes(const PairwiseSmall<P>&, int64_t ib, acc_t<P>* scratch);

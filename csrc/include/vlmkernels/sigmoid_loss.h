@@ -22,9 +22,9 @@ struct SigmoidLoss {
 };
 
 VLMK_PER_ISA(
-    // Losses and gradient tiles of row block ib in one chunk of columns. scratch: kTileRows * kTileCols.
+    // Losses and gradient tiles of row block ib in one chunk of columns. scratch: kTileSize.
     template <class P> void sigmoid_loss_tiles(const SigmoidLoss<P>&, int64_t ib, int64_t col_chunk, acc_t<P>* scratch);
-    // dq of row block ib. sums: kTileRows * depth; operand: kTileRows * kTileCols.
+    // dq of row block ib. sums: kTileRows * depth; operand: kTileSize.
     template <class P> void sigmoid_loss_query(const SigmoidLoss<P>&, int64_t ib, acc_t<P>* sums, P* operand);
     // Adds the row blocks [first, last) to columns [d0, d1) of block jb's key_sums. operand: kKeyTiles tiles.
     template <class P>

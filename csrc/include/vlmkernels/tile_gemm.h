@@ -3,8 +3,8 @@
 
 namespace vlmk {
 
-// C[m, n] = A[m, k] B[k, n], or C += A B when accumulate; rows are lda, ldb, ldc elements apart. The caller of a kernel passes
-// in who computes it. For bf16, B holds pairs of rows side by side, [k / 2][n][2] with ldb counted in pairs, and k is even.
+// C[m, n] = A[m, k] B[k, n], or C += A B when accumulate, with row strides lda, ldb, ldc in elements. The caller of a kernel
+// passes the implementation. For bf16, B has pairs of rows interleaved, [k / 2][n][2] with ldb counted in pairs, and k is even.
 template <class P>
 using TileProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate,
                              const P* a, const P* b, acc_t<P>* c);
