@@ -1,7 +1,7 @@
 """Results on disk and the tables made from them.
 
 `results/<machine>.json` is `{"machine", "runs": {id: header}, "ops": {op: [case, ...]}}`; a case names the
-run that measured it. Documents hold `<!-- benchmarks: NAME -->` ... `<!-- /benchmarks -->`; NAME is an op,
+run that measured it. Documents contain `<!-- benchmarks: NAME -->` ... `<!-- /benchmarks -->`; NAME is an op,
 "all", or "headline".
 """
 
