@@ -13,8 +13,8 @@ import torch
 
 from vlmkernels._version import __version__
 
-# A stored tile of the kernel of info_nce: rows, columns, bytes of its header. They determine
-# the sizes of results, which are the same without the extension. One built with other tiles is not loaded.
+# A stored tile of the kernel of info_nce: rows, columns, bytes of its header. They determine the sizes of
+# results, which are the same without the extension. One built with other tiles is not loaded.
 TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
 _LIBRARY = Path(__file__).with_name(f"_C{EXTENSION_SUFFIXES[0]}")
 _NOT_BUILT = "installed without its C++ extension (no compiler, or VLMKERNELS_NATIVE=0 at build time)"

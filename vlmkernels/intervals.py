@@ -2,8 +2,8 @@
 
 Every builder works on the device of its arguments without waiting for it and returns ``(start, end)``, int32,
 ``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions counts as a number.
-Lengths must be integers (ValueError); one beyond int32 is longer than any sequence. `runs` converts
-a mask.
+Lengths must be integers (ValueError); one beyond int32 is longer than any sequence. `runs` converts a
+mask.
 """
 
 import torch
