@@ -81,9 +81,9 @@ def config(kind="ours", **options):
     return FlamingoConfig(MEDIA, END, **{"vision": VISION, **SMALL, **options})
 
 
-def flamingo(kind="ours", **options):
+def flamingo(kind="ours", language=None, **options):
     """Both parts are given, drawn one after the other: weights at which images decide some tokens."""
-    sizes, language = config(kind, **options), language_model(kind)
+    sizes, language = config(kind, **options), language or language_model(kind)
     tower = CLIP(sizes.vision).visual
     return open_gates(Flamingo(sizes, vision_encoder=tower, lang_encoder=language)).eval()
 

@@ -1,4 +1,4 @@
-"""ClipLoss, SigLipLoss and InfoNCELoss against open_clip, and on two processes against one."""
+"""ClipLoss and SigLipLoss against open_clip and on two processes against one; the losses on the ops."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import vlmkernels
 from benchmarks import peers
 from vlmkernels.distributed import all_gather_with_grad
-from vlmkernels.nn import ClipLoss, InfoNCELoss, SigLipLoss
+from vlmkernels.nn import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
+from vlmkernels.testing import result_and_gradients
 
 needs_open_clip = pytest.mark.skipif(
     peers.why_not("open_clip") is not None, reason=str(peers.why_not("open_clip"))
@@ -107,6 +108,27 @@ def test_info_nce_loss_learns_its_scale_up_to_the_bound():
     assert module.log_scale.grad > 0
     assert list(InfoNCELoss(learnable=False).parameters()) == []
     assert "log_scale" in InfoNCELoss(learnable=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ignore_index": 7, "reduction": "sum", "label_smoothing": 0.2}, {"reduction": "none"}],
+)
+def test_linear_cross_entropy_loss_is_torchs_of_the_logits(options):
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 8), (11, 8), (11,))]
+    target, scale = torch.randint(0, 11, (3, 5)), torch.linspace(0.5, 2.0, 11)
+    target[0, 1:3] = 7
+    ours, theirs = LinearCrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)
+    for column_scale in (None, scale):
+        got = result_and_gradients(
+            lambda h, w, b, scale=column_scale: ours(h, w, target, b, column_scale=scale), inputs
+        )
+        factor = 1.0 if column_scale is None else column_scale
+        wanted = result_and_gradients(
+            lambda h, w, b, factor=factor: theirs((F.linear(h, w, b) * factor).movedim(-1, 1), target), inputs
+        )
+        torch.testing.assert_close(got, wanted)
+    assert not list(ours.parameters())
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_no_raw_op_loses_a_derivative_in_silence():
         lambda q: ops.sigmoid_sweep(
             q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True
         ),
+        lambda q: ops.linear_cross_entropy_sweep(q, x, at, None, None, rows, 0.0, True, True, False),
     ]
     for call in calls:
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD"):

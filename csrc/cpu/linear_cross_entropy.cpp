@@ -141,9 +141,9 @@ void gradients_of(const LinearCrossEntropy<P>& g, int64_t ib, int64_t jb, P* out
       for (int64_t c = 0; c < kTileCols; ++c) put_pair(dz[0][c], dz[1][c], pairs[c]);
     }
   }
-  for (int64_t i = rows * kTileCols; i < g.tile_size; ++i) out[i] = P{};
+  for (int64_t i = rows * kTileCols; i < kTileSize; ++i) out[i] = P{};
   if constexpr (kPaired<P>) {
-    for (int64_t i = round_up(rows, 2) * kTileCols; i < g.tile_size; ++i) paired[i] = P{};
+    for (int64_t i = round_up(rows, 2) * kTileCols; i < kTileSize; ++i) paired[i] = P{};
   }
 }
 
@@ -160,12 +160,12 @@ void linear_cross_entropy_classes(const LinearCrossEntropy<P>& g, int64_t classe
   for (int64_t jb = g.first; jb < g.last; ++jb) {
     P* dz = g.gradients(classes, jb);
     for (int64_t ib = ib0; ib < ib1; ++ib) {
-      const int64_t at = (ib - ib0) * g.tile_size;
+      const int64_t at = (ib - ib0) * kTileSize;
       gradients_of(g, ib, jb, dz + at, operand + at);
     }
     if constexpr (kPaired<P>) {
-      for (int64_t i = (ib1 - ib0) * g.tile_size; i < g.group * g.tile_size; ++i) operand[i] = P{};
-      if (g.need_hidden) __builtin_memcpy(dz + g.group * g.tile_size, operand, g.group * g.tile_size * sizeof(P));
+      for (int64_t i = (ib1 - ib0) * kTileSize; i < g.group * kTileSize; ++i) operand[i] = P{};
+      if (g.need_hidden) __builtin_memcpy(dz + g.group * kTileSize, operand, g.group * kTileSize * sizeof(P));
       if (g.need_weight) {
         const P* h = p.k + jb * kTileCols * p.depth;
         p.product(rows, p.depth, kTileCols, kTileCols, p.depth, p.depth, jb > 0, dz, h, to);
@@ -195,7 +195,7 @@ void linear_cross_entropy_hidden(const LinearCrossEntropy<P>& g, int64_t jb0, in
     const int64_t j0 = classes * group_rows, rows = min_(group_rows, p.n - j0);
     pack_transposed_a(p.q + j0 * p.depth + d0, p.depth, rows, width, group_rows, operand);
     for (int64_t jb = jb0; jb < jb1; ++jb) {
-      const P* dz = g.gradients(classes, jb) + (kPaired<P> ? g.group * g.tile_size : 0);
+      const P* dz = g.gradients(classes, jb) + (kPaired<P> ? g.group * kTileSize : 0);
       p.product(width, width_of(cols_of(p, jb)), kPaired<P> ? group_rows : rows, group_rows, kTileCols, kTileCols, classes > 0,
                 operand, dz, sums + (jb - jb0) * width * kTileCols);
     }

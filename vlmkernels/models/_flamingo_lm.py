@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmkernels._modules import must_be_called, passable
 from vlmkernels.intervals import Intervals
+from vlmkernels.models.parts.generation import LanguageModelCall
+from vlmkernels.models.parts.token_loss import loss_of_logits, next_token_loss
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
 
@@ -25,6 +28,15 @@ LAYERS = (
     "transformer.h",
     "transformer.blocks",
     "layers",
+)
+# Those of transformers whose logits are ``head(base_model(...))``: no scale, no soft-capping after the head.
+PLAIN_HEADS = (
+    "GPT2LMHeadModel",
+    "GPTJForCausalLM",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "MptForCausalLM",
+    "OPTForCausalLM",
 )
 GATED = "gated_cross_attn_layer"
 _PREFIX = "lang_encoder."
@@ -113,6 +125,40 @@ def insert_blocks(
     )
     parent, _, name = path.rpartition(".")
     setattr(language_model.get_submodule(parent), name, wrapped)
+
+
+def predict(
+    language_model: Any,
+    call: LanguageModelCall,
+    tokens: Tensor,  # [B, T]
+    attention_mask: Tensor | None,  # [B, T]
+    labels: Tensor | None,  # [B, T] int64
+    return_logits: bool,
+) -> dict[str, Tensor]:
+    """What `Flamingo.forward` returns; the loss is computed from hidden states if the head is known."""
+    arguments = call.arguments(tokens, attention_mask)
+    if labels is None:
+        return {"logits": language_model(**arguments).logits}
+    if call.takes_return_logits:
+        out = language_model(**arguments, labels=labels, return_logits=return_logits)
+        logits, loss = out.logits, out.loss
+    elif (head := plain_head(language_model)) is not None:
+        hidden = language_model.base_model(**arguments).last_hidden_state
+        logits = head(hidden) if return_logits else None
+        loss = next_token_loss(hidden, head.weight, labels, head.bias)
+    else:
+        logits = language_model(**arguments).logits
+        loss = loss_of_logits(logits, labels)
+    return {"logits": logits, "loss": loss} if return_logits else {"loss": loss}
+
+
+def plain_head(language_model: Any) -> nn.Linear | None:
+    """The linear layer whose result is the logits, if its weights may be used without calling the model."""
+    cls = type(language_model)
+    if not cls.__module__.startswith("transformers.") or cls.__name__ not in PLAIN_HEADS:
+        return None
+    head = language_model.get_output_embeddings()
+    return None if must_be_called(language_model) or not passable(head, nn.Linear) else head
 
 
 class TrainedRows:

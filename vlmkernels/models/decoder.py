@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels import intervals
@@ -33,12 +32,13 @@ from vlmkernels.models.parts.pretrained import (
     config_from_dict,
     naming,
 )
+from vlmkernels.models.parts.token_loss import IGNORE as IGNORE
+from vlmkernels.models.parts.token_loss import next_token_loss
 from vlmkernels.models.parts.transformer import Block, LayerNorm
 from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
-from vlmkernels.nn.dense import Linear, add, take_rows, tied_logits
+from vlmkernels.nn.dense import Linear, add, table_for, take_rows, tied_logits
 from vlmkernels.nn.kv_cache import KVCache as KVCache
 
-IGNORE = -100
 SIZES = ("vocab_size", "width", "layers", "heads", "context_length", "mlp_ratio")
 HF_CONFIG: dict[str, Any] = {
     "vocab_size": 50257,
@@ -104,9 +104,10 @@ class DecoderConfig:
 
 
 class CausalLMOutput(NamedTuple):
-    logits: Tensor  # [B, T, V]
+    logits: Tensor | None  # [B, T, V]
     past_key_values: KVCache | None
     hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] each
+    loss: Tensor | None = None  # []
 
 
 class DecoderAttention(SelfAttention):
@@ -175,6 +176,8 @@ class CausalLM(Pretrained):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
+        labels: Tensor | None = None,  # [B, T] int64
+        return_logits: bool = True,
     ) -> CausalLMOutput:
         """Logits [B, T, V] of the next token at each position, of the last `logits_to_keep` if not 0.
 
@@ -182,6 +185,8 @@ class CausalLM(Pretrained):
         Positions count from the first one. With `use_cache` the result contains the keys and values, to be
         passed with the next tokens. With `output_hidden_states` it contains layers + 1 states of all T
         tokens: their embeddings and the output of each layer, the last one after the final LayerNorm.
+        With `labels` it contains the loss: the mean over t of -log softmax(logits_t)[labels_(t+1)], labels of
+        -100 excluded, 0 if all are. The loss forms no logits; `return_logits=False` leaves them out.
         ValueError for other shapes, and beyond `config.context_length`.
         """
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -192,6 +197,8 @@ class CausalLM(Pretrained):
         elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length):
             wanted, got = [input_ids.shape[0], length], list(attention_mask.shape)
             faults.append(f"attention_mask must be {wanted} with the cached tokens, got {got}")
+        if labels is not None and labels.shape != input_ids.shape:
+            faults.append(f"labels must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
         if length > self.config.context_length:
             faults.append(
                 f"input_ids must have at most context_length = {self.config.context_length} tokens, "
@@ -214,12 +221,14 @@ class CausalLM(Pretrained):
             x = layer(x, (start, end), keep=keep)
             if output_hidden_states:
                 hidden.append(x)
-        if logits_to_keep and not output_hidden_states:
+        if logits_to_keep and not output_hidden_states and labels is None:
             x = x[:, -logits_to_keep:]
         x = self.transformer["ln_f"](x)
-        logits = tied_logits(x[:, -logits_to_keep:], self.get_input_embeddings())
+        embedding = self.get_input_embeddings()
+        logits = tied_logits(x[:, -logits_to_keep:], embedding) if return_logits else None
         states = (*hidden[:-1], x) if output_hidden_states else None
-        return CausalLMOutput(logits, past_key_values, states)
+        loss = None if labels is None else next_token_loss(x, table_for(x, embedding), labels)
+        return CausalLMOutput(logits, past_key_values, states, loss)
 
     def loss(
         self,
@@ -230,7 +239,7 @@ class CausalLM(Pretrained):
         """Mean negative log-likelihood of the labels (by default of the tokens, padding excluded)."""
         if labels is None:
             labels = tokens if attention_mask is None else tokens.masked_fill(~attention_mask.bool(), IGNORE)
-        return next_token_loss(self(tokens, attention_mask).logits, labels)
+        return self(tokens, attention_mask, labels=labels, return_logits=False).loss
 
     def upgrade(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return gpt2_names(state_dict)
@@ -379,23 +388,6 @@ def _infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "context_length": positions,
         "mlp_ratio": hidden // max(width, 1),
     }
-
-
-def next_token_loss(
-    logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T] int64
-) -> Tensor:
-    """Mean over t of -log softmax(logits_t)[labels_(t+1)], labels of -100 excluded; 0 if all are.
-
-    In float32 (float64 for float64 logits).
-    """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels must be {list(logits.shape[:2])} like the tokens, got {list(labels.shape)}")
-    labels = labels[:, 1:].flatten()
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    flat = logits[:, :-1].flatten(0, 1).to(wide)
-    total = F.cross_entropy(flat, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp_min(1)
 
 
 CONFIGS: dict[str, DecoderConfig] = {"emoji-tiny": DecoderConfig(vocab_size=4098, context_length=128)}

@@ -9,8 +9,9 @@ Awadalla et al. 2023) for sizes, parameter names and what the paper does not spe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -265,9 +266,11 @@ class Flamingo(Pretrained):
         lang_x: Tensor,  # [B, T] int64
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
         labels: Tensor | None = None,  # [B, T] int64
+        return_logits: bool = True,
     ) -> dict[str, Tensor]:
         """`logits` [B, T, V] of the next token and, with labels, `loss`: mean NLL of those not -100, or 0.
 
+        The loss needs no logits if the language model's head is linear: `return_logits=False` saves them.
         Text attends to the last image before it (or, with ``only_attend_immediate_media=False``, all of
         them); image i of a sample belongs to its i-th `config.media_token_id`, and images beyond the last are
         never attended to. `vision_x` is pixels, patch tokens from `encode_vision` (the encoder is frozen, so
@@ -284,19 +287,16 @@ class Flamingo(Pretrained):
         locations = lang_x == self.config.media_token_id
         attend = "immediate" if self.config.only_attend_immediate_media else "all_previous"
         seen = intervals.media(intervals.text_time(locations), media.shape[2], media.shape[1], attend=attend)
-        arguments = self._call.arguments(lang_x, attention_mask)
-        logits = self._language_model(arguments, media=media, intervals=seen).logits
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": decoder.next_token_loss(logits, labels)}
+        predict = partial(lm.predict, self.lang_encoder, self._call, lang_x, attention_mask)
+        return self._conditioned(partial(predict, labels, return_logits), media=media, intervals=seen)
 
-    def _language_model(self, arguments: dict[str, Any], **seen: Any) -> Any:
+    def _conditioned(self, call: Callable[[], Any], **seen: Any) -> Any:
         if not self._condition.empty:
             raise RuntimeError("Flamingo: called during another call of the same model")
         try:
             for name, value in seen.items():
                 setattr(self._condition, name, value)
-            return self.lang_encoder(**arguments)
+            return call()
         finally:
             self._condition.media = self._condition.intervals = self._condition.cache = None
 
@@ -460,7 +460,7 @@ class _Decoding(generation.Decoding):
 
     def run(self, arguments: dict[str, Any]) -> Any:
         self.media.step(arguments["input_ids"] == self.model.config.media_token_id)
-        return self.model._language_model(arguments, cache=self.media)
+        return self.model._conditioned(partial(self.model.lang_encoder, **arguments), cache=self.media)
 
     def reorder(self, rows: Tensor) -> None:  # [M]
         super().reorder(rows)

@@ -24,14 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlmkernels
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
 from vlmkernels.models.parts.attention import CrossAttention, Keep, MultiheadSelfAttention
 from vlmkernels.models.parts.generation import StepOutput, generate
 from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.models.parts.resnet import ResNet
+from vlmkernels.models.parts.token_loss import IGNORE
 from vlmkernels.models.parts.transformer import Block, LayerNorm
-from vlmkernels.nn.dense import Linear, tied_logits
+from vlmkernels.nn.dense import Linear, table_for, tied_logits
 from vlmkernels.nn.kv_cache import KVCache
 
 FORMS = ("encoder_decoder", "prefix_lm")
@@ -219,7 +221,7 @@ class SimVLM(Pretrained):
         *,
         return_logits: bool = False,
     ) -> dict[str, Tensor]:
-        """The loss, and the logits with `return_logits`.
+        """The loss, which forms no logits; with `return_logits` the logits as well.
 
         Args:
             images: None for a batch of texts only.
@@ -244,13 +246,16 @@ class SimVLM(Pretrained):
         first = prefix_length[:, None] if isinstance(prefix_length, Tensor) else prefix_length
         counted = (position >= first - 1) & (position < lengths[:, None] - 1)  # [B, L] predicts its successor
         kept = (position >= first - 1) & (position < lengths[:, None]) if return_logits else counted
-        rows = self._logits(self._hidden(images, tokens, prefix_length, kept))  # [R, V]
-        targets = tokens[:, 1:][counted[:, :-1]]
+        hidden = self._hidden(images, tokens, prefix_length, kept)  # [R, D]
+        successors = tokens.roll(-1, 1).long().masked_fill(~counted, IGNORE)[kept]
+        table = table_for(hidden, self.token_embedding)
+        loss = vlmkernels.linear_cross_entropy(hidden, table, successors, ignore_index=IGNORE)
         if not return_logits:
-            return {"loss": _mean_loss(rows, targets)}
+            return {"loss": loss}
+        rows = self._logits(hidden)  # [R, V]
         logits = rows.new_zeros(*tokens.shape, rows.shape[1])
         logits[kept] = rows
-        return {"loss": _mean_loss(rows[counted[kept]], targets), "logits": logits}
+        return {"loss": loss, "logits": logits}
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         return tied_logits(hidden, self.token_embedding)
@@ -461,12 +466,6 @@ class _Decoding:
 
 def _blocks(*stacks: nn.ModuleList) -> list[Block]:
     return [cast(Block, block) for stack in stacks for block in stack]
-
-
-def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:  # [R, V], [R]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, targets.long(), reduction="sum")
-    return total / torch.ones_like(targets).sum().clamp_min(1)
 
 
 CONFIGS: dict[str, SimVLMConfig] = {

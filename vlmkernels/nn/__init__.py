@@ -1,7 +1,7 @@
 """Modules on top of the ops."""
 
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
-from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, SigLipLoss
+from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -9,6 +9,7 @@ __all__ = [
     "ClipLoss",
     "GatedCrossAttentionBlock",
     "InfoNCELoss",
+    "LinearCrossEntropyLoss",
     "MaskedCrossAttention",
     "MediaCache",
     "PerceiverResampler",

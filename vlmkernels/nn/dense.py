@@ -90,7 +90,12 @@ def tied_logits(
     embedding: nn.Module,
 ) -> Tensor:  # [..., V]
     """``hidden E^T`` for the table E [V, D] of an embedding."""
+    return vlmkernels.linear(hidden, table_for(hidden, embedding))
+
+
+def table_for(hidden: Tensor, embedding: nn.Module) -> Tensor:  # [V, D]
+    """The table of an embedding, on the device of what it is multiplied with."""
     table = cast(nn.Embedding, embedding).weight
-    if table.device != hidden.device or not are_plain(table):  # offloaded, sharded, quantized: call it
-        table = embedding(torch.arange(table.shape[0], device=hidden.device))
-    return vlmkernels.linear(hidden, table)
+    if table.device == hidden.device and are_plain(table):
+        return table
+    return embedding(torch.arange(table.shape[0], device=hidden.device))  # offloaded, sharded, quantized

@@ -1,4 +1,4 @@
-"""Contrastive losses as modules, on `vlmkernels.info_nce` and `vlmkernels.sigmoid_loss`.
+"""Losses as modules, on the ops `info_nce`, `sigmoid_loss` and `linear_cross_entropy`.
 
 `ClipLoss` and `SigLipLoss` replace open_clip 3.3.0's classes: same constructor, same forward, but no N x N
 matrix.
@@ -220,4 +220,44 @@ class InfoNCELoss(nn.Module):
             weight=weight,
             reduction=self.reduction,
             store_bytes=self.store_bytes,
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`vlmkernels.linear_cross_entropy` with its options, as torch.nn.CrossEntropyLoss has those of its own.
+
+    The classes' weight is not a parameter of the loss: give that of the model's head, which stays where it is
+    and may be tied to an embedding.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        target: Tensor,  # [...] int64
+        bias: Tensor | None = None,  # [V]
+        *,
+        column_scale: Tensor | None = None,  # [V]
+    ) -> Tensor:
+        """The loss, a scalar or [...] with reduction "none"; errors as in `linear_cross_entropy`."""
+        return vlmkernels.linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            column_scale=column_scale,
+            reduction=self.reduction,
         )

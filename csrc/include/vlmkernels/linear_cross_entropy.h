@@ -30,17 +30,17 @@ struct LinearCrossEntropy {
   P *dhidden, *dweight;   // [N, D], [V, D]
 
   // kKeyTiles blocks of classes make a group, whose tiles of one block of rows lie side by side.
-  static constexpr int64_t group = kKeyTiles<P>, tile_size = kTileRows * kTileCols;
+  static constexpr int64_t group = kKeyTiles<P>;
   int64_t groups() const { return ceil_div(pairs.row_blocks(), group); }
   acc_t<P>* logits(int64_t ib, int64_t jb) const {
-    return tiles + ((ib / group * (last - first) + jb - first) * group + ib % group) * tile_size;
+    return tiles + ((ib / group * (last - first) + jb - first) * group + ib % group) * kTileSize;
   }
   // [group * kTileRows][kTileCols]; for operands of paired rows, [group * kTileRows / 2][kTileCols][2] comes next.
   P* gradients(int64_t classes, int64_t jb) const { return reinterpret_cast<P*>(logits(classes * group, jb)); }
 };
 
 VLMK_PER_ISA(
-    // z and the sums over one chunk of classes, of block jb of rows. scratch: kTileRows * kTileCols, unless there are tiles.
+    // z and the sums over one chunk of classes, of block jb of rows. scratch: kTileSize, unless there are tiles.
     template <class P>
     void linear_cross_entropy_logits(const LinearCrossEntropy<P>&, int64_t class_chunk, int64_t jb, acc_t<P>* scratch);
     // Losses and r of block jb of rows from the sums of all chunks.

@@ -109,6 +109,7 @@ class LanguageModelCall:
         known = inspect.signature(language_model.forward).parameters
         self.takes_positions = "position_ids" in known
         self.takes_logits_to_keep = "logits_to_keep" in known
+        self.takes_return_logits = "return_logits" in known
 
     def arguments(
         self,

@@ -81,8 +81,9 @@ class Flamingo(RowKind):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         tokens = batch["tokens"]
         labels, mask = self.labels(tokenizer, tokens), self.attention_mask(tokenizer, tokens)
-        output = model(batch["images"], tokens, attention_mask=mask, labels=labels)
-        return output["loss"], output["logits"], labels
+        options = {"attention_mask": mask, "labels": labels, "return_logits": with_logits}
+        output = model(batch["images"], tokens, **options)
+        return output["loss"], output.get("logits"), labels
 
     def generate(
         self, model: Any, tokenizer: CaptionTokenizer, images: Any, prompts: Tensor, **decoding: Any

@@ -28,8 +28,9 @@ class LanguageModel(RowKind):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         tokens = batch["tokens"]
         labels = self.labels(tokenizer, tokens)
-        logits = model(tokens, self.attention_mask(tokenizer, tokens)).logits
-        return decoder.next_token_loss(logits, labels), logits, labels
+        mask = self.attention_mask(tokenizer, tokens)
+        output = model(tokens, mask, labels=labels, return_logits=with_logits)
+        return output.loss, output.logits, labels
 
     def generate(
         self, model: Any, tokenizer: CaptionTokenizer, images: Any, prompts: Tensor, **decoding: Any
