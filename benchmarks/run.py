@@ -6,7 +6,7 @@
     python -m benchmarks.run --quick                cut sizes, no torch.compile, nothing written
     python -m benchmarks.run --verify               the tests that stored results lack, on what they measured
     python -m benchmarks.run --write-docs           the tables in README.md and docs/ from the stored results
-    python -m benchmarks.run --against REV          this tree beside an earlier revision, nothing written
+    python -m benchmarks.run --against REV          this tree against an earlier revision, nothing written
 
 The tests of an op run first and a red op is not timed. Results have the hash of the sources that were
 measured, and --write-docs takes those alone whose tests were green: what --no-tests measured waits for
@@ -88,7 +88,7 @@ def measure_case(
                 if case.memory and case.backward:
                     saved[name] = saved_activation_bytes(partial(fn, **tensors), parameters=tensors.values())
             call[name] = run
-        except Exception as error:  # whatever stops a peer becomes the reason in its row
+        except Exception as error:  # any failure of a peer is the reason given in its row
             if name == registry.OURS:
                 raise
             row["why_not"] = str(error) if isinstance(error, ArithmeticError) else measure.reason(error)
@@ -262,7 +262,7 @@ def run_ops(
 def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: bool) -> list[Case]:
     """The cases of `ops` and those that run with them (all when empty) whose name matches `pattern`.
 
-    Long ones only when asked for.
+    Long ones only if requested.
     """
     cases = list(cases)
     unknown = set(ops) - {case.op for case in cases}
@@ -284,7 +284,7 @@ def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: boo
 
 
 def against_revision(cases: Sequence[Case], args: argparse.Namespace) -> int:
-    """The cases of ops whose tests are green, beside those of an earlier revision; 1 where one got worse."""
+    """The cases of ops whose tests are green, against those of an earlier revision; 1 if any got worse."""
     ops = dict.fromkeys(case.op for case in cases)
     red = set()
     for op in () if args.no_tests else ops:

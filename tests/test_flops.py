@@ -33,7 +33,7 @@ def trained_in_turn(*shapes):
 
 
 def by_name(library, op):
-    """The op, and what else it needs, as a function of the tensors whose gradients are asked for in turn."""
+    """The op, and what else it needs, as a function of the tensors whose gradients are needed in turn."""
     fn = getattr(library, op)
     return {
         "linear": lambda x, w, b: fn(x, w, b, activation="gelu"),
