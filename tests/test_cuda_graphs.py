@@ -1,4 +1,4 @@
-"""No op but one waits for the host, so that CUDA graphs capture them: without memory, and on a GPU."""
+"""No op waits for the host, so that a CUDA graph captures it: on tensors without memory, and on a GPU."""
 
 import contextlib
 from unittest import mock
@@ -90,6 +90,10 @@ def losses(dtype):
     yield "info_nce of each row", nce, (query, key, scale), of_each
     yield "info_nce by id", nce, (query, keys, scale), by_id
     yield "info_nce by index", nce, (query, keys, scale), by_index | {"symmetric": False}
+    of_hidden = vlmkernels.linear_cross_entropy
+    target = {"target": by_index["positives"]}
+    yield "linear_cross_entropy", of_hidden, (query, keys), target | {"label_smoothing": 0.1}
+    yield "linear_cross_entropy of each row", of_hidden, (query, keys), target | of_each
     yield "sigmoid_loss", sigmoid, (query, key, scale, bias), {"normalize": True}
     yield "sigmoid_loss of each row", sigmoid, (query, key, scale, bias), of_each
     yield "sigmoid_loss by id", sigmoid, (query, keys, scale, bias), by_id
@@ -164,13 +168,7 @@ def op_of(name):
 
 
 def test_no_op_is_missing():
-    """linear_cross_entropy waits: how many rows it drops decides the sizes of its products."""
-    assert {op_of(name) for name in calls(torch.float32)} == set(vlmkernels.ops.__all__) - {
-        "linear_cross_entropy"
-    }
-    rows, target = torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    with on_a_card(), pytest.raises(NotImplementedError, match="nonzero"):
-        vlmkernels.linear_cross_entropy(rows, rows, target)
+    assert {op_of(name) for name in calls(torch.float32)} == set(vlmkernels.ops.__all__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,7 +179,8 @@ def test_an_op_does_not_wait(name, dtype):
     with on_a_card() as card:
         step(op, tensors, options)
     assert card.ran[0] == op_of(name)
-    assert len(card.ran) > 1
+    # One op alone: gradients that the reference formed in the forward.
+    assert len(card.ran) > 1 or name == "linear_cross_entropy"
 
 
 WAITS = {

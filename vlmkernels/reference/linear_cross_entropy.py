@@ -29,11 +29,13 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     check("linear_cross_entropy", rows, weight, flat, bias, column_scale, ignore_index)
     counted = flat != ignore_index
-    z = logits(rows[counted], weight, bias, column_scale)  # [n, V]
-    losses = F.cross_entropy(z, flat[counted], reduction="none", label_smoothing=label_smoothing)
+    z = logits(rows.where(counted[:, None], 0), weight, bias, column_scale)  # [N, V]
+    losses = F.cross_entropy(
+        z, flat, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
     if reduction == "none":
-        return losses.new_zeros(flat.shape).masked_scatter(counted, losses).reshape(target.shape)
-    return losses.sum() / max(len(losses), 1) if reduction == "mean" else losses.sum()
+        return losses.reshape(target.shape)
+    return losses.sum() / counted.sum().clamp_min(1) if reduction == "mean" else losses.sum()
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, column_scale: Tensor | None) -> Tensor:
@@ -70,15 +72,15 @@ def linear_cross_entropy_bwd(
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = (weight if bias is None else bias).new_empty(0)
     if any(needs):
-        work, counted = torch.promote_types(hidden.dtype, torch.float32), target != ignore_index
-        h, w = hidden[counted].to(work), weight.to(work)
-        u = dloss.to(work) / (max(len(h), 1) if reduction == "mean" else 1)
-        u = u.expand(target.shape)[counted][:, None]
-        dz = logits(hidden[counted], weight, bias, column_scale).softmax(1) - label_smoothing / max(len(w), 1)
-        dz[torch.arange(len(h), device=h.device), target[counted]] -= 1 - label_smoothing
-        dz = u * dz if column_scale is None else u * dz * column_scale.to(work)  # [n, V]
+        work, counted = torch.promote_types(hidden.dtype, torch.float32), (target != ignore_index)[:, None]
+        h, w = hidden.where(counted, 0).to(work), weight.to(work)
+        u = dloss.to(work) / (counted.sum().clamp_min(1) if reduction == "mean" else 1)
+        q = torch.arange(len(w), device=w.device) == target[:, None]  # [N, V]
+        q = (1 - label_smoothing) * q.to(work) + label_smoothing / max(len(w), 1)
+        dz = u.expand(target.shape)[:, None] * (logits(h, weight, bias, column_scale).softmax(1) - q)
+        dz = (dz if column_scale is None else dz * column_scale.to(work)).where(counted, 0)  # [N, V]
         if needs[0]:
-            dhidden = hidden.new_zeros(hidden.shape).index_put((counted,), (dz @ w).to(hidden.dtype))
+            dhidden = (dz @ w).to(hidden.dtype).contiguous()
         if needs[1]:
             dweight = (dz.T @ h).to(weight.dtype).contiguous()
         if needs[2]:
