@@ -22,6 +22,7 @@ from vlmkernels._files import write_text
 from . import kinds
 
 SHIPPED = "configs"
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError)  # deep nesting, integers of many digits
 SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
@@ -223,7 +224,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is dict:
         parsed = value
         if isinstance(value, str):
-            with contextlib.suppress(yaml.YAMLError):
+            with contextlib.suppress(*YAML_ERRORS):
                 parsed = yaml.safe_load(value)
         if isinstance(parsed, Mapping):
             return dict(parsed)
@@ -254,10 +255,10 @@ def read_config(source: str | Path) -> dict[str, Any]:
     """
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     elif str(source).removesuffix(".yaml") in shipped_configs():
         entry = resources.files(__package__) / SHIPPED / (str(source).removesuffix(".yaml") + ".yaml")
-        text = entry.read_text(encoding="utf-8")
+        text = entry.read_bytes()
     else:
         raise FileNotFoundError(
             f"config: no file {source!s}; the configurations that come with vlmkernels are "
@@ -265,7 +266,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ValueError(f"config: {source!s} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         values = {}
