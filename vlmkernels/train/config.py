@@ -26,16 +26,15 @@ YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError)  # deep nesting, inte
 SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
-def option(default: Any, help: str, *, least: int | None = None, owner: str | None = None) -> Any:
+def option(default: Any, help: str, *, least: int | None = None) -> Any:
     """A field that is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    ``least`` is its smallest value. ``owner`` names the kinds that have the option, in the error for
-    any other kind; without an owner the others ignore it.
+    ``least`` is its smallest value.
     """
     more: dict[str, Any] = {"default": default}
     if isinstance(default, dict):
         more = {"default_factory": lambda: dict(default)}
-    return dataclasses.field(**more, metadata={"help": help, "least": least, "owner": owner})
+    return dataclasses.field(**more, metadata={"help": help, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,6 @@ class Setting:
     default: Any
     help: str
     least: int | None
-    owner: str | None
 
 
 @cache
