@@ -146,7 +146,7 @@ def compare(
     seconds: float = 12.0,
     memory: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each case of `kind` ("ops" or "models"), the first tree beside the second, earlier one."""
+    """A row for each case of `kind` ("ops" or "models"), the first tree against the second, earlier one."""
     settings = {"kind": kind, "quick": quick, "device": device, "threads": threads}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,4 +1,4 @@
-"""Time and memory of the fused loss beside other libraries', forward and backward, fp32, interleaved.
+"""Time and memory of the fused loss against other libraries', forward and backward, fp32, interleaved.
 
 `python -m benchmarks.demo_timing N,D ...` is the fresh process that measures memory and prints it as JSON.
 """

@@ -1,4 +1,4 @@
-"""`vlmkernels train clip` on emoji3 beside the same training of open_clip's model: time and quality.
+"""`vlmkernels train clip` on emoji3 against the same training of open_clip's model: time and quality.
 
     python -m benchmarks.end_to_end                        seeds 0, 1, 2, clip-emoji
     python -m benchmarks.end_to_end --seeds 0 --max-steps 20

@@ -5,7 +5,7 @@
     python -m benchmarks.flamingo_experiment --quick      seconds, to try the script; numbers mean nothing
 
 For each seed three trainings, each a call of `vlmkernels train`: clip-scenes, lm-scenes, and flamingo-scenes
-between these two, which stay frozen. Then the test scenes are captioned by the language model alone, by the
+between these two, which stay frozen. Then the test scenes are captioned by only the language model, by the
 Flamingo, and by the Flamingo when every scene gets the image of another one; chance is what the right
 captions of those other scenes score. Results are kept in
 benchmarks/results/flamingo/, a file for each seed, and the table is made of all that are there.
@@ -122,7 +122,7 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
 
 
 def verdict(run: dict[str, Any]) -> dict[str, bool]:
-    """What has to hold for each seed: images help, and other images do not."""
+    """The claims for each seed: images help, and other images do not."""
     judged = run["evaluation"]
     perplexity = {name: result["perplexity"] for name, result in judged.items()}
     slots = {name: result["slots"]["slots"] for name, result in judged.items()}
@@ -168,7 +168,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> bool:
-    """Run the experiment; whether everything held."""
+    """Runs the experiment; returns whether every claim holds."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=1000, help="test scenes of each kind")

@@ -5,7 +5,7 @@
     python -m benchmarks.long_run --seeds 0 --epochs 5  one seed, fewer epochs
 
 Every seed is one call of `vlmkernels train` in a process of its own. Results are kept in
-benchmarks/results/long_run/ by loss and epochs, and a later call prints its times beside those of the other
+benchmarks/results/long_run/ by loss and epochs, and a later call prints its times next to those of the other
 loss.
 """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_SAMPLE = 0.01  # seconds: shorter calls are repeated within a sample
-MAX_SAMPLE = 0.2  # seconds after which no call is repeated, whatever its first timing promised
+MAX_SAMPLE = 0.2  # seconds after which no call is repeated, regardless of its first timing
 TILES = (
     (64, 256, 512),
     (128, 256, 512),
@@ -44,7 +44,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def step(
     fn: Callable[..., Tensor], tensors: Mapping[str, Tensor], dout: Tensor | None, backward: bool
 ) -> tuple:
-    """One call of `fn`: its result, then the gradients of the tensors that ask for one."""
+    """One call of `fn`: its result, then the gradients of the tensors that require one."""
     if not backward:
         with torch.no_grad():
             return (fn(**tensors),)
@@ -114,7 +114,7 @@ def pairs(
 
 
 def tensor_bytes(tensors: Iterable[Any], known: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of `tensors` that `known` does not hold."""
+    """Bytes of the distinct storages of `tensors` that are not in `known`."""
     seen = {t.untyped_storage().data_ptr() for t in known}
     total = 0
     for t in tensors:
@@ -134,7 +134,7 @@ def _status(field: str) -> int:
 def peak_extra(fn: Callable[[], tuple], known: Sequence[Tensor], device: str = "cpu") -> int:
     """Bytes that one call of `fn` needs at its peak, above `known` (its inputs) and the tensors it returns.
 
-    On the CPU it is the growth of the process's resident set, whoever allocates: the high-water mark of the
+    On the CPU it is the growth of the process's resident set with any allocator: the high-water mark of the
     system (VmHWM, reset through /proc/self/clear_refs) counts heap, mmap and thread stacks alike. Free
     pages that the allocator has kept are given back first, or they would hide what the call takes; run it
     in a process with a fixed MALLOC_MMAP_THRESHOLD_ (`memory_of` does). On other devices it is torch's
@@ -193,7 +193,7 @@ def _memory_in_this_process(case: Any, device: str) -> dict[str, Any]:
             fn = make()
             step(fn, *((tensors, dout) if compiled else case.inputs(device, small=True)), case.backward)
             found[name] = peak_extra(lambda fn=fn: step(fn, tensors, dout, case.backward), known, device)
-        except Exception as error:  # whatever stops a peer becomes the reason in its row
+        except Exception as error:  # any failure of a peer is the reason given in its row
             found[name] = reason(error)
     return found
 

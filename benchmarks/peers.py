@@ -65,8 +65,8 @@ def _import(target: str) -> Any:
 def _declare_torchvision_operators() -> None:
     """Declares the operators that torchvision's Python code names at import, where its extension cannot load.
 
-    The wheel of the default package index is built against CUDA and its extension does not load beside the
-    CPU build of torch; `import torchvision` then fails on the missing schemas. With the schemas alone it
+    The wheel of the default package index is built against CUDA and its extension does not load with the
+    CPU build of torch; `import torchvision` then fails on the missing schemas. With only the schemas it
     imports and reports that it has no compiled operators.
     """
     global _library

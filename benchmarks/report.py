@@ -1,8 +1,8 @@
 """Results on disk and the tables made from them.
 
 `results/<machine>.json` is `{"machine", "runs": {id: header}, "ops": {op: [case, ...]}}`; a case names the
-run that measured it. Documents hold `<!-- benchmarks: NAME -->` ... `<!-- /benchmarks -->`; NAME is an op,
-"all", or "headline".
+run that measured it, and a run the tests of what it measured (verdicts.py). Documents hold
+`<!-- benchmarks: NAME -->` ... `<!-- /benchmarks -->`; NAME is an op, "all", or "headline".
 """
 
 from __future__ import annotations
@@ -120,20 +120,55 @@ def provenance(header: dict[str, Any], op: str | None = None) -> str:
     changes = " with local changes" if header["dirty"] else ""
     device = f"{header['cpu']}, {header['gpu']}" if header.get("gpu") else header["cpu"]
     load = "load average {:.2f} at the start, {:.2f} at the end".format(header["load"][0], header["load"][-1])
+    tests = [f"{name}: {_said(said)}" for name, said in header["tests"].items() if op in (None, name)]
     facts = [
         f"`{header['command']}`, {header['date']}, commit {header['commit'][:12]}{changes}",
         f"{device}, {header['isa']}, {header['threads']} threads, {load}",
         ", ".join(f"{name} {version}" for name, version in header["versions"].items()),
         "runs here: " + ", ".join(f"{name}: {kernel}" for name, kernel in kernels.items()),
         "limits: " + "; ".join(rates),
-        "tests: "
-        + ", ".join(f"{name} {state}" for name, state in header["tests"].items() if op in (None, name)),
+        "tests: " + "; ".join(tests),
     ]
     return "\n".join(f"- {fact}" for fact in facts) + "\n"
 
 
+def _said(tests: dict[str, Any]) -> str:
+    if "green" not in tests:
+        return f"not run on the sources {tests['sources']}"
+    return "{said}, on the sources {sources}, {on}, {date}".format(**tests)
+
+
+def is_green(header: dict[str, Any], op: str) -> bool:
+    """Whether tests of the sources that a run measured passed."""
+    return bool(header["tests"].get(op, {}).get("green"))
+
+
+def unverified(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Whose rows no document may have, since tests of what they measured were not seen to be green."""
+    runs = {
+        (op, result["machine"], case["run"]): result["runs"][case["run"]]
+        for result in results
+        for op, cases in result["ops"].items()
+        for case in cases
+    }
+    return [
+        f"{op} on {machine}, run {run}"
+        for (op, machine, run), header in runs.items()
+        if not is_green(header, op)
+    ]
+
+
+def _verified(result: dict[str, Any]) -> dict[str, Any]:
+    ops = {
+        op: [case for case in cases if is_green(result["runs"][case["run"]], op)]
+        for op, cases in result["ops"].items()
+    }
+    return {**result, "ops": ops}
+
+
 def render(block: str, results: list[dict[str, Any]]) -> str:
-    """The text between the markers of `block`."""
+    """The text between the markers of `block`, of rows whose tests were green."""
+    results = [_verified(result) for result in results]
     if block == "headline":
         return _headline(results)
     parts = []

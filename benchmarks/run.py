@@ -4,10 +4,13 @@
     python -m benchmarks.run info_nce --case 4096   some cases of one op
     python -m benchmarks.run --long                 the cases of minutes as well
     python -m benchmarks.run --quick                cut sizes, no torch.compile, nothing written
+    python -m benchmarks.run --verify               the tests that stored results lack, on what they measured
     python -m benchmarks.run --write-docs           the tables in README.md and docs/ from the stored results
-    python -m benchmarks.run --against REV          this tree beside an earlier revision, nothing written
+    python -m benchmarks.run --against REV          this tree against an earlier revision, nothing written
 
-The tests of an op run first and a red op is not timed, unless --no-tests leaves them out; tables say so.
+The tests of an op run first and a red op is not timed. Results have the hash of the sources that were
+measured, and --write-docs takes those alone whose tests were green: what --no-tests measured waits for
+--verify.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor
 
 import vlmkernels
-from benchmarks import against, measure, report
+from benchmarks import against, measure, report, sources, verdicts
 from benchmarks import cases as registry
 from benchmarks.cases import Case
 from vlmkernels.testing import saved_activation_bytes
@@ -40,29 +43,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("open_clip_torch", "transformers", "open-flamingo", "triton")
 ISAS = (("avx2", "avx2"), ("avx512f", "avx512"), ("avx512_bf16", "avx512-bf16"), ("amx_bf16", "amx"))
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
-
-
-def run_tests(op: str, folder: Path = ROOT / "tests") -> tuple[bool, str]:
-    """Whether tests/test_<op>.py passes (of a module tests/test_nn_<op>.py), and pytest's last line."""
-    paths = [folder / f"test_{op}.py", folder / f"test_nn_{op}.py"]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return False, f"{paths[0].name} does not exist"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(path),
-        "-q",
-        "-x",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    return done.returncode == 0, lines[-1].strip("= ")
 
 
 def disagreement(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> str | None:
@@ -108,7 +88,7 @@ def measure_case(
                 if case.memory and case.backward:
                     saved[name] = saved_activation_bytes(partial(fn, **tensors), parameters=tensors.values())
             call[name] = run
-        except Exception as error:  # whatever stops a peer becomes the reason in its row
+        except Exception as error:  # any failure of a peer is the reason given in its row
             if name == registry.OURS:
                 raise
             row["why_not"] = str(error) if isinstance(error, ArithmeticError) else measure.reason(error)
@@ -232,6 +212,11 @@ def header_of(command: str, device: str, threads: int) -> dict[str, Any]:
     }
 
 
+def machine_of(header: dict[str, Any]) -> str:
+    """The machine of a run in words."""
+    return ", ".join(filter(None, (header["cpu"], header["gpu"], header["isa"])))
+
+
 def run_ops(
     cases: Sequence[Case],
     header: dict[str, Any],
@@ -239,7 +224,7 @@ def run_ops(
     device: str = "cpu",
     quick: bool = False,
     seconds: float = 12.0,
-    tests: Callable[[str], tuple[bool, str]] | None = run_tests,
+    tests: Callable[[str, Path], tuple[bool, str]] | None = verdicts.run_tests,
     memory: Callable[[Case], dict[str, Any]] = lambda case: {},
     store: Callable[[str, dict[str, Any], list[dict[str, Any]]], None] = lambda op, header, entries: None,
     say: Callable[[str], None] = print,
@@ -249,13 +234,12 @@ def run_ops(
     dtypes = list(dict.fromkeys(case.dtype for case in cases if case.flops))
     for op in dict.fromkeys(case.op for case in cases):
         if tests is None:
-            header["tests"][op] = "not run (--no-tests)"
+            header["tests"][op] = {"sources": sources.digest(sources.of(op))}
         else:
             say(f"{op}: tests")
-            green, summary = tests(op)
-            header["tests"][op] = summary
-            if not green:
-                say(f"{op}: not timed, its tests are red: {summary}")
+            found = header["tests"][op] = verdicts.verdict(op, machine_of(header), tests=tests)
+            if not found["green"]:
+                say(f"{op}: not timed, its tests are red: {found['said']}")
                 red.append(op)
                 continue
         before = measure.limits(device, dtypes, quick=quick)
@@ -278,7 +262,7 @@ def run_ops(
 def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: bool) -> list[Case]:
     """The cases of `ops` and those that run with them (all when empty) whose name matches `pattern`.
 
-    Long ones only when asked for.
+    Long ones only if requested.
     """
     cases = list(cases)
     unknown = set(ops) - {case.op for case in cases}
@@ -300,11 +284,11 @@ def select(cases: Iterable[Case], ops: Sequence[str], pattern: str, *, long: boo
 
 
 def against_revision(cases: Sequence[Case], args: argparse.Namespace) -> int:
-    """The cases of ops whose tests are green, beside those of an earlier revision; 1 where one got worse."""
+    """The cases of ops whose tests are green, against those of an earlier revision; 1 if any got worse."""
     ops = dict.fromkeys(case.op for case in cases)
     red = set()
     for op in () if args.no_tests else ops:
-        green, summary = run_tests(op)
+        green, summary = verdicts.run_tests(op)
         print(f"{op}: {summary}" if green else f"{op}: not timed, its tests are red: {summary}", flush=True)
         red |= set() if green else {op}
     worse = against.main(
@@ -330,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="cut sizes, no torch.compile, 3 rounds, nothing written"
     )
     parser.add_argument(
-        "--no-tests", action="store_true", help="time without testing first; the header says so"
+        "--no-tests", action="store_true", help="time without testing first; --verify can test later"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -339,19 +323,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument(
+        "--verify", action="store_true", help="only run the tests that stored results lack, on their sources"
+    )
+    parser.add_argument(
         "--write-docs", action="store_true", help="only write the tables in README.md and docs/"
     )
     parser.add_argument("--headline", action="store_true", help="only the cases of README's table")
     parser.add_argument("--against", metavar="REV", help="time an earlier revision in place of the peers")
     parser.add_argument("--list", action="store_true", help="only print the cases")
     args = parser.parse_args(arguments)
+    if args.verify:
+        here = machine_of(header_of("", args.device, args.threads))
+        for line in verdicts.verify(args.results, here):
+            print(line, flush=True)
+        return 1 if report.unverified(report.load_results(args.results)) else 0
     if args.write_docs:
         documents = [
             path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()
         ]
         for path in report.write_docs(args.results, documents):
             print(path.relative_to(ROOT))
-        return 0
+        lacking = report.unverified(report.load_results(args.results))
+        for line in lacking:
+            print(f"left out: {line}: no green tests of the sources that were measured; try --verify")
+        return 1 if lacking else 0
     declared = registry.all_cases(quick=args.quick, device=args.device)
     offered = [case for case in declared if case.headline or not args.headline]
     if args.list:
@@ -389,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=args.device,
         quick=args.quick,
         seconds=args.seconds,
-        tests=None if args.no_tests else run_tests,
+        tests=None if args.no_tests else verdicts.run_tests,
         memory=memory,
         store=store,
         say=partial(print, flush=True),

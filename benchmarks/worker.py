@@ -3,7 +3,7 @@
     python benchmarks/worker.py TREE
 
 Requests and answers are JSON, one a line, on standard input and output. The tree gives the library and the
-cases; this file and `measure.py` beside it time both trees alike.
+cases; this file and `measure.py` next to it time both trees alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A kind of training as somebody would add it: mean colours against bags of words.
+"""A kind of training as a contributor would add it: mean colours against bags of words.
 
 ``python -m tests.made_up_kind`` is the command with this kind in it.
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cases as registry
-from benchmarks import measure, peers, report, run
+from benchmarks import measure, peers, report, run, sources
 from benchmarks.cases import Baseline, Case, attention, case, pairwise, residual
 
 MODULES = ("cross_attention", "media_cache", "perceiver")
@@ -16,6 +16,9 @@ MODULES = ("cross_attention", "media_cache", "perceiver")
 
 def double(x):
     return x * 2
+
+
+GREEN = {"sources": "0123", "green": True, "said": "3 passed", "on": "a machine", "date": "2026-01-01"}
 
 
 def tiny(name: str = "tiny", **changes) -> Case:
@@ -231,33 +234,22 @@ def test_a_red_op_is_neither_timed_nor_stored(header, no_limits):
         "store": lambda *a: stored.append(a),
         "say": lambda text: None,
     }
-    red = run.run_ops([tiny(ours=counted)], header, tests=lambda op: (False, "1 failed"), **arguments)
+    red = run.run_ops([tiny(ours=counted)], header, tests=lambda op, root: (False, "1 failed"), **arguments)
     assert (red, stored, timed) == (["double"], [], [])
-    assert header["tests"] == {"double": "1 failed"}
+    assert (header["tests"]["double"]["green"], header["tests"]["double"]["said"]) == (False, "1 failed")
 
-    assert run.run_ops([tiny(ours=counted)], header, tests=lambda op: (True, "3 passed"), **arguments) == []
+    assert (
+        run.run_ops([tiny(ours=counted)], header, tests=lambda op, root: (True, "3 passed"), **arguments)
+        == []
+    )
     assert timed
     assert stored[0][0] == "double"
-    assert header["tests"] == {"double": "3 passed"}
+    assert (header["tests"]["double"]["green"], header["tests"]["double"]["said"]) == (True, "3 passed")
 
 
-def test_no_tests_is_recorded(header, no_limits):
+def test_without_tests_the_sources_are_recorded(header, no_limits):
     run.run_ops([tiny()], header, quick=True, seconds=0.0, tests=None, say=lambda text: None)
-    assert header["tests"] == {"double": "not run (--no-tests)"}
-
-
-def test_the_tests_of_an_op_decide(tmp_path):
-    (tmp_path / "test_good.py").write_text("def test(): pass\n")
-    (tmp_path / "test_bad.py").write_text("def test(): assert 0\n")
-    (tmp_path / "test_nn_module.py").write_text("def test(): pass\n")
-    green, summary = run.run_tests("good", tmp_path)
-    assert green
-    assert summary.startswith("1 passed")
-    green, summary = run.run_tests("bad", tmp_path)
-    assert not green
-    assert "1 failed" in summary
-    assert run.run_tests("module", tmp_path)[0]
-    assert run.run_tests("missing", tmp_path) == (False, "test_missing.py does not exist")
+    assert header["tests"] == {"double": {"sources": sources.digest(sources.of("double"))}}
 
 
 def test_header_says_where_the_numbers_are_from(header):
@@ -320,7 +312,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_tables_are_generated_between_markers_and_twice_is_once(tmp_path, header):
     results, page = tmp_path / "results", tmp_path / "page.md"
-    header = {**header, "limits": fake_limits("cpu", []), "tests": {"a": "3 passed"}, "kernels": {"a": "C++"}}
+    header = {**header, "limits": fake_limits("cpu", []), "tests": {"a": GREEN}, "kernels": {"a": "C++"}}
     report.merge(results / "m.json", "m", header, "a", [entry("x"), entry("y")], ["x", "y"])
     page.write_text("before\n<!-- benchmarks: a -->\nstale\n<!-- /benchmarks -->\nafter\n")
     assert report.write_docs(results, [page]) == [page]
@@ -335,6 +327,7 @@ def test_tables_are_generated_between_markers_and_twice_is_once(tmp_path, header
 
 
 def test_headline_names_the_eager_peer_and_the_best_compiled_one(tmp_path, header):
+    header["tests"] = {"a": GREEN}
     compiled = {**entry("x")["baselines"][0], "name": "compiled peer", "compiled": True}
     case = entry("x", baselines=[*entry("x")["baselines"], compiled], best_compiled="compiled peer")
     report.merge(tmp_path / "m.json", "m", header, "a", [case, entry("y", headline=False)], ["x", "y"])

@@ -270,7 +270,7 @@ def test_wheels_are_unpacked_for_the_run(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "True 1.5\n"
     assert day._version("made_up_peer") == "1.5"
-    assert [line.partition(" is left out: ")[0] for line in said] == ["other_peer-1.5-cp27-none-any.whl"]
+    assert [line.partition(" is skipped: ")[0] for line in said] == ["other_peer-1.5-cp27-none-any.whl"]
 
 
 # The time of kernels alone, with torch.cuda as its documentation has it

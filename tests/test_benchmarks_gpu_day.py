@@ -351,7 +351,7 @@ def test_results_of_another_machine_are_added_to_those_that_are_here(tmp_path, c
     assert set(states(here)) == {"green"}
     (there / "damaged.json").write_text('{"rows": {}} and more')
     assert command.main(["--take", str(there), "--results", str(here)]) == 1
-    assert f"{there}/damaged.json holds no results: Extra data" in capsys.readouterr().out
+    assert f"{there}/damaged.json contains no results: Extra data" in capsys.readouterr().out
     assert stored_in(here) == taken
 
 

@@ -124,7 +124,7 @@ def test_the_rule_without_a_file(monkeypatch, cpu, isa, tiles, float32, bfloat16
 
 @needs_extension
 def test_the_choice_decides_who_computes(products):
-    """oneDNN's and MKL's sums of 4,096 terms differ in their last bits, whoever is faster."""
+    """oneDNN's and MKL's sums of 4,096 terms differ in their last bits, no matter which is faster."""
     x, weight = torch.randn(300, 4096), torch.randn(200, 4096)
     products("torch")
     assert torch.equal(vlmkernels.linear(x, weight), x @ weight.T)

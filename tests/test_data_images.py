@@ -218,7 +218,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
 
 
 def test_no_interpreter_is_started(tmp_path, monkeypatch):
-    """Pillow draws EPS with Ghostscript, whatever the file is called."""
+    """Pillow draws EPS with Ghostscript, whatever the file's name."""
     started = tmp_path / "started"
     fake = tmp_path / "gs"
     fake.write_text(f"#!/bin/sh\ntouch {started}\n")

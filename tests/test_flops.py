@@ -1,6 +1,7 @@
 """What torch's FlopCounterMode counts for the ops: as much as for their composition in plain PyTorch."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import (
 import vlmkernels
 from tests.every_model import build
 from vlmkernels import _library, intervals, reference
+from vlmkernels.ops import FAMILIES
 
 
 def counted(fn, tensors) -> tuple[int, int]:
@@ -32,42 +34,33 @@ def trained_in_turn(*shapes):
         yield [torch.randn(shape).requires_grad_(need) for shape, need in zip(shapes, needs, strict=True)]
 
 
-def by_name(library, op):
-    """The op, and what else it needs, as a function of the tensors whose gradients are asked for in turn."""
-    fn = getattr(library, op)
-    return {
-        "linear": lambda x, w, b: fn(x, w, b, activation="gelu"),
-        "mlp": lambda x, w1, b1, w2: fn(x, w1, b1, w2, None, activation="relu"),
-        "gated_mlp": lambda x, gate, up, down: fn(x, gate, up, down),
-        "gated_residual": lambda x, y, gate: fn(x, y, gate),
-        "gated_linear_residual": lambda x, h, w, gate: fn(x, h, w, gate),
-        "info_nce": lambda q, k, scale: fn(q, k, scale, label_smoothing=0.1),
-        "linear_cross_entropy": lambda h, w: fn(h, w, torch.tensor([3, 0, 1]), reduction="none"),
-        "sigmoid_loss": lambda q, k, scale: fn(q, k, scale, -1.0, normalize=True),
-    }[op]
-
-
-SHAPES = {
-    "linear": ((2, 3, 5), (7, 5), (7,)),
-    "mlp": ((2, 3, 5), (11, 5), (11,), (7, 11)),
-    "gated_mlp": ((2, 3, 5), (11, 5), (11, 5), (7, 11)),
-    "gated_residual": ((2, 3, 5), (2, 3, 5), (1,)),
-    "gated_linear_residual": ((2, 3, 5), (2, 3, 7), (5, 7), (5,)),
-    "info_nce": ((6, 5), (6, 5), ()),
-    "linear_cross_entropy": ((3, 5), (7, 5)),
-    "sigmoid_loss": ((6, 5), (6, 5), ()),
+# Of every op but attention: the tensors whose gradients are needed in turn, and what else it needs.
+OPS = {
+    "linear": (((2, 3, 5), (7, 5), (7,)), {"activation": "gelu"}),
+    "mlp": (((2, 3, 5), (11, 5), (11,), (7, 11)), {"b2": None, "activation": "relu"}),
+    "gated_mlp": (((2, 3, 5), (11, 5), (11, 5), (7, 11)), {}),
+    "gated_residual": (((2, 3, 5), (2, 3, 5), (1,)), {}),
+    "gated_linear_residual": (((2, 3, 5), (2, 3, 7), (5, 7), (5,)), {}),
+    "info_nce": (((6, 5), (6, 5), ()), {"label_smoothing": 0.1}),
+    "linear_cross_entropy": (((3, 5), (7, 5)), {"target": torch.tensor([3, 0, 1]), "reduction": "none"}),
+    "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
 }
 
 
-@pytest.mark.parametrize("op", SHAPES)
+def test_every_op_is_counted():
+    assert {*OPS, *FAMILIES["attention"]} == set(vlmkernels.ops.__all__)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_products_count_as_in_the_composition(op):
-    ours, plain = by_name(vlmkernels, op), by_name(reference, op)
-    for tensors in trained_in_turn(*SHAPES[op]):
+    shapes, options = OPS[op]
+    ours, plain = (partial(getattr(library, op), **options) for library in (vlmkernels, reference))
+    for tensors in trained_in_turn(*shapes):
         assert counted(ours, tensors) == counted(plain, tensors)
 
 
-def test_losses_too_large_to_hold_count_alike():
-    for n, m in ((600, 600), (6, 700)):
+def test_losses_of_all_sizes_count_alike():
+    for n, m in ((6, 6), (600, 600), (6, 700)):
         options = {"symmetric": n == m}
         for tensors in trained_in_turn((n, 5), (m, 5)):
             plain = counted(lambda q, k, o=options: reference.info_nce(q, k, 2.0, **o), tensors)

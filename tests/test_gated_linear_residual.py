@@ -371,7 +371,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"weight": torch.zeros(4)}, r"weight must be \[D, K\] = \(4, 5\), got \(4,\)"),
         (
             {"weight": torch.zeros(4, 5, dtype=torch.float64)},
-            "one dtype, got h torch.float32, weight torch.float64",
+            "the same dtype, got h torch.float32, weight torch.float64",
         ),
         ({"gate": torch.zeros(3)}, r"1 or D = 4 elements, got \(3,\)"),
         (
@@ -383,7 +383,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
             {"x": torch.zeros(3, 4, dtype=torch.int64)},
             "float32, float64, bfloat16 or float16, got x torch.int64",
         ),
-        ({"gate": torch.zeros(1, device="meta")}, r"one device, got \['cpu', 'meta'\]"),
+        ({"gate": torch.zeros(1, device="meta")}, r"the same device, got \['cpu', 'meta'\]"),
     ],
 )
 def test_bad_input(change, message):

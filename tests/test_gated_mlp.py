@@ -219,7 +219,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dt
         ({"w_up": torch.zeros(5, 5)}, r"w_up must be \[6, 5\], got \(5, 5\)"),
         ({"w_down": torch.zeros(3, 4)}, r"w_down must be \[\*, 6\], got \(3, 4\)"),
         ({"b_up": torch.zeros(5)}, r"b_up must be \[6\], got \(5,\)"),
-        ({"b_down": torch.zeros(4).double()}, "one dtype, got x torch.float32"),
+        ({"b_down": torch.zeros(4).double()}, "the same dtype, got x torch.float32"),
         ({"residual": torch.zeros(4)}, r"residual must be \(3, 4\), got \(4,\)"),
         ({"activation": None}, "activation must be one of none, gelu, .*, got None"),
     ],

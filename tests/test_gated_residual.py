@@ -193,7 +193,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
             {"x": torch.zeros(3, 4, dtype=torch.int64)},
             "float32, float64, bfloat16 or float16, got x torch.int64",
         ),
-        ({"x": torch.tensor(1.0), "y": torch.tensor(1.0)}, "one shape"),
+        ({"x": torch.tensor(1.0), "y": torch.tensor(1.0)}, "the same shape"),
     ],
 )
 def test_bad_input(change, message):

@@ -211,7 +211,7 @@ class TestMultiheadAttention:
 
         assert (
             patch(Own(16, 4)).refused[0].why
-            == "a subclass of torch.nn.MultiheadAttention with code of its own"
+            == "a subclass of torch.nn.MultiheadAttention with its own forward"
         )
         (entry,) = patch(nn.MultiheadAttention(16, 4, add_bias_kv=True), linear=False)
         assert entry.status == "refused"

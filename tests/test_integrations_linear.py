@@ -208,7 +208,7 @@ def test_what_is_refused():
     class Weight(nn.Parameter):
         pass
 
-    assert patch(Own(6, 4)).refused[0].why == "a subclass of torch.nn.Linear with code of its own"
+    assert patch(Own(6, 4)).refused[0].why == "a subclass of torch.nn.Linear with its own forward"
     module = nn.Linear(6, 4)
     module.weight = Weight(torch.randn(4, 6))
     assert patch(module).refused[0].why == "its weight is a subclass of Tensor"
@@ -308,12 +308,12 @@ def test_attention_takes_its_projections_along(calls):
     wanted = module(x, x, x, need_weights=False)[0]
     assert patch(module, attention=False) == []
     assert [entry.why for entry in patch(module, linear=False)] == [
-        "vlmkernels.interval_attention where need_weights=False"
+        "vlmkernels.interval_attention if need_weights=False"
     ]
     module(x, x, x, need_weights=False)
     assert calls == []
     (entry,) = patch(module)
-    assert entry.why == "vlmkernels.interval_attention and linear where need_weights=False"
+    assert entry.why == "vlmkernels.interval_attention and linear if need_weights=False"
     torch.testing.assert_close(module(x, x, x, need_weights=False)[0], wanted)
     assert calls == ["linear", "linear"]
     unpatch(module)

@@ -74,7 +74,9 @@ class TestOpenClipLosses:
         assert patch(loss.ClipLoss(world_size=2, gather_with_grad=True)).patched
         assert "use_horovod" in patch(loss.ClipLoss(use_horovod=True)).refused[0].why
         assert "builds the logits itself" in patch(loss.DistillClipLoss()).refused[0].why
-        with pytest.raises(ValueError, match=r"drop_in: wants a contrastive loss class .* got torch\.nn"):
+        with pytest.raises(
+            ValueError, match=r"drop_in: cls must be a contrastive loss class .* got torch\.nn"
+        ):
             drop_in(nn.Linear)
         with pytest.raises(ValueError, match=r"got open_clip\.loss\.DistillClipLoss"):
             drop_in(loss.DistillClipLoss)

@@ -172,4 +172,4 @@ def test_a_module_that_only_has_the_name_is_left_alone():
             return self.to_q(x)
 
     (entry,) = patch(MaskedCrossAttention(), linear=False)
-    assert entry.why == "computes attention in code of its own, with products and a softmax"
+    assert entry.why == "computes attention itself, with products and a softmax"

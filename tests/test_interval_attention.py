@@ -422,7 +422,10 @@ def good():
         ({"value": torch.zeros(2, 2, 7, 3)}, "key and value must have the same number of tokens"),
         ({"value": torch.zeros(2, 4, 6, 3)}, "heads of query must be a multiple"),
         ({"key": torch.zeros(3, 2, 6, 8)}, "the same batch size"),
-        ({"key": torch.zeros(2, 2, 6, 8).double()}, "one dtype, got query torch.float32, key torch.float64"),
+        (
+            {"key": torch.zeros(2, 2, 6, 8).double()},
+            "the same dtype, got query torch.float32, key torch.float64",
+        ),
         (
             {"query": torch.zeros(2, 4, 5, 8).int()},
             "float32, float64, bfloat16 or float16, got query torch.int32",

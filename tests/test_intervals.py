@@ -107,7 +107,7 @@ def test_lengths_are_integers():
         (lambda: intervals.media(floats[:, None], 2, 1), "media: text_time"),
         (lambda: intervals.media(ints[:, None], 2, floats), "media: num_media"),
     ):
-        with pytest.raises(ValueError, match=f"{name} must hold integers, got torch.float32"):
+        with pytest.raises(ValueError, match=f"{name} must contain integers, got torch.float32"):
             build()
 
 

@@ -316,9 +316,9 @@ def test_large_op_uses_more_than_one_thread(busy_threads, products):
         ({"weight": torch.zeros(5)}, r"weight must be \[\*, 5\], got \(5,\)"),
         (
             {"weight": torch.zeros(4, 5, dtype=torch.float64)},
-            "one dtype, got x torch.float32, weight torch.float64",
+            "the same dtype, got x torch.float32, weight torch.float64",
         ),
-        ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, "one dtype, got .* bias torch.bfloat16"),
+        ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, "the same dtype, got .* bias torch.bfloat16"),
         ({"bias": torch.zeros(5)}, r"bias must be \[4\], got \(5,\)"),
         ({"residual": torch.zeros(4)}, r"residual must be \(3, 4\), got \(4,\)"),
         ({"activation": "tanh"}, "activation must be one of none, gelu, .*, got 'tanh'"),
@@ -326,7 +326,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads, products):
             {"x": torch.zeros(3, 5, dtype=torch.int64)},
             "float32, float64, bfloat16 or float16, got x torch.int64",
         ),
-        ({"residual": torch.zeros(3, 4, device="meta")}, r"one device, got \['cpu', 'meta'\]"),
+        ({"residual": torch.zeros(3, 4, device="meta")}, r"the same device, got \['cpu', 'meta'\]"),
     ],
 )
 def test_bad_input(change, message):

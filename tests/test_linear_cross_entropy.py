@@ -394,9 +394,9 @@ BAD = [
     ({"column_scale": torch.zeros(1)}, "column_scale must be [V] = (7,), got (1,)"),
     ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
     ({"reduction": "batchmean"}, "reduction must be 'mean', 'sum' or 'none', got 'batchmean'"),
-    ({"weight": torch.zeros(7, 4, dtype=torch.float64)}, "must have one dtype"),
+    ({"weight": torch.zeros(7, 4, dtype=torch.float64)}, "must have the same dtype"),
     ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "must be float32"),
-    ({"weight": torch.zeros(7, 4, device="meta")}, "must be on one device"),
+    ({"weight": torch.zeros(7, 4, device="meta")}, "must be on the same device"),
 ]
 
 

@@ -247,7 +247,7 @@ run(512)
         ({"w2": torch.zeros(3, 4)}, r"w2 must be \[\*, 6\], got \(3, 4\)"),
         ({"b1": torch.zeros(5)}, r"b1 must be \[6\], got \(5,\)"),
         ({"b2": torch.zeros(6)}, r"b2 must be \[4\], got \(6,\)"),
-        ({"w2": torch.zeros(4, 6, dtype=torch.float64)}, "one dtype, got x torch.float32"),
+        ({"w2": torch.zeros(4, 6, dtype=torch.float64)}, "the same dtype, got x torch.float32"),
         ({"residual": torch.zeros(3, 6)}, r"residual must be \(3, 4\), got \(3, 6\)"),
         ({"activation": "swish"}, "activation must be one of none, gelu, .*, got 'swish'"),
     ],

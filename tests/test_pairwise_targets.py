@@ -44,7 +44,9 @@ def test_targets_of_another_kind_are_named(op, positives, got):
 @pytest.mark.parametrize("op", LOSSES)
 def test_ids_of_keys_alone_are_refused(op):
     _, raw = LOSSES[op]
-    with pytest.raises(ValueError, match=f"{op}: key_ids want the ids of the queries in positives, got None"):
+    with pytest.raises(
+        ValueError, match=f"{op}: key_ids require the ids of the queries in positives, got None"
+    ):
         raw(torch.randn(4, 5), None, torch.arange(4))
 
 

@@ -261,7 +261,7 @@ def good():
         ),
         ({"latent_value": torch.zeros(2, 2, 4, 4)}, "values must have the same width"),
         ({"latent_key": torch.zeros(2, 4, 4, 8)}, "heads of query must be a multiple"),
-        ({"media_key": torch.zeros(2, 2, 6, 8).double()}, "one dtype"),
+        ({"media_key": torch.zeros(2, 2, 6, 8).double()}, "the same dtype"),
         ({"media_lengths": torch.zeros(3).long()}, r"media_lengths must be int32 or int64 \[B\] = \(2,\)"),
         ({"media_lengths": torch.zeros(2)}, r"got torch.float32 \(2,\)"),
     ],

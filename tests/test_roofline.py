@@ -258,7 +258,7 @@ def test_all_stored_predictions_are_those_of_the_kernels(stored):
     assert stored["entries"] == made, "python -m benchmarks.gpu --predict"
 
 
-def test_published_figures_stand_beside_a_workload(stored):
-    shown = [figure for entry in stored["entries"] for figure in published.beside(entry)]
+def test_published_figures_belong_to_a_workload(stored):
+    shown = [figure for entry in stored["entries"] for figure in published.figures_for(entry)]
     assert len(shown) == len(published.FIGURES)
     assert all(figure.card in CARDS and figure.source for figure in published.FIGURES)

@@ -281,7 +281,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
     ("change", "message"),
     [
         ({"key": torch.zeros(4, 6)}, r"query \(4, 5\) and key \(4, 6\)"),
-        ({"key": torch.zeros(3, 5)}, "M >= N, got N = 4 and M = 3"),
+        ({"key": torch.zeros(3, 5)}, "M must be at least N, got N = 4 and M = 3"),
         ({"positives": torch.zeros(3, dtype=torch.int64)}, r"positives must be int64 of shape \(4,\)"),
         ({"positives": (torch.zeros(4, dtype=torch.int64), torch.zeros(4))}, r"positives\[1\]"),
         ({"reduction": "avg"}, "'avg'"),

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 START, END = intervals.causal(5)
 W, V = torch.randn(8, 6), torch.randn(6, 8)
+TARGET = torch.tensor([3, 0, -100, 7])
 
 # Each as a function of one tensor, which is every operand that can have a derivative.
 OPS = {
@@ -24,12 +25,17 @@ OPS = {
     "gated_linear_residual": (lambda x: vk.gated_linear_residual(x, x, W[:6], x[0, :1]), (4, 6)),
     "info_nce": (lambda x: vk.info_nce(x, x + 1, 2.0), (6, 4)),
     "info_nce streamed": (lambda x: vk.info_nce(x, x + 1, 2.0, reduction="none"), (6, 4)),
+    "linear_cross_entropy": (lambda x: vk.linear_cross_entropy(x, W, TARGET), (4, 6)),
     "sigmoid_loss": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0), (6, 4)),
     "sigmoid_loss streamed": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0, reduction="none"), (6, 4)),
     "interval_attention": (lambda x: vk.interval_attention(x, x, x, START, END), (2, 2, 5, 8)),
     "perceiver_attention": (lambda x: vk.perceiver_attention(x, x, x, x, x), (2, 2, 5, 8)),
 }
 every = pytest.mark.parametrize("op", OPS)
+
+
+def test_no_op_is_missing():
+    assert {name.split()[0] for name in OPS} == set(vk.ops.__all__)
 
 
 @every

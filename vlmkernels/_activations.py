@@ -28,7 +28,7 @@ class SquaredReLU(nn.Module):
 
 class Activation(NamedTuple):
     module: Callable[[], nn.Module]
-    onednn: tuple[str, str] | None = None  # name and form by which oneDNN applies it to a product itself
+    onednn: tuple[str, str] | None = None  # name and form by which oneDNN fuses it with a product
     others: tuple[str, ...] = ()  # classes of other libraries
     hugging_face: tuple[str, ...] = ()  # in configurations
 
@@ -78,7 +78,7 @@ _OTHERS = {cls: name for name, activation in ACTIVATIONS.items() for cls in acti
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The name under which the ops know what a module computes when it is called; None where they do not."""
+    """The ops' name of the activation that a module computes when called; None if it is none of theirs."""
     cls = type(module)
     if not has_own_forward(cls):
         return None

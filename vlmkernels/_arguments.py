@@ -1,4 +1,4 @@
-"""What all public functions ask of their arguments: of which kinds they are, and dtypes that kernels take."""
+"""Checks of the arguments of public functions: their types, and the dtypes that kernels support."""
 
 import functools
 import inspect
@@ -24,7 +24,7 @@ _ALSO: dict[type, tuple[type, ...]] = {  # what counts as a type
 
 
 def public(op: _Function) -> _Function:
-    """Has a failing call of `op` name the arguments that are not what their annotations say."""
+    """A failing call of `op` raises a TypeError that names the arguments of a wrong type."""
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -48,12 +48,12 @@ def dense(t: Tensor) -> bool:
 
 
 def known(dtype: torch.dtype) -> bool:
-    """Whether kernels take it for some argument."""
+    """Whether kernels support it for some argument."""
     return dtype in FLOATS or dtype in INTEGRAL
 
 
 def dtype_faults(tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor] | None = None) -> list[str]:
-    """What is wrong unless kernels take all dtypes, and `operands` have one or get one from autocast."""
+    """Errors unless kernels support all dtypes, and `operands` have the same or get it from autocast."""
     for t in tensors.values():
         if t.dtype not in FLOATS:
             return [f"{_listed(tensors)} must be {FLOATS_LISTED}, got {_dtypes(tensors)}"]
@@ -62,7 +62,7 @@ def dtype_faults(tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor] |
         if first is None:
             first = t
         elif t.dtype != first.dtype and not _under_autocast(t.device.type):
-            return [f"{_listed(operands or {})} must have one dtype, got {_dtypes(operands or {})}"]
+            return [f"{_listed(operands or {})} must have the same dtype, got {_dtypes(operands or {})}"]
     return []
 
 
@@ -75,7 +75,7 @@ def device_faults(tensors: Mapping[str, Tensor | None]) -> list[str]:
             first = t.device
         elif t.device != first:
             devices = sorted({str(t.device) for t in tensors.values() if t is not None})
-            return [f"all tensors must be on one device, got {devices}"]
+            return [f"all tensors must be on the same device, got {devices}"]
     return []
 
 
@@ -107,7 +107,7 @@ def _kind_faults(op: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]
         return []
     hints = get_type_hints(op)
     return [
-        f"{name} must be {_said(hints[name])}, got {_got(value)}"
+        f"{name} must be {_type_text(hints[name])}, got {_value_text(value)}"
         for name, value in given.items()
         if not _is_of(value, hints[name])
     ]
@@ -122,17 +122,17 @@ def _is_of(value: object, hint: Any) -> bool:
     return isinstance(value, (hint, *_ALSO.get(hint, ()))) and (not isinstance(value, Tensor) or dense(value))
 
 
-def _said(hint: Any) -> str:
+def _type_text(hint: Any) -> str:
     if get_origin(hint) is UnionType:
-        return " or ".join(map(_said, get_args(hint)))
+        return " or ".join(map(_type_text, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"({', '.join(map(_said, get_args(hint)))})"
+        return f"({', '.join(map(_type_text, get_args(hint)))})"
     return {Tensor: "dense Tensor", NoneType: "None"}.get(hint, hint.__name__)
 
 
-def _got(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(map(_got, value))})"
+        return f"({', '.join(map(_value_text, value))})"
     if isinstance(value, Tensor) and not dense(value):
         return f"a tensor that is {'nested' if value.is_nested else value.layout}"
     return type(value).__name__

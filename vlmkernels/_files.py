@@ -31,7 +31,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary name beside ``path`` and rename what it wrote to ``path``."""
+    """Call ``write`` with a temporary name in the folder of ``path`` and rename the result to ``path``."""
     partial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         with named(path):

@@ -10,7 +10,7 @@ from vlmkernels._version import __version__
 
 
 class Info(dict):
-    """What runs where; str() is a table for people."""
+    """What runs where; str() is a readable table."""
 
     def __str__(self) -> str:
         rows = [("op", *self["devices"]), *((op, *where.values()) for op, where in self["ops"].items())]
@@ -26,7 +26,7 @@ class Info(dict):
 def info() -> Info:
     """Per op and device the kernel that runs here, why a faster one does not, and on what machine.
 
-    Keys: "devices", "ops" (op -> device -> kernel), "versions", "cpu" (instruction set, who computes tile
+    Keys: "devices", "ops" (op -> device -> kernel), "versions", "cpu" (instruction set, the provider of tile
     products and the products of linear layers, threads) and "notes" (the reasons).
     """
     build = _native.extension.build() if _native.extension is not None else {}

@@ -1,4 +1,4 @@
-"""The `vlmkernels` namespace of torch.library: what an op is, and which kernel runs it on which device."""
+"""The `vlmkernels` namespace of torch.library: declares ops and registers their kernels per device."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ class _Library(torch.library.Library):
 
 
 def _in_reverse_only(name: str, kernel: Callable) -> Callable:
-    """Refuses what `kernel` would silently give no derivative for, or with a message that names no op."""
+    """Refuses calls for which `kernel` would silently return no derivative, or fail without naming the op."""
     transforms_active = torch._C._are_functorch_transforms_active
 
     def autograd(keyset: Any, *args: Any) -> Any:
@@ -68,18 +68,18 @@ def define(
 ) -> Any:
     """Declare an op and return its default overload.
 
-    `reference` runs on every device that has no kernel of its own. Its results have the shapes of the
-    kernels': graphs move between installs. ``backward(ctx, needs, *grads)`` is called when some gradient is
-    needed and some incoming one is there; `needs` says of each argument, by name, whether its gradient is
-    needed; what it returns has the gradients by name. Without it the op raises when a gradient through it is
-    asked for. Under autocast the arguments named in `autocast`, operands of matrix products, are cast, but no
+    `reference` runs on every device without a kernel. Its results must have the shapes of the kernels',
+    since graphs move between installs. ``backward(ctx, needs, *grads)`` is called if any gradient is needed
+    and any incoming one is not None; `needs` maps the name of each argument to whether its gradient is
+    needed, and the returned mapping has the gradients by name. Without it, a backward through the op raises.
+    Under autocast the arguments named in `autocast`, operands of matrix products, are cast unless they are
     float64. `flops`: see `define_part`.
     """
     name = _declare(schema, flops)
     if reference is not None:
         LIB.impl(name, torch.no_grad()(_checked(name, reference)), "CompositeExplicitAutograd")
         OPS.append(name)
-    torch.library.register_fake(f"vlmkernels::{name}", _on_one_device(name, fake), lib=LIB)
+    torch.library.register_fake(f"vlmkernels::{name}", _on_same_device(name, fake), lib=LIB)
 
     op = getattr(torch.ops.vlmkernels, name).default
     names = [argument.name for argument in op._schema.arguments]
@@ -105,7 +105,7 @@ def define(
 
 
 def _by_name(names: Sequence[str], backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
-    """What torch wants of a backward: a gradient or None for every argument, in their order."""
+    """A backward as torch expects it: a gradient or None for every argument, in order."""
 
     def in_order(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
@@ -118,12 +118,12 @@ def _by_name(names: Sequence[str], backward: Callable[..., Mapping[str, Tensor |
 
 
 def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Memory for the gradients of some tensors; one that nobody needs has size 0."""
+    """Memory for the gradients of some tensors; one that is not needed has size 0."""
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needs, strict=True))
 
 
 def _checked(name: str, kernel: Callable) -> Callable:
-    """A kernel in Python: what it computes on tensors of other layouts and dtypes is not defined."""
+    """A kernel in Python, which refuses tensors of layouts and dtypes for which it is not defined."""
 
     def checked(*args: Any) -> Any:
         for x in args:
@@ -134,13 +134,15 @@ def _checked(name: str, kernel: Callable) -> Callable:
     return checked
 
 
-def _on_one_device(name: str, fake: Callable) -> Callable:
-    """A shape function. One meta tensor among others ends up here: its result would be unwritten memory."""
+def _on_same_device(name: str, fake: Callable) -> Callable:
+    """A shape function. A call with one meta tensor among others is dispatched here and is refused."""
 
     def checked(*args: Any) -> Any:
         devices = {x.device for x in args if isinstance(x, Tensor)}
         if len(devices) > 1:
-            raise ValueError(f"{name}: all tensors must be on one device, got {sorted(map(str, devices))}")
+            raise ValueError(
+                f"{name}: all tensors must be on the same device, got {sorted(map(str, devices))}"
+            )
         return fake(*args)
 
     return checked
@@ -149,10 +151,10 @@ def _on_one_device(name: str, fake: Callable) -> Callable:
 def define_part(schema: str, *, flops: Callable[..., int]) -> Any:
     """Declare an op that others are made of and return its default overload.
 
-    It has kernels alone: no shape function, no reference, no gradient (python/internal.cpp refuses one).
-    `flops` gets the arguments of a call, shapes in place of tensors, and gives what
+    It has only kernels: no shape function, no reference, no gradient (python/internal.cpp refuses one).
+    `flops` gets the arguments of a call, with shapes instead of tensors, and returns what
     `torch.utils.flop_counter.FlopCounterMode` counts for the plain composition in PyTorch: 2 m n k for each
-    product of matrices and nothing else. Attention counts as scaled dot-product attention of all keys.
+    matrix product and nothing else. Attention counts as scaled dot-product attention of all keys.
     """
     return getattr(torch.ops.vlmkernels, _declare(schema, flops)).default
 

@@ -1,4 +1,4 @@
-"""Which modules may be passed over: their weights used without a call of theirs, and nobody notices."""
+"""Which modules can be fused: their weights are used without calling them, and the result is the same."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-# Other subclasses (distributed, quantized) say themselves what an operation of torch's on them is.
+# Other subclasses (distributed, quantized) define torch's operations themselves.
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
 
-# As torch has them: some programs replace the forward of a whole class.
+# torch's own: some programs replace the forward of a whole class.
 _REPLACEABLE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU)
 _FORWARDS: dict[type[nn.Module], object] = {cls: cls.forward for cls in _REPLACEABLE}
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether a hook waits for the module's call, or somebody replaced its forward."""
+    """Whether the module has hooks or a replaced forward, which a computation from its weights would skip."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -40,15 +40,15 @@ def is_exactly(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether nobody replaced the forward of one of torch's classes."""
+    """Whether the forward of one of torch's classes has not been replaced."""
     return cls.forward is _FORWARDS.get(cls, cls.forward)
 
 
-def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether what a module of one of these classes computes can be computed from its weights instead.
+def can_be_fused(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether the result of a module of one of these classes can be computed from its weights instead.
 
-    Not so where it is a subclass or a wrapper, where hooks, a replaced forward, a parametrization or an
-    offloading library wait for its call, or where its weights are no plain tensors.
+    False for a subclass or a wrapper, for a module whose hooks, replaced forward, parametrization or
+    offloading need its call, and for weights that are not plain tensors.
     """
     if not is_exactly(module, *classes) or must_be_called(module):
         return False
@@ -56,7 +56,7 @@ def passable(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether none of the tensors is a subclass that computes in a way of its own."""
+    """Whether none of the tensors is of a subclass with its own implementation of operations."""
     for tensor in tensors:  # noqa: SIM110 - a generator costs as much as the rest of a small call's checks
         if type(tensor) not in _TENSORS:
             return False
@@ -64,7 +64,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, or a recorder that knows only ops."""
+    """Whether torch.func or forward-mode derivatives are active, or a tracer that records only ops."""
     return (
         torch._C._get_tracing_state() is not None
         or torch.compiler._is_exporting_flag  # torch 2.9 to 2.11 compile is_exporting() as true
@@ -74,5 +74,5 @@ def is_transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether the code runs to be recorded: what the data holds must not decide what is done."""
+    """Whether the call is traced, so that control flow must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

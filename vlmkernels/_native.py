@@ -13,15 +13,15 @@ import torch
 
 from vlmkernels._version import __version__
 
-# A stored tile of the kernel of info_nce: rows, columns, bytes of its header. They show in the sizes of
-# results, which are the same without the extension. One that was built with other tiles is not loaded.
+# A stored tile of the kernel of info_nce: rows, columns, bytes of its header. They determine the sizes of
+# results, which are the same without the extension. One built with other tiles is not loaded.
 TILE_ROWS, TILE_COLS, TILE_HEADER = 128, 256, 64
 _LIBRARY = Path(__file__).with_name(f"_C{EXTENSION_SUFFIXES[0]}")
 _NOT_BUILT = "installed without its C++ extension (no compiler, or VLMKERNELS_NATIVE=0 at build time)"
 
 
 def _foreign() -> str:
-    """What else than this the extension was built for, as its file says."""
+    """What the extension was built for instead of this library and torch, as recorded in its file."""
     here = {
         "vlmkernels": __version__,
         "torch": torch.__version__,
@@ -51,8 +51,8 @@ def _load() -> tuple[ModuleType | None, str]:
         if not other:
             return importlib.import_module("vlmkernels._C"), ""
         reason = f"the C++ extension was built for {other}; reinstall vlmkernels"
-    except Exception as error:  # whatever stops a foreign library must not stop `import vlmkernels`
-        if os.environ.get("VLMKERNELS_CPU_ISA"):  # asked for by name, and its kernels may be registered
+    except Exception as error:  # a library that fails to load must not stop `import vlmkernels`
+        if os.environ.get("VLMKERNELS_CPU_ISA"):  # requested explicitly, and its kernels may be registered
             raise
         reason = f"the C++ extension does not load: {error}"
     warnings.warn(f"vlmkernels: {reason}. The reference kernels run instead.", RuntimeWarning, stacklevel=2)

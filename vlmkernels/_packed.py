@@ -20,7 +20,7 @@ class Packed:
 
 
 PACKED: dict[int, Packed] = {}  # by the id of the weight
-ROWS = 2048  # that an MLP works on at a time
+ROWS = 2048  # processed by an MLP at a time
 
 
 def entry_of(weight: Tensor) -> Packed | None:
@@ -41,7 +41,7 @@ def why_not(weight: Tensor) -> str:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 products"
     if weight.is_inference():
-        return "made in inference mode: its changes cannot be seen"
+        return "created in inference mode: its changes cannot be detected"
     return ""
 
 
@@ -53,19 +53,19 @@ def pack(weight: Tensor) -> None:
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
-    """What changes with the weight, as far as it can be seen."""
+    """Changes whenever the weight changes, as far as this can be detected."""
     return weight._version, weight.data_ptr(), weight.shape, weight.dtype
 
 
 def _is_recorded() -> bool:
-    """Packed weights are no part of a graph, and looking for them must not fix its sizes."""
+    """Packed weights are not part of a graph, and looking them up must not specialize its sizes."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
 def packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor | None:
-    """The layer on the packed weight, without a gradient; None where it has to run as usual.
+    """The layer on the packed weight, without a gradient; None if the layer has to run as usual.
 
     Raises:
         RuntimeError: the weight has changed since it was packed.
@@ -81,7 +81,8 @@ def packed_linear(
         return None
     if _state(weight) != entry.state:
         raise RuntimeError(
-            "a weight has changed since prepare_for_inference packed it: undo, and prepare the model again"
+            "a weight has changed since prepare_for_inference packed it: "
+            "call undo() and prepare the model again"
         )
     fused = ACTIVATIONS[activation].onednn if activation in ACTIVATIONS else None
     attribute, form = fused or ("none", "")
@@ -96,7 +97,7 @@ def packed_linear(
 def by_rows(
     mlp: Callable[[Tensor, Tensor | None], Tensor | None], x: Tensor, residual: Tensor | None
 ) -> Tensor | None:
-    """Calls it with some rows of x and of the residual at a time, so that no hidden layer exists whole."""
+    """Calls `mlp` on ROWS rows of x and of the residual at a time, which bounds its hidden activations."""
     if _is_recorded():
         return None
     if x.shape[:-1].numel() <= ROWS:

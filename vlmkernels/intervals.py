@@ -1,9 +1,9 @@
 """The masks of vision-language models as intervals: query i sees the keys start_i <= j < end_i.
 
 Every builder works on the device of its arguments without waiting for it and returns ``(start, end)``, int32,
-``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions stands for a number.
-Lengths are integers, a ValueError otherwise; one beyond int32 is longer than any sequence. `runs` reads
-intervals off a mask.
+``[T]`` or ``[B, T]``, non-decreasing along the queries. A tensor without dimensions counts as a number.
+Lengths must be integers (ValueError); one beyond int32 is longer than any sequence. `runs` converts a
+mask.
 """
 
 import torch
@@ -66,7 +66,7 @@ def packed(
 ) -> Intervals:
     """Documents one after the other: from the document's start to i + 1, or to the document's end; each [T].
 
-    ``cu_seqlens`` holds the documents' bounds, 0 first, as for variable-length attention. Rows past the last
+    ``cu_seqlens`` has the documents' bounds, 0 first, as for variable-length attention. Rows past the last
     document are empty.
     """
     bounds = _int32("packed", "cu_seqlens", cu_seqlens)
@@ -120,7 +120,7 @@ def text_time(
 def runs(
     mask: Tensor,  # [..., T] bool
 ) -> Intervals:  # [...] each
-    """From the first True of each row, as many as it has: their interval if `are_runs`; each [...]."""
+    """The interval of as many keys as a row has True, from its first one; exact if `are_runs`; each [...]."""
     start = mask.int().argmax(-1)  # bool has no argmax
     return start.to(torch.int32), (start + mask.sum(-1)).to(torch.int32)
 
@@ -137,7 +137,7 @@ def are_runs(
 
 def _int32(builder: str, name: str, numbers: Tensor) -> Tensor:
     if numbers.dtype not in INTEGRAL:
-        raise ValueError(f"{builder}: {name} must hold integers, got {numbers.dtype}")
+        raise ValueError(f"{builder}: {name} must contain integers, got {numbers.dtype}")
     if numbers.dtype == torch.int64:
         numbers = numbers.clamp(-_MOST, _MOST)
     return numbers.to(torch.int32)

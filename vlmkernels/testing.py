@@ -1,4 +1,4 @@
-"""Judging a kernel by what float64 says and by how well plain PyTorch does from the same inputs."""
+"""Tests of kernels against float64, with the error of plain PyTorch on the same inputs as the tolerance."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,19 +21,19 @@ def assert_as_good(
     ``1e-12 max|exact|`` for float64. A float32 number below the smallest normal one may be 0.
 
     Args:
-        got: what the kernel gave.
+        got: the kernel's result.
         low: the reference computed in float32 (float64 for float64 inputs) from the same inputs, of the dtype
-            of `got`; or several such results, of which the least exact one counts.
+            of `got`; or several such results, of which the least accurate counts.
         exact: the reference computed in float64.
-        cap: a bound on the relative Frobenius error that holds as well.
-        name: what the message calls the result.
+        cap: an additional bound on the relative Frobenius error.
+        name: the result's name in the message.
 
     Raises:
         AssertionError: with the error, the limit and PyTorch's own error. NaN fails.
     """
     lows = [low] if isinstance(low, Tensor) else list(low)
-    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
-    assert got.dtype == lows[0].dtype, f"{name}: dtype {got.dtype}, wanted {lows[0].dtype}"
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == lows[0].dtype, f"{name}: dtype {got.dtype}, expected {lows[0].dtype}"
     if got.numel() == 0:
         return
     got64, exact = got.detach().double(), exact.detach().double()
@@ -55,7 +55,7 @@ def assert_as_good(
 def result_and_gradients(fn: Callable, inputs: Sequence[Tensor], **options: Any) -> list[Tensor | None]:
     """`fn(*inputs, **options)` and its gradients by the inputs that require one.
 
-    The incoming gradient is fixed: numbers from 0.5 to 1.5 that bfloat16 holds exactly.
+    The incoming gradient is fixed: numbers from 0.5 to 1.5 that are exact in bfloat16.
     """
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     out = fn(*leaves, **options)
@@ -76,11 +76,10 @@ def assert_op_as_good(
     caps: dict | None = None,
     **options: Any,
 ) -> None:
-    """`assert_as_good` for the result of `op` and every gradient, against a `reference` of one signature.
+    """`assert_as_good` for the result of `op` and every gradient, against a `reference` with its signature.
 
-    The first `features` inputs are ``[rows, D]``. How far PyTorch's float32 is off in a single number is
-    chance, so for results with one element the largest of its errors over eight orders of the D features
-    counts.
+    The first `features` inputs are ``[rows, D]``. PyTorch's float32 error in a single number is random,
+    so for results with one element its largest error over eight orders of the D features counts.
     """
     got = result_and_gradients(op, inputs, **options)
     double = inputs[0].dtype == torch.float64
@@ -123,8 +122,8 @@ def unit_features(
 def saved_activation_bytes(fn: Callable, *inputs: Any, parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps from `fn(*inputs)` for the backward.
 
-    Every storage counts once and whole, however many tensors share it; those of `inputs` and `parameters` do
-    not count. They are kept alive until the end, so that none is counted under the address of another.
+    Every storage counts once and in full, even if several tensors share it; those of `inputs` and
+    `parameters` do not count. All are kept alive until the end, so that no address is reused.
     """
     known = {x.untyped_storage().data_ptr() for x in (*inputs, *parameters) if isinstance(x, Tensor)}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -1,4 +1,4 @@
-"""One function per op: which inputs are measured, what they cost at least, and against whom.
+"""One function per op: the inputs, lower bounds of the costs, and the baselines.
 
 Ours and every baseline are called with the same tensors by keyword. Baselines are imported through
 `benchmarks.peers`, or are one line around an imported function; torch.compile gets static shapes.
@@ -11,7 +11,7 @@ __all__ = ["OURS", "QUICK_SIZE", "Baseline", "Case", "all_cases"]
 
 
 def all_cases(*, quick: bool = False, device: str = "cpu") -> list[Case]:
-    """Every declared case; `quick` keeps the names, cuts the sizes and leaves torch.compile out."""
+    """Every declared case; `quick` keeps the names, cuts the sizes and omits torch.compile."""
     families = (residual, dense, pairwise, attention, modules)
     cases = [case for family in families for cases_of in family.CASES for case in cases_of(quick, device)]
     ids = [case.id for case in cases]

@@ -1,4 +1,4 @@
-"""Attention of 8 heads of width 64 as a module calls it: views of projections in, heads side by side out."""
+"""Attention of 8 heads of width 64 as a module calls it: views of projections in, merged heads out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def visible_pairs(start: Tensor, end: Tensor, *, block: int = 1) -> int:
 
 
 def attention_flops(pairs: float, *, backward: bool) -> float:
-    """Two products forward; backward the logits again and one product for each of dp, dv, dq, dk."""
+    """Two products forward; backward the recomputed logits and one product for each of dp, dv, dq, dk."""
     return HEADS * pairs * 2.0 * WIDTH * (7 if backward else 2)
 
 
@@ -109,7 +109,7 @@ def _sdpa(**options: bool) -> Callable[..., Tensor]:
 
 
 def _image_by_image() -> Callable[..., Tensor]:
-    """What knowing on the host where the images are is worth."""
+    """The speed that positions of images known on the host allow."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
         pieces = zip(*(x.chunk(IMAGES, 2) for x in (query, key, value)), strict=True)
@@ -261,7 +261,7 @@ def _concatenated() -> Callable[..., Tensor]:
 
 
 def _open_flamingo_latents() -> Callable[..., Tensor]:
-    """PerceiverAttention without its norms and its projections; it joins media and latents."""
+    """PerceiverAttention without its norms and its projections; it concatenates media and latents."""
     make = peers.load("open_flamingo.src.helpers").PerceiverAttention
     core = make(dim=HEADS * WIDTH, dim_head=WIDTH, heads=HEADS)
     core.norm_media = core.norm_latents = core.to_kv = core.to_out = nn.Identity()

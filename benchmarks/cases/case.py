@@ -1,4 +1,4 @@
-"""What a case is: inputs, ours, the baselines, and what the work costs at least."""
+"""A case: inputs, ours, the baselines, and lower bounds of the costs."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def _feed_forward(
 
 
 def _moved(rows: int, inner: int, width: int, *, passes: int, kept: bool) -> float:
-    """Numbers read and written at least: operands and results of each product, once."""
+    """The minimum of elements read and written: operands and results of each product, once."""
     forward = rows * (inner + width) + inner * width
     return forward + (passes == 3) * (forward + rows * inner + inner * width) + 2 * kept * rows * width
 

@@ -73,7 +73,7 @@ def _block_flops(rows: float, media: float, pairs: float, width: int, visual: in
 
 
 def cross_attention(quick: bool, device: str) -> list[Case]:
-    """Bound by dense products. Ours makes the branch of the attention again in the backward."""
+    """Bound by dense products. Ours recomputes the branch of the attention in the backward."""
     sizes = cut(quick, batch=1, tokens=512, images=8, latents=64)
     width = visual = 128 if quick else 1024
     rows, media = sizes["tokens"], sizes["images"] * sizes["latents"]

@@ -193,7 +193,7 @@ def info_nce(quick: bool, device: str) -> list[Case]:
 
 
 def sigmoid_loss(quick: bool, device: str) -> list[Case]:
-    """One sweep: the gradients are formed with the loss, 6 N M D operations."""
+    """One sweep: the gradients are computed with the loss, 6 N M D operations."""
     make = partial(_open_clip_loss, "SigLipLoss")
     eager = Baseline("open_clip SigLipLoss", make, matrices=6)
     compiled = Baseline("torch.compile of open_clip SigLipLoss", make, True, 6)

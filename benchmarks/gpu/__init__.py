@@ -1,1 +1,1 @@
-"""What the kernels may reach on a GPU by a static model, and the one command that measures it there."""
+"""A static model of the kernels' speed on a GPU, and the command that measures them there."""

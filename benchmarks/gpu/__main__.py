@@ -1,4 +1,4 @@
-"""Times, tests and compares the kernels on a GPU, or predicts what they may reach without one.
+"""Times, tests and compares the kernels on a GPU, or predicts lower bounds of their times without one.
 
     python -m benchmarks.gpu                 ceilings of the card, times against peers, tests and
                                              compute-sanitizer; into benchmarks/results/gpu/<card>.json
@@ -10,8 +10,8 @@
     python -m benchmarks.gpu --predict       benchmarks/gpu/predictions.json, the tables of docs/roofline.md
     python -m benchmarks.gpu --device cpu --quick    every step on small inputs, where there is no GPU
 
-Results are written after every row, and what they hold of the same sources is not measured again. It ends
-with 1 if a kernel is wrong or results could not be written, and with 2 if there is no GPU.
+Results are written after every row, and rows of the same sources are not measured again. The exit status is
+1 if a kernel is wrong or results could not be written, and 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def arguments_of(words: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("ops", nargs="*", metavar="[sweep] op", help=", ".join(OPS))
-    add("--only", action="append", choices=STEPS, help="these steps alone")
+    add("--only", action="append", choices=STEPS, help="only these steps")
     add("--form", type=_regex, default="", metavar="REGEX", help="workloads whose name matches")
     add("--no-compile", action="store_true", help="without the peers that torch compiles")
     add("--minutes", type=float, help="stop by then; what is under way then is lost, what was stored is not")
-    add("--again", action="store_true", help="also what the results hold of the same sources")
-    add("--slow-cases", action="store_true", help="every case of tests/gpu, not the default ones alone")
+    add("--again", action="store_true", help="also measure what is stored for the same sources")
+    add("--slow-cases", action="store_true", help="every case of tests/gpu, not only the default ones")
     add("--sanitizer-minutes", type=float, default=5.0, help="for each tool of compute-sanitizer")
     add("--wheels", type=Path, metavar="FOLDER", help="wheels of peers, which are unpacked for this run")
     add("--results", type=Path, metavar="FOLDER", help="benchmarks/results/gpu; nothing with --quick")
@@ -75,7 +75,7 @@ def arguments_of(words: Sequence[str]) -> argparse.Namespace:
     add("--card", choices=list(CARDS), help="whose predictions to compare with")
     add("--seconds", type=float, default=3.0, help="of rounds for one row")
     add("--predictions", type=Path, default=predict.PREDICTIONS, metavar="FILE")
-    add("--cases-alone", action="store_true", help="what compute-sanitizer watches")
+    add("--cases-alone", action="store_true", help="only the cases, which compute-sanitizer runs")
     options = parser.parse_args(words)
     options.sweep = options.ops[:1] == ["sweep"]
     options.ops = options.ops[options.sweep :]

@@ -1,4 +1,4 @@
-"""Published figures of cards: what the predictions divide by."""
+"""Published rates of cards, from which the predictions follow."""
 
 from __future__ import annotations
 

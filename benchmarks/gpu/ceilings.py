@@ -1,4 +1,4 @@
-"""What a card reaches in copies and in products by its library: the rates that predictions divide by."""
+"""The measured rates of a card, of copies and of its library's matrix products, for the predictions."""
 
 from __future__ import annotations
 

@@ -42,14 +42,14 @@ Say = Callable[[str], None]
 
 
 def install(wheels: Path, say: Say) -> None:
-    """Unpack wheels where this process and those it starts find them; one that does not fit is left out."""
+    """Unpacks wheels onto the path of this process and its children; skips those that cannot be installed."""
     target = ROOT / "build" / "gpu-wheels"
     shutil.rmtree(target, ignore_errors=True)
     for wheel in sorted(wheels.glob("*.whl")):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         done = subprocess.run([*pip, "--target", str(target), str(wheel)], capture_output=True, text=True)
         if done.returncode:
-            say(f"{wheel.name} is left out: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+            say(f"{wheel.name} is skipped: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
     sys.path.insert(0, str(target))
     importlib.invalidate_caches()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -98,7 +98,7 @@ class Day:
         self.predictions = json.loads(options.predictions.read_text(encoding="utf-8"))
         self.header["predictions"] = self.predictions["header"]
         self.results = Results(options.results, machine)
-        self.left: list[str] = []  # for which there was no time
+        self.left: list[str] = []  # not done for lack of time
 
     def run(self) -> int:
         steps = self.options.only or STEPS
@@ -116,7 +116,7 @@ class Day:
         self.results.add({"runs": {run: self.header}, table: {name: entry | {"run": run}}})
 
     def known(self, table: str, name: str, op: str) -> dict[str, Any]:
-        """What the results hold of the present sources, nothing if it is to be found again."""
+        """The stored result for the present sources; empty if there is none or it is to be measured again."""
         found = self.results.stored[table].get(name, {})
         return found if found.get("sources") == fingerprint(op) and not self.options.again else {}
 
@@ -140,7 +140,7 @@ class Day:
                 self.say(shown(found))
 
     def card(self) -> Card | None:
-        """That of the predictions, at the ceilings that were measured on it."""
+        """The card of the predictions, with the ceilings that were measured on it."""
         if self.options.card:
             return CARDS[self.options.card]
         measured = self.results.stored["ceilings"].get("")
@@ -225,7 +225,7 @@ class Day:
             self._sweep(op, card, target)
 
     def _sweep(self, op: str, card: str, target: Any) -> None:
-        """Times the tiles of an op, of which those that the results hold are not timed again."""
+        """Times the tiles of an op, except those with stored times."""
         tasks: dict[sweeps.Task, str] = {}
         times: dict[int, dict[str, Any]] = {}
         waiting: Counter[int] = Counter()

@@ -63,15 +63,17 @@ def _estimates(entries: list[dict[str, Any]], known: Mapping[str, Card]) -> str:
     parts = []
     cards = list(CARDS)
     without = [c for c in cards if not any(entry["cards"][c]["code"] for entry in entries)]
-    label = f"{LABEL} No faster than the columns of cards; for {', '.join(without)} without the code."
+    label = f"{LABEL} Lower bounds per card; for {', '.join(without)} without the code bound."
     if measured_on := [name for name, card in known.items() if card.ceilings]:
-        label += f" {', '.join(measured_on)} at the ceilings that were measured there."
+        label += f" {', '.join(measured_on)} at the ceilings measured there."
     for op in dict.fromkeys(entry["op"] for entry in entries):
         rows = []
         for entry in (x for x in entries if x["op"] == op):
             first = entry["cards"][cards[0]]
             flops = _size(first["flops"] / 1e6, ("MFLOP", "GFLOP", "TFLOP")) if first["flops"] else "–"
-            theirs = "; ".join(f"{x.peer}: {time(x.microseconds)} ({x.on})" for x in published.beside(entry))
+            theirs = "; ".join(
+                f"{x.peer}: {time(x.microseconds)} ({x.on})" for x in published.figures_for(entry)
+            )
             rows.append(
                 (
                     _what(entry), entry["type"], entry["direction"],
@@ -172,12 +174,12 @@ def row_names() -> list[str]:
 
 
 def in_order(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as the workloads are declared."""
+    """Rows in the order of the workloads."""
     return [rows[name] for name in row_names() if name in rows]
 
 
 def _runs(results: Iterable[dict[str, Any]]) -> str:
-    """What was measured; of kernels that no test of theirs has passed it is not shown."""
+    """The measured rows, without those of kernels that have not passed their tests."""
     parts = []
     for result in results:
         rows = in_order(result["rows"])

@@ -71,7 +71,7 @@ def _unpadded(launch: Launch) -> float:
 
 
 def facts_of(step: Step, moved: int, card: Card) -> tuple[tuple, Bound | None]:
-    """What a step costs, as `estimate` reads it, whatever the rates; and the bound of its code.
+    """The costs of a step for `estimate`, independent of the rates; and the bound of its code.
 
     (bytes, FLOPs, their kind, the depth of a library's products, how much longer the fullest multiprocessor
     is busy than the average, microseconds that the machine code takes at least).

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """A time, and the workload whose work it is."""
+    """A time, and the workload that does the same work."""
 
     peer: str
     op: str
     form: str
     direction: str
-    card: str  # the column it stands beside
+    card: str  # the column with which it is compared
     microseconds: float
     on: str  # their hardware and precision
     source: str
@@ -49,7 +49,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def beside(entry: dict) -> list[Figure]:
-    """The figures for the workload of a prediction."""
+def figures_for(entry: dict) -> list[Figure]:
+    """The published figures for the workload of a prediction."""
     key = (entry["op"], entry["form"], entry["type"], entry["direction"])
     return [x for x in FIGURES if (x.op, x.form, x.type, x.direction) == key]

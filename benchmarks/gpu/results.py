@@ -1,16 +1,14 @@
-"""What was measured and tested on a machine, in one file that every change is written to at once.
+"""What was measured and tested on a machine, in one file that is written after every change.
 
 `<machine>.json` is `{"machine", "runs": {id: header}, "rows", "verdicts", "ceilings", "sweeps"}`. A row is
 the time of a workload in one direction, a verdict what the tests or the sanitizer say of the sources of an
 op, ceilings are the rates of products and copies, a sweep the times of the tiles of a kernel. Each entry has
-a name, so that a later one takes the place of an earlier, and the run that made it.
+a name, so that a later one replaces an earlier one, and the run that made it.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,38 +19,25 @@ import triton
 
 from benchmarks.measure import ROOT
 from benchmarks.report import write_atomically
+from benchmarks.sources import digest, of_python
 from vlmkernels._library import KERNELS
 
 TABLES = ("rows", "verdicts", "ceilings", "sweeps")
 UNTESTED, GREEN, RED = "untested", "green", "red"
 
 
-def sources(op: str) -> list[Path]:
-    """The files that an op is made of: its module, and what that imports of the library."""
-    found: dict[Path, None] = {}
-    waiting = [f"vlmkernels.ops.{op}"]
-    while waiting:
-        path = ROOT / (waiting.pop().replace(".", "/") + ".py")
-        if path in found or not path.is_file():
-            continue
-        found[path] = None
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
-            if isinstance(node, ast.ImportFrom):
-                names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
-            waiting += [name for name in names if name.startswith("vlmkernels.")]
+def sources(op: str) -> set[Path]:
+    """The files that an op is made of on a GPU."""
     header = f"csrc/include/vlmkernels/{op}_cuda.h"
     in_cuda = ("csrc/cuda/device.cuh", f"csrc/cuda/{op}.*", header, f"python/cuda/{op}.cpp")
-    return sorted([*found, *(path for pattern in in_cuda for path in ROOT.glob(pattern))])
+    return of_python(op) | {path for pattern in in_cuda for path in ROOT.glob(pattern)}
 
 
 @functools.cache
 def fingerprint(op: str) -> str:
-    """Of the sources of an op, who compiles them, and which of its kernels runs."""
-    digest = hashlib.sha256(f"{torch.__version__} {triton.__version__} {KERNELS.get((op, 'CUDA'))}".encode())
-    for path in sources(op):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    """A hash of an op's sources, of the versions that compile them, and of the kernel that runs."""
+    compilers = f"{torch.__version__} {triton.__version__} {KERNELS.get((op, 'CUDA'))}"
+    return digest(sources(op), ROOT, also=compilers)
 
 
 def row_name(op: str, form: str, type: str, direction: str) -> str:
@@ -60,7 +45,7 @@ def row_name(op: str, form: str, type: str, direction: str) -> str:
 
 
 def state(row: dict[str, Any], verdicts: Iterable[dict[str, Any]]) -> str:
-    """What tests of the sources that a row was measured with have said."""
+    """The result of the tests for the sources with which a row was measured."""
     said = {v["state"] for v in verdicts if (v["op"], v["sources"]) == (row["op"], row["sources"])}
     if RED in said or "error" in row:
         return RED
@@ -71,11 +56,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} holds no results: {error}") from error
+        raise ValueError(f"{path} contains no results: {error}") from error
 
 
 class Results:
-    """Without a folder they are kept in memory alone."""
+    """Without a folder they are kept only in memory."""
 
     def __init__(self, folder: Path | None, machine: str):
         self.path = folder / f"{machine}.json" if folder is not None else None
@@ -86,7 +71,7 @@ class Results:
             self.stored |= read(self.path)
 
     def add(self, new: dict[str, Any]) -> None:
-        """Entries and their runs, in the form of the file; of two that have one name the later stays."""
+        """Entries and their runs, in the form of the file; of two with the same name the later stays."""
         runs = self.stored["runs"] | new["runs"]
         for table in TABLES:
             mine = self.stored[table]

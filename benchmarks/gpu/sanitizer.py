@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gpu.workers import Deadline, run_limited
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # beside PATH, CUDA_HOME and NVIDIA's wheels
+FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # besides PATH, CUDA_HOME and NVIDIA's wheels
 SUMMARY = re.compile(r"========= (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 FOUND = re.compile(r"========= (?!COMPUTE-SANITIZER|\w+ SUMMARY|Target|LEAK)(\S.*)")
 

@@ -98,7 +98,7 @@ def compile_tile(task: Task, target: GPUTarget) -> None:
 def timing_launches(
     kernel: str, timer: Timer, taken: list[list[float]], rounds: tuple[int, int]
 ) -> Iterator[None]:
-    """Every launch of the kernel is made again and again."""
+    """Every launch of the kernel is repeated and timed."""
     launch = JITFunction.run
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Times of one workload, ours and its peers' in turn, each after the caches were flushed.
 
-Two times are taken of every call: as PyTorch makes it, and of its kernels alone, without the host between
+Two times are taken of every call: as PyTorch makes it, and of only its kernels, without the host between
 them.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.gpu.workloads import TYPES, Workload, workloads
 from benchmarks.run import disagreement
 
 OURS = "vlmkernels"
-FLUSHED = 1 << 28  # bytes written before each call, more than any cache holds
+FLUSHED = 1 << 28  # bytes written before each call, more than the size of any cache
 KERNEL_SECONDS = 0.5  # of rounds for the kernels of one implementation
 
 
@@ -65,7 +65,7 @@ class EventTimer:
         """One launch of a graph where the call can be captured, else the sum over the profiler's kernels."""
         try:
             replay, results = captured(call)
-        except Exception as error:  # whatever forbids the capture
+        except Exception as error:  # any reason why the call cannot be captured
             taken = [self._profiled(call) for _ in range(5)]
             return {"seconds": measure.spread(taken), "how": "profiler", "no_graph": measure.reason(error)}
         [taken] = rounds_of({"": replay}, self, seconds=KERNEL_SECONDS, rounds=(5, 30)).values()
@@ -82,16 +82,16 @@ class EventTimer:
 
 
 def on_device(events: Iterable[Any]) -> list[float]:
-    """Microseconds of kernels, copies and fills; ranges that somebody named repeat what is in them."""
+    """Microseconds of kernels, copies and fills; named ranges, which contain them, are skipped."""
     cuda = torch.autograd.DeviceType.CUDA
     return [e.time_range.elapsed_us() for e in events if e.device_type == cuda and not e.is_user_annotation]
 
 
 def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """What replays the call as one CUDA graph, and the results that it writes to."""
-    graph, here, beside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):
+    graph, here, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
         for _ in range(2):  # libraries set themselves up for a stream
             call()
         torch.cuda.synchronize()
@@ -104,7 +104,7 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
                 graph.capture_end()
             raise
         graph.capture_end()
-    here.wait_stream(beside)
+    here.wait_stream(side)
     return graph.replay, results
 
 
@@ -182,7 +182,7 @@ def measure_row(
                     raise ArithmeticError(wrong)
                 call()
                 calls[peer.name] = call
-            except Exception as error:  # whatever stops a peer becomes the reason in its row
+            except Exception as error:  # any failure of a peer is the reason given in its row
                 why_not[peer.name] = measure.reason(error)
                 if not isinstance(error, ImportError):
                     free(settings.device)
@@ -231,7 +231,7 @@ def compare(row: dict[str, Any], predictions: dict[str, Any], card: Card | None)
 
 
 def free(device: str) -> None:
-    """What a call has held that failed or is over."""
+    """Frees the memory of a call that failed or is over."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

@@ -101,7 +101,7 @@ def run_triton(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 class OnTriton(TorchDispatchMode):
-    """Ops run the kernels that they have for CUDA, on whatever tensors: in the interpreter, say."""
+    """Ops run the kernels that they have for CUDA, on any tensors, for example in the interpreter."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "vlmkernels":
@@ -190,7 +190,7 @@ def _clipped(bounds: Bounds | None, tq: int, tk: int) -> Bounds:
 
 
 def _query_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
-    """Pairs that one head of one batch multiplies, and whether all programs do as many."""
+    """Pairs that one head of one batch multiplies, and whether all programs have the same number."""
     config, arguments = launch.config, launch.arguments
     tq, tk, tk2 = (arguments[name] for name in ("tq", "tk", "tk2"))
     rows, cols = config["BLOCK_M"], config["BLOCK_N"]
@@ -216,7 +216,7 @@ def _key_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
 
 
 def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
-    """FLOPs of a launch's products, and whether all its programs do as many."""
+    """FLOPs of a launch's products, and whether all its programs have the same number."""
     config, arguments, name = launch.config, launch.arguments, launch.name
     if "PRECISION" not in config:
         return 0, False
@@ -243,7 +243,7 @@ def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
     """Its tensors are read or written, each once; which of the two, the step need not know."""
     tensors = dict(launch.tensors)
     if launch.name == "_pairwise.feature_grads" and launch.arguments["INDEX"] is None:
-        del tensors["Y"]  # read for the positives alone
+        del tensors["Y"]  # read only for the positives
     flops, even = _products_of(launch, bounds)
     kind = ""
     if flops:

@@ -25,7 +25,7 @@ OPS = {
     "sigmoid_sweep": ("sigmoid_loss",),
     "finish": ("info_nce", "sigmoid_loss"),
 }
-POISONED = 1 << 28  # bytes of a storage up to which what no view covers holds NaN
+POISONED = 1 << 28  # in storages up to so many bytes, NaN fills what no view covers
 
 
 class Extension(NamedTuple):
@@ -55,7 +55,7 @@ def _every() -> list[Case | Extension]:
 
 
 def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list[Case | Extension]:
-    """Those of `ops`, the first of each launcher before the others; with `one_each` these alone."""
+    """Those of `ops`, the first of each launcher before the others; with `one_each` only these."""
     wanted = set(ops)
     found = [c for c in _every() if wanted & set(ops_of(c.name)) and (slow or not c.slow)]
     first = list({(type(c), c.op): c for c in reversed(found)}.values())[::-1]
@@ -63,7 +63,7 @@ def cases_for(ops: Iterable[str], *, slow: bool, one_each: bool = False) -> list
 
 
 class OnDevice:
-    """A trial whose inputs lie on `device` in the same layout; float64 judges on the CPU."""
+    """A trial whose inputs are on `device` in the same layout; float64 judges on the CPU."""
 
     def __init__(self, trial: Trial, device: str):
         self.trial, self.device = trial, device
@@ -123,7 +123,7 @@ def _as_they_are() -> Iterator[None]:
 
 
 def executor(device: str) -> Callable[[], AbstractContextManager]:
-    """Who runs the launches: the interpreter where there is no GPU."""
+    """The executor of the launches: the interpreter if there is no GPU."""
     return interpreting if device == "cpu" else _as_they_are
 
 

@@ -64,7 +64,7 @@ def by_tests(
 
     run = partial(trials.run_named, device=device)
     every = dict.fromkeys(name for of_op in own.values() for name in of_op)
-    far = {case.name for case in chosen if case.far}  # alone, for their memory
+    far = {case.name for case in chosen if case.far}  # one at a time, for their memory
     for names, workers in (
         ([x for x in every if x in far], 1),
         ([x for x in every if x not in far], WORKERS),

@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: one that dies, hangs or loses its device costs its own task alone."""
+"""Tasks in processes of their own: one that dies, hangs or loses its device costs only its own task."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Deadline:
 def attempt(function: Callable[[T], Any], task: T) -> Any:
     try:
         return function(task)
-    except Exception as error:  # whatever a kernel or a compiler raises is the result of its task
+    except Exception as error:  # an error of a kernel or a compiler is the result of its task
         return Failure(reason(error))
 
 
@@ -71,7 +71,7 @@ def _serve(pipe: connection.Connection, function: Callable[[T], Any]) -> None:
     while usable:
         try:
             task = pipe.recv()
-        except EOFError:  # nothing is left to do, or who asked is gone
+        except EOFError:  # nothing is left to do, or the parent has ended
             return
         result = attempt(function, task)
         usable = _usable()

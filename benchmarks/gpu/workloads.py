@@ -58,7 +58,7 @@ class Workload:
         return self.make(device, TYPES[self.type], **self.sizes)
 
     def intervals(self) -> tuple[list[int], list[int]] | None:
-        """Start and end of each query, which meta tensors do not hold."""
+        """Start and end of each query, which meta tensors do not contain."""
         if not self.mask:
             return None
         start, end = bounds(self.mask, self.sizes["queries"], self.sizes["keys"])

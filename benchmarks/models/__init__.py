@@ -1,1 +1,1 @@
-"""Whole models beside the peers' same models: `python -m benchmarks.models`."""
+"""Whole models against the peers' implementations of the same models: `python -m benchmarks.models`."""

@@ -1,9 +1,9 @@
-"""Training steps and embedding throughput of whole models beside the peers', interleaved in one run.
+"""Training steps and embedding throughput of whole models against the peers', interleaved in one run.
 
     python -m benchmarks.models                       all; into benchmarks/results/models/<machine>.json
     python -m benchmarks.models --work 'step.*32'     what matches
     python -m benchmarks.models --quick               tiny models, nothing compiled, nothing written
-    python -m benchmarks.models --against REV         this tree beside an earlier revision, nothing written
+    python -m benchmarks.models --against REV         this tree against an earlier revision, nothing written
     python -m benchmarks.models --write-docs          docs/model_benchmarks.md and README from stored results
 
 All systems of a line start from the same weights; one whose loss, gradients or embeddings differ from ours
@@ -75,7 +75,7 @@ def measured(
                 optimizer[system.name] = _optimizer_seconds(model.module, call)
             call()
             calls[system.name] = call
-        except Exception as error:  # whatever stops a peer becomes the reason in its row
+        except Exception as error:  # any failure of a peer is the reason given in its row
             if system.name == OURS:
                 raise
             row["why_not"] = str(error) if isinstance(error, ArithmeticError) else measure.reason(error)

@@ -17,20 +17,19 @@ HEADLINE = re.compile(r"(?<=<!-- models -->\n).*?(?=<!-- /models -->)", re.DOTAL
 HEADLINE_BATCH = 32
 INTRODUCTION = """# Whole models
 
-A training step (forward and backward) and the embedding of images and texts, by this library and by the
-peers' same model with the same weights, in pairs of calls one after the other. Above 1 ours is faster. "bf16"
-is bfloat16 under autocast, on both sides. Embeddings of ours are made with packed weights
-(`prepare_for_inference`). "of the limit" is what the peer's products would take at the machine's best rate,
-as a share of our time; it is above 100% where ours leaves products out. "extra memory" is the peak above
-parameters, gradients and inputs, in a process of its own. The optimizer (torch's fused AdamW, the same on
-both sides) is not part of a step; its time stands below.
+A training step (forward and backward) and the embedding of images and texts, against the same model with the
+same weights in the peers' code, in alternating calls. Above 1, ours is faster. "bf16" is bfloat16 autocast on
+both sides. Our embeddings use packed weights (`prepare_for_inference`). "of the limit" is the time that the
+peer's matrix products would take at the machine's best rate, as a fraction of our time; it exceeds 100% if
+ours skips products. "extra memory" is the peak above parameters, gradients and inputs, in a separate process.
+The optimizer (torch's fused AdamW, the same for both) is not part of a step; its time is given below.
 
-Texts fill the whole context, or are "captions" as long as COCO's (9 to 31 tokens, 13.5 on average), which
-each library gets as its own tokenizer pads them: to the whole context for open_clip and for ours, to the
-longest text of the batch for transformers. Ours then computes no padding on a CPU.
+Texts either fill the context or are "captions" with the lengths of COCO's (9 to 31 tokens, 13.5 on average),
+padded as each library's tokenizer pads them: to the full context for open_clip and ours, to the longest text
+of the batch for transformers. On a CPU ours skips the padding.
 
-Flamingo and SimVLM have no line: no peer holds the same model; their attention and resampler are measured as
-modules in [benchmarks.md](benchmarks.md).
+Flamingo and SimVLM have no rows, because no peer implements the same model; their attention and resampler are
+measured as modules in [benchmarks.md](benchmarks.md).
 
 This page is generated: `python -m benchmarks.models --write-docs`.
 """

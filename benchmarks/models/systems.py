@@ -57,7 +57,7 @@ class Family(NamedTuple):
     name: str
     systems: tuple[System, ...]
     inputs: Callable[[int], tuple[Tensor, Tensor]]  # images and tokens of a batch
-    eager: str  # whose time is taken apart beside ours
+    eager: str  # whose time is broken down next to ours
 
 
 def _unit(x: Tensor) -> Tensor:

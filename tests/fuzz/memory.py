@@ -1,4 +1,4 @@
-"""Tensors between pages that nobody may touch: reading or writing beside them ends the process."""
+"""Tensors between inaccessible pages: reading or writing out of bounds ends the process."""
 
 import ctypes
 import mmap

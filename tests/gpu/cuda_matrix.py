@@ -88,7 +88,7 @@ def measured(target: str, csrc: Path = cuda.CSRC) -> dict[str, Row]:
 
 
 def faults(name: str, found: Row) -> Iterator[str]:
-    """What no kernel may do, whatever its budget says."""
+    """What no kernel may do, regardless of its budget."""
     if found.spills:
         yield f"{found.spills} accesses to spilled registers"
     if found.blocks * WARPS < RESIDENT:

@@ -2,7 +2,7 @@
 
 `python -m tests.gpu.matrix --check` compiles the launches of workloads.py, holds each to the rules below and
 compares it with budgets-<triton>.json; `--write` writes that file; `--rank` ranks tiles by the static model.
-The compiler is part of a Triton release, so its output is the same everywhere and equality is asked for. A
+The compiler is part of a Triton release, so its output is the same everywhere and has to be equal. A
 release without budgets, which the tiles are not chosen for, is held to the rules alone and may spill.
 `--triton 3.6.0` runs in a process of its own with that release, installed into build/ on first use.
 """
@@ -142,7 +142,7 @@ def _product_faults(launch: Launch, code: Code, even: bool) -> Iterator[str]:
 
 
 def faults(launch: Launch, code: Code) -> Iterator[str]:
-    """What no kernel may do, whatever its budget says."""
+    """What no kernel may do, regardless of its budget."""
     limit = LIMITS[code.target].shared_of_program
     if triton.__version__ in BUDGETED and (spills := code.count(SPILL, code.inside)):
         yield f"{spills} accesses to spilled registers in loops"

@@ -1,4 +1,4 @@
-"""A static model of the product kernels: what the machine code of their loops asks of a multiprocessor.
+"""A static model of the product kernels: the load of their loops' machine code on a multiprocessor.
 
 Instructions are counted in SASS, each pipe has a published rate, and the slowest pipe bounds a turn of a loop
 from below. The model ranks tiles and rejects those that spill. It predicts no time: latencies, the memory

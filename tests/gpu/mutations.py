@@ -55,7 +55,7 @@ def patched(mutation: Mutation, text: str) -> str:
 def mutated(mutation: Mutation) -> Iterator[None]:
     """The Triton modules run from a copy of their sources with the fault in it.
 
-    The modules stay the same objects, so whoever imported them sees the faulty kernels.
+    The modules stay the same objects, so modules that imported them see the faulty kernels.
     """
     texts = sources()
     texts[mutation.module] = patched(mutation, texts[mutation.module])

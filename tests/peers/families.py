@@ -1,4 +1,4 @@
-"""Tiny models of the families that `vlmkernels.integrations.patch` knows, with what can be asked of them."""
+"""Tiny models of the families that `vlmkernels.integrations.patch` knows, and the calls that they support."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _flamingo() -> nn.Module:
     language.set_decoder_layers_attr_name("model.layers")
     build = peers.load("open_flamingo.src.flamingo").Flamingo
     model = build(clip, language, END, MEDIA, vis_dim=24, cross_attn_every_n_layers=2)
-    del model.perceiver.layers[2:]  # it has six, whatever is asked for
+    del model.perceiver.layers[2:]  # it always has six
     return open_gates(model)
 
 

@@ -13,7 +13,7 @@ from vlmkernels.intervals import Intervals
 
 _ADDED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to the logits
 _LOWEST = {torch.bool: None} | {dtype: torch.finfo(dtype).min for dtype in _ADDED}
-_READ: dict[int, tuple] = {}  # id of a mask -> (what was asked, the bytes of the mask included; the answer)
+_READ: dict[int, tuple] = {}  # id of a mask -> (the query, including the mask's bytes; the result)
 
 
 def intervals_of(
@@ -43,16 +43,16 @@ def intervals_of(
     owner = mask if owner is None else owner
     if 0 in mask.stride():
         mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
-    values = (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy()  # which does not have bfloat16
-    asked = shape, true_is_seen, mask.dtype, mask.shape, values.tobytes()
+    values = (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy()  # numpy has no bfloat16
+    request = shape, true_is_seen, mask.dtype, mask.shape, values.tobytes()
     known = _READ.get(id(owner))
-    if known is not None and known[0] == asked:
+    if known is not None and known[0] == request:
         return known[1]
     with torch.inference_mode(False):  # the answer may be saved for a backward later
         answer = _read(values, shape, true_is_seen, _LOWEST[mask.dtype])
     if known is None:
         weakref.finalize(owner, _READ.pop, id(owner), None)
-    _READ[id(owner)] = asked, answer
+    _READ[id(owner)] = request, answer
     return answer
 
 
@@ -67,7 +67,7 @@ def _read(
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if any(n not in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)):
         return None
-    if mask.shape[1] > 1 and not (mask[:, 1:] == mask[:, :-1]).all():  # heads that see different keys
+    if mask.shape[1] > 1 and not (mask[:, 1:] == mask[:, :-1]).all():  # heads that attend to different keys
         return None
     *_, queries, keys = shape
     mask = mask[:, 0]  # [B or 1, Tq or 1, Tk or 1]

@@ -80,14 +80,14 @@ def patch(
         that are already patched stay patched; a second call can add options.
     """
     options = {"loss": loss, "attention": attention, "linear": linear, "padding": padding}
-    asked = {name for name, wanted in options.items() if wanted}
+    requested = {name for name, wanted in options.items() if wanted}
     report = Report()
     for name, module in list(model.named_modules()):
-        needs, before = asked, _swap.rule_of(module)
+        needs, before = requested, _swap.rule_of(module)
         if before is not None:
             if _swap.cannot_restore(module):
                 continue
-            needs = asked | before.patch_needs
+            needs = requested | before.patch_needs
             _swap.restore(module)
         rule = next((r for r in _RULES if r.patch_needs <= needs and r.patch_matches(module)), None)
         if rule is None:
@@ -95,7 +95,7 @@ def patch(
         why = _swap.cannot_swap(module) or rule.patch_refuses(module)
         if why is None:
             _swap.swap(module, rule)
-        if rule.patch_needs & asked:
+        if rule.patch_needs & requested:
             cls = _swap.qualified_name(type(module))
             report.append(
                 Entry(name, cls, *(("patched", rule.patch_runs) if why is None else ("refused", why)))
@@ -133,5 +133,5 @@ def drop_in(cls: type[nn.Module]) -> type[nn.Module]:
     rule = next((rule for rule in _LOSSES if rule.takes_class(cls)), None)
     if rule is None:
         wanted = "a contrastive loss class of open_clip or sentence-transformers"
-        raise ValueError(f"drop_in: wants {wanted}, got {_swap.qualified_name(cls)}")
+        raise ValueError(f"drop_in: cls must be {wanted}, got {_swap.qualified_name(cls)}")
     return _swap.swapped(cls, rule)

@@ -79,15 +79,15 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     annotated = (vars(c)["__annotations__"] for c in original.__mro__ if "__annotations__" in vars(c))
     namespace["__annotations__"] = next(annotated, {})  # TorchScript reads them
     namespace |= rule.patch_facts(original) | {"patch_origin": (original, rule)}
-    namespace |= {name: _before(getattr(rule, name), original, name) for name in rule.patch_methods}
+    namespace |= {name: _override(getattr(rule, name), original, name) for name in rule.patch_methods}
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
     cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
-def _before(ours: Callable, original: type[nn.Module], name: str) -> Callable:
-    """A method that runs ours, or the original one in transformed calls and after it was replaced.
+def _override(ours: Callable, original: type[nn.Module], name: str) -> Callable:
+    """A method that runs ours, or the original one if the call is transformed or the original was replaced.
 
     It has the signature, source and names of the original one, which trainers that choose the columns of a
     data set by its arguments, torch.fx and TorchScript inspect.
@@ -95,12 +95,13 @@ def _before(ours: Callable, original: type[nn.Module], name: str) -> Callable:
     own = getattr(original, name)
     both = zip(_arguments(own), _arguments(ours), strict=False)
     patch_names = {theirs: mine for theirs, mine in both if theirs != mine}
-    patch_ours, patch_own, patch_own_runs = ours, own, own_code_runs  # names that no other module has
+    # Names that no other module has.
+    patch_ours, patch_own, patch_traced = ours, own, is_traced_or_transformed
     patch_original, patch_name = original, name
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = getattr(patch_original, patch_name)
-        if current is not patch_own or patch_own_runs():
+        if current is not patch_own or patch_traced():
             return current(self, *args, **kwargs)
         if patch_names and kwargs:
             kwargs = {patch_names.get(name, name): value for name, value in kwargs.items()}
@@ -116,10 +117,10 @@ def _arguments(method: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
-def own_code_runs() -> bool:
-    """Whether a call is traced or transformed, so that the module's own code has to run.
+def is_traced_or_transformed() -> bool:
+    """Whether a call is traced or transformed, so that the module's original code has to run.
 
-    This is so under torch.jit.trace, torch.fx, make_fx and non-strict torch.export, on fake tensors, under
+    True under torch.jit.trace, torch.fx, make_fx and non-strict torch.export, on fake tensors, under
     transforms of torch.func, and in forward-mode differentiation. In graphs of torch.compile our ops run.
     """
     if is_transformed():
@@ -152,7 +153,7 @@ def cannot_swap(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward is replaced on the object, by accelerate for example"
     if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
-        return "its class has a way of its own of being pickled"
+        return "its class overrides pickling"
     return None
 
 

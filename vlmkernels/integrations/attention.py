@@ -21,7 +21,7 @@ import vlmkernels
 from vlmkernels import intervals
 from vlmkernels._modules import are_plain, is_exactly
 from vlmkernels.integrations import _masks
-from vlmkernels.integrations._swap import Rule, own, own_code_runs
+from vlmkernels.integrations._swap import Rule, is_traced_or_transformed, own
 from vlmkernels.intervals import Intervals
 
 
@@ -29,7 +29,7 @@ def attend(
     query: Tensor,  # [B, H, Tq, Dh]
     key: Tensor,  # [B, Hkv, Tk, Dh]
     value: Tensor,  # [B, Hkv, Tk, Dv]
-    seen: Intervals | None = None,  # what each query sees, everything when None
+    seen: Intervals | None = None,  # of keys for each query, all when None
     *,
     causal: bool = False,  # aligned at the first query and the first key
     scale: float | None = None,
@@ -43,7 +43,7 @@ def attend(
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, scale: Any = None) -> bool:
-    """Whether these are operands of one batch on the CPU, none of them empty."""
+    """Whether these are non-empty operands of the same batch on the CPU."""
     return (
         are_plain(query, key, value)
         and query.device.type == "cpu"
@@ -64,7 +64,7 @@ class AttentionRule(Rule):
 class TorchMultiheadAttention(AttentionRule):
     """torch.nn.MultiheadAttention; calls that request the attention weights run torch's code."""
 
-    patch_runs = "vlmkernels.interval_attention where need_weights=False"
+    patch_runs = "vlmkernels.interval_attention if need_weights=False"
 
     batch_first: bool
     dropout: float
@@ -80,7 +80,7 @@ class TorchMultiheadAttention(AttentionRule):
     @classmethod
     def patch_refuses(cls, module: Any) -> str | None:
         if type(module) is not nn.MultiheadAttention:
-            return "a subclass of torch.nn.MultiheadAttention with code of its own"
+            return "a subclass of torch.nn.MultiheadAttention with its own forward"
         if module.bias_k is not None or module.add_zero_attn:
             return "add_bias_kv and add_zero_attn append keys"
         return None
@@ -167,7 +167,7 @@ class TorchMultiheadAttentionLinear(TorchMultiheadAttention):
     """The same including its projections, for which torch calls no layer."""
 
     patch_needs = frozenset({"attention", "linear"})
-    patch_runs = "vlmkernels.interval_attention and linear where need_weights=False"
+    patch_runs = "vlmkernels.interval_attention and linear if need_weights=False"
 
     @staticmethod
     def patch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,14 +190,14 @@ def _transformers_attention(
 ) -> tuple[Tensor, None]:
     """The result of transformers' "sdpa"; calls that are not exact here are delegated to it."""
     sinks = [name for name in ("s_aux", "sinks") if kwargs.get(name) is not None]
-    if sinks:  # which "sdpa" passes over, and models that have them are never told to take it
+    if sinks:  # which "sdpa" ignores; models that have them never use it
         cls = type(module).__name__
         raise ValueError(
             f"attn_implementation='vlmkernels' has no attention sinks ({sinks[0]} of {cls}): set 'eager'"
         )
     options = ("position_bias", "cache", "softcap", "output_attentions")
     exact = (
-        (type(module) is _Call or not own_code_runs())  # which a patched module has asked
+        (type(module) is _Call or not is_traced_or_transformed())  # a patched module has checked
         and dropout == 0
         and all(kwargs.get(name) is None or kwargs[name] is False for name in options)
         and fits(query, key, value, scaling)
@@ -334,7 +334,7 @@ def _scaled_dot_product_attention(
 class ScaledDotProductAttention(AttentionRule):
     """Any module whose forward calls torch's scaled_dot_product_attention, for example timm's Attention."""
 
-    patch_runs = "vlmkernels.interval_attention; under torch.compile its own code"
+    patch_runs = "vlmkernels.interval_attention; its original code under torch.compile"
 
     @classmethod
     def patch_matches(cls, module: nn.Module) -> bool:

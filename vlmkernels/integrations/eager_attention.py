@@ -40,7 +40,7 @@ def _perceiver(*projected: Tensor, heads: int, scale: float) -> Tensor:  # [B, H
     return vlmkernels.perceiver_attention(query, *sources, scale=scale)
 
 
-def _may_be_called_in_parts(*projections: nn.Module) -> bool:
+def _can_be_split(*projections: nn.Module) -> bool:
     """Whether rows may be projected by two calls instead of one: no hooks, and rows do not interact."""
     return all(is_exactly(p, nn.Linear) and not must_be_called(p) for p in projections)
 
@@ -106,7 +106,7 @@ class FlamingoPerceiverAttention(_Named):
         x: Tensor,  # [B, M, S, D]
         latents: Tensor,  # [B, M, n, D]
     ) -> Tensor:  # [B, M, n, D]
-        if not _may_be_called_in_parts(self.to_kv):
+        if not _can_be_split(self.to_kv):
             return super().forward(x, latents)
         shape = latents.shape
         media, latents = self.norm_media(x).flatten(0, 1), self.norm_latents(latents).flatten(0, 1)
@@ -136,7 +136,7 @@ class IdeficsPerceiverAttention(_Named):
         context: Tensor,  # [B, S, D]
         latents: Tensor,  # [B, n, D]
     ) -> Tensor:  # [B, n, D]
-        if self.qk_layer_norms or not _may_be_called_in_parts(self.k_proj, self.v_proj):
+        if self.qk_layer_norms or not _can_be_split(self.k_proj, self.v_proj):
             return super().forward(context, latents)
         context, latents = self.context_layer_norm(context), self.latents_layer_norm(latents)
         out = _perceiver(
@@ -231,7 +231,7 @@ class UnknownAttention(AttentionRule):
 
     @classmethod
     def patch_refuses(cls, module: nn.Module) -> str | None:
-        return "computes attention in code of its own, with products and a softmax"
+        return "computes attention itself, with products and a softmax"
 
 
 EAGER_ATTENTION: tuple[type[AttentionRule], ...] = (

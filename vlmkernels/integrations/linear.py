@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels._activations import activation_of
-from vlmkernels._modules import are_plain, must_be_called, passable
+from vlmkernels._modules import are_plain, can_be_fused, must_be_called
 from vlmkernels.integrations._chains import chain_of, gated_of
 from vlmkernels.integrations._swap import Rule
 
@@ -23,7 +23,7 @@ _ALL = ("*",)  # every child, in order
 
 
 def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether our ops support the operands: plain tensors on the CPU, of one dtype outside autocast."""
+    """Whether our ops support the operands: plain tensors on the CPU, of the same dtype outside autocast."""
     if not (
         x is not None
         and are_plain(x, weight, *others)
@@ -38,7 +38,7 @@ def fits(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return True
     dtype = x.dtype
-    for tensor in (weight, *others):  # noqa: SIM110 - a generator takes as long as all that is above
+    for tensor in (weight, *others):  # noqa: SIM110 - a generator takes as long as everything above
         if tensor is not None and tensor.dtype != dtype:
             return False
     return True
@@ -64,7 +64,7 @@ class TorchLinear(LinearRule):
     @classmethod
     def patch_refuses(cls, module: Any) -> str | None:
         if type(module) is not nn.Linear:
-            return "a subclass of torch.nn.Linear with code of its own"
+            return "a subclass of torch.nn.Linear with its own forward"
         return None if are_plain(module.weight) else "its weight is a subclass of Tensor"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,12 +174,12 @@ def _passes(step: Any) -> bool:
 
 def _tensors(step: Any) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer that does not have to be called; None for all other steps."""
-    free = isinstance(step, nn.Linear) and passable(step, nn.Linear)
+    free = isinstance(step, nn.Linear) and can_be_fused(step, nn.Linear)
     return (step.weight, step.bias) if free else None
 
 
 def _word(step: Any) -> str | None:
-    """Our ops' name of the step, if it is an activation that does not have to be called."""
+    """The ops' name of the step, if it is an activation that does not have to be called."""
     return activation_of(step) if isinstance(step, nn.Module) and not must_be_called(step) else None
 
 

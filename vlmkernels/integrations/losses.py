@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import nn as ours
-from vlmkernels.integrations._swap import Rule, own_code_runs, qualified_name
+from vlmkernels.integrations._swap import Rule, is_traced_or_transformed, qualified_name
 
 
 class LossRule(Rule):
@@ -28,7 +28,7 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
 
     @functools.wraps(ours.forward)
     def forward(self: Any, image_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if own_code_runs():
+        if is_traced_or_transformed():
             return self.patch_own.forward(self, image_features, *args, **kwargs)
         result = ours.forward(self, image_features, *args, **kwargs)
         if torch.is_autocast_enabled(image_features.device.type):

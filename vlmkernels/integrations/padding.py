@@ -33,7 +33,7 @@ class OpenClipText(Rule):
     """
 
     patch_needs = frozenset({"padding"})
-    patch_runs = "texts cut after the longest of the batch"
+    patch_runs = "texts truncated after the longest of the batch"
     patch_methods = ("encode_text",)
 
     positional_embedding: Tensor  # [L, D]
@@ -50,7 +50,7 @@ class OpenClipText(Rule):
         encode: Any = own(module).encode_text  # type: ignore[attr-defined]
         reads = encode.__code__.co_names
         if not {"positional_embedding", "attn_mask", "transformer", "text_pool_type"} <= set(reads):
-            return "this release of open_clip encodes texts in another way"
+            return "this release of open_clip encodes texts differently"
         if module.text_pool_type not in _POOLED_AT_THE_END:
             return f"its texts are not pooled at their end, but by {module.text_pool_type!r}"
         mask = module.attn_mask
@@ -63,14 +63,14 @@ class OpenClipText(Rule):
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:  # [B, L] -> [B, E]
         model: Any = self
         readable = type(text) is Tensor and text.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and text.numel() and self._quiet():
+        if readable and text.numel() and self._has_no_hooks():
             ends = text.eq(self.text_eos_id).int() if self.text_pool_type == "eos" else text
             length = int(ends.argmax(dim=-1).max()) + 1
             text, model = text[:, :length], _Shorter(self, length)
         return own(self).encode_text(model, text, normalize)  # type: ignore[attr-defined]
 
-    def _quiet(self) -> bool:
-        """Whether no hook observes the tokens inside the text tower."""
+    def _has_no_hooks(self) -> bool:
+        """Whether no module of the text tower has hooks, which would get the truncated tokens."""
         parts: Any = (self.token_embedding, self.transformer, self.ln_final)
         return not any(must_be_called(module) for part in parts for module in part.modules())
 

@@ -47,7 +47,7 @@ class RankingLoss(LossRule):
     @classmethod
     def patch_refuses(cls, module: Any) -> str | None:
         if not cls.takes_class(type(module)):
-            return "a subclass of the loss with code of its own"
+            return "a subclass of the loss with its own forward"
         return cls.refusal(module)
 
     def refusal(self) -> str | None:

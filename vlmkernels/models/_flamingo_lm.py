@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels._modules import must_be_called, passable
+from vlmkernels._modules import can_be_fused, must_be_called
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts.generation import LanguageModelCall
 from vlmkernels.models.parts.token_loss import loss_of_logits, next_token_loss
@@ -158,7 +158,7 @@ def plain_head(language_model: Any) -> nn.Linear | None:
     if not cls.__module__.startswith("transformers.") or cls.__name__ not in PLAIN_HEADS:
         return None
     head = language_model.get_output_embeddings()
-    return None if must_be_called(language_model) or not passable(head, nn.Linear) else head
+    return None if must_be_called(language_model) or not can_be_fused(head, nn.Linear) else head
 
 
 class TrainedRows:

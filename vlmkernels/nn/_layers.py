@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 import vlmkernels
 from vlmkernels import _activations as activations
 from vlmkernels._arguments import product_dtype
-from vlmkernels._modules import is_exactly, is_transformed, must_be_called, passable
+from vlmkernels._modules import can_be_fused, is_exactly, is_transformed, must_be_called
 from vlmkernels.reference._dense import activate
 
 
@@ -57,15 +57,15 @@ def option_faults(**given: Any) -> list[str]:
     return faults
 
 
-def are_passable(norm: nn.Module, *linears: nn.Module) -> bool:
+def norm_linear_can_be_fused(norm: nn.Module, *linears: nn.Module) -> bool:
     """Whether no module has to be called: torch's own norm, with weights, and linear layers without bias."""
-    if is_transformed() or not passable(norm, nn.LayerNorm, nn.RMSNorm) or norm.eps is None:
+    if is_transformed() or not can_be_fused(norm, nn.LayerNorm, nn.RMSNorm) or norm.eps is None:
         return False
     for parameter in norm._parameters.values():
         if parameter is None:
             return False
     for linear in linears:
-        if not passable(linear, nn.Linear) or linear._parameters.get("bias", True) is not None:
+        if not can_be_fused(linear, nn.Linear) or linear._parameters.get("bias", True) is not None:
             return False
     return True
 
@@ -80,7 +80,7 @@ def head_norm(norm: Any, x: Tensor) -> Tensor:  # [..., Dh]
 
 def norm_linear(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
     """``linear(norm(x))`` for each linear layer; `x` is saved for the backward, the normalised x is not."""
-    if not are_passable(norm, *linears):
+    if not norm_linear_can_be_fused(norm, *linears):
         normed = norm(x)
         return tuple(linear(normed) for linear in linears)
     dtype = product_dtype(x)
@@ -96,7 +96,7 @@ def add_linear(
     row_mask: Tensor | None = None,  # [...] bool
 ) -> Tensor:  # [..., D]
     """``x + tanh(gate) * linear(h)``; the output of the linear layer is not stored."""
-    if gate is None or not passable(linear, nn.Linear) or linear.bias is not None:
+    if gate is None or not can_be_fused(linear, nn.Linear) or linear.bias is not None:
         return add_gated(x, linear(h), gate, row_mask)
     weight, h = linear.weight.to(product_dtype(x)), h.to(product_dtype(x))
     return vlmkernels.gated_linear_residual(x, h, weight, gate, row_mask=row_mask)
@@ -148,7 +148,7 @@ def add_feed_forward(
     norm, w1, activation, w2 = feed_forward
     name = _name(activation)
     linears = (w1, w2) if branch is None else (w1, w2, branch[1])
-    if name is None or not are_passable(norm, *linears):
+    if name is None or not norm_linear_can_be_fused(norm, *linears):
         x = x if branch is None else add_linear(x, *branch)
         return add_linear(x, activation(w1(norm(x))), w2, gate, row_mask)
     dtype = product_dtype(x)

@@ -11,7 +11,7 @@ import vlmkernels
 from vlmkernels._activations import QuickGELU as QuickGELU
 from vlmkernels._activations import SquaredReLU as SquaredReLU
 from vlmkernels._activations import activation_of
-from vlmkernels._modules import are_plain, must_be_called, passable
+from vlmkernels._modules import are_plain, can_be_fused, must_be_called
 
 
 class Linear(nn.Linear):
@@ -58,7 +58,7 @@ def mlp(
 ) -> Tensor:  # [..., O]
     """``last(activation(first(x))) + residual``, in one op if none of the three has to be called."""
     name = None if must_be_called(activation) else activation_of(activation)
-    if name is None or not (passable(first, Linear, nn.Linear) and passable(last, Linear, nn.Linear)):
+    if name is None or not (can_be_fused(first, Linear, nn.Linear) and can_be_fused(last, Linear, nn.Linear)):
         return add(residual, last, activation(first(x)))
     first, last = cast(nn.Linear, first), cast(nn.Linear, last)
     weights = (first.weight, first.bias, last.weight, last.bias)

@@ -170,7 +170,7 @@ class PerceiverResampler(nn.Module):
         foldable = all(
             is_exactly(a, PerceiverAttention)
             and not must_be_called(a)
-            and layers.are_passable(a.norm_media, a.to_kv)
+            and layers.norm_linear_can_be_fused(a.norm_media, a.to_kv)
             for a in attentions
         )
         foldable = foldable and len({(type(a.norm_media), a.norm_media.eps) for a in attentions}) == 1

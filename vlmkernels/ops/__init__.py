@@ -11,7 +11,7 @@ from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 
-# What ops of one family share is in files that carry its name, in every folder.
+# Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
     "attention": ("interval_attention", "perceiver_attention"),
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),

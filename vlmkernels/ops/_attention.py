@@ -1,4 +1,4 @@
-"""What the attention ops share: checks of the arguments, their FLOPs."""
+"""Shared by the attention ops: checks of the arguments, FLOPs."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 
 
 def flops(query: torch.Size, keys: int, dv: int) -> int:
-    """Of the products of a query [B, H, Tq, Dh] with so many keys [.., Dh] and values [.., Dv]."""
+    """FLOPs of the products of a query [B, H, Tq, Dh] with `keys` keys [.., Dh] and values [.., Dv]."""
     return 2 * query[:-1].numel() * keys * (query[-1] + dv)
 
 
@@ -24,20 +24,21 @@ def flops_bwd(
     need_value: bool,
     need_logits: bool,
 ) -> int:
-    """Of the logits, recomputed, and of the gradients that are needed."""
+    """FLOPs of the recomputed logits and of the gradients that are needed."""
     width = query[-1] * (1 + need_query + need_key) + dv * (need_value + need_logits)
     return 2 * query[:-1].numel() * keys * width
 
 
 def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Memory for gradients, laid out as the results are; one that nobody needs has size 0."""
+    """Memory for gradients in the layout of the results; one that is not needed has size 0."""
     return tuple(
-        laid_out(t, t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)
+        empty_heads_merged(t, t.shape) if need else t.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
     )
 
 
 def attention_faults(query: Tensor, keys: dict[str, Tensor], values: dict[str, Tensor]) -> list[str]:
-    """Faults of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
+    """Errors of a query [B, H, Tq, Dh] with keys [B, Hkv, Tk, Dh] and values [B, Hkv, Tk, Dv]."""
     tensors = {"query": query, **keys, **values}
 
     def got() -> str:

@@ -1,4 +1,4 @@
-"""What the dense layers share: checks of the arguments, gradients."""
+"""Shared by the dense layers: checks of the arguments, gradients."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def check(
     residual: Tensor | None,
     width: int,
 ) -> None:
-    """One ValueError that names all that does not fit; `width` is the last size of the result."""
+    """Raises one ValueError that names every invalid argument; `width` is the last size of the result."""
     faults = []
     if x.dim() == 0:
         faults.append("x must be [..., K], got a scalar")
@@ -50,24 +50,24 @@ def check(
 
 
 def size(t: Tensor, dim: int) -> int:
-    """A size that messages can name whatever `t` is: 0 where there is no such dimension."""
+    """The size of a dimension, 0 if there is no such dimension; for messages about any tensor."""
     return t.shape[dim] if t.dim() > (dim if dim >= 0 else -dim - 1) else 0
 
 
 def trained(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow that asks for the gradient of one of these."""
+    """Whether a backward may need the gradient of one of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def empty_grads(like: Tensor, shapes: Iterable[Sequence[int]], needs: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Memory for gradients of these shapes; one that nobody needs has size 0."""
+    """Memory for gradients of these shapes; one that is not needed has size 0."""
     return tuple(like.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def gradients(
     ctx: Any, needs: Mapping[str, bool], dout: Tensor, operands: Sequence[str], bwd: Callable
 ) -> dict[str, Tensor | None]:
-    """Of a layer with a residual, from its backward op."""
+    """The gradients of a layer with a residual, from its backward op."""
     wanted = [needs[name] for name in operands]
     grads = bwd(dout, *ctx.saved_tensors, ctx.activation, wanted) if any(wanted) else [None] * len(wanted)
     residual = dout.to(ctx.residual_dtype) if needs["residual"] else None

@@ -17,7 +17,7 @@ from vlmkernels.reference._pairwise import check_features
 
 # Of every row, and of every column where `columns` (else size 0):
 #   max_i = max_j S_ij    sum_i = sum_j e^{S_ij - max_i}    moment_i = sum_j e^{S_ij - max_i} (S_ij - max_i)
-# positives [N] holds key indices, -1 where a row has none and positive_logit is -inf. The store, of exactly
+# positives [N]: key indices, -1 for a row without one, whose positive_logit is -inf. The store, of exactly
 # store_size bytes, keeps exponentials for the gradients; workspace_bytes may be spent while this runs.
 _stats = define_part(
     "info_nce_stats(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
@@ -28,14 +28,14 @@ _stats = define_part(
 )
 # With p_i the positive of row i, u = row_coef, v = col_coef, w = positive_coef (col_* have size 0 when there
 # are no columns), and the log-sum-exps in two parts, r_i = row_max_i + row_log_i, c_j = col_max_j + col_log_j
-# (at large logits their float32 sum would lose what the exponential needs: subtract the maximum first, then
-# the logarithm):
+# (at large logits their float32 sum would lose the digits that the exponential needs: subtract the maximum
+# first, then the logarithm):
 #   g_ij = u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}
 #   D_i  = query_extra_i + sum_{j != p_i} g_ij b_j k_j + w_i b_{p_i} k_{p_i}
 #   D'_j = key_extra_j   + sum_{i: p_i != j} g_ij a_i q_i + sum_{i: p_i = j} w_i a_i q_i
 #   query_dot_i = <q_i, D_i>    dquery_i = scale a_i (D_i - a_i^2 query_dot_i q_i)
 #   key_dot_j  = <k_j, D'_j>    dkey_j  = scale b_j (D'_j - b_j^2 key_dot_j k_j)
-# The second terms of the gradients only when normalised.
+# The second terms of the gradients apply only to normalised features.
 _grads = define_part(
     "info_nce_grads(Tensor query, Tensor key, Tensor scale, Tensor? query_inv_norm, Tensor? key_inv_norm,"
     " Tensor positives, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_coef,"
@@ -70,8 +70,8 @@ def forward(
     def direction(own: Side, other: Side, top: Tensor, log: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, reduced, and the slopes [rows]: mean logits under the softmax minus those of the targets.
 
-        Both are counted from the maximum: all terms are as small as the scale, which divides the slopes in
-        the end.
+        Both are relative to the maximum: all terms are then as small as the scale, by which the slopes are
+        divided in the end.
         """
         mean_positive = targets.mean_positive(own, other)
         short = top - (positive_logit if mean_positive is None else s * mean_positive)
@@ -109,7 +109,7 @@ def backward(
     if v is not None:
         positive_coef = positive_coef + targets.at(positive, v) * (torch.expm1(-col_gap) + (1 - hit))
     need_query, need_key, need_scale = needs
-    # dscale comes from the slopes; only at scale 0, which a GPU's launcher cannot see, from a product
+    # dscale comes from the slopes; only at scale 0 (which the host cannot read from a GPU) from a product
     zero_scale = need_scale and (scale.device.type != "cpu" or float(scale) == 0)
     with_query = need_query or (zero_scale and not need_key)
     dquery, dkey, query_dot, key_dot = _grads(

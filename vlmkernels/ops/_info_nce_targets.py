@@ -1,7 +1,7 @@
-"""The targets of InfoNCE: who is positive, mean similarities with the targets, their part of the gradients.
+"""The targets of InfoNCE: the positives, mean similarities with the targets, their part of the gradients.
 
-All of it is O((N + M) D). What takes (own, other) is about one direction of the loss: (queries, keys) for the
-rows of the logits, (keys, queries) for their columns.
+All of it is O((N + M) D). Functions of (own, other) are for one direction of the loss: (queries, keys) for
+the rows of the logits, (keys, queries) for their columns.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Positives:
 
     label: Tensor  # [rows] in [0, N + M), one for each id
     others: Tensor  # [other rows] their labels
-    count: Tensor  # [N + M] how many of the others carry each label
+    count: Tensor  # [N + M] how many of the others have each label
 
     def number(self) -> Tensor:  # [rows]
         return self.count[self.label]
@@ -37,7 +37,7 @@ class Side:
     x: Tensor  # [rows, D]
     inv_norm: Tensor | None  # [rows]
     counted: Tensor | None = None  # [rows] bool, whether a row has a positive; all have one when None
-    positives: Positives | None = None  # None: one at the most
+    positives: Positives | None = None  # None: at most one
 
     def units(self) -> Tensor:  # [rows, D]
         """The features, divided by their norms, in the dtype of the sums."""
@@ -60,7 +60,7 @@ def sides(
     key_ids: Tensor | None,  # [M]
     symmetric: bool,
 ) -> tuple[Side, Side, Tensor]:
-    """The queries, the keys, and of each query one positive key [N], -1 where it has none."""
+    """The queries, the keys, and one positive key of each query [N], -1 if it has none."""
     check_pair("info_nce", positives, key_ids)
     query, key = pairwise.with_width(query), pairwise.with_width(key)
     queries, keys = (Side(x, pairwise.inverse_norms(x, normalize)) for x in (query, key))
@@ -86,12 +86,12 @@ def sides(
 
 
 def at(positive: Tensor, values: Tensor) -> Tensor:  # [N], [M] -> [N]
-    """Of each query, what `values` hold for its positive key; anything for queries without one."""
+    """The value of each query's positive key; undefined for queries without one."""
     return values[positive.clamp_min(0)] if len(values) else values.new_zeros(len(positive))
 
 
 def mean_positive(own: Side, other: Side) -> Tensor | None:  # [rows]
-    """The mean similarity of each row with its positives; None where there is one at the most."""
+    """The mean similarity of each row with its positives; None if each has at most one."""
     if own.positives is None:
         return None
     dots = (own.x * own.positives.sum(other.units())).sum(-1)
@@ -113,14 +113,14 @@ def gradient(
     other_coef: Tensor | None,  # [other rows] of the direction (other, own)
     smoothing: float,
 ) -> Tensor | None:  # [own rows, D]
-    """What the targets beyond a single positive add to D of `info_nce_grads`; None where that is nothing."""
+    """The part of D in `info_nce_grads` from targets beyond a single positive; None if there is none."""
     extra = None
     if smoothing:
         units = other.units()
         extra = units.new_zeros(own.x.shape)
         if own_coef is not None:
             extra.addmm_(own_coef[:, None], units.sum(0)[None], alpha=-smoothing / len(other.x))
-        if other_coef is not None:  # no product, whose order of summation may follow the number of threads
+        if other_coef is not None:  # not a product, whose order may depend on the number of threads
             extra -= smoothing / len(own.x) * (units * other_coef[:, None]).sum(0)
     if own.positives is not None and other.positives is not None:
         units = other.units()

@@ -1,4 +1,4 @@
-"""What the pairwise ops share: checks of features and scalars, norms, their FLOPs."""
+"""Shared by the pairwise ops: checks of features and scalars, norms, FLOPs."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from vlmkernels._native import TILE_COLS, TILE_HEADER, TILE_ROWS
 def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     """Bytes of the tiles of exponentials, in the precision of the features, that the forward keeps.
 
-    All of them where they fit in `store_bytes`; else half of it, the other half holding what is recomputed.
-    CPU kernels alone keep exponentials: a GPU recomputes them at the cost of moving them.
+    All of them if they fit in `store_bytes`; else half of it, the other half being for what is recomputed.
+    Only CPU kernels keep exponentials: on a GPU recomputing them costs no more than moving them.
     """
     if query.device.type != "cpu":
         return 0
@@ -25,7 +25,7 @@ def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
 
 
 def flops(query: torch.Size, key: torch.Size, products: int = 1) -> int:
-    """Of the logits of queries [N, D] and keys [M, D], and as much again for each gradient of theirs."""
+    """FLOPs of the logits of queries [N, D] and keys [M, D], times `products`: one more per gradient."""
     return products * 2 * query.numel() * key[0]
 
 
@@ -73,9 +73,9 @@ def as_scalar(op: str, name: str, value: float | Tensor, query: Tensor) -> Tenso
 
 
 def forms_ahead(x: Tensor) -> bool:
-    """Whether a forward whose result has one incoming gradient forms those of its inputs.
+    """Whether the forward already computes the gradients, because its result has a single incoming one.
 
-    float16 ones wait for it: without the factor of a scaled loss they would leave the range.
+    Not in float16: without the factor of a scaled loss the gradients would leave its range.
     """
     return torch.is_grad_enabled() and arguments.product_dtype(x) != torch.float16
 
@@ -83,9 +83,9 @@ def forms_ahead(x: Tensor) -> bool:
 def scaled(
     formed: Sequence[Tensor], dloss: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None] | None:
-    """The gradients that a forward formed, times the incoming one; None unless all that are needed are there.
+    """The gradients that a forward computed, times the incoming one; None unless all that are needed exist.
 
-    Under create_graph they have to come from the backward op, which is then in the graph and refuses.
+    Under create_graph they have to come from the backward op, which is then in the graph and raises.
     """
     needed = [(grad, x) for grad, x, need in zip(formed, inputs, needs, strict=True) if need]
     if torch.is_grad_enabled() or any(x is None or grad.shape != x.shape for grad, x in needed):
@@ -94,7 +94,7 @@ def scaled(
 
 
 def with_width(x: Tensor) -> Tensor:
-    """Features of width 0 as a single zero: products of no width are not for kernels."""
+    """Features of width 0 as a single zero, since kernels do not support products of width 0."""
     return x if x.shape[1] else x.new_zeros(x.shape[0], 1)
 
 

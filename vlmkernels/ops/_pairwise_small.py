@@ -1,8 +1,8 @@
-"""The contrastive losses of problems so small that streaming kernels would cost more than the work itself.
+"""The contrastive losses of problems so small that the overhead of streaming kernels would dominate.
 
-The matrix of similarities is held: the forward forms the loss and, where gradients are needed, those of the
-logits, which the backward multiplies with the features. Calls are kept short: two kernels, and a Function
-without the layers of a registered op, which is why traced code does not come here.
+The similarity matrix is materialised: the forward computes the loss and, if gradients are needed, those of
+the logits, which the backward multiplies with the features. The overhead of a call is small: two kernels, and
+a Function without the layers of a registered op, which is why traced code does not use it.
 """
 
 import torch
@@ -12,7 +12,7 @@ from vlmkernels._library import define_part, has_kernel
 from vlmkernels._modules import is_transformed
 from vlmkernels.ops import _pairwise as pairwise
 
-# Queries or keys up to which this is faster than the streaming kernels.
+# Up to so many queries or keys this is faster than the streaming kernels.
 LIMIT = 512
 
 # S_ij = scale a_i b_j <q_i, k_j> + bias, with a, b inverse norms or 1; the pairs (i, i) are positive. Without
@@ -37,8 +37,8 @@ _HERE = has_kernel("small_loss", "CPU")
 
 
 def serves(query: Tensor, key: Tensor) -> bool:
-    """Whether the problem is small, on a CPU, and neither traced, whose sizes must not decide the path, nor
-    under transforms, which the op refuses.
+    """Whether the problem is small, on a CPU, and neither traced (sizes must not choose the path) nor under
+    transforms (which the op refuses).
     """
     if not _HERE or query.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return False

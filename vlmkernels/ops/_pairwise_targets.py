@@ -9,7 +9,7 @@ from vlmkernels.reference._pairwise import check_indices
 
 
 def as_targets(positives: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The two forms of `positives`: indices and no ids of the keys, or the ids of queries and of keys."""
+    """The two forms of `positives`: indices and None, or the ids of queries and of keys."""
     if not isinstance(positives, tuple):
         return positives, None
     query_ids, key_ids = positives

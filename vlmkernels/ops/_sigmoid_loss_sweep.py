@@ -1,7 +1,7 @@
 """The sigmoid loss from one streaming sweep, on every device that has a kernel for it.
 
-The logistic loss needs no sum over a row before its gradient is known, so loss and gradients come from one
-look at the logits.
+The gradient of the logistic loss needs no sum over a row first, so loss and gradients come from one pass over
+the logits.
 """
 
 import torch
@@ -18,7 +18,7 @@ from vlmkernels.reference._pairwise import check_features, check_pair
 #   row_loss_i = sum_j softplus(-t_ij z_ij)       g_ij = -u_i t_ij sigmoid(-t_ij z_ij)
 #   row_dbias_i = sum_j g_ij                      row_dscale_i = sum_j g_ij a_i b_j <q_i, k_j>
 #   D_i = sum_j g_ij b_j k_j                      dq_i = scale a_i (D_i - a_i^2 <q_i, D_i> q_i); dk likewise
-# The second term of dq only when normalised.
+# The second term of dq applies only to normalised features.
 # Outputs that are not needed have size 0.
 _parts = define_part(
     "sigmoid_sweep(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? query_inv_norm,"

@@ -1,11 +1,11 @@
-"""Sums in an order that the number of threads does not change."""
+"""Sums whose order does not depend on the number of threads."""
 
 import torch
 from torch import Tensor
 
 
 def total(x: Tensor) -> Tensor:  # [rows] -> scalar
-    """The sum in an order that does not depend on the number of threads, by which torch splits long sums."""
+    """The sum in an order that does not depend on the number of threads, unlike torch's of long tensors."""
     part = 2**14
     if len(x) <= part:
         return x.sum()

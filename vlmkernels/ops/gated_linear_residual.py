@@ -24,19 +24,19 @@ def gated_linear_residual(
 
     Args:
         x: residual stream ``[..., D]``.
-        h: what the linear layer reads, ``[..., K]``: attention output or hidden layer.
+        h: input of the linear layer, ``[..., K]``: attention output or hidden layer.
         weight: ``[D, K]``, as in ``torch.nn.Linear``; dtype and device of ``h``.
-        gate: one element, or ``D`` elements for one gate per channel, in any shape, which its gradient has.
-        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned whatever ``h`` holds,
-            and nothing flows to ``h``, ``weight`` or ``gate``.
+        gate: one element, or ``D`` elements for one gate per channel, in any shape.
+        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned, even for NaN in
+            ``h``, and no gradient flows to ``h``, ``weight`` or ``gate``.
 
     Returns:
         A new tensor of dtype ``promote_types(x, h)``; the gate's dtype never promotes. Products and sums run
-        in float32 (float64 for float64 inputs) and the branch is not rounded before it joins ``x``. Autocast
-        casts ``h`` and ``weight`` only.
+        in float32 (float64 for float64 inputs) and the branch is not rounded before it is added to ``x``.
+        Autocast casts ``h`` and ``weight`` only.
 
     Raises:
-        ValueError: naming every argument whose shape, dtype or device does not fit.
+        ValueError: naming every argument of invalid shape, dtype or device.
     """
     tensors = {"x": x, "h": h, "weight": weight, "gate": gate}
     faults = []

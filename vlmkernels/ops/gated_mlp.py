@@ -37,17 +37,17 @@ def gated_mlp(
         b_gate, b_up: ``[H]`` or None.
         b_down: ``[O]`` or None.
         activation: one of those of `vlmkernels.linear`.
-        residual: added to the result, whose shape it has.
+        residual: added to the result; of the same shape.
 
     Returns:
         A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
         float64 inputs). The backward keeps ``x`` and the two products before the activation, in the dtype of
-        ``x``; without one they exist for some rows at a time. Autocast casts all but ``residual``.
+        ``x``; without a backward they exist for some rows at a time. Autocast casts all but ``residual``.
 
     On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
     inner, hidden, outputs = dense.size(x, -1), dense.size(w_gate, 0), dense.size(w_down, 0)
     dense.check(
@@ -83,7 +83,7 @@ def gated_mlp(
 def _fake(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, keep):
     torch._check(
         x.shape[-1] == w_gate.shape[1] and w_gate.shape == w_up.shape and w_gate.shape[0] == w_down.shape[1],
-        lambda: f"x {x.shape}, w_gate {w_gate.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit",
+        lambda: f"x {x.shape}, w_gate {w_gate.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not match",
     )
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     kept = (*x.shape[:-1], w_gate.shape[0]) if keep else 0
@@ -112,7 +112,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, w_gate, w_up, w_down, b_gate, b_up, _, residual, activation, keep = inputs
     _, gate, up = output
     ctx.mark_non_differentiable(gate, up)
-    # Layers that are not trained hold no input for the backward.
+    # Layers that are not trained save no input for the backward.
     x = x if any(ctx.needs_input_grad[1:3]) or not keep else None
     kept = (gate, up) if keep else (None, None)
     ctx.save_for_backward(x, w_gate, w_up, w_down, b_gate, b_up, *kept)

@@ -25,22 +25,24 @@ def gated_residual(
 
     Args:
         x: residual stream ``[..., D]``.
-        y: branch output, the shape of ``x``.
-        gate: one element, or ``D`` elements for one gate per channel, in any shape, which its gradient has.
-        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned whatever ``y`` holds,
-            and nothing flows to ``y`` or ``gate``.
+        y: branch output, of the shape of ``x``.
+        gate: one element, or ``D`` elements for one gate per channel, in any shape.
+        row_mask: bool ``x.shape[:-1]``; where it is False the row of ``x`` is returned, even for NaN in
+            ``y``, and no gradient flows to ``y`` or ``gate``.
 
     Returns:
         A new tensor of dtype ``promote_types(x, y)``; the gate's dtype never promotes. Sums run in float32
         (float64 for float64 inputs).
 
     Raises:
-        ValueError: naming every argument whose shape, dtype or device does not fit.
+        ValueError: naming every argument of invalid shape, dtype or device.
     """
     tensors = {"x": x, "y": y, "gate": gate}
     faults = []
     if x.dim() == 0 or x.shape != y.shape:
-        faults.append(f"x and y must have one shape [..., D], got x {tuple(x.shape)} and y {tuple(y.shape)}")
+        faults.append(
+            f"x and y must have the same shape [..., D], got x {tuple(x.shape)} and y {tuple(y.shape)}"
+        )
     elif gate.numel() not in (1, x.shape[-1]):
         faults.append(f"gate must have 1 or D = {x.shape[-1]} elements, got {tuple(gate.shape)}")
     if row_mask is not None and (row_mask.dtype != torch.bool or row_mask.shape != x.shape[:-1]):

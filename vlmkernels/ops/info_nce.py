@@ -26,7 +26,7 @@ def info_nce(
     reduction: str = "mean",
     store_bytes: int = 2**28,
 ) -> Tensor:
-    """Contrastive cross-entropy (InfoNCE) of the logits ``scale * query @ key.T``, held by no fused kernel.
+    """Contrastive cross-entropy (InfoNCE) of ``scale * query @ key.T``, never materialised by fused kernels.
 
     The symmetric form is the loss of CLIP (Radford et al. 2021, figure 3): ``(rows + columns) / 2``; the
     one-directional form is InfoNCE (van den Oord et al. 2018, equation 4); targets uniform over equal ids are
@@ -35,8 +35,8 @@ def info_nce(
     Args:
         query: ``[N, D]``.
         key: ``[M, D]``, same dtype and device.
-        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its
-            shape.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has the
+            same shape.
         positives: the targets. ``None``: key i belongs to query i (``M == N`` when symmetric, otherwise
             ``M >= N``, the rest are negatives). ``[N]`` int64: index of each query's key, -100 for a row that
             is not counted; needs ``symmetric=False``. ``(query_ids [N], key_ids [M])`` int64: uniform over
@@ -44,23 +44,22 @@ def info_nce(
         symmetric: average with the cross-entropy along the columns.
         label_smoothing: in [0, 1); mixes the targets with the uniform distribution over all keys (queries).
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
-        weight: ``[N]``, not negative, no gradient; row i and column i take ``weight[i]``; when symmetric it
-            needs ``M == N``.
+        weight: ``[N]``, not negative, no gradient; of row i and column i; needs ``M == N`` when symmetric.
         reduction: "mean" divides each direction by its own sum of weights, "sum", or "none" for ``[N]``
             losses (symmetric: half the row's plus half the column's, needs ``M == N``). With nothing counted
             the loss is 0.
         store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which
-            then performs ``(8 - 2 f) N M D`` operations in all, f being the part that fits.
+            then performs ``(8 - 2 f) N M D`` operations in all, f being the fraction that fits.
 
-    Of the plain form (none of `positives`, `weight`, `reduction`) up to 512 x 512 logits are held on a CPU,
-    outside compiled code, whatever `store_bytes`: streaming them would cost more than it saves.
+    In the plain form (none of `positives`, `weight`, `reduction`) up to 512 x 512 logits are materialised
+    on a CPU, outside compiled code, for any `store_bytes`: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Sums, maxima and logits are in that
         dtype.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
     positives, key_ids = targets.as_targets(positives)
@@ -69,8 +68,8 @@ def info_nce(
     faults += pairwise.scalar_faults("scale", scale, query)
     n, m = query.shape[0] if query.dim() else 0, key.shape[0] if key.dim() else 0
     if positives is None and (n != m if symmetric else m < n):
-        wanted = "symmetric needs M == N" if symmetric else "M >= N"
-        faults.append(f"without positives, {wanted}, got N = {n} and M = {m}")
+        wanted = "equal N when symmetric" if symmetric else "be at least N"
+        faults.append(f"without positives, M must {wanted}, got N = {n} and M = {m}")
     if symmetric and positives is not None and key_ids is None:
         faults.append(
             "positives as [N] indices need symmetric=False; for both directions pass (query_ids, key_ids)"
@@ -88,7 +87,7 @@ def info_nce(
     if not 0 <= store_bytes < 2**63:
         faults.append(f"store_bytes must be in [0, 2**63), got {store_bytes}")
     if n > 0 and m == 0:
-        faults.append(f"key has no rows while query has {n}")
+        faults.append(f"key must have rows, since query has {n}")
     if faults:
         raise ValueError("info_nce: " + "; ".join(faults))
     scale = pairwise.as_scalar("info_nce", "scale", scale, query)
@@ -102,7 +101,7 @@ def info_nce(
 
 
 def _reference(*args):
-    """What only kernels read is 0, and the store is not filled: graphs hold both, whoever runs them."""
+    """The results that only kernels read are 0, and the store is not filled; graphs always contain both."""
     _, *stats, store = _fake(*args)
     return info_nce_fwd(*args[:-1]), *(x.zero_() for x in stats), store
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.ops import _attention as attention
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.reference.interval_attention import interval_attention_bwd, interval_attention_fwd
 
 
@@ -53,8 +53,8 @@ def interval_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which query i sees the keys ``start_i <= j < end_i``.
 
-    Causal, prefix-LM, packed, padded and Flamingo's masks are such intervals (`vlmkernels.intervals`). Keys
-    outside cost nothing where whole blocks of queries do not see them, and nothing of size Tq x Tk exists.
+    Causal, prefix-LM, packed, padded and Flamingo's masks are such intervals (`vlmkernels.intervals`). Blocks
+    of keys outside the intervals of a block of queries are skipped, and nothing of size Tq x Tk exists.
     Scaled dot-product attention is equation 1 of Vaswani et al. 2017, the streaming softmax that of
     FlashAttention (Dao et al. 2022).
 
@@ -63,7 +63,7 @@ def interval_attention(
         key: ``[B, Hkv, Tk, Dh]``, H a multiple of Hkv: query head h reads key head ``h // (H // Hkv)``.
         value: ``[B, Hkv, Tk, Dv]``.
         start, end: int32 or int64, ``[Tq]`` or ``[B, Tq]``; clipped to [0, Tk]; ``end <= start`` is an empty
-            row. Never read on the host of an accelerator. They need not be monotone.
+            row. Not read on the host if they are on an accelerator. They need not be monotone.
         scale: of the similarities, ``1 / sqrt(Dh)`` when None.
         return_lse: also return the log-sum-exp of each row's logits.
         relative_bias: ``[H, 2R-1, 2C-1]``, added to the logits as ``relative_bias[h, r_i - r_j + R - 1,
@@ -77,7 +77,7 @@ def interval_attention(
         run in that dtype.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
     faults = attention.attention_faults(query, {"key": key}, {"value": value})
     faults += attention.interval_faults(query, start, end)
@@ -93,7 +93,7 @@ def interval_attention(
 def _fake(query, key, value, start, end, scale, relative_bias, grid_rows, grid_cols):
     b, h, tq, _ = query.shape
     lse = query.new_empty((b, h, tq), dtype=torch.promote_types(query.dtype, torch.float32))
-    return laid_out(query, (b, h, tq, value.shape[-1])), lse
+    return empty_heads_merged(query, (b, h, tq, value.shape[-1])), lse
 
 
 def _fake_bwd(

@@ -21,7 +21,7 @@ def linear(
     activation: str = "none",
     residual: Tensor | None = None,  # [..., O]
 ) -> Tensor:  # [..., O]
-    """A linear layer with what follows it: ``act(x @ weight.T + bias) + residual``.
+    """A linear layer, its activation and a residual: ``act(x @ weight.T + bias) + residual``.
 
     Args:
         x: ``[..., K]``, any strides.
@@ -29,7 +29,7 @@ def linear(
         bias: ``[O]``, dtype of ``x``.
         activation: "none", "gelu" (exact), "gelu_tanh", "quick_gelu" (``y * sigmoid(1.702 y)``, as in
             OpenAI's CLIP), "silu", "relu" or "squared_relu".
-        residual: added to the result, whose shape it has.
+        residual: added to the result; of the same shape.
 
     Returns:
         A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
@@ -39,7 +39,7 @@ def linear(
     On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
     outputs = dense.size(weight, 0)
     dense.check(
@@ -61,7 +61,9 @@ def linear(
 
 
 def _fake(x, weight, bias, residual, activation, keep):
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x {x.shape} and weight {weight.shape} do not fit")
+    torch._check(
+        x.shape[-1] == weight.shape[1], lambda: f"x {x.shape} and weight {weight.shape} do not match"
+    )
     shape = (*x.shape[:-1], weight.shape[0])
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape if keep and activation != "none" else 0)
@@ -87,7 +89,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(y)
     formed = keep and activation != "none"
     again = activation != "none" and not keep
-    # A layer that is not trained holds no input for the backward.
+    # A layer that is not trained saves no input for the backward.
     ctx.save_for_backward(
         x if ctx.needs_input_grad[1] or again else None, weight, bias, y if formed else None
     )

@@ -32,17 +32,17 @@ def mlp(
         w2: ``[O, H]``.
         b2: ``[O]`` or None.
         activation: one of those of `vlmkernels.linear`.
-        residual: added to the result, whose shape it has.
+        residual: added to the result; of the same shape.
 
     Returns:
         A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
-        float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without one the
-        hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
+        float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without a
+        backward the hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
 
     On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
     hidden, outputs = dense.size(w1, 0), dense.size(w2, 0)
     dense.check(
@@ -71,7 +71,7 @@ def mlp(
 def _fake(x, w1, b1, w2, b2, residual, activation, keep):
     torch._check(
         x.shape[-1] == w1.shape[1] and w1.shape[0] == w2.shape[1],
-        lambda: f"x {x.shape}, w1 {w1.shape} and w2 {w2.shape} do not fit",
+        lambda: f"x {x.shape}, w1 {w1.shape} and w2 {w2.shape} do not match",
     )
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
@@ -98,7 +98,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, w1, b1, w2, _, residual, activation, keep = inputs
     _, y = output
     ctx.mark_non_differentiable(y)
-    # A layer that is not trained holds no input for the backward.
+    # A layer that is not trained saves no input for the backward.
     x = x if ctx.needs_input_grad[1] or not keep else None
     ctx.save_for_backward(x, w1, b1, w2, y if keep else None)
     ctx.activation = activation

@@ -1,4 +1,4 @@
-"""Latents attend to the tokens of a medium and to themselves: one softmax over two sources of keys."""
+"""Latents attend to media tokens and to themselves: one softmax over two sources of keys."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _attention as attention
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.reference.perceiver_attention import perceiver_attention_bwd, perceiver_attention_fwd
 
 
@@ -21,7 +21,7 @@ def perceiver_attention(
     media_lengths: Tensor | None = None,  # [B]
     scale: float | None = None,
 ) -> Tensor:  # [B, H, n, Dv]
-    """Attention over media tokens and latents together, without joining them in memory.
+    """Attention over media tokens and latents together, without concatenating them.
 
     The attention of Flamingo's Perceiver Resampler (Alayrac et al. 2022, appendix A.1.1), whose keys and
     values are those of the media and of the latents; the softmax over both has one running maximum.
@@ -30,16 +30,16 @@ def perceiver_attention(
         query: ``[B, H, n, Dh]``, any strides.
         media_key, media_value: ``[B, Hkv, S, Dh]`` and ``[B, Hkv, S, Dv]``, H a multiple of Hkv.
         latent_key, latent_value: ``[B, Hkv, L, Dh]`` and ``[B, Hkv, L, Dv]``.
-        media_lengths: int32 or int64 ``[B]``, how many of the S media tokens count, clipped to [0, S]; with
-            0 only the latents are seen. All when None.
+        media_lengths: int32 or int64 ``[B]``, how many of the S media tokens are attended to, clipped to
+            [0, S]; with 0 only the latents are. All when None.
         scale: of the similarities, ``1 / sqrt(Dh)`` when None.
 
     Returns:
-        ``[B, H, n, Dv]`` in the dtype of the inputs, in memory ``[B, n, H, Dv]``; 0 where there is nothing
-        to see (no media and L = 0). Softmax and sums run in float32 (float64 for float64 inputs).
+        ``[B, H, n, Dv]`` in the dtype of the inputs, in memory ``[B, n, H, Dv]``; 0 where there are
+        no keys (no media and L = 0). Softmax and sums run in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
     """
     keys = {"media_key": media_key, "latent_key": latent_key}
     values = {"media_value": media_value, "latent_value": latent_value}
@@ -60,7 +60,7 @@ def perceiver_attention(
 def _fake(query, media_key, media_value, latent_key, latent_value, media_lengths, scale):
     b, h, n, _ = query.shape
     lse = query.new_empty((b, h, n), dtype=torch.promote_types(query.dtype, torch.float32))
-    return laid_out(query, (b, h, n, media_value.shape[-1])), lse
+    return empty_heads_merged(query, (b, h, n, media_value.shape[-1])), lse
 
 
 def _fake_bwd(

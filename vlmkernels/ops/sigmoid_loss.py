@@ -28,23 +28,23 @@ def sigmoid_loss(
     Args:
         query: ``[N, D]``.
         key: ``[M, D]``, same dtype and device.
-        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has its
-            shape.
-        bias: is added to them; likewise.
+        scale: multiplies the similarities; a float, or a tensor with one element, whose gradient has the
+            same shape.
+        bias: added to them; likewise.
         positives: ``None``: key i belongs to query i, ``M >= N``, the other keys are negatives. ``[N]``
             int64: index of each query's key, -100 for a row without one. ``(query_ids [N], key_ids [M])``
-            int64: every pair of equal ids. A row without positives stays, all its pairs being negatives.
+            int64: every pair of equal ids. A row without positives is included: all its pairs are negatives.
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    Of the plain form (neither `positives` nor `reduction`) up to 512 x 512 logits are held on a CPU, outside
-    compiled code: streaming them would cost more than it saves.
+    In the plain form (neither `positives` nor `reduction`) up to 512 x 512 logits are materialised on a CPU,
+    outside compiled code: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
 
     Raises:
-        ValueError: naming every argument that does not fit.
+        ValueError: naming every invalid argument.
         IndexError: a positive outside ``[0, M)`` (a device assertion on CUDA).
     """
     positives, key_ids = targets.as_targets(positives)
@@ -53,7 +53,9 @@ def sigmoid_loss(
     faults += pairwise.scalar_faults("scale", scale, query)
     faults += pairwise.scalar_faults("bias", bias, query)
     if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
-        faults.append(f"without positives, M >= N, got N = {query.shape[0]} and M = {key.shape[0]}")
+        faults.append(
+            f"without positives, M must be at least N, got N = {query.shape[0]} and M = {key.shape[0]}"
+        )
     if reduction not in ("mean", "sum", "none"):
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:

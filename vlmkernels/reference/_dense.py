@@ -1,4 +1,4 @@
-"""What the references of dense layers share: activations and their derivatives, gradients of a product."""
+"""Shared by the references of dense layers: activations and their derivatives, gradients of a product."""
 
 import torch
 import torch.nn.functional as F

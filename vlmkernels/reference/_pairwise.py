@@ -1,4 +1,4 @@
-"""What the references of the pairwise ops share: features, positives, and their checks."""
+"""Shared by the references of the pairwise ops: features, positives, and their checks."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
 
 
 def check_features(op: str, query: Tensor, key: Tensor) -> None:
-    """The raw ops get any features, and norms of other widths may have no end."""
+    """The raw ops accept any tensors, so they check the features themselves."""
     if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
         raise ValueError(
             f"{op}: query must be [N, D] and key [M, D], "
@@ -28,9 +28,9 @@ def check_features(op: str, query: Tensor, key: Tensor) -> None:
 
 
 def check_pair(op: str, positives: Tensor | None, key_ids: Tensor | None) -> None:
-    """The raw ops get the two of (query_ids, key_ids) one by one."""
+    """The raw ops get query_ids and key_ids as separate arguments."""
     if positives is None and key_ids is not None:
-        raise ValueError(f"{op}: key_ids want the ids of the queries in positives, got None")
+        raise ValueError(f"{op}: key_ids require the ids of the queries in positives, got None")
 
 
 def check_indices(op: str, positives: Tensor, m: int) -> None:

@@ -46,7 +46,7 @@ def gated_linear_residual_bwd(
     row_mask: Tensor | None,  # [...]
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dweight and dgate; an output nobody needs has size 0. dx is dout itself."""
+    """dh, dweight and dgate; an output that is not needed has size 0. dx is dout itself."""
     need_h, need_weight, need_gate = needs
     work = torch.promote_types(torch.promote_types(dout.dtype, h.dtype), torch.float32)
     dh, dweight, dgate = h.new_empty(0), weight.new_empty(0), gate.new_empty(0)

@@ -59,12 +59,12 @@ def gated_mlp_bwd(
     w_down: Tensor,  # [O, H]
     b_gate: Tensor | None,  # [H]
     b_up: Tensor | None,  # [H]
-    gate: Tensor | None,  # [..., H], formed again when absent, like up
+    gate: Tensor | None,  # [..., H], recomputed when absent, like up
     up: Tensor | None,  # [..., H]
     activation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """dx, dw_gate, dw_up, dw_down, db_gate, db_up and db_down, as `needs` asks; otherwise of size 0."""
+    """dx, dw_gate, dw_up, dw_down, db_gate, db_up and db_down; one that is not needed has size 0."""
     need_x, need_w_gate, need_w_up, need_w_down, need_b_gate, need_b_up, need_b_down = needs
     if gate is None or up is None:
         assert x is not None

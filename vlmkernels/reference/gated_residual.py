@@ -39,7 +39,7 @@ def gated_residual_bwd(
     row_mask: Tensor | None,  # [...]
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """dy and dgate; an output nobody needs has size 0. dx is dout itself."""
+    """dy and dgate; an output that is not needed has size 0. dx is dout itself."""
     need_y, need_gate = needs
     work = torch.promote_types(torch.promote_types(dout.dtype, y.dtype), torch.float32)
     g, t = dout.to(work), gate.to(work).reshape(-1).tanh()

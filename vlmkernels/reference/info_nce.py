@@ -6,7 +6,7 @@ With r_i = logsumexp_j S_ij, c_j = logsumexp_i S_ij, targets T (rows sum to 1) a
     dS_ij = u_i (exp(S_ij - r_i) - T_ij) + v_j (exp(S_ij - c_j) - T'_ij)
     dq = scale * dS k        dk = scale * dS^T q        dscale = sum_ij dS_ij <q_i, k_j>
 
-where u_i = dL/dl_i and v_j = dL/dl'_j hold the weights, the reduction and the incoming gradient. When the
+where u_i = dL/dl_i and v_j = dL/dl'_j contain the weights, the reduction and the incoming gradient. When the
 features are normalised, q = x / |x| and dx = (dq - q <q, dq>) / |x|.
 """
 
@@ -60,7 +60,7 @@ def info_nce_bwd(
     dloss, query, key, scale, positives, key_ids, weight, symmetric, label_smoothing, normalize, reduction,
     needs,
 ):  # fmt: skip
-    """(dquery, dkey, dscale); an output that `needs` does not ask for has size 0."""
+    """(dquery, dkey, dscale); an output that is not needed has size 0."""
     check_features("info_nce_bwd", query, key)
     work = torch.promote_types(query.dtype, torch.float32)
     q, k = features(query, normalize, work), features(key, normalize, work)
@@ -97,7 +97,7 @@ def _target(positive: Tensor, dim: int, smoothing: float, work: torch.dtype) -> 
 
 
 def _weight(positive: Tensor, dim: int, weight: Tensor | None, work: torch.dtype) -> Tensor:
-    """Of each softmax along `dim`; 0 where there is no positive."""
+    """The weight of each softmax along `dim`; 0 where there is no positive."""
     counted = positive.any(dim).to(work)
     return counted if weight is None else counted * weight.to(work)
 

@@ -12,7 +12,7 @@ In grouped-query attention the sums over i run over all query heads that share a
 import torch
 from torch import Tensor
 
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 
 
 def interval_attention(
@@ -52,7 +52,7 @@ def interval_attention_bwd(
     scale: float, relative_bias, grid_rows: int, grid_cols: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key, value and relative_bias; one that nobody needs has size 0."""
+    """Gradients of query, key, value and relative_bias; one that is not needed has size 0."""
     s = _logits(query, key, start, end, scale, relative_bias, grid_rows, grid_cols)
     p = _probabilities(s, lse)  # [B, H, Tq, Tk]
     g, q = dout.to(p.dtype), query.to(p.dtype)
@@ -65,10 +65,10 @@ def interval_attention_bwd(
     no_bias = (query if relative_bias is None else relative_bias).new_empty(0)
 
     def shared(x: Tensor, like: Tensor) -> Tensor:  # [B, H, Tk, D] summed over the heads of a group
-        return _laid_out(x.unflatten(1, (like.shape[1], -1)).sum(2) if like.shape[1] else x, like)
+        return _heads_merged(x.unflatten(1, (like.shape[1], -1)).sum(2) if like.shape[1] else x, like)
 
     return (
-        _laid_out(scale * (ds @ k), query) if needs[0] else query.new_empty(0),
+        _heads_merged(scale * (ds @ k), query) if needs[0] else query.new_empty(0),
         shared(scale * (ds.mT @ q), key) if needs[1] else key.new_empty(0),
         shared(p.mT @ g, value) if needs[2] else value.new_empty(0),
         _bias_gradient(ds, relative_bias, grid_rows, grid_cols) if needs[3] else no_bias,
@@ -99,7 +99,7 @@ def _for_heads(x: Tensor, query: Tensor) -> Tensor:
 
 
 def _on_grid(s: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The queries and keys that lie on the grid, and where in the table each pair [i, j] finds its bias."""
+    """The queries and keys on the grid, and the entry of the table with the bias of each pair [i, j]."""
     i, j = (torch.arange(min(tokens, rows * cols), device=s.device) for tokens in s.shape[-2:])
     row = (i // max(cols, 1))[:, None] - j // max(cols, 1) + rows - 1
     col = (i % max(cols, 1))[:, None] - j % max(cols, 1) + cols - 1
@@ -127,6 +127,6 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     return (s - lse.where(lse > -torch.inf, 0)[..., None]).exp()
 
 
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+def _heads_merged(x: Tensor, like: Tensor) -> Tensor:
     """In the dtype of `like` and the layout of results."""
-    return laid_out(like, x.shape).copy_(x)
+    return empty_heads_merged(like, x.shape).copy_(x)

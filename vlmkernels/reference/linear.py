@@ -41,11 +41,11 @@ def linear_bwd(
     x: Tensor | None,  # [..., K], only for dweight and for y
     weight: Tensor,  # [O, K]
     bias: Tensor | None,  # [O]
-    y: Tensor | None,  # [..., O], formed again when absent
+    y: Tensor | None,  # [..., O], recomputed when absent
     activation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias; an output nobody needs has size 0."""
+    """dx, dweight and dbias; an output that is not needed has size 0."""
     if activation != "none" and y is None:
         assert x is not None
         y = F.linear(x, weight, bias)

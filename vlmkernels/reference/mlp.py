@@ -52,11 +52,11 @@ def mlp_bwd(
     w1: Tensor,  # [H, K]
     b1: Tensor | None,  # [H]
     w2: Tensor,  # [O, H]
-    y: Tensor | None,  # [..., H], formed again when absent
+    y: Tensor | None,  # [..., H], recomputed when absent
     activation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2 and db2, as `needs` asks; an output nobody needs has size 0."""
+    """dx, dw1, db1, dw2 and db2; an output that is not needed has size 0."""
     need_x, need_w1, need_b1, need_w2, need_b2 = needs
     if y is None:
         assert x is not None

@@ -42,7 +42,7 @@ def perceiver_attention_bwd(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the first five arguments; one that nobody needs has size 0."""
+    """Gradients of the first five arguments; one that is not needed has size 0."""
     key, value, start, end = _joined(query, media_key, media_value, latent_key, latent_value, media_lengths)
     joint = [needs[0], needs[1] or needs[3], needs[2] or needs[4], False]
     dq, dk, dv, _ = interval_attention_bwd(

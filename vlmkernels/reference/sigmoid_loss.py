@@ -36,7 +36,7 @@ def sigmoid_loss(
 def sigmoid_loss_fwd(
     query, key, scale, bias, positives, key_ids, normalize, reduction, need_query, need_key, need_scalars
 ):
-    """The raw op: (loss, dquery, dkey, dscale, dbias); a gradient that nobody needs has size 0."""
+    """The raw op: (loss, dquery, dkey, dscale, dbias); a gradient that is not needed has size 0."""
     check_features("sigmoid_loss", query, key)
     pair = positives if key_ids is None else (positives, key_ids)
     loss = sigmoid_loss(query, key, scale, bias, positives=pair, normalize=normalize, reduction=reduction)
@@ -47,7 +47,7 @@ def sigmoid_loss_fwd(
 
 
 def sigmoid_loss_bwd(dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
-    """(dquery, dkey, dscale, dbias); an output that `needs` does not ask for has size 0."""
+    """(dquery, dkey, dscale, dbias); an output that is not needed has size 0."""
     check_features("sigmoid_loss_bwd", query, key)
     work = torch.promote_types(query.dtype, torch.float32)
     q, k = features(query, normalize, work), features(key, normalize, work)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._tiles import architecture, rows_contiguous, tf32_allowed
 
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # the maximum of no logits, finite: its distance to itself is 0
@@ -48,7 +48,7 @@ def intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_e
 
 @triton.jit
 def key_bounds(start, end, inside, tk, BLOCK_N: tl.constexpr):
-    """lo <= a <= b, hi: some row sees keys of [lo, hi); blocks of [a, b) are seen whole by every row."""
+    """lo <= a <= b, hi: some row sees keys of [lo, hi); every row sees all of the blocks of [a, b)."""
     seen = end > start
     lo, hi = tl.min(tl.where(seen, start, tk), 0), tl.max(end, 0)
     last_start = tl.max(tl.where(inside, tl.where(seen, start, tk), 0), 0)
@@ -97,7 +97,7 @@ def attend(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The softmax goes on over blocks of keys from lo to hi."""
+    """Continues the softmax over blocks of keys from lo to hi."""
     for first in range(lo, hi, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
         k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, BLOCK_D)
@@ -179,7 +179,7 @@ def _forward(
 
 
 class Source(NamedTuple):
-    """Keys and values, and which of them each query sees: all of them where a bound is None."""
+    """Keys and values, and the interval of them that each query sees: all where a bound is None."""
 
     key: Tensor  # [B, Hkv, Tk, Dh]
     value: Tensor  # [B, Hkv, Tk, Dv]
@@ -224,7 +224,7 @@ def unsupported(query: Tensor, value: Tensor) -> bool:
 
 
 def block(size: int) -> int:
-    """The power of two that holds `size`, at least what a tensor core multiplies."""
+    """The power of two that is at least `size` and the smallest dimension of a tensor core."""
     return max(16, triton.next_power_of_2(max(size, 1)))
 
 
@@ -248,7 +248,7 @@ def launch_options(
     if half and biased and widest > 64 and block_m >= chosen.block_n:
         block_m //= 2  # elements of the table are prefetched to shared memory too
     warps = chosen.num_warps
-    if 32 < block_m > block(rows):  # rows are shared out, and a warp multiplies 16
+    if 32 < block_m > block(rows):  # rows are split among warps, and a warp multiplies 16
         warps = max(4, min(warps, block(rows) // 16))
     amd = torch.version.hip is not None
     if half or amd:
@@ -263,7 +263,7 @@ def launch_options(
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
         "PRECISION": precision,
-        "num_warps": warps // (2 if amd else 1),  # those of AMD have 64 lanes
+        "num_warps": warps // (2 if amd else 1),  # AMD's have 64 lanes
         "num_stages": 1 if amd else min(chosen.num_stages, 2 if biased else 3),  # prefetching spills there
         "enable_fp_fusion": True,
     }
@@ -281,7 +281,7 @@ def forward(
     """out [B, H, Tq, Dv] in memory [B, Tq, H, Dv], and lse [B, H, Tq] float32; 0 and -inf on empty rows."""
     b, h, tq, width = query.shape
     tk, value_width = source.value.shape[2:]
-    out = laid_out(query, (b, h, tq, value_width))
+    out = empty_heads_merged(query, (b, h, tq, value_width))
     lse = query.new_empty((b, h, tq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse

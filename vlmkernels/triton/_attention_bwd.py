@@ -1,11 +1,11 @@
-"""Gradients of the attention kernels: by queries, by keys and values in their own order, without atomics."""
+"""Gradients of the attention kernels: one kernel over queries, one over keys and values, without atomics."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.reference._attention import laid_out
+from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._attention import (
     Exceptions,
     Source,
@@ -61,7 +61,7 @@ def query_grads(
     MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale goes on over blocks of keys from lo to hi."""
+    """Continues dq / scale over blocks of keys from lo to hi."""
     for first in range(lo, hi, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
         k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, BLOCK_D)
@@ -136,7 +136,7 @@ def _query_grads(
 @triton.jit
 def _query_ranges(
     START, END,  # as in _forward
-    RANGES,  # [programs / key blocks, key blocks, 2] int32: the queries that see a block lie between these
+    RANGES,  # [programs / key blocks, key blocks, 2] int32: the range of the queries that see a block
     stride_sb, stride_st, stride_eb, stride_et, tq, tk,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +284,7 @@ def query_gradient(
     grid_rows: int = 0,
     grid_cols: int = 0,
 ) -> Tensor:  # [B, H, Tq, Dh]
-    dq = laid_out(query, query.shape)
+    dq = empty_heads_merged(query, query.shape)
     if dq.numel() == 0:
         return dq
     b, h, tq, width = query.shape
@@ -310,7 +310,7 @@ def key_gradients(
     query: Tensor,  # [B, H, Tq, Dh]
     source: Source,
     lse: Tensor,  # [B, H, Tq]
-    delta: Tensor | None,  # [B, H, Tq], not for the values alone
+    delta: Tensor | None,  # [B, H, Tq], not needed for the values' gradient
     scale: float,
     needs: list[bool],
     table: Tensor | None = None,  # [H, 2R-1, 2C-1]
@@ -319,8 +319,8 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dkey [B, Hkv, Tk, Dh] and dvalue [B, Hkv, Tk, Dv]; one that is not needed has size 0."""
     key, value, start, end = source
-    dk = laid_out(key, key.shape) if needs[0] else key.new_empty(0)
-    dv = laid_out(value, value.shape) if needs[1] else value.new_empty(0)
+    dk = empty_heads_merged(key, key.shape) if needs[0] else key.new_empty(0)
+    dv = empty_heads_merged(value, value.shape) if needs[1] else value.new_empty(0)
     if dk.numel() == dv.numel() == 0:
         return dk, dv
     b, h, tq, width = query.shape

@@ -1,11 +1,11 @@
-"""What the pairwise kernels share: chunks of rows, and the last steps of the gradients of features."""
+"""Shared by the pairwise kernels: chunks of rows, and the last steps of the gradients of features."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK_ROWS = 256  # rows of gradients held at once when `workspace_bytes` allow no more
+CHUNK_ROWS = 256  # rows of gradients in memory at once, more if `workspace_bytes` allow
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def feature_grads(
         x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0).to(tl.float32)
         dots += x * total
         if A is not None:
-            tl.debug_barrier()  # warps that hold the same columns have read them
+            tl.debug_barrier()  # warps with the same columns have read them
             tl.store(ACC + row * depth + cols, total, mask=inside)
         else:
             tl.store(DX + row * depth + cols, (scale * total).to(DX.dtype.element_ty), mask=inside)
@@ -76,7 +76,7 @@ def feature_grads(
 
 
 def chunk_rows(n: int, m: int, itemsize: int, workspace_bytes: int) -> int:
-    """How many rows of gradients of the similarities are held at once."""
+    """How many rows of gradients of the similarities are in memory at once."""
     rows = workspace_bytes // (max(m, 1) * itemsize)
     return max(1, min(n, max(CHUNK_ROWS, rows // CHUNK_ROWS * CHUNK_ROWS)))
 
@@ -87,7 +87,7 @@ def chunk_buffer(like: Tensor, rows: int, m: int) -> Tensor:  # [rows, m]
 
 
 def unit(x: Tensor, inv_norm: Tensor | None) -> Tensor:
-    """a_i x_i in the dtype of x: what enters a product."""
+    """a_i x_i in the dtype of x: the operand of a product."""
     return x if inv_norm is None else (x * inv_norm[:, None]).to(x.dtype)
 
 

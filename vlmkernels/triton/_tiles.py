@@ -54,7 +54,7 @@ def grouped_tile(program, row_tiles, col_tiles, GROUP: tl.constexpr):
 
 
 class Tile(NamedTuple):
-    """BLOCK_M x BLOCK_N similarities made by steps of BLOCK_K features."""
+    """BLOCK_M x BLOCK_N similarities, accumulated in steps of BLOCK_K features."""
 
     block_m: int
     block_n: int
@@ -98,7 +98,7 @@ TILES_ON: dict[str, Tiles] = {
         ("ieee", False): Tile(64, 64, 16, 4, 2),
     },
 }
-# What L2 delivers bounds smaller tiles there. Kernels that sum over a tile have no registers for it.
+# Smaller tiles are limited by the bandwidth of L2 there. Kernels that sum over a tile lack the registers.
 PRODUCTS_ON = TILES_ON | {on: {("half", True): Tile(128, 256, 64, 8, 3)} for on in ("sm_90", "sm_100")}
 # Four sums for each row and column: four warps spill them in code of Triton 3.6
 STATISTICS_ON = TILES_ON | {
@@ -116,7 +116,7 @@ def tf32_allowed() -> bool:
 
 
 def architecture(x: Tensor) -> str:
-    """What the tables have exceptions for, as "sm_90" or "gfx942"; "sm_80" where there is no GPU."""
+    """The key of the tables' exceptions, such as "sm_90" or "gfx942"; "sm_80" without a GPU."""
     if not x.is_cuda:
         return "sm_80"
     if torch.version.hip is not None:
@@ -129,8 +129,8 @@ def launch_options(
 ) -> dict:
     """The tile for a problem, from the table.
 
-    `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not have it: a
-    logit has to be the same number where its maximum is found and where the maximum is subtracted.
+    `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not use it: a logit
+    has to be the same number when its maximum is computed and when the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
     tiles = TILES | exceptions.get(architecture(query), {})
@@ -141,14 +141,14 @@ def launch_options(
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """Rows of consecutive elements, any distance between them; the kernels read no other form."""
+    """Rows of consecutive elements with any stride between rows, as the kernels require."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
-    """Rows as `similarities` reads them best: they begin and end at multiples of 16 elements, with zeros.
+    """Rows as `similarities` reads them fastest: aligned and zero-padded to multiples of 16 elements.
 
-    Elements read one by one cost more than this copy, and their addresses more registers than there are.
+    Unaligned elements are read one by one, which costs more than this copy and spills their addresses.
     """
     x = rows_contiguous(x)
     if x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:

@@ -1,6 +1,6 @@
 """out = x + t (h W^T), t = tanh(gate): a GEMM that adds in its epilogue.
 
-Backward: products with dout in float32, each turned into a gradient and a share of the gate's by one pass.
+Backward: products with dout in float32; one pass over each gives a gradient and a part of the gate's.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def _tanh(gate: Tensor) -> Tensor:
 
 
 def _kept(x: Tensor, t: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:  # [n, D]
-    """t x in `dtype`, 0 in rows that the mask drops whatever x holds there; x itself if that is all it is."""
+    """t x in `dtype`, 0 in rows that the mask drops, even for NaN; x itself if nothing changes."""
     if t is None and mask is None and x.dtype == dtype:
         return x
     x = x.contiguous()

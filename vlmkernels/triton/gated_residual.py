@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # elements of one tile, 8 a thread: 16 bytes of bfloat16
-PROGRAMS = 1024  # at most about as many partial sums of the gate's gradient
+PROGRAMS = 1024  # about the maximum number of partial sums of the gate's gradient
 WARPS = 8  # of 32 lanes
 
 
@@ -60,7 +60,7 @@ def _forward(
 @triton.jit
 def _backward(
     DOUT,  # [n, depth]
-    Y,  # [n, depth] or None when no gate gradient is asked for
+    Y,  # [n, depth] or None if the gate's gradient is not needed
     T,  # [1] or [depth]
     MASK,  # [n] uint8 or None
     DY,  # [n, depth] or None
@@ -96,7 +96,7 @@ def _backward(
 def blocks(depth: int) -> dict[str, int]:
     """Tile of the kernels for rows of `depth` elements."""
     block_d = min(triton.next_power_of_2(depth), TILE)
-    warps = WARPS // 2 if torch.version.hip is not None else WARPS  # those of AMD have 64 lanes
+    warps = WARPS // 2 if torch.version.hip is not None else WARPS  # AMD's have 64 lanes
     return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": True}
 
 

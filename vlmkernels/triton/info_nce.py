@@ -1,7 +1,7 @@
 """info_nce_stats and info_nce_grads (contracts in ops/_info_nce_sweeps.py): two GEMMs with an epilogue.
 
-The exponentials of the first are not kept for the second: at the width of real features, making them again
-costs a GPU what writing and reading them would.
+The exponentials of the first are not kept for the second: at the usual widths of features, recomputing
+them costs a GPU no more than writing and reading them.
 """
 
 import torch
@@ -14,11 +14,9 @@ from vlmkernels.triton import _pairwise_chunked as chunked
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._tiles import grouped_tile, similarities
 
-PROGRAMS = 1024  # the columns are split until about so many programs share the first sweep
-PARTIAL_TILES = 256  # row tiles whose column statistics are held at once when `workspace_bytes` allow no more
-NOTHING: tl.constexpr = tl.constexpr(
-    -3e38
-)  # a logit that counts for nothing, finite so that products with 0 are 0
+PROGRAMS = 1024  # the columns are split until the first sweep has about so many programs
+PARTIAL_TILES = 256  # row tiles of a launch, more if their column statistics fit in `workspace_bytes`
+NOTHING: tl.constexpr = tl.constexpr(-3e38)  # a logit without weight, finite so that products with 0 are 0
 
 
 @triton.jit
@@ -224,7 +222,7 @@ def info_nce_stats(
     workspace_bytes: int,
 ) -> tuple[Tensor, ...]:
     """(row_max [N], row_sum, row_moment, positive_logit, col_max [M], col_sum, col_moment, empty store)."""
-    if query.dtype == torch.float64:  # tensor cores have no use for it
+    if query.dtype == torch.float64:  # Triton does not multiply it on every GPU
         return chunked.info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, columns)
     n, m = query.shape[0], key.shape[0]
     store, stats = query.new_empty(0, dtype=torch.uint8), query.new_empty(0, dtype=torch.float32)

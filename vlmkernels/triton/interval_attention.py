@@ -1,7 +1,7 @@
 """interval_attention (contract in ops/interval_attention.py): launches of the attention kernels.
 
-The gradient of the relative bias has a kernel of its own: a program owns all pairs of rows, and of blocks
-of columns, of the grid that lie one offset apart, so that its tiles add up element by element.
+The gradient of the relative bias has a separate kernel: a program owns all pairs of rows, and of blocks of
+columns, of the grid with the same offset, so that its tiles add up element by element.
 """
 
 import torch
@@ -17,7 +17,7 @@ from vlmkernels.triton import _attention_bwd as attention_bwd
 from vlmkernels.triton._attention import Source, grid_bias, intervals, tile
 from vlmkernels.triton._tiles import rows_contiguous
 
-BIAS_PROGRAMS = 1024  # the batch is split until about so many programs share it
+BIAS_PROGRAMS = 1024  # the batch is split until there are about so many programs
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
     side = min(32 if narrow else 16, attention.block(grid_cols))
     options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
     if options["PRECISION"] == "tf32x3" and width > 64:
-        options["PRECISION"] = "ieee"  # three products of the small tile need more registers than there are
+        options["PRECISION"] = "ieee"  # three products of the small tile would spill
     return options | {"BLOCK": side, "num_warps": 4, "num_stages": 1}
 
 

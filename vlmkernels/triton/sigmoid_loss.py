@@ -1,4 +1,4 @@
-"""sigmoid_sweep (contract in ops/_sigmoid_sweep.py): one GEMM with loss and gradient in the epilogue."""
+"""sigmoid_sweep (contract in ops/_sigmoid_loss_sweep.py): one GEMM with loss and gradient in the epilogue."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from vlmkernels.triton import _pairwise_chunked as chunked
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._tiles import grouped_tile, similarities
 
-CHUNK_BYTES = 1 << 28  # gradients of the logits held at once
+CHUNK_BYTES = 1 << 28  # gradients of the logits in memory at once
 
 
 @triton.jit

@@ -180,7 +180,7 @@ def high(to: type) -> Callable:
 
 
 def convert(to: type, of: type | None = None) -> Callable:
-    """`of`: the narrow type that lies in the wider register."""
+    """`of`: the narrow type in the wider register."""
     return lambda x: (x if of is None else x.astype(of)).astype(to)
 
 

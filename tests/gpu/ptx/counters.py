@@ -34,11 +34,11 @@ class Traffic:
 
     requests: int = 0
     sectors: int = 0  # of 32 bytes, each counted once a request
-    bytes: int = 0  # that the lanes asked for
+    bytes: int = 0  # requested by the lanes
 
     @property
     def efficiency(self) -> float:
-        """Share of the bytes of the sectors that a lane asked for; above 1 where lanes share them."""
+        """Share of the sectors' bytes that the lanes requested; above 1 if lanes share them."""
         return self.bytes / (SECTOR * self.sectors) if self.sectors else 1.0
 
 
