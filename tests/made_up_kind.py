@@ -60,7 +60,7 @@ class Colours(Pretrained):
 
 @dataclasses.dataclass(frozen=True)
 class MadeUpOptions(Options):
-    brightness: float = option(1.0, "made-up: factor of the mean colours", owner="made-up")
+    brightness: float = option(1.0, "made-up: factor of the mean colours")
 
 
 class MadeUp(ContrastiveKind):

@@ -1,7 +1,10 @@
 """What all public ops share: which dtypes and layouts they take, and errors that name op and argument."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import vlmkernels
 from vlmkernels import ops
@@ -50,6 +53,19 @@ def test_float8_features_do_not_reach_a_kernel():
     message = r"x and weight must be float32, float64, bfloat16 or float16, got x torch.float8_e4m3fn"
     with pytest.raises(ValueError, match=message):
         vlmkernels.linear(x, x)
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_recomputed_in_the_backward(op):
+    """Gradient checkpointing, which gives a backward what was saved once."""
+    values = arguments(op)
+    leaves = [values[name].requires_grad_() for name in floats(values)]
+    call = partial(getattr(vlmkernels, op), **values)
+    results = call(), checkpoint(call, use_reentrant=False)
+    first = (x[0] if isinstance(x, tuple) else x for x in results)
+    grads = (torch.autograd.grad(x.sum(), leaves, allow_unused=True) for x in first)
+    for got, wanted in zip(*grads, strict=True):
+        assert got is wanted or torch.equal(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -198,6 +198,46 @@ def test_nan_is_not_hidden():
     assert all(grad.isnan().any() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("at", [0, 130, 20_000])
+@pytest.mark.parametrize("beside", [0.0, -torch.inf])
+def test_nan_is_not_hidden_by_the_maximum_of_later_classes(dtype, at, beside):
+    """Many blocks of classes; the ones before are all possible, or none of them is."""
+    hidden, weight, target, _ = sample(9, 40_000, 4, dtype=dtype, ignored=0)
+    bias = torch.zeros(40_000, dtype=dtype)
+    bias[:20_000] = beside
+    target.clamp_min_(20_001)
+    loss = vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, reduction="none")
+    assert loss.isfinite().all()
+    bias[at] = torch.nan
+    loss = vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, reduction="none")
+    assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_target_that_cannot_be(dtype, smoothing):
+    """Its loss is inf, as in torch, and its gradient that of probability 0."""
+    hidden, weight, target, bias = sample(150, 300, 8, dtype=dtype, bias=True, ignored=0)
+    with torch.no_grad():
+        bias[7] = -torch.inf
+    target[:50] = 7
+    options = {"label_smoothing": smoothing, "reduction": "none"}
+    loss = vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, **options)
+    want = F.cross_entropy(hidden.double() @ weight.double().T + bias.double(), target, **options)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    assert (loss[:50] == torch.inf).all()
+    exact, wide = [tuple(x.detach().to(to).requires_grad_() for x in (hidden, weight, bias))
+                   for to in (torch.float64, torch.promote_types(dtype, torch.float32))]  # fmt: skip
+    grads = []
+    for leaves, fn in ((exact, reference.linear_cross_entropy), (wide, reference.linear_cross_entropy),
+                       ((hidden, weight, bias), vlmkernels.linear_cross_entropy)):  # fmt: skip
+        loss = fn(*leaves[:2], target, bias=leaves[2], label_smoothing=smoothing)
+        grads.append(torch.autograd.grad(loss, leaves))
+    for truth, theirs, ours in zip(*grads, strict=True):
+        assert_as_good(ours, theirs.to(dtype), truth)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction):
     hidden, weight, target, bias = sample(6, 5, 4, dtype=torch.float64, bias=True)
@@ -219,11 +259,23 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("change", [{"reduction": "batchmean"}, {"label_smoothing": 1.0}], ids=str)
+def test_raw_ops_refuse_options(change):
+    good = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+    tensors = (torch.zeros(3, 4), torch.zeros(7, 4), torch.tensor([0, 6, -100]), None, None)
+    ((name, _),) = change.items()
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {name} must be "):
+        torch.ops.vlmkernels.linear_cross_entropy(*tensors, *(good | change).values(), True, True, True)
+    tensors = (torch.ones(()), *tensors)
+    with pytest.raises(ValueError, match=f"linear_cross_entropy_bwd: {name} must be "):
+        torch.ops.vlmkernels.linear_cross_entropy_bwd(*tensors, *(good | change).values(), [True] * 3)
+
+
 def raw(dtype=torch.float32, permuted=False):
     hidden, weight, target, bias = sample(7, 9, 6, dtype=dtype, bias=True)
     if permuted:
         hidden, weight = (x.detach().T.contiguous().T.requires_grad_() for x in (hidden, weight))
-    return hidden, weight, target, bias, torch.rand(9), -100, 0.1, "mean", [True, True, True]
+    return hidden, weight, target, bias, torch.rand(9), -100, 0.1, "mean", True, True, True
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,11 +283,11 @@ def raw(dtype=torch.float32, permuted=False):
 def test_registration(dtype, permuted):
     op = torch.ops.vlmkernels.linear_cross_entropy.default
     torch.library.opcheck(op, raw(dtype, permuted), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(op, (*raw(dtype, permuted)[:-1], [False] * 3))
+    torch.library.opcheck(op, (*raw(dtype, permuted)[:-3], False, False, False))
     bwd = torch.ops.vlmkernels.linear_cross_entropy_bwd.default
-    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in raw(dtype, permuted)]
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in raw(dtype, permuted)[:-3]]
     dloss = torch.ones((), dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(bwd, (dloss, *arguments), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(bwd, (dloss, *arguments, [True] * 3), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compile():
@@ -257,19 +309,25 @@ def test_compile():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_export():
+@pytest.mark.parametrize("recorder", ["export", "trace"])
+def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, hidden, weight, target):
             return vlmkernels.linear_cross_entropy(hidden, weight, target)
 
     rows = torch.export.Dim("rows", min=2)
     hidden, weight, target, _ = sample(6, 9, 4)
-    program = torch.export.export(
-        Loss(), (hidden, weight, target), dynamic_shapes=({0: rows}, None, {0: rows})
-    )
+    example = (hidden, weight, target)
+    if recorder == "export":
+        shapes = ({0: rows}, None, {0: rows})
+        recorded = torch.export.export(Loss(), example, dynamic_shapes=shapes).module()
+    else:
+        recorded = torch.jit.trace(Loss(), example, check_trace=False)
     hidden, _, target, _ = sample(40, 9, 4)
-    want = vlmkernels.linear_cross_entropy(hidden, weight, target)
-    assert torch.equal(program.module()(hidden, weight, target), want)
+    want, got = vlmkernels.linear_cross_entropy(hidden, weight, target), recorded(hidden, weight, target)
+    assert torch.equal(got, want)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, want)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_autocast():

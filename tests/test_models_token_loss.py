@@ -1,6 +1,7 @@
 """The losses of CausalLM, Flamingo and SimVLM from hidden states: those of their logits, without them."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -82,8 +83,15 @@ def test_what_the_language_model_returns():
     )
     assert model.loss(tokens, torch.full_like(tokens, -100)) == 0
     assert model.loss(tokens[:, :1]) == 0
-    with pytest.raises(ValueError, match=r"labels must be \[3, 20\] like input_ids, got \[3, 19\]"):
-        model.loss(tokens, labels[:, 1:])
+    assert model.loss(tokens[:, :0]) == 0
+    for bad in (labels[:, 1:], labels.int()):
+        got = re.escape(f"got {bad.dtype} {list(bad.shape)}")
+        with pytest.raises(
+            ValueError, match=rf"CausalLM: labels must be int64 \[3, 20\] like input_ids, {got}"
+        ):
+            model.loss(tokens, bad)
+    with pytest.raises(ValueError, match="CausalLM: logits_to_keep must not be negative, got -2"):
+        model(tokens, logits_to_keep=-2)
 
 
 def test_a_wrapped_language_model_is_called():
@@ -123,6 +131,8 @@ def test_what_flamingo_returns(kind):
     assert list(model(vision_x, lang_x)) == ["logits"]
     assert torch.equal(both["logits"], model(vision_x, lang_x)["logits"])
     assert torch.equal(model(vision_x, lang_x, labels=lang_x, return_logits=False)["loss"], both["loss"])
+    with pytest.raises(ValueError, match=r"Flamingo: labels must be int64 .* like lang_x, got torch.int32"):
+        model(vision_x, lang_x, labels=lang_x.int())
 
 
 @needs_transformers

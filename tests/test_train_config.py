@@ -76,9 +76,10 @@ def test_unknown_keys_and_bad_files(tmp_path):
         ValueError, match=r"unknown keys batchsize, learning_rate; known keys are .*batch_size"
     ):
         read_config(path)
-    path.write_text("lr: [1\n")
-    with pytest.raises(ValueError, match=r"c\.yaml is not YAML"):
-        read_config(path)
+    for content in (b"lr: [1\n", b"lr: \xff\n", b"[" * 20_000, b"epochs: " + b"9" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^config: .*c\.yaml is not YAML"):
+            read_config(path)
     path.write_text("- lr\n")
     with pytest.raises(ValueError, match="must be a mapping of keys to values, got list"):
         read_config(path)

@@ -39,7 +39,7 @@ void linear_cross_entropy_logits(const LinearCrossEntropy<P>& g, int64_t class_c
   const Pairs<P>& p = g.pairs;
   const int64_t i0 = jb * kTileCols, cols = cols_of(p, jb), at = class_chunk * p.m + i0;
   const int64_t ib0 = class_chunk * g.chunk_classes, ib1 = min_(ib0 + g.chunk_classes, p.row_blocks());
-  A top[kTileCols], before[kTileCols], some[kTileCols], total[kTileCols];
+  A top[kTileCols], before[kTileCols], shift[kTileCols], some[kTileCols], total[kTileCols];
   double sum[kTileCols];
   for (int64_t c = 0; c < cols; ++c) top[c] = -__builtin_inf(), sum[c] = total[c] = 0;
   for (int64_t ib = ib0; ib < ib1; ++ib) {
@@ -51,17 +51,17 @@ void linear_cross_entropy_logits(const LinearCrossEntropy<P>& g, int64_t class_c
     for (int64_t c = 0; c < cols; ++c) {
       const int64_t r = g.target[i0 + c] - j0;
       if (r >= 0 && r < rows) g.target_logit[i0 + c] = z[r * kTileCols + c];
-      // Where no logit is above -inf yet, nothing was added.
-      if (before[c] != top[c]) sum[c] = sum[c] > 0 ? sum[c] * exp_(before[c] - top[c]) : 0;
+      if (before[c] != top[c]) sum[c] *= exp_(before[c] - top[c]);
+      shift[c] = top[c] == A(-__builtin_inf()) ? A(0) : top[c];  // exp_(-inf), not NaN, where no class can be
     }
     for (int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
       for (int64_t c = 0; c < cols; ++c) some[c] = 0;
       for (int64_t r = r0; r < min_(r0 + kSumRows, rows); ++r) {
         const A* row = z + r * kTileCols;
 #pragma omp simd
-        for (int64_t c = 0; c < cols; ++c) some[c] += exp_(row[c] - top[c]);
+        for (int64_t c = 0; c < cols; ++c) some[c] += exp_(row[c] - shift[c]);
       }
-      for (int64_t c = 0; c < cols; ++c) sum[c] += top[c] == A(-__builtin_inf()) ? A(0) : some[c];
+      for (int64_t c = 0; c < cols; ++c) sum[c] += some[c];
     }
   }
   for (int64_t c = 0; c < cols; ++c) {
@@ -88,8 +88,8 @@ void linear_cross_entropy_rows(const LinearCrossEntropy<P>& g, int64_t jb) {
     const double log = std::log(sum), e = g.smoothing;
     g.row_max[i] = top;
     g.row_log[i] = static_cast<A>(log);
-    double loss = (top - static_cast<double>(g.target_logit[i])) + log;
-    if (g.smoothing > 0) loss += e * (g.target_logit[i] - total / static_cast<double>(p.n));
+    double loss = (1 - e) * ((top - static_cast<double>(g.target_logit[i])) + log);
+    if (g.smoothing > 0) loss += e * ((top - total / static_cast<double>(p.n)) + log);
     g.loss[i] = static_cast<A>(loss);
   }
 }

@@ -112,7 +112,8 @@ def sigmoid_loss(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
-    return without(named("linear_cross_entropy", raw.linear_cross_entropy(draw)), "needs")
+    values = named("linear_cross_entropy", raw.linear_cross_entropy(draw))
+    return without(values, "need_hidden", "need_weight", "need_bias")
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

@@ -285,12 +285,12 @@ def linear_cross_entropy(draw: Draw) -> list:
     tensors = hidden(draw, ignored=True, zero=True)
     reduction = draw.choice(("mean", "sum", "none"))
     needs = draw.needs(3) if reduction != "none" else [False] * 3
-    return [*tensors, -100, draw.choice((0.0, 0.1)), reduction, needs]
+    return [*tensors, -100, draw.choice((0.0, 0.1)), reduction, *needs]
 
 
 @arguments
 def linear_cross_entropy_bwd(draw: Draw) -> list:
-    *inputs, _ = linear_cross_entropy(draw)
+    inputs = linear_cross_entropy(draw)[:-3]
     dloss = draw.floats(*(inputs[2].shape if inputs[-1] == "none" else ()), dtype=work(inputs[0].dtype))
     return [dloss, *inputs, draw.needs(3)]
 

@@ -33,7 +33,7 @@ from vlmkernels.models.parts.pretrained import (
     naming,
 )
 from vlmkernels.models.parts.token_loss import IGNORE as IGNORE
-from vlmkernels.models.parts.token_loss import next_token_loss
+from vlmkernels.models.parts.token_loss import label_faults, next_token_loss
 from vlmkernels.models.parts.transformer import Block, LayerNorm
 from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
 from vlmkernels.nn.dense import Linear, add, table_for, take_rows, tied_logits
@@ -197,8 +197,9 @@ class CausalLM(Pretrained):
         elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], length):
             wanted, got = [input_ids.shape[0], length], list(attention_mask.shape)
             faults.append(f"attention_mask must be {wanted} with the cached tokens, got {got}")
-        if labels is not None and labels.shape != input_ids.shape:
-            faults.append(f"labels must be {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
+        faults += label_faults(labels, input_ids, "input_ids")
+        if logits_to_keep < 0:
+            faults.append(f"logits_to_keep must not be negative, got {logits_to_keep}")
         if length > self.config.context_length:
             faults.append(
                 f"input_ids must have at most context_length = {self.config.context_length} tokens, "
@@ -265,8 +266,9 @@ class CausalLM(Pretrained):
         if not isinstance(source, Mapping):
             path = (Path(source) if Path(source).is_dir() else Path(source).parent) / CONFIG_FILE
             if path.is_file():
+                content = read_json(path)
                 with naming(path):
-                    known = hf_fields(read_json(path))
+                    known = hf_fields(content)
         with naming(source):
             weights = _from_hf(state_dict)
             known = {**_infer_sizes(weights), **known, **fields}

@@ -25,7 +25,7 @@ from vlmkernels.models import decoder
 from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
-from vlmkernels.models.parts import generation
+from vlmkernels.models.parts import generation, token_loss
 from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
 from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
@@ -310,9 +310,9 @@ class Flamingo(Pretrained):
         faults = []
         if lang_x.ndim != 2 or lang_x.dtype not in (torch.int32, torch.int64):
             faults.append(f"lang_x must be integers [B, T], got {lang_x.dtype} {list(lang_x.shape)}")
-        for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
-            if tensor is not None and tensor.shape != lang_x.shape:
-                faults.append(f"{name} must be {list(lang_x.shape)} like lang_x, got {list(tensor.shape)}")
+        if attention_mask is not None and attention_mask.shape != lang_x.shape:
+            faults.append(f"attention_mask must be {list(lang_x.shape)}, got {list(attention_mask.shape)}")
+        faults += token_loss.label_faults(labels, lang_x, "lang_x")
         if vision_x is not None:
             shape = list(vision_x.shape)
             size = self.config.vision.image_size if self.config.vision else "R"

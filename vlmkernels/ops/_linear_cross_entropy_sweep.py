@@ -25,7 +25,7 @@ _parts = define_part(
 )
 
 
-def forward(hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, needs):
+def forward(hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, *needs):
     one = hidden.new_ones((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     rest = (bias, column_scale, ignore_index, label_smoothing, reduction, needs)
     return _sweep("linear_cross_entropy", one, hidden, weight, target, *rest)
@@ -38,7 +38,7 @@ def backward(dloss, hidden, weight, target, *rest):
 def _sweep(
     op, dloss, hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, needs
 ) -> tuple[Tensor, ...]:
-    check(op, hidden, weight, target, bias, column_scale, ignore_index)
+    check(op, hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction)
     work = torch.promote_types(hidden.dtype, torch.float32)
     counted = (target != ignore_index).nonzero().squeeze(1)
     every = len(counted) == len(target)

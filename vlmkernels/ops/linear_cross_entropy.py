@@ -93,12 +93,12 @@ def linear_cross_entropy(
     ahead = reduction != "none" and pairwise.forms_ahead(hidden)
     needs = [ahead and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = target.reshape(-1)
-    options = (ignore_index, label_smoothing, reduction, needs)
-    loss = _op(rows, weight, flat, bias, column_scale, *options)[0]
+    options = (ignore_index, label_smoothing, reduction)
+    loss = _op(rows, weight, flat, bias, column_scale, *options, *needs)[0]
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _fake(hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, needs):
+def _fake(hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, *needs):
     work = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=work)
     return loss, *_empty(hidden, weight, bias, needs)
@@ -118,7 +118,7 @@ def _flops(hidden, weight, *_, out_shape):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, _ = inputs
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -127,7 +127,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, needs, dloss, *unused):
     names = ("hidden", "weight", "bias")
     wanted = [needs[name] for name in names]
-    inputs, formed = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors
+    inputs, formed = saved[:5], saved[5:]
     options = (ctx.ignore_index, ctx.label_smoothing, ctx.reduction)
     grads = pairwise.scaled(formed, dloss, [inputs[0], inputs[1], inputs[3]], wanted)
     if grads is None:
@@ -136,11 +137,12 @@ def _backward(ctx, needs, dloss, *unused):
 
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? column_scale"
-_OPTIONS = "int ignore_index, float label_smoothing, str reduction, bool[3] needs"
+_OPTIONS = "int ignore_index, float label_smoothing, str reduction"
 _GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias"
 
 _op = define(
-    f"linear_cross_entropy({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_GRADS})",
+    f"linear_cross_entropy({_TENSORS}, {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    f" -> (Tensor loss, {_GRADS})",
     reference=linear_cross_entropy_fwd,
     fake=_fake,
     flops=_flops,
@@ -149,7 +151,7 @@ _op = define(
     autocast=("hidden", "weight", "bias"),
 )
 _bwd = define(
-    f"linear_cross_entropy_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}) -> ({_GRADS})",
+    f"linear_cross_entropy_bwd(Tensor dloss, {_TENSORS}, {_OPTIONS}, bool[3] needs) -> ({_GRADS})",
     reference=linear_cross_entropy_bwd,
     fake=_fake_bwd,
     flops=lambda dloss, hidden, weight, *rest, **_: pairwise.flops(hidden, weight, sum(rest[-1][:2])),

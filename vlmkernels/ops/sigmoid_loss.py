@@ -98,7 +98,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, needs, dloss, *unused):
     names = ("query", "key", "scale", "bias")
     wanted = [needs[name] for name in names]
-    inputs, formed = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors
+    inputs, formed = saved[:6], saved[6:]
     grads = pairwise.scaled(formed, dloss, inputs[:4], wanted)
     if grads is None:
         grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, wanted)

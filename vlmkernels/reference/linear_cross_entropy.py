@@ -27,7 +27,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The definition, with all logits, differentiable by autograd."""
     rows, flat = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
-    check("linear_cross_entropy", rows, weight, flat, bias, column_scale, ignore_index)
+    options = (ignore_index, label_smoothing, reduction)
+    check("linear_cross_entropy", rows, weight, flat, bias, column_scale, *options)
     counted = flat != ignore_index
     z = logits(rows.where(counted[:, None], 0), weight, bias, column_scale)  # [N, V]
     losses = F.cross_entropy(
@@ -46,7 +47,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, column_scale: Te
 
 
 def linear_cross_entropy_fwd(
-    hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, needs
+    hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, *needs
 ):
     """The raw op: (loss, dhidden, dweight, dbias); a gradient that `needs` does not ask for has size 0."""
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -68,7 +69,8 @@ def linear_cross_entropy_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias); an output that `needs` does not ask for has size 0."""
-    check("linear_cross_entropy_bwd", hidden, weight, target, bias, column_scale, ignore_index)
+    options = (ignore_index, label_smoothing, reduction)
+    check("linear_cross_entropy_bwd", hidden, weight, target, bias, column_scale, *options)
     dhidden, dweight = hidden.new_empty(0), weight.new_empty(0)
     dbias = (weight if bias is None else bias).new_empty(0)
     if any(needs):
@@ -96,6 +98,8 @@ def check(
     bias: Tensor | None,
     column_scale: Tensor | None,
     ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
 ) -> None:
     """The raw ops get any tensors."""
     n, v = target.numel(), weight.shape[0] if weight.dim() else 0
@@ -111,6 +115,10 @@ def check(
         faults.append(f"weight must be [V, D], got {list(weight.shape)}")
     if target.dtype != torch.int64:
         faults.append(f"target must be int64, got {target.dtype}")
+    if not 0 <= label_smoothing < 1:
+        faults.append(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()

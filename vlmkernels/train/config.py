@@ -22,19 +22,19 @@ from vlmkernels._files import write_text
 from . import kinds
 
 SHIPPED = "configs"
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError)  # deep nesting, integers of many digits
 SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
-def option(default: Any, help: str, *, least: int | None = None, owner: str | None = None) -> Any:
+def option(default: Any, help: str, *, least: int | None = None) -> Any:
     """A field that is a key of the YAML file and a flag of ``vlmkernels train``.
 
-    ``least`` is its smallest value. ``owner`` names the kinds that have the option, in the error for
-    any other kind; without an owner the others ignore it.
+    ``least`` is its smallest value.
     """
     more: dict[str, Any] = {"default": default}
     if isinstance(default, dict):
         more = {"default_factory": lambda: dict(default)}
-    return dataclasses.field(**more, metadata={"help": help, "least": least, "owner": owner})
+    return dataclasses.field(**more, metadata={"help": help, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Setting:
     default: Any
     help: str
     least: int | None
-    owner: str | None
 
 
 @cache
@@ -223,7 +222,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is dict:
         parsed = value
         if isinstance(value, str):
-            with contextlib.suppress(yaml.YAMLError):
+            with contextlib.suppress(*YAML_ERRORS):
                 parsed = yaml.safe_load(value)
         if isinstance(parsed, Mapping):
             return dict(parsed)
@@ -254,10 +253,10 @@ def read_config(source: str | Path) -> dict[str, Any]:
     """
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     elif str(source).removesuffix(".yaml") in shipped_configs():
         entry = resources.files(__package__) / SHIPPED / (str(source).removesuffix(".yaml") + ".yaml")
-        text = entry.read_text(encoding="utf-8")
+        text = entry.read_bytes()
     else:
         raise FileNotFoundError(
             f"config: no file {source!s}; the configurations that come with vlmkernels are "
@@ -265,7 +264,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ValueError(f"config: {source!s} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         values = {}

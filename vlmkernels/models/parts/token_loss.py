@@ -11,6 +11,14 @@ import vlmkernels
 IGNORE = -100
 
 
+def label_faults(labels: Tensor | None, tokens: Tensor, name: str) -> list[str]:
+    """What is wrong with the labels of `tokens`, an argument called `name`."""
+    if labels is None or (labels.shape == tokens.shape and labels.dtype == torch.int64):
+        return []
+    wanted = f"int64 {list(tokens.shape)} like {name}"
+    return [f"labels must be {wanted}, got {labels.dtype} {list(labels.shape)}"]
+
+
 def next_token_loss(
     hidden: Tensor,  # [B, T, D], the input of the head
     weight: Tensor,  # [V, D] of the head
@@ -21,7 +29,7 @@ def next_token_loss(
 
     0 if all are. In float32 (float64 for float64 hidden states).
     """
-    successors = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    successors = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
     return vlmkernels.linear_cross_entropy(hidden, weight, successors, bias=bias, ignore_index=IGNORE)
 
 

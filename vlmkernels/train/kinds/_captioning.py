@@ -124,7 +124,6 @@ class RowOptions(Options):
         1,
         "lm, flamingo: consecutive pairs in one row of tokens; the other kinds have one per row",
         least=1,
-        owner="lm and flamingo",
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlmkernels.data import ClipTokenizer, ImageTransform, WordPieceTokenizer, image_transform
 from vlmkernels.models.parts.pretrained import Pretrained, config_from_dict, read_config
 from vlmkernels.train import kinds
-from vlmkernels.train.config import TrainConfig, settings
+from vlmkernels.train.config import TrainConfig, settings_of
 from vlmkernels.use.bundle import load_bundle, read_tokenizer, read_transform
 from vlmkernels.use.scores import Scores
 
@@ -83,9 +83,9 @@ class Kind(abc.ABC):
                 )
         own = dataclasses.asdict(self.own_options(config))
         for name, value in config.options.items():
-            owner = settings()[name].owner
-            if name not in own and owner is not None:
-                faults.append(f"{name} may only be given for {owner}, got {value}")
+            if name not in own:
+                owners = [kind.name for kind in kinds.every() if name in settings_of(kind.options)]
+                faults.append(f"{name} may only be given for {' and '.join(owners)}, got {value}")
         return faults
 
     def sizes(self, config: TrainConfig) -> Any:

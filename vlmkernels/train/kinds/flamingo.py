@@ -25,12 +25,10 @@ class FlamingoOptions(RowOptions):
     vision: str | None = option(
         None,
         "flamingo: folder of a trained CLIP (RUN/final), whose image tower it keeps frozen",
-        owner="a flamingo without init",
     )
     language_model: str | None = option(
         None,
         "flamingo: folder of a trained language model (RUN/final of train lm), which it keeps frozen",
-        owner="a flamingo without init",
     )
 
 
