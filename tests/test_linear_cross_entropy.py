@@ -111,6 +111,18 @@ def test_ignored_rows_are_not_read():
     assert torch.equal(rows[target == -100], torch.zeros(int((target == -100).sum())))
 
 
+def test_ignored_rows_get_no_gradient_whatever_the_weight_is():
+    hidden, weight, target, _ = sample(6, 20, 4, ignored=0)
+    target[2] = -100
+    with torch.no_grad():
+        weight[3, 1] = torch.nan
+    for reduction in ("mean", "none"):
+        loss = vlmkernels.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss.sum(), hidden)
+        assert torch.equal(grad[2], torch.zeros(4))
+        assert grad[0].isnan().any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("ignore_index", [-100, 0, 7, 10_000])
 def test_no_row_counts(reduction, ignore_index):

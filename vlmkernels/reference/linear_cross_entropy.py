@@ -82,7 +82,7 @@ def linear_cross_entropy_bwd(
         dz = u.expand(target.shape)[:, None] * (logits(h, weight, bias, column_scale).softmax(1) - q)
         dz = (dz if column_scale is None else dz * column_scale.to(work)).where(counted, 0)  # [N, V]
         if needs[0]:
-            dhidden = (dz @ w).to(hidden.dtype).contiguous()
+            dhidden = (dz @ w).where(counted, 0).to(hidden.dtype).contiguous()
         if needs[1]:
             dweight = (dz.T @ h).to(weight.dtype).contiguous()
         if needs[2]:
