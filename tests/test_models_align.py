@@ -205,7 +205,7 @@ def test_grid_of_the_paper_embeds_into_640():
             config = CONFIGS[f"align-{image}-{text}"]
             assert (config.embed_dim, config.text_width, config.text_heads) == (640, width, width // 64)
             assert config.image_projection == (image != "b7")
-    with pytest.raises(ValueError, match="got 'b9', 'base'"):
+    with pytest.raises(ValueError, match="got 'b9' and 'base'"):
         paper_config("b9", "base")
 
 
