@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 torch.set_num_threads(min(torch.get_num_threads(), 2))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background jobs of a shell
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or the processes of tests would ignore it as well
 
 
 @pytest.fixture(autouse=True)
