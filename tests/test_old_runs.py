@@ -2,7 +2,7 @@
 
 import json
 import re
-import tarfile
+import shutil
 
 import numpy
 import pytest
@@ -17,8 +17,7 @@ from vlmkernels.train.config import read_config
 @pytest.fixture
 def old(tmp_path, monkeypatch):
     """The folder with the runs, which is the present one: their paths are relative."""
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ARCHIVE, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
