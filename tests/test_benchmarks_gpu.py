@@ -33,6 +33,12 @@ from vlmkernels.triton._tiles import tf32_allowed
 SETTINGS = timing.Settings("cpu", quick=True, compiled=False, seconds=1)
 
 
+@pytest.fixture(autouse=True)
+def _triton_alone(monkeypatch):
+    """An extension that was built with CUDA has kernels, and so cases, of its own."""
+    monkeypatch.setitem(KERNELS, ("gated_residual", "CUDA"), "Triton")
+
+
 def test_a_trial_moves_with_its_layout_and_what_no_view_covers_is_poison(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # as it is at home
 
