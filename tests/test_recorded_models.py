@@ -55,6 +55,8 @@ def assert_recorded(recorded, module):
 def test_export_with_any_batch_and_length(name, strict):
     if name.startswith("simvlm") and torch.__version__ < "2.13":
         pytest.skip("torch before 2.13 does not export a softmax of as many rows as a mask holds")
+    if name.startswith("resampler") and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 takes the length of a merged dimension of size 1 for a minimum")
     model, batch = build(name).model, build(name).batch(3, 10)
     case = build(name)
     rows, length = Dim("rows", min=2, max=64), Dim("length", min=4, max=12)
