@@ -191,7 +191,7 @@ def _headline(results: list[dict[str, Any]]) -> str:
             ("op", "case", "vlmkernels", "of the limit", "against"),
             ("---", "---", "---:", "---:", "---"),
         ]
-        runs = []
+        runs: dict[str, dict[str, None]] = {}  # the ops that each run measured
         for op, cases in result["ops"].items():
             for case in (c for c in cases if c["headline"]):
                 timed = [other for other in case["baselines"] if "why_not" not in other]
@@ -200,13 +200,18 @@ def _headline(results: list[dict[str, Any]]) -> str:
                 against = "; ".join(f"{o['ratio']['median']:.2f}× {o['name']}" for o in eager + best)
                 share = f"{case['ours']['of_limit']:.0%}" if case["ours"].get("of_limit") is not None else ""
                 rows.append((op, case["name"], _time(case["ours"]), share, against))
-                runs.append(case["run"])
+                runs.setdefault(case["run"], {})[op] = None
         if not runs:
             continue
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
-        for run in dict.fromkeys(runs):
+        for run, ops in runs.items():
             header = result["runs"][run]
-            parts.append(f"{result['machine']}: `{header['command']}`, {header['date']}.\n")
+            tests = {(header["tests"][op]["on"], header["tests"][op]["date"]) for op in ops}
+            passed = "; ".join(f"{on}, {date}" for on, date in sorted(tests))
+            parts.append(
+                f"{result['machine']}: `{header['command']}`, {header['date']}. "
+                f"The tests of the measured sources passed on {passed}.\n"
+            )
     return "\n".join(parts) if parts else "No results yet.\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -44,7 +45,7 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(nn.Module, abc.ABC):
     """Multi-head self-attention, for all tokens or for the wanted ones, without its last projection.
 
     A subclass has the projections, under the names of its weight files.
@@ -54,13 +55,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
 
+    @abc.abstractmethod
     def project(
         self,
         x: Tensor,  # [B, T, D]
         wanted: Tensor | None,  # [B, n] int64
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, heads, n or T, Dh], twice [B, heads, T, Dh]
         """The queries of the wanted tokens, keys and values of all."""
-        raise NotImplementedError
 
     def mix(
         self,
