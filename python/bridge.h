@@ -76,32 +76,29 @@ void for_tasks(int64_t count, int64_t scratch_bytes, F f) {
   });
 }
 
-// x [rows, d] as B operand of the product with its transpose, in blocks of `width` rows: see pack_transposed_b.
-template <class P>
-at::Tensor pack_transposed(const at::Tensor& x, int64_t width) {
+// x [rows, d] in blocks of `width` rows, each written by pack(x, ldx, rows, d, depth, width, out).
+template <class P, class Pack>
+at::Tensor packed(const at::Tensor& x, int64_t width, Pack pack) {
   const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
-  const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
+  const at::Tensor out = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
   for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
     const int64_t first = block * width;
-    VLMK_CALL(pack_transposed_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
-              data<P>(packed) + first * depth);
+    pack(data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width, data<P>(out) + first * depth);
   });
-  return packed;
+  return out;
 }
 
-// x [rows, d] as B operand of a product that sums over its rows, in blocks of `width` of them: for bf16 see pack_rows_b, else x
-// itself.
+// As B operand of the product with its transpose: see pack_transposed_b.
+template <class P>
+at::Tensor pack_transposed(const at::Tensor& x, int64_t width) {
+  return packed<P>(x, width, [](auto... block) { VLMK_CALL(pack_transposed_b, block...); });
+}
+
+// As B operand of a product that sums over its rows: for bf16 see pack_rows_b, else x itself.
 template <class P>
 at::Tensor pack_rows(const at::Tensor& x, int64_t width) {
   if constexpr (sizeof(P) == 2) {
-    const int64_t rows = x.size(0), d = x.size(1), depth = depth_of<P>(d), blocks = ceil_div(rows, width);
-    const at::Tensor packed = on_huge_pages(at::empty({blocks * depth * width}, x.options()));
-    for_tasks(blocks, 0, [&](int64_t block, Scratch&) {
-      const int64_t first = block * width;
-      VLMK_CALL(pack_rows_b, data<P>(x) + first * d, d, std::min(width, rows - first), d, depth, width,
-                data<P>(packed) + first * depth);
-    });
-    return packed;
+    return packed<P>(x, width, [](auto... block) { VLMK_CALL(pack_rows_b, block...); });
   }
   return x;
 }
