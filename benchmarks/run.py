@@ -333,8 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the cases")
     args = parser.parse_args(arguments)
     if args.verify:
+        if args.case or args.headline or args.list:
+            parser.error("--verify takes ops, but no --case, --headline or --list: a run is tested whole")
+        if not args.results.is_dir():
+            parser.error(f"--results must be a folder, got {args.results}")
         here = machine_of(header_of("", args.device, args.threads))
-        for line in verdicts.verify(args.results, here):
+        for line in verdicts.verify(args.results, here, args.ops):
             print(line, flush=True)
         return 1 if report.unverified(report.load_results(args.results)) else 0
     if args.write_docs:
