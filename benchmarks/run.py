@@ -242,17 +242,18 @@ def run_ops(
                 say(f"{op}: not timed, its tests are red: {found['said']}")
                 red.append(op)
                 continue
-        before = measure.limits(device, dtypes, quick=quick)
+        limits = measure.limits(device, dtypes, quick=quick)
         entries = []
         for case in (c for c in cases if c.op == op):
             say(f"{case.id}")
             entries.append(measure_case(case, device=device, seconds=seconds, quick=quick, memory=memory))
-        limits = measure.better(before, measure.limits(device, dtypes, quick=quick))
-        header["limits"] = measure.better(header["limits"], limits) if header["limits"] else limits
-        header["load"] = [header["load"][0], os.getloadavg()[0]]
-        for entry in entries:
-            add_limit(entry, limits)
-        store(op, header, entries)
+            found = measure.limits(device, [case.dtype] if case.flops else [], quick=quick)
+            limits = measure.better(limits, found)
+            header["limits"] = measure.better(header["limits"], limits) if header["limits"] else limits
+            header["load"] = [header["load"][0], os.getloadavg()[0]]
+            for entry in entries:
+                add_limit(entry, limits)
+            store(op, header, entries)  # after each case: an interrupted run keeps what it has
         say("\n" + report.table(entries))
     if header["limits"]:
         say(report.provenance(header))
