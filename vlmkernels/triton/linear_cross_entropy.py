@@ -208,7 +208,7 @@ def linear_cross_entropy_sweep(
     loss, dhidden = make(row_coef, (n,)), make(hidden, hidden.shape if need_hidden else (0,))
     sums = row_coef.new_empty if n else row_coef.new_zeros
     weight_sums = sums(weight.shape if need_weight else 0)
-    bias_sums, ones = sums((1, classes) if need_bias else 0), hidden.new_ones((1, held if need_bias else 0))
+    bias_sums, ones = sums(classes if need_bias else 0), hidden.new_ones((1, held if need_bias else 0))
     taken, products = hidden.new_empty((held, depth)), row_coef.new_empty((held, depth if need_hidden else 0))
     move = _move_options(depth)
     order, counted = None, lambda: n
@@ -240,9 +240,9 @@ def linear_cross_entropy_sweep(
             if need_weight:
                 tiles.product(g.T, h, weight_sums, add=add)
             if need_bias:
-                tiles.product(ones[:, :size], g, bias_sums, add=add)
+                tiles.product(ones[:, :size], g, bias_sums[None], add=add)
     if inv_gain is not None:
         for x in (weight_sums, bias_sums):
             x *= inv_gain
-    dbias = bias_sums.reshape(-1).to(weight.dtype if bias is None else bias.dtype)
+    dbias = bias_sums.to(weight.dtype if bias is None else bias.dtype)
     return loss, dhidden, weight_sums.to(weight.dtype), dbias
