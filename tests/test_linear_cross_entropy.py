@@ -450,3 +450,15 @@ def test_gradients_handed_over_are_no_longer_the_graphs(op):
         assert torch.equal(x.grad, expected[0])
         assert torch.equal(w.grad, expected[1])
         x.grad = w.grad = None
+
+
+def test_a_tied_embedding_adds_to_the_gradient_in_place():
+    """No third matrix [V, D]: autograd owns the gradient that the forward formed."""
+    torch.manual_seed(0)
+    table, tokens = torch.randn(30, 8, requires_grad=True), torch.arange(9)
+    loss = vlmkernels.linear_cross_entropy(torch.nn.functional.embedding(tokens, table), table, tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    names = [event.key for event in profile.key_averages()]
+    assert "aten::add_" in names
+    assert "aten::add" not in names

@@ -56,10 +56,10 @@ def _sweep(
             *empty_grads((h, w, weight.new_empty(0) if bias is None else bias), needs),
         )
     if needs[0]:
-        dhidden = dhidden[:, : hidden.shape[1]].contiguous()
+        dhidden = pairwise.without_width(dhidden, hidden)
         dhidden = dhidden if every else hidden.new_zeros(hidden.shape).index_copy(0, counted, dhidden)
     if needs[1]:
-        dweight = dweight[:, : weight.shape[1]].contiguous()
+        dweight = pairwise.without_width(dweight, weight)
     if reduction == "none":
         loss = rows if every else rows.new_zeros(target.shape).index_copy(0, counted, rows)
     else:
