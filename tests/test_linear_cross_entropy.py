@@ -428,3 +428,25 @@ def test_targets_outside(outside):
         vlmkernels.linear_cross_entropy(hidden, weight, target)
     with pytest.raises(TypeError, match="label_smoothing must be float"):
         vlmkernels.linear_cross_entropy(hidden, weight, target, label_smoothing=torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "sigmoid_loss"])
+def test_gradients_handed_over_are_no_longer_the_graphs(op):
+    """Those that the forward formed: changed in place, they must not change what a retained graph gives."""
+    torch.manual_seed(0)
+    x, w = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    other = (torch.arange(9),) if op == "linear_cross_entropy" else (1.0, 0.5)
+    for factor in (1.0, 3.0):
+        loss = factor * getattr(vlmkernels, op)(x, w, *other)
+        kept = torch.autograd.grad(loss, (x, w), retain_graph=True)
+        expected = [grad.clone() for grad in kept]
+        for grad in kept:
+            grad.zero_()
+        loss.backward(retain_graph=True)
+        for grad, value in zip((x.grad, w.grad), expected, strict=True):
+            assert torch.equal(grad, value)
+            grad.zero_()
+        loss.backward()
+        assert torch.equal(x.grad, expected[0])
+        assert torch.equal(w.grad, expected[1])
+        x.grad = w.grad = None

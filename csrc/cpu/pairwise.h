@@ -59,7 +59,8 @@ void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {
   for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
     const P* g = tile(jb);
     if constexpr (kPaired<P>) {
-      p.product(rows, p.depth, kTileCols, kTileCols, p.depth, p.depth, jb > 0, g, p.k + jb * kTileCols * p.depth, out);
+      p.product(rows, p.depth, whole_units(cols_of(p, jb)), kTileCols, p.depth, p.depth, jb > 0, g,
+                p.k + jb * kTileCols * p.depth, out);
     } else {
       p.product(rows, p.d, cols_of(p, jb), kTileCols, p.d, p.depth, jb > 0, g, p.k + jb * kTileCols * p.d, out);
     }
