@@ -106,6 +106,13 @@ def _losses(dtype, n, m, d) -> Iterator[Case]:
         {"symmetric": False, "positives": index}, {**both, "positives": ids, "label_smoothing": 0.1},
     ):  # fmt: skip
         yield "info_nce", _with(vlmkernels.info_nce, **options), [*features, scale]
+    teacher = [*unit_features(n, m, d + 5, dtype=dtype), torch.tensor(20.0, dtype=work)]
+    for options in ({}, {"store_bytes": 0}, {"symmetric": False, "divergence": "cross_entropy"}):
+
+        def distilled(query, key, scale, options=options):
+            return vlmkernels.contrastive_distillation(query, key, scale, *teacher, **options)
+
+        yield "contrastive_distillation", distilled, [*features, scale]
     for options in ({}, {"normalize": True}, {"positives": ids}, {"positives": index, "reduction": "none"}):
         yield "sigmoid_loss", _with(vlmkernels.sigmoid_loss, **options), [*features, scale, bias]
 

@@ -91,6 +91,11 @@ def losses(dtype):
     yield "info_nce of each row", nce, (query, key, scale), of_each
     yield "info_nce by id", nce, (query, keys, scale), by_id
     yield "info_nce by index", nce, (query, keys, scale), by_index | {"symmetric": False}
+    teacher = {"teacher_query": random(n, 70, dtype=dtype), "teacher_key": random(n, 70, dtype=dtype)}
+    teacher["teacher_scale"] = torch.full((), 20.0)
+    distilled = vlmkernels.contrastive_distillation
+    yield "contrastive_distillation", distilled, (query, key, scale), teacher
+    yield "contrastive_distillation of each row", distilled, (query, key, scale), teacher | of_each
     of_hidden = vlmkernels.linear_cross_entropy
     target = {"target": by_index["positives"]}
     yield "linear_cross_entropy", of_hidden, (query, keys), target | {"label_smoothing": 0.1}

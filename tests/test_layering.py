@@ -34,7 +34,7 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {"linear", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
+CUBLAS = {"contrastive_distillation", "linear", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
 BENCHMARKED = {case.op for case in all_cases()}
 
 

@@ -29,6 +29,8 @@ PAIR_AND_BIAS = F, F, ones(1), ones(1), None, None
 MANY = ones(200_000, 1), ones(2, 1), ones(1)
 STATS = *[ones(4)] * 7, None, None
 NO_BIAS = None, None
+DISTILLED = F, F, ones(1), ones(4, 2), ones(4, 2), ones(1)
+SOFTMAXES = ones(5, 4), ones(5, 4), ones(4), ones(4)
 CALLS = [  # the op, its arguments, and what the error says
     (
         "gated_residual",
@@ -141,6 +143,51 @@ CALLS = [  # the op, its arguments, and what the error says
         "info_nce_grads",
         [*PAIR, IDS, *STATS, zeros(65).byte()[1:], 0, True, True],
         r"store must be aligned to 8",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:3], ones(3, 2), *DISTILLED[4:], True, False, 0],
+        r"teacher_query must be .*\[4, \*\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:4], ones(4, 2**20), ones(1), True, False, 0],
+        r"teacher_key must be .*\[4, 2\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:3], ones(4, 2).double(), *DISTILLED[4:], True, False, 0],
+        r"teacher_query must be .*float32",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:5], ones(2), True, False, 0],
+        r"teacher_scale must have one element, got sizes \[2\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED, True, False, -1],
+        r"store_size must not be negative, got -1",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, ones(4, 4), *SOFTMAXES[1:], zeros(0).byte(), 0, True, True],
+        r"rows must be .*\[5, 4\]",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES[:3], ones(3), zeros(0).byte(), 0, True, True],
+        r"col_coef must be .*\[4\]",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES, zeros(65).byte()[1:], 0, True, True],
+        r"store must be aligned to 8",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES, zeros(0).byte(), -1, True, True],
+        r"workspace_bytes must not be negative, got -1",
     ),
     (
         "sigmoid_sweep",

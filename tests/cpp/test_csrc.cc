@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "vlmkernels/attention.h"
+#include "vlmkernels/contrastive_distillation.h"
 #include "vlmkernels/gated_residual.h"
 #include "vlmkernels/info_nce.h"
 #include "vlmkernels/sigmoid_loss.h"
@@ -170,6 +171,86 @@ void test_sigmoid_loss() {
   }
 }
 
+// The student's problem, and the teacher's logits: those of its features the other way round, at a scale that spreads them.
+template <class P>
+void test_contrastive_distillation(bool store, P teacher_scale) {
+  Problem<P> problem, other;
+  for (P& x : other.q) x = -x;
+  other.pairs.scale = teacher_scale;
+  const auto& p = problem.pairs;
+  const int64_t n = p.n, m = p.m, d = p.d, tiles = p.row_blocks() * p.col_blocks(), tile = vlmk::kTileSize;
+  std::vector<P> maxima(2 * (n + m)), kept(store ? 2 * tile * tiles : 0), scratch(2 * tile), loss(n + m), out(5 * (n + m));
+  std::vector<double> sums(5 * (n + m));
+  const auto rows = vlmk::logit_sums(maxima.data(), sums.data(), n);
+  const auto cols = vlmk::logit_sums(&maxima[2 * n], &sums[5 * n], m);
+  vlmk::ContrastiveDistillationStats<P> stats{p, other.pairs, true, 3, 3, rows, cols, kept.data(), store ? tiles : 0};
+  VLMK_CALL(contrastive_distillation_stats, stats, int64_t(0), int64_t(0), scratch.data());
+  P *row = out.data(), *col = &out[5 * n];
+  VLMK_CALL(contrastive_distillation_merge, rows, int64_t(1), n, int64_t(0), n, false, loss.data(), row);
+  VLMK_CALL(contrastive_distillation_merge, cols, int64_t(1), m, int64_t(0), m, true, &loss[n], col);
+
+  // Logits and the softmaxes along the rows and the columns, of both.
+  std::vector<double> s(n * m), t(n * m), g(n * m);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) s[i * m + j] = problem.logit(i, j), t[i * m + j] = other.logit(i, j);
+  }
+  const double tolerance = sizeof(P) == 8 ? 1e-10 : 1e-4;
+  const auto along = [&](int64_t count, int64_t others, int64_t step, int64_t jump, double coef, bool cross_entropy,
+                         const P* losses) {
+    for (int64_t i = 0; i < count; ++i) {
+      double s_max = -INFINITY, t_max = -INFINITY, s_sum = 0, t_sum = 0, want = 0;
+      const auto at = [&](int64_t j) { return i * step + j * jump; };
+      for (int64_t j = 0; j < others; ++j) s_max = std::fmax(s_max, s[at(j)]), t_max = std::fmax(t_max, t[at(j)]);
+      for (int64_t j = 0; j < others; ++j) s_sum += std::exp(s[at(j)] - s_max), t_sum += std::exp(t[at(j)] - t_max);
+      for (int64_t j = 0; j < others; ++j) {
+        const double log_s = s[at(j)] - s_max - std::log(s_sum), log_p = t[at(j)] - t_max - std::log(t_sum);
+        want += std::exp(log_p) * ((cross_entropy ? 0 : log_p) - log_s);
+        g[at(j)] += coef * (std::exp(log_s) - std::exp(log_p));
+      }
+      check("distillation", losses[i], want, tolerance);
+    }
+  };
+  along(n, m, m, 1, 0.5, false, loss.data());
+  along(m, n, 1, m, 0.25, true, &loss[n]);
+
+  std::vector<P> u(n, P(0.5)), v(m, P(0.25)), dq(n * d), dk(m * d), dots(n + m), gradient(tiles * tile), operand(tile);
+  std::vector<P> key_sums(p.col_blocks() * d * vlmk::kTileCols), row_sums(vlmk::kTileRows * d), col_sums(vlmk::kTileCols * d);
+  vlmk::ContrastiveDistillationGrads<P> grads{p,
+                                              other.pairs,
+                                              {row, row + n, row + 2 * n, row + 3 * n},
+                                              {col, col + m, col + 2 * m, col + 3 * m},
+                                              u.data(),
+                                              v.data(),
+                                              kept.data(),
+                                              stats.stored_tiles,
+                                              gradient.data(),
+                                              0,
+                                              p.row_blocks(),
+                                              key_sums.data(),
+                                              {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()},
+                                              {problem.k.data(), d, nullptr, nullptr, dk.data(), &dots[n]}};
+  for (int64_t i = 0; i < tiles; ++i) {
+    VLMK_CALL(contrastive_distillation_tile, grads, i / p.col_blocks(), i % p.col_blocks(), scratch.data());
+  }
+  for (int64_t ib = 0; ib < p.row_blocks(); ++ib) VLMK_CALL(contrastive_distillation_query, grads, ib, row_sums.data());
+  for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
+    VLMK_CALL(contrastive_distillation_key, grads, jb, int64_t(0), d / 2, false, operand.data());
+    VLMK_CALL(contrastive_distillation_key, grads, jb, d / 2, d, false, operand.data());
+    VLMK_CALL(contrastive_distillation_finish_key, grads, jb, col_sums.data());
+  }
+  std::vector<double> want_q(n * d), want_k(m * d);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      for (int64_t e = 0; e < d; ++e) {
+        want_q[i * d + e] += p.scale * g[i * m + j] * problem.k[j * d + e];
+        want_k[j * d + e] += p.scale * g[i * m + j] * problem.q[i * d + e];
+      }
+    }
+  }
+  for (int64_t i = 0; i < n * d; ++i) check("distillation dq", dq[i], want_q[i], tolerance);
+  for (int64_t i = 0; i < m * d; ++i) check("distillation dk", dk[i], want_k[i], tolerance);
+}
+
 // Two query heads over one key head, two sources, some queries without keys; tiles, chunks and the path for few queries.
 template <class P>
 void test_attention(int64_t tq, int64_t chunks) {
@@ -319,6 +400,11 @@ int main() {
     return 77;
   }
   for (bool store : {true, false}) test_info_nce<float>(store), test_info_nce<double>(store);
+  for (bool store : {true, false}) {
+    for (float teacher_scale : {0.5f, 4.0f}) {
+      test_contrastive_distillation<float>(store, teacher_scale), test_contrastive_distillation<double>(store, teacher_scale);
+    }
+  }
   test_sigmoid_loss<float>();
   test_sigmoid_loss<double>();
   for (int64_t tq : {3, 64, 150}) {

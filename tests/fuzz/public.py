@@ -105,6 +105,12 @@ def info_nce(draw: Draw) -> dict[str, Any]:
 
 
 @arguments
+def contrastive_distillation(draw: Draw) -> dict[str, Any]:
+    values = named("contrastive_distillation", raw.contrastive_distillation(draw))
+    return {**values, "teacher_scale": draw.choice((values["teacher_scale"], 10.0))}
+
+
+@arguments
 def sigmoid_loss(draw: Draw) -> dict[str, Any]:
     values = with_targets(draw, named("sigmoid_loss", raw.sigmoid_loss(draw)))
     return without(values, "need_query", "need_key", "need_scalars")

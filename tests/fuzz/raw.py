@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels.reference._dense import ACTIVATIONS
+from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 
 from .children import Wrong
 from .damage import damaged, shown
@@ -239,6 +240,47 @@ def info_nce_grads(draw: Draw) -> list:
     coefficients = [torch.rand_like(x) for x in (row_max, col_max, row_max)]
     stats = [row_max, row_sum.log(), col_max, col_sum.log(), *coefficients]
     return [query, key, scale, a, b, index, *stats, *extra, store, workspace_bytes, draw.flag(), draw.flag()]
+
+
+@arguments
+def contrastive_distillation(draw: Draw) -> list:
+    query, key = features(draw)
+    symmetric, reduction = draw.flag(), draw.choice(("mean", "sum", "none"))
+    if not symmetric or reduction != "none":
+        key = torch.cat([key, key[: draw.small()]])
+    options = symmetric, draw.choice(DIVERGENCES), reduction, draw.choice((0, 2**20))
+    return [query, key, draw.scalar(), *teacher(draw, query, key), *options]
+
+
+def teacher(draw: Draw, query: Tensor, key: Tensor, *, same: bool = False) -> list[Tensor]:
+    d, dtype = draw.size(zero=not same), query.dtype if same else draw.dtype()
+    return [*(draw.floats(len(x), d, dtype=dtype) for x in (query, key)), draw.scalar()]
+
+
+@arguments
+def contrastive_distillation_bwd(draw: Draw) -> list:
+    inputs = contrastive_distillation(draw)
+    loss, *stats = ops.contrastive_distillation(*inputs)
+    dloss = torch.randn(loss.shape).to(loss.dtype)
+    return [dloss, *inputs[:6], *stats, *inputs[6:], draw.needs(3)]
+
+
+@arguments
+def contrastive_distillation_stats(draw: Draw) -> list:
+    query, key = features(draw, zero=False)
+    key = torch.cat([key, key[: draw.small()]])
+    store = draw.choice((0, 2 * 128 * 256 * work(query.dtype).itemsize, 2**20))
+    tensors = [query, key, draw.scalar(), *teacher(draw, query, key, same=True)]
+    return [*tensors, draw.flag(), draw.flag(), store]
+
+
+@arguments
+def contrastive_distillation_grads(draw: Draw) -> list:
+    inputs = contrastive_distillation_stats(draw)
+    _, rows, _, cols, store = ops.contrastive_distillation_stats(*inputs)
+    coefficients = [torch.rand_like(x[0]) for x in (rows, cols)]
+    memory = draw.choice((0, 2**18))
+    return [*inputs[:6], rows, cols, *coefficients, store, memory, draw.flag(), draw.flag()]
 
 
 @arguments

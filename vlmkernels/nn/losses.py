@@ -97,10 +97,26 @@ class ClipLoss(_PairLoss):
 
     def _joint_loss(self, images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
         sizes = self._shard_sizes(images, texts)
-        all_images = all_gather_with_grad(images, sizes=sizes)
-        all_texts = all_gather_with_grad(texts, sizes=sizes)
-        if not self.local_loss:
-            return vlmkernels.info_nce(all_images, all_texts, scale)
+        return self._contrastive((images, texts), self._of_all((images, texts), sizes), scale, sizes)
+
+    def _of_all(self, own: tuple[Tensor, Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """The images and texts of all ranks."""
+        if self.world_size == 1:
+            return own
+        images, texts = own
+        return all_gather_with_grad(images, sizes=sizes), all_gather_with_grad(texts, sizes=sizes)
+
+    def _contrastive(
+        self,
+        own: tuple[Tensor, Tensor],
+        every: tuple[Tensor, Tensor],
+        scale: Tensor | float,
+        sizes: list[int],
+    ) -> Tensor:
+        """The loss from the images and texts of this rank and of all."""
+        if self.world_size == 1 or not self.local_loss:
+            return vlmkernels.info_nce(*every, scale)
+        (images, texts), (all_images, all_texts) = own, every
         targets = self._targets(sizes, images.device)
         rows = vlmkernels.info_nce(images, all_texts, scale, positives=targets, symmetric=False)
         columns = vlmkernels.info_nce(texts, all_images, scale, positives=targets, symmetric=False)
