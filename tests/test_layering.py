@@ -34,7 +34,8 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {"linear", "linear_cross_entropy", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
+# ops that run as torch's own on a GPU
+CUBLAS = {"distillation", "linear", "linear_cross_entropy", "mlp", "gated_mlp"}
 BENCHMARKED = {case.op for case in all_cases()}
 
 

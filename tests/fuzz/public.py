@@ -116,6 +116,11 @@ def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
     return without(values, "need_hidden", "need_weight", "need_bias")
 
 
+@arguments
+def distillation(draw: Draw) -> dict[str, Any]:
+    return named("distillation", raw.distillation(draw))
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

@@ -1,7 +1,13 @@
 """Modules on top of the ops."""
 
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
-from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
+from vlmkernels.nn.losses import (
+    ClipLoss,
+    InfoNCELoss,
+    KnowledgeDistillationLoss,
+    LinearCrossEntropyLoss,
+    SigLipLoss,
+)
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -9,6 +15,7 @@ __all__ = [
     "ClipLoss",
     "GatedCrossAttentionBlock",
     "InfoNCELoss",
+    "KnowledgeDistillationLoss",
     "LinearCrossEntropyLoss",
     "MaskedCrossAttention",
     "MediaCache",

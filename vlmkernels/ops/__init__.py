@@ -1,5 +1,6 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
+from vlmkernels.ops.distillation import distillation
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
 from vlmkernels.ops.gated_mlp import gated_mlp
 from vlmkernels.ops.gated_residual import gated_residual
@@ -17,9 +18,11 @@ FAMILIES = {
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
     "pairwise": ("info_nce", "linear_cross_entropy", "sigmoid_loss"),
     "residual": ("gated_residual",),
+    "rows": ("distillation",),
 }
 
 __all__ = [
+    "distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

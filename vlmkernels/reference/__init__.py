@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the default kernel of every device and the oracle of every test."""
 
+from vlmkernels.reference.distillation import distillation
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual
 from vlmkernels.reference.gated_mlp import gated_mlp
 from vlmkernels.reference.gated_residual import gated_residual
@@ -12,6 +13,7 @@ from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 
 __all__ = [
+    "distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",
