@@ -54,7 +54,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_layers, LAYERS),
         (_losses, PAIRS),
         (_hidden, PAIRS),
-        (_softmaxes, ROWS),
+        (_of_rows, ROWS),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -128,7 +128,7 @@ def _hidden(dtype, n, v, d) -> Iterator[Case]:
         yield "linear_cross_entropy", loss, tensors
 
 
-def _softmaxes(dtype, n, v) -> Iterator[Case]:
+def _of_rows(dtype, n, v) -> Iterator[Case]:
     student, teacher = _rows(dtype, (n, v), (n, v))
     target = torch.where(torch.rand(n) < 0.8, torch.randint(0, v, (n,)), -100)
     for divergence, options in (
@@ -138,6 +138,10 @@ def _softmaxes(dtype, n, v) -> Iterator[Case]:
     ):
         op = _with(vlmkernels.distillation, divergence=divergence, temperature=2.0, **options)
         yield "distillation", op, [student, teacher.detach()]
+    for distance, normalize in (("l1", True), ("l2", False), ("cosine", True), ("smooth_l1", True)):
+        options = {"distance": distance, "normalize": normalize, "weight": torch.rand(n)}
+        op = _with(vlmkernels.embedding_distillation, **options)
+        yield "embedding_distillation", op, [student, teacher.detach()]
 
 
 Found = dict[str, dict[str, list[int]]]

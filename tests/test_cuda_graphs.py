@@ -108,6 +108,10 @@ def rows(dtype):
     yield "distillation", op, (student, teacher), {}
     yield "distillation of each row", op, (student, teacher), of_each | {"divergence": "reverse_kl"}
     yield "distillation with targets", op, (student, teacher), mixed | {"divergence": "jsd"}
+    of_features, weight = vlmkernels.embedding_distillation, {"weight": torch.rand(60)}
+    for distance in ("l1", "l2", "cosine", "smooth_l1"):
+        options = weight | {"distance": distance}
+        yield f"embedding_distillation, {distance}", of_features, (student, teacher), options
 
 
 def attention(dtype):

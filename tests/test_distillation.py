@@ -437,6 +437,7 @@ BAD = [
     ({"hard_weight": 1.5}, "hard_weight must be in [0, 1], got 1.5"),
     ({"hard_weight": 0.5, "target": None}, "target must be given with hard_weight 0.5"),
     ({"reduction": "all"}, "reduction must be 'batchmean', 'mean', 'sum' or 'none', got 'all'"),
+    ({"ignore_index": 2**63}, "ignore_index must fit in int64, got 9223372036854775808"),
     ({"teacher_logits": torch.zeros(3, 4, dtype=torch.int64)}, "must be float32"),
     ({"teacher_logits": torch.zeros(3, 4, device="meta")}, "must be on the same device"),
 ]

@@ -35,7 +35,7 @@ KERNELS = {
     "gated_mlp": DENSE,
 }
 # ops that run as torch's own on a GPU
-CUBLAS = {"distillation", "linear", "linear_cross_entropy", "mlp", "gated_mlp"}
+CUBLAS = {"distillation", "embedding_distillation", "linear", "linear_cross_entropy", "mlp", "gated_mlp"}
 BENCHMARKED = {case.op for case in all_cases()}
 
 

@@ -30,7 +30,7 @@ MANY = ones(200_000, 1), ones(2, 1), ones(1)
 STATS = *[ones(4)] * 7, None, None
 NO_BIAS = None, None
 MOST = [ones(()).expand(2**40, 2**20)] * 2
-KL = 1.0, "forward_kl", 0.5, 0.0, -100
+KL, L1 = (1.0, "forward_kl", 0.5, 0.0, -100), ("l1", True)
 CALLS = [  # the op, its arguments, and what the error says
     (
         "gated_residual",
@@ -171,6 +171,14 @@ CALLS = [  # the op, its arguments, and what the error says
         "distillation_bwd",
         [ones(4), X, X, None, ones(4, 6), *KL, "mean", ALL[:1]],
         r"dloss must be .*\[\] of",
+    ),
+    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean"], r"teacher must be .*\[4, 3\]"),
+    ("embedding_distillation", [X, X, ones(3), *L1, "mean"], r"weight must be .*\[4\]"),
+    ("embedding_distillation", [*MOST, None, *L1, "mean"], r"too large for one call"),
+    (
+        "embedding_distillation_bwd",
+        [ones(()), X, X, None, *L1, "none", ALL[:1]],
+        r"dloss must be .*\[4\] of",
     ),
     (
         "linear_cross_entropy_sweep",

@@ -24,6 +24,7 @@ OPS = {
     "gated_residual": (lambda x: vk.gated_residual(x, 2 * x, x[0]), (4, 6)),
     "gated_linear_residual": (lambda x: vk.gated_linear_residual(x, x, W[:6], x[0, :1]), (4, 6)),
     "distillation": (lambda x: vk.distillation(x, x.roll(1, 0).detach(), temperature=2.0), (4, 6)),
+    "embedding_distillation": (lambda x: vk.embedding_distillation(x, x.roll(1, 0).detach()), (4, 6)),
     "info_nce": (lambda x: vk.info_nce(x, x + 1, 2.0), (6, 4)),
     "info_nce streamed": (lambda x: vk.info_nce(x, x + 1, 2.0, reduction="none"), (6, 4)),
     "linear_cross_entropy": (lambda x: vk.linear_cross_entropy(x, W, TARGET), (4, 6)),

@@ -6,6 +6,7 @@ from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     distillation,
+    embedding_distillation,
     gated_linear_residual,
     gated_mlp,
     gated_residual,
@@ -21,6 +22,7 @@ from vlmkernels.ops import (
 __all__ = [
     "__version__",
     "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

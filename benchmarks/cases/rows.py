@@ -6,7 +6,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import (
+    cosine_similarity,
+    cross_entropy,
+    kl_div,
+    l1_loss,
+    log_softmax,
+    mse_loss,
+    normalize,
+)
 
 import vlmkernels
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
@@ -25,9 +33,9 @@ def _logits(
     return tensors
 
 
-def distillation_bytes(rows: int, classes: int, *, itemsize: int) -> float:
+def row_bytes(rows: int, columns: int, itemsize: int) -> float:
     """Student and teacher read in both directions, the gradient written."""
-    return 5.0 * rows * classes * itemsize
+    return 5.0 * rows * columns * itemsize
 
 
 def _kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -71,7 +79,7 @@ def distillation(quick: bool, device: str) -> list[Case]:
                         baselines=timed(quick, plain, compiled),
                         flops=0,
                         min_flops=0,
-                        bytes=distillation_bytes(**sizes, itemsize=dtype.itemsize),
+                        bytes=row_bytes(*sizes.values(), dtype.itemsize),
                         memory=large,
                         headline=large,
                     )
@@ -79,4 +87,54 @@ def distillation(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (distillation,)
+def _pairs_of_features(device: str, dtype: torch.dtype, rows: int, width: int) -> dict[str, Tensor]:
+    student, teacher = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
+    return {"student": student.requires_grad_(), "teacher": teacher}
+
+
+def _l1(student: Tensor, teacher: Tensor) -> Tensor:
+    return l1_loss(normalize(student), normalize(teacher), reduction="sum") / len(student)
+
+
+def _l2(student: Tensor, teacher: Tensor) -> Tensor:
+    return mse_loss(normalize(student), normalize(teacher), reduction="sum") / len(student)
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - cosine_similarity(student, teacher).mean()
+
+
+def embedding_distillation(quick: bool, device: str) -> list[Case]:
+    """Bound by memory: no product, five tensors moved."""
+    forms = {
+        "l1": Baseline("F.l1_loss of F.normalize", lambda: _l1),
+        "l2": Baseline("F.mse_loss of F.normalize", lambda: _l2),
+        "cosine": Baseline("F.cosine_similarity", lambda: _cosine),
+    }
+    cases = []
+    for dtype in (F32, BF16):
+        for rows, width in ((64, 512), (16_384, 512), (16_384, 1024)):
+            for distance, plain in forms.items():
+                sizes = cut(quick, rows=rows, width=width)
+                compiled = Baseline(f"torch.compile of {plain.name}", plain.make, True)
+                large = distance == "l1" and rows * width == 16_384 * 1024
+                cases.append(
+                    Case(
+                        op="embedding_distillation",
+                        name=f"N={rows} D={width} {distance} {type_name(dtype)}",
+                        dtype=dtype,
+                        sizes=sizes,
+                        make_inputs=_pairs_of_features,
+                        ours=partial(vlmkernels.embedding_distillation, distance=distance),
+                        baselines=timed(quick, plain, compiled),
+                        flops=0,
+                        min_flops=0,
+                        bytes=row_bytes(*sizes.values(), dtype.itemsize),
+                        memory=large,
+                        headline=large,
+                    )
+                )
+    return cases
+
+
+CASES = (distillation, embedding_distillation)

@@ -322,6 +322,23 @@ def distillation_bwd(draw: Draw) -> list:
     return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:], draw.needs(1)]
 
 
+@arguments
+def embedding_distillation(draw: Draw) -> list:
+    n, d = draw.size(), draw.size()
+    student = draw.floats(n, d)
+    teacher = draw.floats(n, d, dtype=draw.choice((student.dtype, draw.dtype())))
+    weight = draw.maybe(torch.rand(n, dtype=work(student.dtype)))
+    distance = draw.choice(("l1", "l2", "cosine", "smooth_l1"))
+    return [student, teacher, weight, distance, draw.flag(), draw.choice(("mean", "sum", "none"))]
+
+
+@arguments
+def embedding_distillation_bwd(draw: Draw) -> list:
+    inputs = embedding_distillation(draw)
+    loss = ops.embedding_distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs, draw.needs(1)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -69,6 +69,7 @@ def distillation(
             faults.append(f"target must be [N] = {wanted}, got {tuple(target.shape)}")
         if target.dtype != torch.int64:
             faults.append(f"target must be int64, got {target.dtype}")
+    faults += arguments.int64_faults("ignore_index", ignore_index)
     faults += arguments.dtype_faults(logits)
     faults += arguments.device_faults(logits | {"target": target})
     if faults:
