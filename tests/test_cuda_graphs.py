@@ -106,6 +106,19 @@ def losses(dtype):
     yield "sigmoid_loss by index", sigmoid, (query, keys, scale, bias), by_index
 
 
+def rows(dtype):
+    student, teacher = random(60, 50, dtype=dtype), random(60, 50, dtype=dtype).detach()
+    target = {"target": torch.where(torch.arange(60) % 5 == 0, -100, torch.arange(60) % 50)}
+    op, of_each, mixed = vlmkernels.distillation, {"reduction": "none"}, target | {"hard_weight": 0.5}
+    yield "distillation", op, (student, teacher), {}
+    yield "distillation of each row", op, (student, teacher), of_each | {"divergence": "reverse_kl"}
+    yield "distillation with targets", op, (student, teacher), mixed | {"divergence": "jsd"}
+    of_features, weight = vlmkernels.embedding_distillation, {"weight": torch.rand(60)}
+    for distance in ("l1", "l2", "cosine", "smooth_l1"):
+        options = weight | {"distance": distance}
+        yield f"embedding_distillation, {distance}", of_features, (student, teacher), options
+
+
 def attention(dtype):
     b, h, t, d = 2, 4, 70, 40
     query, *heads = (random(b, heads, t, d, dtype=dtype) for heads in (h, 2, 2))
@@ -148,7 +161,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def calls(dtype):
-    return {name: call for make in (losses, attention, layers) for name, *call in make(dtype)}
+    return {name: call for make in (losses, rows, attention, layers) for name, *call in make(dtype)}
 
 
 def moved(value, device):
