@@ -257,7 +257,8 @@ def _seconds(fn: Callable[[], Any], device: str) -> float:
 
 def better(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of two measurements of the limits the higher ones."""
-    return {name: max(a[name], b[name], key=lambda limit: limit["rate"]) for name in a}
+    both = {name: [each[name] for each in (a, b) if name in each] for name in a | b}
+    return {name: max(found, key=lambda limit: limit["rate"]) for name, found in both.items()}
 
 
 def main() -> None:

@@ -242,17 +242,18 @@ def run_ops(
                 say(f"{op}: not timed, its tests are red: {found['said']}")
                 red.append(op)
                 continue
-        before = measure.limits(device, dtypes, quick=quick)
+        limits = measure.limits(device, dtypes, quick=quick)
         entries = []
         for case in (c for c in cases if c.op == op):
             say(f"{case.id}")
             entries.append(measure_case(case, device=device, seconds=seconds, quick=quick, memory=memory))
-        limits = measure.better(before, measure.limits(device, dtypes, quick=quick))
-        header["limits"] = measure.better(header["limits"], limits) if header["limits"] else limits
-        header["load"] = [header["load"][0], os.getloadavg()[0]]
-        for entry in entries:
-            add_limit(entry, limits)
-        store(op, header, entries)
+            found = measure.limits(device, [case.dtype] if case.flops else [], quick=quick)
+            limits = measure.better(limits, found)
+            header["limits"] = measure.better(header["limits"], limits) if header["limits"] else limits
+            header["load"] = [header["load"][0], os.getloadavg()[0]]
+            for entry in entries:
+                add_limit(entry, limits)
+            store(op, header, entries)  # after each case: an interrupted run keeps what it has
         say("\n" + report.table(entries))
     if header["limits"]:
         say(report.provenance(header))
@@ -333,8 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the cases")
     args = parser.parse_args(arguments)
     if args.verify:
+        if args.case or args.headline or args.list:
+            parser.error("--verify takes ops, but no --case, --headline or --list: a run is tested whole")
+        if not args.results.is_dir():
+            parser.error(f"--results must be a folder, got {args.results}")
         here = machine_of(header_of("", args.device, args.threads))
-        for line in verdicts.verify(args.results, here):
+        for line in verdicts.verify(args.results, here, args.ops):
             print(line, flush=True)
         return 1 if report.unverified(report.load_results(args.results)) else 0
     if args.write_docs:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def verdict(
 def verify(
     folder: Path,
     on: str,
+    ops: Sequence[str] = (),
     *,
     root: Path = ROOT,
     checkout: Callable[[str], Path] = against.checkout,
@@ -58,12 +59,13 @@ def verify(
 ) -> Iterator[str]:
     """Run the tests that rows stored in `folder` lack, on what was measured; says what each gave.
 
-    They are those of the tree `root` if their hash is the same, else those of the commit that the run names.
+    Of all ops, or of `ops`. The tests are those of the tree `root` if their hash is the same, else those of
+    the commit that the run names.
     """
     for path in sorted(folder.glob("*.json")):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        for op, cases in stored["ops"].items():
-            for run in dict.fromkeys(case["run"] for case in cases):
+        for op in filter(lambda op: not ops or op in ops, stored["ops"]):
+            for run in dict.fromkeys(case["run"] for case in stored["ops"][op]):
                 header = stored["runs"][run]
                 if report.is_green(header, op):
                     continue

@@ -3,7 +3,8 @@
     python benchmarks/worker.py TREE
 
 Requests and answers are JSON, one a line, on standard input and output. The tree gives the library and the
-cases; this file and `measure.py` next to it time both trees alike.
+cases of ops, which know its internals; the works on whole models, which use its public classes, are those
+next to this file. This file and `measure.py` time both trees alike.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class Models:
     """The works of `benchmarks.models`, on this library's own model."""
 
     def __init__(self, quick: bool, device: str) -> None:
+        import vlmkernels  # noqa: F401  (that of the tree, before the path leads elsewhere)
+
+        sys.path[0] = str(Path(__file__).parent.parent)
         from benchmarks.models import work
 
         self.work, self.quick = work, quick

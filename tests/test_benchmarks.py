@@ -247,6 +247,25 @@ def test_a_red_op_is_neither_timed_nor_stored(header, no_limits):
     assert (header["tests"]["double"]["green"], header["tests"]["double"]["said"]) == (True, "3 passed")
 
 
+def test_an_interrupted_run_keeps_the_cases_that_it_measured(header, no_limits):
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    stored = {}
+    cases = [tiny(), tiny(name="second", ours=interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        run.run_ops(
+            cases,
+            header,
+            quick=True,
+            seconds=0.0,
+            tests=None,
+            store=lambda op, header, entries: stored.update({op: [entry["name"] for entry in entries]}),
+            say=lambda text: None,
+        )
+    assert stored == {"double": [cases[0].name]}
+
+
 def test_without_tests_the_sources_are_recorded(header, no_limits):
     run.run_ops([tiny()], header, quick=True, seconds=0.0, tests=None, say=lambda text: None)
     assert header["tests"] == {"double": {"sources": sources.digest(sources.of("double"))}}

@@ -9,7 +9,7 @@ import torch
 from benchmarks import peers
 from benchmarks.models import __main__ as command
 from benchmarks.models import page, work
-from benchmarks.models.systems import CONFIGS, Family, Model, System, families
+from benchmarks.models.systems import BATCHES, CONFIGS, Family, Model, System
 
 pytestmark = pytest.mark.skipif(
     any(peers.why_not(name) for name in ("open_clip", "transformers")),
@@ -27,7 +27,7 @@ def linear_model(weight: float) -> Model:
 
 def line_of(*systems: System, kind=STEP) -> dict:
     inputs = lambda batch: (torch.ones(batch, 3), torch.ones(batch, 3))  # noqa: E731
-    family = Family("CLIP tiny", systems, inputs, "peer")
+    family = Family("CLIP tiny", systems, inputs, "peer", BATCHES)
     options = command.argparse.Namespace(quick=True, seconds=0.1, no_memory=True, threads=1)
     return command.measured(kind, family, systems, options)
 
@@ -57,7 +57,7 @@ def test_only_the_named_peers_run_beside_ours(capsys):
 
 
 def test_captions_come_as_each_tokenizer_pads_them():
-    family = next(f for f in families(True) if f.name == "CLIP tiny on captions")
+    family = next(f for f in work.families(True) if f.name == "CLIP tiny on captions")
     _, tokens = family.inputs(64)
     config = CONFIGS["emoji-tiny"]
     lengths = (tokens == config.eot_id).int().argmax(1) + 1
@@ -102,11 +102,12 @@ def test_flops_and_parts_of_a_step():
 
 
 def test_families_read_the_same_and_start_equal():
-    for family in families(quick=True):
+    for family in work.families(quick=True):
         images, tokens = family.inputs(2)
         with torch.no_grad():
             losses = [s.model().loss(images, tokens) for s in family.systems if not s.compiled]
-        assert len(losses) >= 3
+        alone = family.name.startswith(("Flamingo", "SimVLM"))
+        assert len(losses) >= (1 if alone else 3)
         for loss in losses:
             assert math.isclose(loss, losses[0], rel_tol=1e-4), family.name
 

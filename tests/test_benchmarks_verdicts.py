@@ -163,5 +163,20 @@ def test_the_commands_say_what_they_leave_out(tree, tmp_path, header, monkeypatc
     assert "no commit holds" in capsys.readouterr().out
 
 
+def test_verification_of_some_ops_and_what_it_does_not_take(tree, tmp_path, header, capsys):
+    measured(tree, tmp_path / "results", header)
+    assert list(verdicts.verify(tmp_path / "results", "a machine", ["other"], root=tree)) == []
+    assert len(list(verdicts.verify(tmp_path / "results", "a machine", ["double"], root=tree))) == 1
+    missing = ["--results", str(tmp_path / "nowhere")]
+    for words, why in (
+        (missing, "must be a folder"),
+        (["--list"], "takes ops"),
+        (["--case", "x"], "takes ops"),
+    ):
+        with pytest.raises(SystemExit):
+            run.main(["--verify", *words])
+        assert why in capsys.readouterr().err
+
+
 def test_every_published_row_was_green():
     assert report.unverified(report.load_results(run.RESULTS)) == []

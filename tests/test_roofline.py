@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton.runtime import interpreter as stock
 
 from benchmarks.cases.residual import residual_bytes
@@ -28,6 +29,7 @@ from vlmkernels.ops import _pairwise_small
 
 TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
+COUNTS = ("bytes", "moved", "flops", "kernels")  # of a prediction, whatever the code
 
 
 def workload(op: str, form: str = "", type: str = "bf16", **sizes):
@@ -231,7 +233,9 @@ def test_every_workload_is_predicted_for_every_card(stored):
     assert found == [(w.op, w.form, w.type, d) for w in workloads() for d in (FORWARD, TRAINING)]
     assert all(list(entry["cards"]) == list(CARDS) for entry in stored["entries"])
     assert all(
-        entry["cards"]["A100"]["code"] for entry in stored["entries"] if entry["op"] != "gated_residual"
+        entry["cards"]["A100"]["code"]
+        for entry in stored["entries"]
+        if entry["op"] not in ("gated_residual", "linear_cross_entropy")  # no products of their own
     )
 
 
@@ -247,9 +251,12 @@ def test_predictions_can_be_made_again(stored, of, cards):
     for made in predict.entries([of], [CARDS[name] for name in cards]):
         key = ("op", "form", "type", "direction", "sizes")
         kept = next(x for x in stored["entries"] if all(x[k] == made[k] for k in key))
-        assert {name: kept["cards"][name] for name in cards} == made["cards"], (
-            "python -m benchmarks.gpu --predict"
-        )
+        # Another release of Triton compiles to other instructions, but the work is the same
+        same = triton.__version__ == stored["header"]["triton"]
+        for name in cards:
+            facts = made["cards"][name] if same else COUNTS
+            expected, found = ({fact: card["cards"][name][fact] for fact in facts} for card in (kept, made))
+            assert expected == found, "python -m benchmarks.gpu --predict"
 
 
 @pytest.mark.slow

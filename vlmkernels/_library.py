@@ -126,9 +126,13 @@ def _checked(name: str, kernel: Callable) -> Callable:
     """A kernel in Python, which refuses tensors of layouts and dtypes for which it is not defined."""
 
     def checked(*args: Any) -> Any:
-        for x in args:
-            if isinstance(x, Tensor) and not (dense(x) and known(x.dtype)):
-                raise ValueError(f"{name}: there is no kernel for {x.layout} tensors of {x.dtype}")
+        foreign = {
+            i: x for i, x in enumerate(args) if isinstance(x, Tensor) and not (dense(x) and known(x.dtype))
+        }
+        if foreign:
+            declared = getattr(torch.ops.vlmkernels, name).default._schema.arguments
+            found = "; ".join(f"{declared[i].name} is {x.layout} of {x.dtype}" for i, x in foreign.items())
+            raise ValueError(f"{name}: there is no kernel for these tensors: {found}")
         return kernel(*args)
 
     return checked

@@ -28,8 +28,8 @@ Texts either fill the context or are "captions" with the lengths of COCO's (9 to
 padded as each library's tokenizer pads them: to the full context for open_clip and ours, to the longest text
 of the batch for transformers. On a CPU ours skips the padding.
 
-Flamingo and SimVLM have no rows, because no peer implements the same model; their attention and resampler are
-measured as modules in [benchmarks.md](benchmarks.md).
+No peer implements the same Flamingo or SimVLM: only ours is timed; their attention and resampler are measured
+beside peers as modules in [benchmarks.md](benchmarks.md). Their captions are padded to 32 tokens.
 
 This page is generated: `python -m benchmarks.models --write-docs`.
 """

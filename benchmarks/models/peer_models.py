@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks import peers
 from vlmkernels.models.align import AlignConfig
 from vlmkernels.models.clip import ClipConfig
+from vlmkernels.models.decoder import DecoderConfig
 
 
 def open_clip_model(config: ClipConfig, **options: Any) -> Any:
@@ -78,3 +79,24 @@ def transformers_align(config: AlignConfig, depthwise_padding: tuple[int, ...] =
     )
     sizes = {"projection_dim": config.embed_dim, "temperature_init_value": config.init_temperature}
     return transformers.AlignModel(transformers.AlignConfig(text_config=text, vision_config=vision, **sizes))
+
+
+def transformers_gpt2(config: DecoderConfig) -> Any:
+    """transformers.GPT2LMHeadModel, without dropout."""
+    transformers = peers.load("transformers")
+    sizes = transformers.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_inner=config.mlp_ratio * config.width,
+        activation_function="gelu_new" if config.activation == "gelu_tanh" else config.activation,
+        layer_norm_epsilon=config.eps,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.GPT2LMHeadModel(sizes)

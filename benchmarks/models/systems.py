@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,10 @@ from vlmkernels.models.clip import CLIP, CONFIGS, ClipConfig
 from .peer_models import open_clip_model, transformers_align, transformers_clip
 
 OURS = "vlmkernels"
+STEP = "training step"
+BATCHES = {STEP: (1, 32, 128), "images": (1, 32, 128), "texts": (1, 32, 128)}
+# Of EfficientNet-B7 at 289 pixels: a larger batch needs more memory than a small machine has
+ALIGN_BATCHES = {STEP: (1, 8), "images": (1, 32), "texts": (1, 32, 128)}
 ON_CAPTIONS = " on captions"
 # COCO's captions under CLIP's tokenizer, start and end of text included: how many of a thousand have a length
 CAPTION_LENGTHS = {
@@ -32,12 +36,12 @@ class Model(NamedTuple):
 
     module: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]  # images [B, 3, R, R], tokens [B, L]
-    images: Callable[[Tensor], Tensor]  # [B, 3, R, R] -> [B, E]
-    texts: Callable[[Tensor], Tensor]  # [B, L] -> [B, E]
+    images: Callable[[Tensor], Tensor] | None = None  # [B, 3, R, R] -> [B, E]
+    texts: Callable[[Tensor], Tensor] | None = None  # [B, L] -> [B, E]
     padded: Callable[[Tensor], Tensor] = lambda tokens: tokens  # rows padded as the library's tokenizer does
 
     def compiled(self) -> Model:
-        calls = (torch.compile(f, dynamic=False) for f in (self.loss, self.images, self.texts))
+        calls = (f and torch.compile(f, dynamic=False) for f in (self.loss, self.images, self.texts))
         return Model(self.module, *calls, self.padded)
 
 
@@ -58,6 +62,7 @@ class Family(NamedTuple):
     systems: tuple[System, ...]
     inputs: Callable[[int], tuple[Tensor, Tensor]]  # images and tokens of a batch
     eager: str  # whose time is broken down next to ours
+    batches: Mapping[str, tuple[int, ...]]  # of what is timed: a training step, images, texts
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -118,14 +123,14 @@ def _transformers(
     )
 
 
-def _patched(model: Model) -> Model:
+def patched(model: Model) -> Model:
     from vlmkernels.integrations import patch
 
     patch(model.module)
     return model
 
 
-def _lengths(batch: int, longest: int, captions: bool) -> Tensor:  # [B, 1]
+def text_lengths(batch: int, longest: int, captions: bool) -> Tensor:  # [B, 1]
     """Of texts as long as can be, or of captions."""
     if not captions:
         return torch.full((batch, 1), longest)
@@ -134,12 +139,17 @@ def _lengths(batch: int, longest: int, captions: bool) -> Tensor:  # [B, 1]
     return lengths[drawn.multinomial(batch, replacement=True)][:, None].clamp_max(longest)
 
 
+def _batches(batches: Mapping[str, tuple[int, ...]], captions: bool) -> Mapping[str, tuple[int, ...]]:
+    """Without images for captions: they are the same."""
+    return {what: sizes for what, sizes in batches.items() if not (captions and what == "images")}
+
+
 def clip(config: ClipConfig, name: str, captions: bool = False) -> Family:
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         images = torch.randn(batch, 3, config.image_size, config.image_size)
         tokens = torch.randint(1, config.eot_id, (batch, config.context_length))
-        last = _lengths(batch, config.context_length, captions) - 1
+        last = text_lengths(batch, config.context_length, captions) - 1
         tokens = tokens.masked_fill(torch.arange(config.context_length) > last, config.pad_id)
         return images, tokens.scatter(1, last, config.eot_id)
 
@@ -150,19 +160,19 @@ def clip(config: ClipConfig, name: str, captions: bool = False) -> Family:
         System(OURS, make(_clip)),
         System("open_clip", make(_open_clip)),
         System("open_clip, compiled", make(_open_clip), compiled=True),
-        System("open_clip, patched", lambda: _patched(_open_clip(config))),
+        System("open_clip, patched", lambda: patched(_open_clip(config))),
         System("transformers", make(_transformers_clip)),
         System("transformers, compiled", make(_transformers_clip), compiled=True),
-        System("transformers, patched", lambda: _patched(_transformers_clip(config))),
+        System("transformers, patched", lambda: patched(_transformers_clip(config))),
     )
-    return Family(name, systems, inputs, "open_clip")
+    return Family(name, systems, inputs, "open_clip", _batches(BATCHES, captions))
 
 
 def align(config: AlignConfig, side: int, name: str, captions: bool = False) -> Family:
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         tokens = torch.randint(1, config.vocab_size, (batch, config.context_length))
-        lengths = _lengths(batch, config.context_length, captions)
+        lengths = text_lengths(batch, config.context_length, captions)
         return torch.randn(batch, 3, side, side), tokens * (torch.arange(config.context_length) < lengths)
 
     def ours() -> Model:
@@ -187,13 +197,13 @@ def align(config: AlignConfig, side: int, name: str, captions: bool = False) -> 
         System(OURS, ours),
         System("transformers", theirs),
         System("transformers, compiled", theirs, compiled=True),
-        System("transformers, patched", lambda: _patched(theirs())),
+        System("transformers, patched", lambda: patched(theirs())),
     )
-    return Family(name, systems, inputs, "transformers")
+    return Family(name, systems, inputs, "transformers", _batches(ALIGN_BATCHES, captions))
 
 
-def families(quick: bool) -> Iterator[Family]:
-    """Those of the published sizes, or tiny ones; each with texts as long as can be and with captions."""
+def contrastive(quick: bool) -> Iterator[Family]:
+    """CLIP and ALIGN, of published sizes or tiny; with texts as long as can be, and with captions."""
     name, config = ("CLIP tiny", "emoji-tiny") if quick else ("CLIP ViT-B/32", "ViT-B-32")
     yield clip(CONFIGS[config], name)
     yield clip(CONFIGS[config], f"{name}{ON_CAPTIONS}", captions=True)

@@ -15,11 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vlmkernels
 from benchmarks import measure
 
-from .systems import ON_CAPTIONS, OURS, Family, Model, System, families, precision
+from . import language
+from .systems import OURS, STEP, Family, Model, System, contrastive, precision
 
-BATCHES = (1, 32, 128)
-# Of EfficientNet-B7 at 289 pixels: a larger batch needs more memory than a small machine has
-ALIGN_BATCHES = {"training step": (1, 8), "images": (1, 32), "texts": BATCHES}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of a result against ours (relative Frobenius error); bfloat16 is rounded in other places by every library
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -30,7 +28,10 @@ PARTS = (
     ),
     ("attention", r"vlmkernels::(interval|perceiver)_attention|aten::.*scaled_dot_product|aten::_flash_att"),
     ("convolutions", r"aten::.*conv"),
-    ("contrastive loss", r"vlmkernels::(info_nce|sigmoid_loss)|aten::.*(log_softmax|nll_loss|cross_entropy)"),
+    (
+        "loss",
+        r"vlmkernels::(info_nce|sigmoid_loss|linear_cross_entropy)|aten::.*(log_softmax|nll_loss|cross_entropy)",
+    ),
     ("norms", r"aten::.*(layer_norm|batch_norm|linalg_vector_norm)"),
     ("activations", r"aten::(gelu|sigmoid|silu|tanh|relu)"),
     ("copies and casts", r"aten::(copy_|_to_copy|cat|contiguous|clone|fill_|zero_)"),
@@ -47,20 +48,23 @@ class Work:
 
     @property
     def name(self) -> str:
-        unit = "" if self.what == "training step" else " embedded"
+        unit = "" if self.what == STEP else " embedded"
         return f"{self.family}, {self.what}{unit}, batch {self.batch}, {self.type}"
 
     @property
     def training(self) -> bool:
-        return self.what == "training step"
+        return self.what == STEP
+
+
+def families(quick: bool) -> Iterator[Family]:
+    yield from contrastive(quick)
+    yield from language.families(quick)
 
 
 def works(quick: bool) -> Iterator[Work]:
     """All that is timed, in its order."""
     for family in families(quick):
-        captions = family.name.endswith(ON_CAPTIONS)
-        for what in ("training step", "texts") if captions else ("training step", "images", "texts"):
-            batches = ALIGN_BATCHES[what] if family.name.startswith("ALIGN") else BATCHES
+        for what, batches in family.batches.items():
             for batch in (2,) if quick else batches:
                 yield from (Work(family.name, what, batch, kind) for kind in DTYPES)
 
@@ -74,15 +78,20 @@ def call_of(model: Model, work: Work, inputs: tuple[Tensor, Tensor]) -> Callable
     images, tokens = inputs[0], model.padded(inputs[1])
     dtype = DTYPES[work.type]
     if not work.training:
-        embed, x = (model.images, images) if work.what == "images" else (model.texts, tokens)
-        return partial(_embed, embed, x, dtype)
+        return partial(_embed, _embedding(model, work, images, tokens), dtype)
     return partial(_step, model, images, tokens, dtype)
 
 
+def _embedding(model: Model, work: Work, images: Tensor, tokens: Tensor) -> Callable[[], Tensor]:
+    embed, x = (model.images, images) if work.what == "images" else (model.texts, tokens)
+    assert embed is not None, f"{work.family} embeds no {work.what}"
+    return partial(embed, x)
+
+
 @torch.inference_mode()
-def _embed(embed: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+def _embed(embed: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     with precision(dtype):
-        return embed(x)
+        return embed()
 
 
 def _step(model: Model, images: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,13 +135,9 @@ def flops_of(model: Model, work: Work, inputs: tuple[Tensor, Tensor]) -> int:
     that of a dense one.
     """
     images, tokens = inputs[0], model.padded(inputs[1])
-    forward = {
-        "training step": lambda: model.loss(images, tokens),
-        "images": lambda: model.images(images),
-        "texts": lambda: model.texts(tokens),
-    }
+    call = partial(model.loss, images, tokens) if work.training else _embedding(model, work, images, tokens)
     with FlopCounterMode(display=False) as counter, precision(DTYPES[work.type]):
-        forward[work.what]()
+        call()
     return counter.get_total_flops() * (3 if work.training else 1)
 
 

@@ -168,7 +168,7 @@ void linear_cross_entropy_classes(const LinearCrossEntropy<P>& g, int64_t classe
       if (g.need_hidden) __builtin_memcpy(dz + g.group * kTileSize, operand, g.group * kTileSize * sizeof(P));
       if (g.need_weight) {
         const P* h = p.k + jb * kTileCols * p.depth;
-        p.product(rows, p.depth, kTileCols, kTileCols, p.depth, p.depth, jb > 0, dz, h, to);
+        p.product(rows, p.depth, whole_units(cols_of(p, jb)), kTileCols, p.depth, p.depth, jb > 0, dz, h, to);
       }
     } else if (g.need_weight) {
       p.product(rows, p.d, cols_of(p, jb), kTileCols, p.d, p.depth, jb > 0, dz, p.k + jb * kTileCols * p.d, to);

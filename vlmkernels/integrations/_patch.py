@@ -136,7 +136,7 @@ def drop_in(cls: type[nn.Module]) -> type[nn.Module]:
     """The class to use instead of a loss class: a subclass of it with the same constructor.
 
     Args:
-        cls: ClipLoss, CoCaLoss or SigLipLoss of open_clip, MultipleNegativesRankingLoss or
+        cls: ClipLoss, CoCaLoss, SigLipLoss or DistillClipLoss of open_clip, MultipleNegativesRankingLoss or
             CachedMultipleNegativesRankingLoss of sentence-transformers.
 
     Raises:

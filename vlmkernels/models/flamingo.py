@@ -270,7 +270,7 @@ class Flamingo(Pretrained):
     ) -> dict[str, Tensor]:
         """`logits` [B, T, V] of the next token and, with labels, `loss`: mean NLL of those not -100, or 0.
 
-        The loss needs no logits if the language model's head is linear: `return_logits=False` saves them.
+        With labels, `return_logits=False` saves the logits, which the loss of a linear head does not need.
         Text attends to the last image before it (or, with ``only_attend_immediate_media=False``, all of
         them); image i of a sample belongs to its i-th `config.media_token_id`, and images beyond the last are
         never attended to. `vision_x` is pixels, patch tokens from `encode_vision` (the encoder is frozen, so

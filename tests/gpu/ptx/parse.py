@@ -219,6 +219,7 @@ def _statement(program: Program, statement: str, line: int, place: str) -> None:
     if match is None:
         raise Unsupported(f"{statement!r}, PTX line {line}")
     negated, guard, opcode, operands = match.groups()
+    opcode = opcode.replace(".shared::cta", ".shared")  # the same: ::cta is the default of PTX
     try:
         decoded = tuple(_operand(o) for o in _split(operands)) if operands else ()
     except Unsupported as error:
