@@ -69,10 +69,14 @@ def test_options(op, dtype, reduction):
         judge(*tensors, op=OPS[op], reduction=reduction, **options)
 
 
-def test_many_chunks_of_rows(monkeypatch):
+@pytest.mark.parametrize("op", OPS)
+def test_many_chunks_of_rows(op, monkeypatch):
     """More rows than the workspace holds logits of: sums over chunks, in both precisions."""
+    if op == "cuda":
+        launcher = pytest.importorskip("vlmkernels.triton.linear_cross_entropy")
+        monkeypatch.setattr(launcher, "CHUNK_BYTES", 0)
     for dtype in (torch.float32, torch.bfloat16):
-        judge(*sample(1100, 33_000, 8, dtype=dtype, bias=True), label_smoothing=0.1)
+        judge(*sample(1100, 33_000, 8, dtype=dtype, bias=True), op=OPS[op], label_smoothing=0.1)
 
 
 def test_equals_torch():
@@ -404,6 +408,7 @@ BAD = [
     ({"target": torch.zeros(3, dtype=torch.int32)}, "target must be int64, got torch.int32"),
     ({"bias": torch.zeros(6)}, "bias must be [V] = (7,), got (6,)"),
     ({"column_scale": torch.zeros(1)}, "column_scale must be [V] = (7,), got (1,)"),
+    ({"ignore_index": 2**63}, "ignore_index must fit in int64, got 9223372036854775808"),
     ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
     ({"reduction": "batchmean"}, "reduction must be 'mean', 'sum' or 'none', got 'batchmean'"),
     ({"weight": torch.zeros(7, 4, dtype=torch.float64)}, "must have the same dtype"),
@@ -450,3 +455,15 @@ def test_gradients_handed_over_are_no_longer_the_graphs(op):
         assert torch.equal(x.grad, expected[0])
         assert torch.equal(w.grad, expected[1])
         x.grad = w.grad = None
+
+
+def test_a_tied_embedding_adds_to_the_gradient_in_place():
+    """No third matrix [V, D]: autograd owns the gradient that the forward formed."""
+    torch.manual_seed(0)
+    table, tokens = torch.randn(30, 8, requires_grad=True), torch.arange(9)
+    loss = vlmkernels.linear_cross_entropy(torch.nn.functional.embedding(tokens, table), table, tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    names = [event.key for event in profile.key_averages()]
+    assert "aten::add_" in names
+    assert "aten::add" not in names

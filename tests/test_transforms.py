@@ -28,6 +28,8 @@ OPS = {
         lambda x: vk.contrastive_distillation(x, x + 1, 2.0, TEACHER, TEACHER, 3.0),
         (6, 4),
     ),
+    "distillation": (lambda x: vk.distillation(x, x.roll(1, 0).detach(), temperature=2.0), (4, 6)),
+    "embedding_distillation": (lambda x: vk.embedding_distillation(x, x.roll(1, 0).detach()), (4, 6)),
     "info_nce": (lambda x: vk.info_nce(x, x + 1, 2.0), (6, 4)),
     "info_nce streamed": (lambda x: vk.info_nce(x, x + 1, 2.0, reduction="none"), (6, 4)),
     "linear_cross_entropy": (lambda x: vk.linear_cross_entropy(x, W, TARGET), (4, 6)),

@@ -6,6 +6,8 @@ from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     contrastive_distillation,
+    distillation,
+    embedding_distillation,
     gated_linear_residual,
     gated_mlp,
     gated_residual,
@@ -21,6 +23,8 @@ from vlmkernels.ops import (
 __all__ = [
     "__version__",
     "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

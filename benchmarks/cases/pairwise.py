@@ -230,7 +230,7 @@ def _hidden(device: str, dtype: torch.dtype, n: int, d: int, v: int, *, ignored:
     hidden = torch.randn(n, d, device=device).to(dtype)  # [N, D]
     weight = (torch.randn(v, d, device=device) / d**0.5).to(dtype)  # [V, D]
     target = torch.randint(v, (n,), device=device)
-    target[torch.rand(n, device=device) < ignored] = -100
+    target = torch.where(torch.rand(n, device=device) < ignored, -100, target)
     return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "target": target}
 
 

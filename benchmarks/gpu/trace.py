@@ -263,6 +263,8 @@ def recording(into: Pass, target: str, bounds: Bounds | None = None) -> Iterator
 
     with (
         on(target),
+        mock.patch.object(Tensor, "is_cuda", property(lambda x: x.device.type == "meta")),
+        mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
         mock.patch.object(_tiles, "product", product),
         intercepting(lambda launch: _recorded_launch(into, launch, bounds)),
         _Recorder(into),

@@ -158,6 +158,23 @@ def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Worklo
     return Workload(op, form, type, sizes, make, ours, others)
 
 
+def _liger_linear_cross_entropy() -> Callable[..., Tensor]:
+    loss_of = peers.load("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, target: loss_of(weight, hidden, target)
+
+
+def _linear_cross_entropy(form: str, sizes: Mapping[str, int], type: str, ignored: float = 0.0) -> Workload:
+    of_torch = pairwise_cases._torch_linear_cross_entropy
+    others = (
+        *_peer("F.linear, F.cross_entropy", lambda: pairwise_cases._eager_cross_entropy),
+        Baseline("F.linear_cross_entropy", partial(of_torch, chunked=False)),
+        Baseline("F.linear_cross_entropy, chunked", partial(of_torch, chunked=True)),
+        Baseline("Liger fused linear cross-entropy", _liger_linear_cross_entropy),
+    )
+    make = partial(pairwise_cases._hidden, ignored=ignored)
+    return Workload("linear_cross_entropy", form, type, sizes, make, vlmkernels.linear_cross_entropy, others)
+
+
 # Attention
 
 
@@ -313,6 +330,11 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         found.append(_pairwise(op, "N=4096", cut(n=4096, m=4096, d=d), type))
         if type == "bf16":
             found.append(_pairwise(op, "N=65536", cut(n=65536, m=65536, d=d), type))
+    for type in every:
+        found.append(_linear_cross_entropy("GPT-2", cut(n=8192, d=768, v=50257), type))
+    found.append(_linear_cross_entropy("TinyLlama", cut(n=8192, d=2048, v=32000), "bf16"))
+    masked = cut(n=16384, d=768, v=30522)
+    found.append(_linear_cross_entropy("BERT, 85 % ignored", masked, "bf16", 0.85))
     forms = [
         ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
         ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),

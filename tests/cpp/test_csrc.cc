@@ -8,6 +8,8 @@
 #include "check.h"
 #include "vlmkernels/attention.h"
 #include "vlmkernels/contrastive_distillation.h"
+#include "vlmkernels/distillation.h"
+#include "vlmkernels/embedding_distillation.h"
 #include "vlmkernels/gated_residual.h"
 #include "vlmkernels/info_nce.h"
 #include "vlmkernels/sigmoid_loss.h"
@@ -375,6 +377,71 @@ void test_gated_residual() {
   }
 }
 
+// Rows of two pieces, whose maxima rise; the second row is ignored.
+void test_distillation() {
+  const int64_t rows = 3, v = 2100, ignored = -1;
+  std::vector<float> student(rows * v), teacher(rows * v), stats(rows * 6), loss(rows), grad(rows * v);
+  for (int64_t i = 0; i < rows * v; ++i) {
+    student[i] = 3 * std::sin(0.7f * i) + 0.01f * (i % v), teacher[i] = 3 * std::cos(0.3f * i) + 0.01f * (i % v);
+  }
+  const int64_t target[rows] = {2050, ignored, 7};
+  const float one = 1;
+  const double t = 2, beta = 0.3, hard = 0.25;
+  for (const vlmk::Divergence form : {vlmk::Divergence::forward_kl, vlmk::Divergence::reverse_kl, vlmk::Divergence::jsd}) {
+    const vlmk::Distillation<float> g{student.data(), teacher.data(), target, stats.data(), v,   v, v,
+                                      ignored,        form,           t,      beta,         hard};
+    VLMK_CALL(distillation, g, 0, rows, loss.data());
+    VLMK_CALL(distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      double sums[3] = {}, terms[3] = {};
+      const float *z = student.data() + r * v, *q = teacher.data() + r * v;
+      for (int64_t c = 0; c < v; ++c)
+        sums[0] += std::exp(z[c] / t), sums[1] += std::exp(q[c] / t), sums[2] += std::exp(double(z[c]));
+      for (int64_t c = 0; c < v; ++c) {
+        const double s = std::exp(z[c] / t) / sums[0], p = std::exp(q[c] / t) / sums[1], m = beta * p + (1 - beta) * s;
+        terms[0] += p * std::log(p / s), terms[1] += s * std::log(s / p), terms[2] += (1 - beta) * s * std::log(s / m);
+        if (form == vlmk::Divergence::jsd) terms[0] += beta * p * std::log(p / m) - p * std::log(p / s);
+      }
+      const double d = form == vlmk::Divergence::reverse_kl ? terms[1]
+                       : form == vlmk::Divergence::jsd      ? terms[0] + terms[2]
+                                                            : terms[0];
+      const bool counted = target[r] != ignored;
+      const double ce = counted ? std::log(sums[2]) - z[target[r]] : 0;
+      check("distillation", loss[r], counted ? (1 - hard) * t * t * d + hard * ce : 0, 1e-5);
+      for (int64_t c = 0; c < v; ++c) {
+        const double s = std::exp(z[c] / t) / sums[0], p = std::exp(q[c] / t) / sums[1], m = beta * p + (1 - beta) * s;
+        const double slope = form == vlmk::Divergence::forward_kl ? s - p
+                             : form == vlmk::Divergence::reverse_kl
+                                 ? s * (std::log(s / p) - terms[1])
+                                 : (1 - beta) * s * (std::log(s / m) - terms[2] / (1 - beta));
+        const double of_target = std::exp(double(z[c])) / sums[2] - (c == target[r]);
+        check("distillation dstudent", grad[r * v + c], counted ? 0.5 * ((1 - hard) * t * slope + hard * of_target) : 0, 1e-6);
+      }
+    }
+  }
+}
+
+void test_embedding_distillation() {
+  const int64_t rows = 3, d = 37;
+  std::vector<float> student(rows * d), teacher(rows * d), loss(rows), grad(rows * d);
+  for (int64_t i = 0; i < rows * d; ++i) student[i] = std::sin(0.7f * i), teacher[i] = std::cos(0.3f * i);
+  const float weight[rows] = {1, 0, 3}, one = 1;
+  const vlmk::EmbeddingDistillation<float> g{student.data(), teacher.data(), weight, d, vlmk::Distance::l2, true};
+  VLMK_CALL(embedding_distillation, g, 0, rows, loss.data());
+  VLMK_CALL(embedding_distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    double ss = 0, tt = 0, st = 0;
+    const float *x = student.data() + r * d, *y = teacher.data() + r * d;
+    for (int64_t c = 0; c < d; ++c) ss += double(x[c]) * x[c], tt += double(y[c]) * y[c], st += double(x[c]) * y[c];
+    const double norm = std::sqrt(ss), cosine = st / (norm * std::sqrt(tt));
+    check("embedding distillation", loss[r], weight[r] * (2 - 2 * cosine), 1e-5);
+    for (int64_t c = 0; c < d; ++c) {
+      const double slope = -2 * (y[c] / std::sqrt(tt) - cosine * x[c] / norm) / norm;
+      check("embedding distillation dstudent", grad[r * d + c], 0.5 * weight[r] * slope, 1e-6);
+    }
+  }
+}
+
 // Three parts of the depth, two blocks of columns; rows 1 .. n of x, of which row 0 is masked.
 void test_bfloat16_rounding() {
   std::vector<float> zero(8, 0.0f);
@@ -411,6 +478,8 @@ int main() {
     for (int64_t chunks : {1, 2}) test_attention<float>(tq, chunks), test_attention<double>(tq, chunks);
   }
   test_gated_residual();
+  test_distillation();
+  test_embedding_distillation();
   test_dense_layers();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);

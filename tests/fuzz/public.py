@@ -122,6 +122,16 @@ def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
     return without(values, "need_hidden", "need_weight", "need_bias")
 
 
+@arguments
+def distillation(draw: Draw) -> dict[str, Any]:
+    return named("distillation", raw.distillation(draw))
+
+
+@arguments
+def embedding_distillation(draw: Draw) -> dict[str, Any]:
+    return named("embedding_distillation", raw.embedding_distillation(draw))
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

@@ -344,6 +344,43 @@ def linear_cross_entropy_sweep(draw: Draw) -> list:
     return [*tensors, coefficients, draw.choice((0.0, 0.1)), *draw.needs(3)]
 
 
+@arguments
+def distillation(draw: Draw) -> list:
+    n, v = draw.size(), draw.size()
+    student = draw.floats(n, v)
+    teacher = draw.floats(n, v, dtype=draw.choice((student.dtype, draw.dtype())))
+    target = torch.where(torch.rand(n) < 0.7, draw.ids(n, v), -100) if v else torch.full((n,), -100)
+    target = draw.maybe(target)
+    hard_weight = 0.0 if target is None else draw.choice((0.0, 0.5, 1.0))
+    temperature, divergence = draw.choice((1.0, 3.0)), draw.choice(("forward_kl", "reverse_kl", "jsd"))
+    reduction = draw.choice(("batchmean", "mean", "sum", "none"))
+    return [student, teacher, target, temperature, divergence, 0.3, hard_weight, -100, reduction]
+
+
+@arguments
+def distillation_bwd(draw: Draw) -> list:
+    inputs = distillation(draw)
+    loss, stats = ops.distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:], draw.needs(1)]
+
+
+@arguments
+def embedding_distillation(draw: Draw) -> list:
+    n, d = draw.size(), draw.size()
+    student = draw.floats(n, d)
+    teacher = draw.floats(n, d, dtype=draw.choice((student.dtype, draw.dtype())))
+    weight = draw.maybe(torch.rand(n, dtype=work(student.dtype)))
+    distance = draw.choice(("l1", "l2", "cosine", "smooth_l1"))
+    return [student, teacher, weight, distance, draw.flag(), draw.choice(("mean", "sum", "none"))]
+
+
+@arguments
+def embedding_distillation_bwd(draw: Draw) -> list:
+    inputs = embedding_distillation(draw)
+    loss = ops.embedding_distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs, draw.needs(1)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from vlmkernels import intervals
-from vlmkernels.triton import _attention_bwd, gated_residual, info_nce, sigmoid_loss
+from vlmkernels.triton import _attention_bwd, gated_residual, info_nce, linear_cross_entropy, sigmoid_loss
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import interval_attention as attention
@@ -21,7 +21,7 @@ from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_gated import Linear, Residual
-from .trials_pairwise import Finish, Grads, Problem, Sigmoid, Stats
+from .trials_pairwise import CrossEntropy, Finish, Grads, Problem, Sigmoid, Stats
 
 FP32, BF16, FP16 = DTYPES
 HALF = (BF16, FP16)
@@ -188,6 +188,32 @@ def by_pairs() -> Iterator[Case]:
     )
 
 
+def by_classes() -> Iterator[Case]:
+    op = "linear_cross_entropy"
+    few = {
+        (pairwise, "CHUNK_ROWS"): 7,
+        (linear_cross_entropy, "CHUNK_BYTES"): 0,
+        (linear_cross_entropy, "READ"): 64,
+    }
+    every = {"bias": True, "column_scale": True, "smoothing": 0.1, "spread": 5.0}
+
+    def case(n, classes, d, **options):
+        return lambda t: CrossEntropy(n, classes, d, t, **options)
+
+    yield from each(op, "ragged", case(9, 130, 37), quick=(FP32, FP16))
+    yield from each(op, "chunks", case(16, 150, 20, **every), settings=few, quick=(BF16,))
+    yield from each(op, "chunks left out", case(30, 150, 20, ignored=0.8), settings=few)
+    yield from each(op, "wide", case(3, 2100, 2100, bias=True), quick=(BF16,))
+    yield from each(op, "even", case(6, 128, 64, column_scale=True, smoothing=0.3))
+    yield from each(op, "one", case(1, 1, 1, ignored=0.0))
+    yield from each(op, "no row counts", case(8, 20, 5, ignored=1.0, **every), settings=few)
+    yield from each(op, "loss alone", case(9, 70, 20, smoothing=0.1, needs=(False, False, False)))
+    for i, name in enumerate(("hidden states", "weight", "bias")):
+        needs = tuple(i == k for k in range(3))
+        yield from each(op, f"gradient of the {name}", case(9, 70, 20, bias=True, needs=needs))
+    yield from each_far(op, "far rows", lambda t: with_far(CrossEntropy(3, 5, 32, t), "hidden", "weight"))
+
+
 def gated() -> Iterator[Case]:
     few = {(gated_residual, "PROGRAMS"): 2}
     both, channels = {"per_channel": True, "masked": True}, {"per_channel": True}
@@ -317,4 +343,4 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-CASES = {case.name: case for part in (by_pairs, gated, by_attention) for case in part()}
+CASES = {case.name: case for part in (by_pairs, by_classes, gated, by_attention) for case in part()}

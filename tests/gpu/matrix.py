@@ -39,7 +39,7 @@ ASYNC = "LDGSTS|UTMALDG|UBLKCP"
 WIDE = r"(LDG|STG|LDGSTS)\.E\S*\.128|(global|buffer)_(load|store)_dwordx4"
 SPILL = r"LDL|STL|scratch_(load|store)"
 FEATURES = ("Q", "H")  # what product kernels multiply
-SIZES = ("depth", "width", "value_width")  # of a row, where a kernel has one
+SIZES = ("depth", "width", "value_width", "classes")  # of a row, where a kernel has one
 
 
 class Row(NamedTuple):
@@ -63,10 +63,11 @@ class Row(NamedTuple):
 
 @contextlib.contextmanager
 def on(target: str) -> Iterator[None]:
-    """Launchers inside choose for `target`."""
+    """Launchers inside choose for `target`, and do not wait for it, as while a graph is captured."""
     hip = "6.0" if target.startswith("gfx") else None
     with (
         mock.patch.object(torch.version, "hip", hip),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         mock.patch.object(_attention, "architecture", return_value=target),
         mock.patch.object(_tiles, "architecture", return_value=target),
     ):

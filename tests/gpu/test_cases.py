@@ -70,7 +70,8 @@ def launches():
 
 def features(launch) -> torch.dtype:
     tensors = ((name, x) for name, x in launch.tensors.items() if x.is_floating_point())
-    return next(x.dtype for name, x in tensors if name not in ("ACC", "P"))  # products are always float32
+    products = ("ACC", "P", "Z")  # always float32
+    return next(x.dtype for name, x in tensors if name not in products)
 
 
 def table_of(name):
@@ -141,6 +142,10 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]
         assert looped, f"{name}: no row is wider than a block"
+    for name, size in (("_move_rows", "depth"), ("_row_losses", "classes")):
+        made = launches[0][f"linear_cross_entropy.{name}"]
+        looped = {launch.arguments[size] > launch.config["BLOCK"] for launch in made}
+        assert looped == {True, False}, name
 
 
 def test_float32_products_of_attention_run_in_both_precisions(launches):
@@ -162,7 +167,7 @@ def test_every_launch_says_whether_a_product_and_a_sum_are_fused(launches):
 def test_every_optional_argument_is_given_and_is_absent(launches):
     for name, kernel in kernels().items():
         optional = set(re.findall(r"^\s+(\w+),  # .*\bor None\b", kernel.src, re.MULTILINE))
-        switches = {p.name for p in kernel.params if re.match("EVEN_|PER_", p.name)}
+        switches = {p.name for p in kernel.params if re.match("EVEN_|PER_|PUT|SMOOTHED", p.name)}
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}
             assert given == {True, False}, f"{name}: {argument}"

@@ -1,12 +1,12 @@
 """Trials of the pairwise launchers: their inputs, and what float64 says of the results."""
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from vlmkernels.ops._pairwise import inverse_norms
 from vlmkernels.testing import unit_features
 from vlmkernels.triton import _pairwise as pairwise
-from vlmkernels.triton import info_nce, sigmoid_loss
+from vlmkernels.triton import info_nce, linear_cross_entropy, sigmoid_loss
 
 from .trials import judge, strided
 
@@ -205,6 +205,61 @@ class Sigmoid:
             p.sigmoid(torch.float64, *rest),
             (*self.needs, self.needs[3]),
         )
+
+
+class CrossEntropy:
+    """linear_cross_entropy_sweep; rows that do not count hold NaN."""
+
+    def __init__(
+        self,
+        n,
+        classes,
+        d,
+        dtype,
+        *,
+        bias=False,
+        column_scale=False,
+        smoothing=0.0,
+        ignored=0.3,
+        spread=1.0,
+        needs=(True, True, True),
+    ):
+        self.hidden = strided(torch.randn(n, d).to(dtype))
+        self.weight = (spread * torch.randn(classes, d) / d**0.5).to(dtype)
+        self.target = torch.randint(0, classes, (n,))
+        self.target[torch.rand(n) < ignored] = -1
+        self.hidden[self.target < 0] = float("nan")
+        self.bias = torch.randn(classes, 2).to(dtype)[:, 0] if bias else None
+        self.column_scale = torch.rand(classes, 2)[:, 1] if column_scale else None
+        self.u = torch.rand(n, dtype=torch.promote_types(dtype, torch.float32)) / n
+        self.smoothing, self.needs = smoothing, needs
+
+    def launch(self):
+        return linear_cross_entropy.linear_cross_entropy_sweep(
+            self.hidden, self.weight, self.target, self.bias, self.column_scale, self.u, self.smoothing,
+            *self.needs,
+        )  # fmt: skip
+
+    def exact(self, work):
+        dtype, classes = self.weight.dtype, len(self.weight)
+        counted, w = (self.target >= 0)[:, None], self.weight.to(work)
+        h = self.hidden.where(counted, 0).to(work)
+        scale = torch.ones(classes) if self.column_scale is None else self.column_scale
+        z = (h @ w.T + (0 if self.bias is None else self.bias.to(work))) * scale.to(work)
+        q = (self.target[:, None] == torch.arange(classes)).to(work)
+        q = (1 - self.smoothing) * q + self.smoothing / classes
+        loss = cross_entropy(z, self.target.clamp_min(0), reduction="none", label_smoothing=self.smoothing)
+        g = self.u.to(work)[:, None] * (z.softmax(1) - q) * scale.to(work)
+        loss, g = loss.where(counted[:, 0], 0), g.where(counted, 0)
+        if work != torch.float64:  # what enters a product
+            gain = 2.0**14 / (self.u * scale.max()).max() if dtype == torch.float16 else 1.0
+            g = (g * gain).to(dtype).to(work) / gain
+        grads = (g @ w, g.T @ h, g.sum(0))
+        return loss, *(grads if work == torch.float64 else (x.to(dtype) for x in grads))
+
+    def judge(self, got):
+        low, exact = self.exact(self.u.dtype), self.exact(torch.float64)
+        judge(("loss", "dhidden", "dweight", "dbias"), got, low, exact, (True, *self.needs))
 
 
 class Finish:

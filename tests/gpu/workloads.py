@@ -13,6 +13,7 @@ from vlmkernels.triton import gated_linear_residual as linear
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce as nce
 from vlmkernels.triton import interval_attention as interval
+from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import sigmoid_loss
 
@@ -59,6 +60,13 @@ def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True
     sigmoid_loss.sigmoid_sweep(
         q, k, meta(), meta(), a, b, *labels, meta(n), loss, grads, grads, grads and scalars
     )
+
+
+def cross_entropy(n, d, v, dtype, *, options=False, smoothing=0.0, grads=True):
+    vectors = [meta(v, dtype=dtype), meta(v)] if options else [None, None]
+    h, w = features(n, d, dtype), features(v, d, dtype)
+    target, coef = meta(n, dtype=torch.int64), meta(n)
+    cross.linear_cross_entropy_sweep(h, w, target, *vectors, coef, smoothing, grads, grads, grads and options)
 
 
 def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
@@ -120,6 +128,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
+    _add(f"cross_entropy {name}", cross_entropy, 8192, 768, 50257, dtype)
+    _add(f"cross_entropy {name} small", cross_entropy, 64, 256, 1000, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
@@ -133,6 +143,7 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"perceiver {name}", resampler, 8, 8, 64, 2048, 64, dtype)
 _add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True)
 _add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
+_add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
@@ -158,6 +169,10 @@ _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
 _add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
+_add("cross_entropy bf16 options", cross_entropy, 4096, 768, 30522, BF16, options=True, smoothing=0.1)
+_add("cross_entropy bf16 ragged", cross_entropy, 4097, 500, 50257, BF16)
+_add("cross_entropy bf16 loss alone", cross_entropy, 8192, 4096, 128256, BF16, grads=False)
+_add("cross_entropy bf16 one row", cross_entropy, 1, 1, 1, BF16)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)

@@ -2,7 +2,13 @@
 
 from vlmkernels.nn.clip_distillation import ClipDistillLoss, ClipKDLoss
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
-from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
+from vlmkernels.nn.losses import (
+    ClipLoss,
+    InfoNCELoss,
+    KnowledgeDistillationLoss,
+    LinearCrossEntropyLoss,
+    SigLipLoss,
+)
 from vlmkernels.nn.media_cache import MediaCache
 from vlmkernels.nn.perceiver import PerceiverResampler
 
@@ -12,6 +18,7 @@ __all__ = [
     "ClipLoss",
     "GatedCrossAttentionBlock",
     "InfoNCELoss",
+    "KnowledgeDistillationLoss",
     "LinearCrossEntropyLoss",
     "MaskedCrossAttention",
     "MediaCache",

@@ -1,6 +1,8 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
 from vlmkernels.ops.contrastive_distillation import contrastive_distillation
+from vlmkernels.ops.distillation import distillation
+from vlmkernels.ops.embedding_distillation import embedding_distillation
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
 from vlmkernels.ops.gated_mlp import gated_mlp
 from vlmkernels.ops.gated_residual import gated_residual
@@ -18,10 +20,13 @@ FAMILIES = {
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
     "pairwise": ("contrastive_distillation", "info_nce", "linear_cross_entropy", "sigmoid_loss"),
     "residual": ("gated_residual",),
+    "rows": ("distillation", "embedding_distillation"),
 }
 
 __all__ = [
     "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

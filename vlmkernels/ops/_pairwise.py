@@ -114,6 +114,11 @@ def with_width(x: Tensor) -> Tensor:
     return x if x.shape[1] else x.new_zeros(x.shape[0], 1)
 
 
+def without_width(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of `with_width(x)`; no view, so that autograd may add to it in place."""
+    return grad if x.shape[1] else grad.new_empty(len(grad), 0)
+
+
 def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
     """1 / max(|x_i|, 1e-12), [rows], in the dtype of the sums."""
     if not normalize:

@@ -76,6 +76,38 @@ def info_nce_grads(
     return dquery, dkey if need_key else dkey.clone(), query_dot.clone(), key_dot.clone()
 
 
+def linear_cross_entropy_sweep(
+    hidden, weight, target, bias, column_scale, row_coef, label_smoothing, need_hidden, need_weight, need_bias
+):
+    loss, dhidden = row_coef.new_zeros(len(hidden)), hidden.new_zeros(hidden.shape if need_hidden else 0)
+    dweight = weight.new_zeros(weight.shape if need_weight else 0)
+    dbias = (weight if bias is None else bias).new_zeros(len(weight) if need_bias else 0)
+    classes = torch.arange(len(weight), device=weight.device)
+    for rows in _chunks(hidden, weight):
+        at = target[rows, None]
+        counted = at >= 0
+        h = hidden[rows].where(counted, 0)
+        z = h @ weight.T
+        z = z if bias is None else z + bias
+        z = z if column_scale is None else z * column_scale
+        logs, hits = z.log_softmax(1), classes == at
+        losses = -logs.gather(1, at.clamp_min(0))
+        if label_smoothing:
+            losses = (1 - label_smoothing) * losses - label_smoothing * logs.mean(1, keepdim=True)
+        loss[rows] = losses.where(counted, 0)[:, 0]
+        q = (1 - label_smoothing) * hits.to(z.dtype) + label_smoothing / len(weight)
+        grads = row_coef[rows, None] * (logs.exp() - q)
+        grads = grads if column_scale is None else grads * column_scale
+        grads = grads.where(counted, 0)
+        if need_hidden:
+            dhidden[rows] = (grads @ weight).where(counted, 0)
+        if need_weight:
+            dweight.addmm_(grads.T, h)
+        if need_bias:
+            dbias += grads.sum(0)
+    return loss, dhidden, dweight, dbias
+
+
 def sigmoid_sweep(
     query, key, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids, row_coef,
     need_loss, need_query, need_key, need_scalars,

@@ -158,11 +158,17 @@ def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
     return out
 
 
+# Before, addmm takes no float32 sum for factors of 16 bits: pytorch/pytorch#167931
+ADDS_IN_FLOAT32 = torch.__version__ >= (2, 11)  # type: ignore[operator]
+
+
 def product(a: Tensor, b: Tensor, into: Tensor, *, add: bool = False) -> None:
     """into = a b, or into += a b, in float32."""
     if a.dtype == torch.float32 or not a.is_cuda:  # other CPU tensors: the interpreter of the tests
         torch.addmm(into, a.float(), b.float(), beta=1 if add else 0, out=into)
-    elif add:
+    elif add and ADDS_IN_FLOAT32:
         torch.addmm(into, a, b, torch.float32, out=into)
+    elif add:
+        into += torch.mm(a, b, torch.float32)
     else:
         torch.mm(a, b, torch.float32, out=into)
