@@ -106,7 +106,8 @@ auto contrastive_distillation_grads(const Tensor& query, const Tensor& key, cons
     const Pairs<P>& p = student.pairs;
     const int64_t row_blocks = p.row_blocks(), col_blocks = p.col_blocks();
     const int64_t stored = std::min<int64_t>(store.numel() / (2 * kTileSize * sizeof(A)), row_blocks * col_blocks);
-    if (stored < row_blocks * col_blocks) {
+    const bool any = need_query || need_key;
+    if (any && stored < row_blocks * col_blocks) {
       student.pack_kt();
       teacher.pack_kt();
     }
@@ -120,7 +121,6 @@ auto contrastive_distillation_grads(const Tensor& query, const Tensor& key, cons
                  v = col_coef.contiguous();
     const int64_t row_bytes = col_blocks * kTileSize * static_cast<int64_t>(sizeof(P));
     const int64_t step = std::clamp<int64_t>(std::max(kMinimumWorkspace, workspace_bytes) / row_bytes, 1, row_blocks);
-    const bool any = need_query || need_key;
     const Tensor tiles = on_huge_pages(at::empty({any ? step * col_blocks * kTileSize : 0}, student.query.options()));
     ContrastiveDistillationGrads<P> g{p,
                                       teacher.pairs,
