@@ -42,13 +42,20 @@ PAIRS = [  # queries, keys, width
     (1, 1, 8), (33, 33, 20), (300, 300, 64), (600, 600, 37), (1300, 1300, 16), (530, 900, 24),
     (100, 100, 2000),
 ]  # fmt: skip
+ROWS = [(1, 1), (3, 333), (300, 7), (700, 2600), (1, 70_000), (2000, 130)]  # rows, classes
 
 Case = tuple[str, Callable[..., Tensor], list[Tensor]]
 
 
 def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
     """Op, a function of the tensors, tensors: the forms of every op, in `most` sizes."""
-    for make, sizes in ((_attention, ATTENTION), (_layers, LAYERS), (_losses, PAIRS), (_hidden, PAIRS)):
+    for make, sizes in (
+        (_attention, ATTENTION),
+        (_layers, LAYERS),
+        (_losses, PAIRS),
+        (_hidden, PAIRS),
+        (_of_rows, ROWS),
+    ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
 
@@ -106,6 +113,13 @@ def _losses(dtype, n, m, d) -> Iterator[Case]:
         {"symmetric": False, "positives": index}, {**both, "positives": ids, "label_smoothing": 0.1},
     ):  # fmt: skip
         yield "info_nce", _with(vlmkernels.info_nce, **options), [*features, scale]
+    teacher = [*unit_features(n, m, d + 5, dtype=dtype), torch.tensor(20.0, dtype=work)]
+    for options in ({}, {"store_bytes": 0}, {"symmetric": False, "divergence": "cross_entropy"}):
+
+        def distilled(query, key, scale, options=options):
+            return vlmkernels.contrastive_distillation(query, key, scale, *teacher, **options)
+
+        yield "contrastive_distillation", distilled, [*features, scale]
     for options in ({}, {"normalize": True}, {"positives": ids}, {"positives": index, "reduction": "none"}):
         yield "sigmoid_loss", _with(vlmkernels.sigmoid_loss, **options), [*features, scale, bias]
 
@@ -119,6 +133,22 @@ def _hidden(dtype, n, v, d) -> Iterator[Case]:
             return vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, **options)
 
         yield "linear_cross_entropy", loss, tensors
+
+
+def _of_rows(dtype, n, v) -> Iterator[Case]:
+    student, teacher = _rows(dtype, (n, v), (n, v))
+    target = torch.where(torch.rand(n) < 0.8, torch.randint(0, v, (n,)), -100)
+    for divergence, options in (
+        ("forward_kl", {}),
+        ("reverse_kl", {"reduction": "none"}),
+        ("jsd", {"target": target, "hard_weight": 0.5}),
+    ):
+        op = _with(vlmkernels.distillation, divergence=divergence, temperature=2.0, **options)
+        yield "distillation", op, [student, teacher.detach()]
+    for distance, normalize in (("l1", True), ("l2", False), ("cosine", True), ("smooth_l1", True)):
+        options = {"distance": distance, "normalize": normalize, "weight": torch.rand(n)}
+        op = _with(vlmkernels.embedding_distillation, **options)
+        yield "embedding_distillation", op, [student, teacher.detach()]
 
 
 Found = dict[str, dict[str, list[int]]]

@@ -91,6 +91,11 @@ def losses(dtype):
     yield "info_nce of each row", nce, (query, key, scale), of_each
     yield "info_nce by id", nce, (query, keys, scale), by_id
     yield "info_nce by index", nce, (query, keys, scale), by_index | {"symmetric": False}
+    teacher = {"teacher_query": random(n, 70, dtype=dtype), "teacher_key": random(n, 70, dtype=dtype)}
+    teacher["teacher_scale"] = torch.full((), 20.0)
+    distilled = vlmkernels.contrastive_distillation
+    yield "contrastive_distillation", distilled, (query, key, scale), teacher
+    yield "contrastive_distillation of each row", distilled, (query, key, scale), teacher | of_each
     of_hidden = vlmkernels.linear_cross_entropy
     target = {"target": by_index["positives"]}
     yield "linear_cross_entropy", of_hidden, (query, keys), target | {"label_smoothing": 0.1}
@@ -99,6 +104,19 @@ def losses(dtype):
     yield "sigmoid_loss of each row", sigmoid, (query, key, scale, bias), of_each
     yield "sigmoid_loss by id", sigmoid, (query, keys, scale, bias), by_id
     yield "sigmoid_loss by index", sigmoid, (query, keys, scale, bias), by_index
+
+
+def rows(dtype):
+    student, teacher = random(60, 50, dtype=dtype), random(60, 50, dtype=dtype).detach()
+    target = {"target": torch.where(torch.arange(60) % 5 == 0, -100, torch.arange(60) % 50)}
+    op, of_each, mixed = vlmkernels.distillation, {"reduction": "none"}, target | {"hard_weight": 0.5}
+    yield "distillation", op, (student, teacher), {}
+    yield "distillation of each row", op, (student, teacher), of_each | {"divergence": "reverse_kl"}
+    yield "distillation with targets", op, (student, teacher), mixed | {"divergence": "jsd"}
+    of_features, weight = vlmkernels.embedding_distillation, {"weight": torch.rand(60)}
+    for distance in ("l1", "l2", "cosine", "smooth_l1"):
+        options = weight | {"distance": distance}
+        yield f"embedding_distillation, {distance}", of_features, (student, teacher), options
 
 
 def attention(dtype):
@@ -143,7 +161,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def calls(dtype):
-    return {name: call for make in (losses, attention, layers) for name, *call in make(dtype)}
+    return {name: call for make in (losses, rows, attention, layers) for name, *call in make(dtype)}
 
 
 def moved(value, device):

@@ -52,6 +52,7 @@ def test_losses():
             vlmkernels.info_nce(features, features, 2.0, positives=(ids, ids), label_smoothing=0.1),
             vlmkernels.info_nce(features, features, 2.0, positives=ids, symmetric=False),
             vlmkernels.info_nce(features, features, 2.0, reduction="none").sum(),
+            vlmkernels.contrastive_distillation(features, features, 2.0, features, features, 3.0),
             vlmkernels.sigmoid_loss(features, features, 2.0, -1.0, positives=(ids, ids)),
             vlmkernels.sigmoid_loss(features, features, 2.0, -1.0, reduction="sum"),
         ]

@@ -41,6 +41,12 @@ OPS = {
     "gated_mlp": (((2, 3, 5), (11, 5), (11, 5), (7, 11)), {}),
     "gated_residual": (((2, 3, 5), (2, 3, 5), (1,)), {}),
     "gated_linear_residual": (((2, 3, 5), (2, 3, 7), (5, 7), (5,)), {}),
+    "contrastive_distillation": (
+        ((6, 5), (6, 5), ()),
+        {"teacher_query": torch.ones(6, 3), "teacher_key": torch.ones(6, 3), "teacher_scale": 2.0},
+    ),
+    "distillation": (((3, 5), (3, 5)), {"temperature": 2.0}),
+    "embedding_distillation": (((3, 5), (3, 5)), {"distance": "cosine"}),
     "info_nce": (((6, 5), (6, 5), ()), {"label_smoothing": 0.1}),
     "linear_cross_entropy": (((3, 5), (7, 5)), {"target": torch.tensor([3, 0, 1]), "reduction": "none"}),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),

@@ -28,6 +28,7 @@ class TestOpenClipLosses:
             (loss.ClipLoss, {"cache_labels": True}),
             (loss.CoCaLoss, {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0}),
             (loss.SigLipLoss, {"dist_impl": "gather"}),
+            (loss.DistillClipLoss, {"local_loss": True}),
         ):
             ours = drop_in(cls)
             assert issubclass(ours, cls)
@@ -73,13 +74,34 @@ class TestOpenClipLosses:
         assert "gather_with_grad" in patch(loss.ClipLoss(world_size=2)).refused[0].why
         assert patch(loss.ClipLoss(world_size=2, gather_with_grad=True)).patched
         assert "use_horovod" in patch(loss.ClipLoss(use_horovod=True)).refused[0].why
-        assert "builds the logits itself" in patch(loss.DistillClipLoss()).refused[0].why
+        assert "builds the logits itself" in patch(type("Mine", (loss.ClipLoss,), {})()).refused[0].why
+        assert "builds the logits itself" in patch(type("Mine", (loss.DistillClipLoss,), {})()).refused[0].why
         with pytest.raises(
             ValueError, match=r"drop_in: cls must be a contrastive loss class .* got torch\.nn"
         ):
             drop_in(nn.Linear)
-        with pytest.raises(ValueError, match=r"got open_clip\.loss\.DistillClipLoss"):
-            drop_in(loss.DistillClipLoss)
+        with pytest.raises(ValueError, match=r"got .*\.Mine"):
+            drop_in(type("Mine", (loss.DistillClipLoss,), {}))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_the_distillation_of_open_clip(self, dtype, monkeypatch):
+        cls = peers.load("open_clip.loss").DistillClipLoss
+        op, count = vlmkernels.contrastive_distillation, []
+        counted = lambda *a, **k: count.append(1) or op(*a, **k)  # noqa: E731
+        monkeypatch.setattr(vlmkernels, "contrastive_distillation", counted)
+        student, teacher = self.features(dtype), (*torch.randn(2, 6, 11, dtype=dtype), torch.tensor(30.0))
+        plain = cls()(*student, *teacher)
+        exact = cls()(*(x.double() for x in (*student, *teacher)))
+        patched = cls()
+        patch(patched)
+        for ours in (drop_in(cls)(), patched):
+            got = ours(*student, *teacher)
+            named = ours(*student, *teacher, output_dict=True)
+            assert list(named) == ["contrastive_loss", "distill_loss"]
+            for a, b, same, truth in zip(got, plain, named.values(), exact, strict=True):
+                assert torch.equal(a, same)
+                assert_as_good(a, b, truth)
+        assert len(count) == 4
 
 
 class MyLoss(

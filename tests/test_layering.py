@@ -34,7 +34,14 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {"linear", "mlp", "gated_mlp"}  # ops that run as torch's own on a GPU
+CUBLAS = {  # ops that run as torch's own on a GPU
+    "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
+    "linear",
+    "mlp",
+    "gated_mlp",
+}
 BENCHMARKED = {case.op for case in all_cases()}
 
 

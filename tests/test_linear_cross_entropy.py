@@ -408,6 +408,7 @@ BAD = [
     ({"target": torch.zeros(3, dtype=torch.int32)}, "target must be int64, got torch.int32"),
     ({"bias": torch.zeros(6)}, "bias must be [V] = (7,), got (6,)"),
     ({"column_scale": torch.zeros(1)}, "column_scale must be [V] = (7,), got (1,)"),
+    ({"ignore_index": 2**63}, "ignore_index must fit in int64, got 9223372036854775808"),
     ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
     ({"reduction": "batchmean"}, "reduction must be 'mean', 'sum' or 'none', got 'batchmean'"),
     ({"weight": torch.zeros(7, 4, dtype=torch.float64)}, "must have the same dtype"),

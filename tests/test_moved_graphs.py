@@ -42,7 +42,8 @@ class Losses(nn.Module):
         ours = vlmkernels.info_nce(query, key, self.scale, label_smoothing=0.1)
         target = torch.arange(len(query), device=query.device)
         rows = vlmkernels.linear_cross_entropy(self.scale * query, key, target)
-        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias), rows
+        distilled = vlmkernels.contrastive_distillation(query, key, self.scale, key, query, 5.0)
+        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias), rows, distilled
 
 
 def features() -> tuple[torch.Tensor, torch.Tensor]:

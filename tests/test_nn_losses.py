@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vlmkernels
 from benchmarks import peers
 from vlmkernels.distributed import all_gather_with_grad
-from vlmkernels.nn import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, SigLipLoss
+from vlmkernels.nn import ClipLoss, InfoNCELoss, KnowledgeDistillationLoss, LinearCrossEntropyLoss, SigLipLoss
 from vlmkernels.testing import result_and_gradients
 
 needs_open_clip = pytest.mark.skipif(
@@ -131,6 +131,27 @@ def test_linear_cross_entropy_loss_is_torchs_of_the_logits(options):
     assert not list(ours.parameters())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_knowledge_distillation_loss_is_torchs_of_softmaxes(reduction):
+    student, teacher = torch.randn(3, 5, 11, requires_grad=True), torch.randn(3, 5, 11)
+    target = torch.randint(0, 11, (3, 5))
+    target[0, 1:3] = 7
+    ours = KnowledgeDistillationLoss(2.0, hard_weight=0.25, ignore_index=7, reduction=reduction)
+
+    def theirs(student, teacher):
+        kl = nn.KLDivLoss(reduction="none", log_target=True)(
+            (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
+        ).sum(-1)
+        hard = nn.CrossEntropyLoss(reduction="none")(student.movedim(-1, 1), target)
+        losses = (0.75 * 4 * kl + 0.25 * hard).where(target != 7, 0)
+        total = losses.sum()
+        return losses if reduction == "none" else total if reduction == "sum" else total / (target != 7).sum()
+
+    got = result_and_gradients(lambda s, t: ours(s, t, target), (student, teacher))
+    torch.testing.assert_close(got, result_and_gradients(theirs, (student, teacher)))
+    assert not list(ours.parameters())
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -140,6 +161,10 @@ def test_linear_cross_entropy_loss_is_torchs_of_the_logits(options):
         (lambda: InfoNCELoss(init_scale=200.0), r"init_scale must be in \(0, max_scale = 100.0\], got 200.0"),
         (lambda: ClipLoss(world_size=2)(*features(4), 10.0), "init_process_group"),
         (lambda: all_gather_with_grad(torch.zeros(3, 2)), "init_process_group"),
+        (
+            lambda: KnowledgeDistillationLoss()(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4)),
+            r"teacher_logits must be \[..., V\] and target \[...\], got \[\[2, 3, 4\], \[3, 2, 4\]\]",
+        ),
     ],
 )
 def test_errors(build, message):

@@ -29,6 +29,10 @@ PAIR_AND_BIAS = F, F, ones(1), ones(1), None, None
 MANY = ones(200_000, 1), ones(2, 1), ones(1)
 STATS = *[ones(4)] * 7, None, None
 NO_BIAS = None, None
+DISTILLED = F, F, ones(1), ones(4, 2), ones(4, 2), ones(1)
+SOFTMAXES = ones(5, 4), ones(5, 4), ones(4), ones(4)
+MOST = [ones(()).expand(2**40, 2**20)] * 2
+KL, L1 = (1.0, "forward_kl", 0.5, 0.0, -100), ("l1", True)
 CALLS = [  # the op, its arguments, and what the error says
     (
         "gated_residual",
@@ -143,6 +147,51 @@ CALLS = [  # the op, its arguments, and what the error says
         r"store must be aligned to 8",
     ),
     (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:3], ones(3, 2), *DISTILLED[4:], True, False, 0],
+        r"teacher_query must be .*\[4, \*\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:4], ones(4, 2**20), ones(1), True, False, 0],
+        r"teacher_key must be .*\[4, 2\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:3], ones(4, 2).double(), *DISTILLED[4:], True, False, 0],
+        r"teacher_query must be .*float32",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED[:5], ones(2), True, False, 0],
+        r"teacher_scale must have one element, got sizes \[2\]",
+    ),
+    (
+        "contrastive_distillation_stats",
+        [*DISTILLED, True, False, -1],
+        r"store_size must not be negative, got -1",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, ones(4, 4), *SOFTMAXES[1:], zeros(0).byte(), 0, True, True],
+        r"rows must be .*\[5, 4\]",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES[:3], ones(3), zeros(0).byte(), 0, True, True],
+        r"col_coef must be .*\[4\]",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES, zeros(65).byte()[1:], 0, True, True],
+        r"store must be aligned to 8",
+    ),
+    (
+        "contrastive_distillation_grads",
+        [*DISTILLED, *SOFTMAXES, zeros(0).byte(), -1, True, True],
+        r"workspace_bytes must not be negative, got -1",
+    ),
+    (
         "sigmoid_sweep",
         [*PAIR_AND_BIAS, None, IDS, None, ones(4), *ALL[:4]],
         r"positives, or query_ids and key_ids",
@@ -151,6 +200,32 @@ CALLS = [  # the op, its arguments, and what the error says
         "sigmoid_sweep",
         [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
         r"row_coef must be .*\[4\] of float32",
+    ),
+    ("distillation", [X, ones(4, 2), None, *KL, "mean"], r"teacher_logits must be .*\[4, 3\]"),
+    ("distillation", [X, X, IDS[:3], *KL, "mean"], r"target must be .*\[4\] of int64"),
+    ("distillation", [*MOST, None, *KL, "mean"], r"too large for one call"),
+    (
+        "distillation_bwd",
+        [ones(()), X, X, None, ones(4, 5), *KL, "mean", ALL[:1]],
+        r"stats must be .*\[4, 6\] of float32",
+    ),
+    (
+        "distillation_bwd",
+        [ones(()), X, X, None, ones(4, 6).double(), *KL, "mean", ALL[:1]],
+        r"stats must be .*got float64",
+    ),
+    (
+        "distillation_bwd",
+        [ones(4), X, X, None, ones(4, 6), *KL, "mean", ALL[:1]],
+        r"dloss must be .*\[\] of",
+    ),
+    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean"], r"teacher must be .*\[4, 3\]"),
+    ("embedding_distillation", [X, X, ones(3), *L1, "mean"], r"weight must be .*\[4\]"),
+    ("embedding_distillation", [*MOST, None, *L1, "mean"], r"too large for one call"),
+    (
+        "embedding_distillation_bwd",
+        [ones(()), X, X, None, *L1, "none", ALL[:1]],
+        r"dloss must be .*\[4\] of",
     ),
     (
         "linear_cross_entropy_sweep",

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 START, END = intervals.causal(5)
 W, V = torch.randn(8, 6), torch.randn(6, 8)
 TARGET = torch.tensor([3, 0, -100, 7])
+TEACHER = torch.randn(6, 3)
 
 # Each as a function of one tensor, which is every operand that can have a derivative.
 OPS = {
@@ -23,6 +24,12 @@ OPS = {
     "gated_mlp": (lambda x: vk.gated_mlp(x, W, 2 * W, V), (4, 6)),
     "gated_residual": (lambda x: vk.gated_residual(x, 2 * x, x[0]), (4, 6)),
     "gated_linear_residual": (lambda x: vk.gated_linear_residual(x, x, W[:6], x[0, :1]), (4, 6)),
+    "contrastive_distillation": (
+        lambda x: vk.contrastive_distillation(x, x + 1, 2.0, TEACHER, TEACHER, 3.0),
+        (6, 4),
+    ),
+    "distillation": (lambda x: vk.distillation(x, x.roll(1, 0).detach(), temperature=2.0), (4, 6)),
+    "embedding_distillation": (lambda x: vk.embedding_distillation(x, x.roll(1, 0).detach()), (4, 6)),
     "info_nce": (lambda x: vk.info_nce(x, x + 1, 2.0), (6, 4)),
     "info_nce streamed": (lambda x: vk.info_nce(x, x + 1, 2.0, reduction="none"), (6, 4)),
     "linear_cross_entropy": (lambda x: vk.linear_cross_entropy(x, W, TARGET), (4, 6)),
@@ -77,6 +84,7 @@ def test_no_raw_op_loses_a_derivative_in_silence():
     at, ops = torch.arange(4), torch.ops.vlmkernels
     calls = [
         lambda q: ops.small_loss(q, x, scale, None, True, 0.0, False, True, True, True),
+        lambda q: ops.contrastive_distillation_stats(q, x, scale, x, x, scale, True, False, 0),
         lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0, 0),
         lambda q: ops.sigmoid_sweep(
             q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True

@@ -5,6 +5,9 @@ from vlmkernels._info import info
 from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
+    contrastive_distillation,
+    distillation,
+    embedding_distillation,
     gated_linear_residual,
     gated_mlp,
     gated_residual,
@@ -19,6 +22,9 @@ from vlmkernels.ops import (
 
 __all__ = [
     "__version__",
+    "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

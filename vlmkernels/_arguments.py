@@ -79,6 +79,10 @@ def device_faults(tensors: Mapping[str, Tensor | None]) -> list[str]:
     return []
 
 
+def int64_faults(name: str, value: int) -> list[str]:
+    return [] if -(2**63) <= value < 2**63 else [f"{name} must fit in int64, got {value}"]
+
+
 def _listed(names: Mapping[str, object]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last

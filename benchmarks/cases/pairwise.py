@@ -17,6 +17,7 @@ import vlmkernels
 from benchmarks import peers
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels import _library, reference
+from vlmkernels.ops import _contrastive_distillation_sweeps as distillation
 from vlmkernels.ops import _pairwise as pairwise
 
 
@@ -287,4 +288,90 @@ def linear_cross_entropy(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (info_nce, linear_cross_entropy, sigmoid_loss)
+def _distilled(
+    device: str, dtype: torch.dtype, n: int, m: int, d: int, e: int, *, frozen: bool
+) -> dict[str, Tensor]:
+    """A student's features with those of a teacher of width e, whose scales are those of trained models."""
+    student = _features(device, dtype, n, m, d, frozen=frozen, scale=50.0, bias=None)
+    teacher = _features(device, dtype, n, m, e, frozen=frozen, scale=100.0, bias=None)
+    return student | {f"teacher_{name}": tensor.detach() for name, tensor in teacher.items()}
+
+
+def _open_clip_distillation() -> Callable[..., Tensor]:
+    module = peers.load("open_clip.loss").DistillClipLoss()
+
+    def loss(query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+        pairs = zip(module.get_logits(*teacher), module.get_logits(query, key, scale), strict=True)
+        rows, columns = (module.dist_loss(taught, logits) for taught, logits in pairs)
+        return (rows + columns) / 2
+
+    return loss
+
+
+def contrastive_distillation(quick: bool, device: str) -> list[Case]:
+    """Two sweeps: 8 N M D + 4 N M E operations, 6 N M D + 2 N M E where the logits fit in `store_bytes`."""
+    eager = Baseline("distillation term of open_clip DistillClipLoss", _open_clip_distillation, matrices=10)
+    compiled = Baseline(f"torch.compile of the {eager.name}", eager.make, True, 8)
+    form = {"divergence": "cross_entropy"}  # open_clip's
+    plain = Baseline("reference", lambda: partial(reference.contrastive_distillation, **form), matrices=10)
+    plain_compiled = Baseline("torch.compile of the reference", plain.make, True, 8)
+
+    def case(
+        name: str,
+        dtype: torch.dtype,
+        n: int,
+        baselines: tuple[Baseline, ...],
+        *,
+        e: int = 512,
+        frozen: bool = False,
+        backward: bool = True,
+        **flags: Any,
+    ) -> Case:
+        sizes = cut(quick, n=n, m=n, d=512, e=e)
+        n, d, e = sizes["n"], sizes["d"], sizes["e"]
+        towers = 1 if frozen else 2
+        again = _recomputed_by_distillation(device, dtype, n)
+        each = partial(pairwise_flops, n, n, backward=backward, recomputed=again)
+        student, teacher = each(d, towers=towers), each(e, towers=0)
+        return Case(
+            op="contrastive_distillation",
+            name=f"{name} {type_name(dtype)}",
+            dtype=dtype,
+            sizes=sizes,
+            make_inputs=partial(_distilled, frozen=frozen),
+            ours=partial(vlmkernels.contrastive_distillation, **form),
+            baselines=timed(quick, *baselines),
+            flops=student[0] + teacher[0],
+            min_flops=student[1] + teacher[1],
+            bytes=n * ((2 + towers * backward) * d + 2 * e) * dtype.itemsize,
+            backward=backward,
+            **flags,
+        )
+
+    everyone = (eager, compiled, plain, plain_compiled)
+    trio = (eager, compiled, plain_compiled)
+    cases = []
+    for dtype in (F32, BF16):
+        cases.append(case("N=4096 D=512", dtype, 4096, everyone, memory=True, headline=True))
+        for n in (64, 128, 256, 512, 1024):
+            cases.append(case(f"N={n} D=512", dtype, n, trio))
+        cases.append(case("N=16384 D=512", dtype, 16384, (eager, plain_compiled), memory=True, long=True))
+    cases.append(case("N=2048 D=512, teacher 768", F32, 2048, trio, e=768))
+    cases.append(case("N=2048 D=512 frozen key", F32, 2048, trio, frozen=True))
+    cases.append(case("N=4096 D=512 forward only", F32, 4096, trio, backward=False))
+    return cases
+
+
+def _recomputed_by_distillation(device: str, dtype: torch.dtype, n: int) -> float:
+    """The part of the logits beyond the default `store_bytes`; the reference keeps none."""
+    if not _library.has_kernel("contrastive_distillation_stats", device.upper()):
+        return 1.0
+    features = torch.empty(1, dtype=dtype, device=device).expand(n, 1)
+    kept, everything = (
+        distillation.store_size(features, features, torch.promote_types(dtype, F32), budget)
+        for budget in (1 << 28, 1 << 62)
+    )
+    return 1 - kept / everything if everything else 1.0
+
+
+CASES = (contrastive_distillation, info_nce, linear_cross_entropy, sigmoid_loss)

@@ -65,28 +65,6 @@ void logits(const Pairs<P>& p, int64_t ib, int64_t jb, bool columns, acc_t<P>* s
   columns ? logits_in_place<true>(p, ib, jb, s, row_max, col_max) : logits_in_place<false>(p, ib, jb, s, row_max, col_max);
 }
 
-template <class A>
-A highest(const A* x, int64_t count) {
-  A top = x[0];
-  for (int64_t i = 1; i < count; ++i) top = max_(top, x[i]);
-  return top;
-}
-template <class A>
-A lowest(const A* x, int64_t count) {
-  A low = x[0];
-  for (int64_t i = 1; i < count; ++i) low = min_(low, x[i]);
-  return low;
-}
-
-// Whether one reference serves the whole tile: its maximum, returned in `reference`.
-template <class A>
-bool one_reference(const A* row_max, int64_t rows, const A* col_max, int64_t cols, bool columns, A& reference) {
-  reference = highest(row_max, rows);
-  A low = lowest(row_max, rows);
-  if (columns) low = min_(low, lowest(col_max, cols));
-  return low >= reference - kReach<A>;
-}
-
 // (max, sum, moment) takes in another part with maximum part_max, whose sum and moment are relative to `reference`.
 template <class A, class S>
 VLMK_INLINE void merge(A& max, S& sum, S& moment, A part_max, A part_sum, A part_moment, A reference) {
@@ -271,7 +249,7 @@ void info_nce_stats(const InfoNceStats<P>& g, int64_t row_chunk, int64_t col_chu
       }
       char* slot = index < g.stored_tiles ? g.store + index * tile_bytes<P>() : nullptr;
       A reference;
-      if (one_reference(row_top, rows, col_top, cols, g.columns, reference)) {
+      if (one_reference(row_top, rows, col_top, cols, g.columns, kReach<A>, reference)) {
         if (slot) {
           P* e = write_tile<P>(slot, reference, TileKind::relative);
           const auto take = g.columns ? exponentials<true, true, true, P> : exponentials<true, true, false, P>;
@@ -346,7 +324,7 @@ void info_nce_recompute(const InfoNceGrads<P>& g, int64_t ib, int64_t jb, acc_t<
   A row_max[kTileRows], col_max[kTileCols], reference;
   similarities(p, ib, jb, s);
   logits(p, ib, jb, g.col_max != nullptr, s, row_max, col_max);
-  if (one_reference(row_max, rows, col_max, cols, g.col_max != nullptr, reference)) {
+  if (one_reference(row_max, rows, col_max, cols, g.col_max != nullptr, kReach<A>, reference)) {
     P* e = write_tile<P>(slot, reference, TileKind::relative);
     exponentials<true, false, false, P>(s, rows, cols, reference, e, nullptr, nullptr, nullptr, nullptr);
     zero_padding(rows, cols, e);

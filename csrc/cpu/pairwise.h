@@ -28,6 +28,29 @@ void similarities(const Pairs<P>& p, int64_t ib, int64_t jb, acc_t<P>* x) {
   }
 }
 
+template <class A>
+A highest(const A* x, int64_t count) {
+  A top = x[0];
+  for (int64_t i = 1; i < count; ++i) top = max_(top, x[i]);
+  return top;
+}
+template <class A>
+A lowest(const A* x, int64_t count) {
+  A low = x[0];
+  for (int64_t i = 1; i < count; ++i) low = min_(low, x[i]);
+  return low;
+}
+
+// Whether the maxima of all rows, and of all columns where `columns`, lie within `reach` of the highest, which is returned in
+// `reference`: exponentials relative to it then serve all of them.
+template <class A>
+bool one_reference(const A* row_max, int64_t rows, const A* col_max, int64_t cols, bool columns, A reach, A& reference) {
+  reference = highest(row_max, rows);
+  A low = lowest(row_max, rows);
+  if (columns) low = min_(low, lowest(col_max, cols));
+  return low >= reference - reach;
+}
+
 // D[rows][depth] = sum over jb of G_jb K_jb, where tile(jb) gives G_jb [rows][kTileCols], 0 beyond its columns.
 template <class P, class Tile>
 void query_product(const Pairs<P>& p, int64_t ib, Tile tile, acc_t<P>* out) {

@@ -7,6 +7,9 @@
 
 #include "check.h"
 #include "vlmkernels/attention.h"
+#include "vlmkernels/contrastive_distillation.h"
+#include "vlmkernels/distillation.h"
+#include "vlmkernels/embedding_distillation.h"
 #include "vlmkernels/gated_residual.h"
 #include "vlmkernels/info_nce.h"
 #include "vlmkernels/sigmoid_loss.h"
@@ -170,6 +173,86 @@ void test_sigmoid_loss() {
   }
 }
 
+// The student's problem, and the teacher's logits: those of its features the other way round, at a scale that spreads them.
+template <class P>
+void test_contrastive_distillation(bool store, P teacher_scale) {
+  Problem<P> problem, other;
+  for (P& x : other.q) x = -x;
+  other.pairs.scale = teacher_scale;
+  const auto& p = problem.pairs;
+  const int64_t n = p.n, m = p.m, d = p.d, tiles = p.row_blocks() * p.col_blocks(), tile = vlmk::kTileSize;
+  std::vector<P> maxima(2 * (n + m)), kept(store ? 2 * tile * tiles : 0), scratch(2 * tile), loss(n + m), out(5 * (n + m));
+  std::vector<double> sums(5 * (n + m));
+  const auto rows = vlmk::logit_sums(maxima.data(), sums.data(), n);
+  const auto cols = vlmk::logit_sums(&maxima[2 * n], &sums[5 * n], m);
+  vlmk::ContrastiveDistillationStats<P> stats{p, other.pairs, true, 3, 3, rows, cols, kept.data(), store ? tiles : 0};
+  VLMK_CALL(contrastive_distillation_stats, stats, int64_t(0), int64_t(0), scratch.data());
+  P *row = out.data(), *col = &out[5 * n];
+  VLMK_CALL(contrastive_distillation_merge, rows, int64_t(1), n, int64_t(0), n, false, loss.data(), row);
+  VLMK_CALL(contrastive_distillation_merge, cols, int64_t(1), m, int64_t(0), m, true, &loss[n], col);
+
+  // Logits and the softmaxes along the rows and the columns, of both.
+  std::vector<double> s(n * m), t(n * m), g(n * m);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) s[i * m + j] = problem.logit(i, j), t[i * m + j] = other.logit(i, j);
+  }
+  const double tolerance = sizeof(P) == 8 ? 1e-10 : 1e-4;
+  const auto along = [&](int64_t count, int64_t others, int64_t step, int64_t jump, double coef, bool cross_entropy,
+                         const P* losses) {
+    for (int64_t i = 0; i < count; ++i) {
+      double s_max = -INFINITY, t_max = -INFINITY, s_sum = 0, t_sum = 0, want = 0;
+      const auto at = [&](int64_t j) { return i * step + j * jump; };
+      for (int64_t j = 0; j < others; ++j) s_max = std::fmax(s_max, s[at(j)]), t_max = std::fmax(t_max, t[at(j)]);
+      for (int64_t j = 0; j < others; ++j) s_sum += std::exp(s[at(j)] - s_max), t_sum += std::exp(t[at(j)] - t_max);
+      for (int64_t j = 0; j < others; ++j) {
+        const double log_s = s[at(j)] - s_max - std::log(s_sum), log_p = t[at(j)] - t_max - std::log(t_sum);
+        want += std::exp(log_p) * ((cross_entropy ? 0 : log_p) - log_s);
+        g[at(j)] += coef * (std::exp(log_s) - std::exp(log_p));
+      }
+      check("distillation", losses[i], want, tolerance);
+    }
+  };
+  along(n, m, m, 1, 0.5, false, loss.data());
+  along(m, n, 1, m, 0.25, true, &loss[n]);
+
+  std::vector<P> u(n, P(0.5)), v(m, P(0.25)), dq(n * d), dk(m * d), dots(n + m), gradient(tiles * tile), operand(tile);
+  std::vector<P> key_sums(p.col_blocks() * d * vlmk::kTileCols), row_sums(vlmk::kTileRows * d), col_sums(vlmk::kTileCols * d);
+  vlmk::ContrastiveDistillationGrads<P> grads{p,
+                                              other.pairs,
+                                              {row, row + n, row + 2 * n, row + 3 * n},
+                                              {col, col + m, col + 2 * m, col + 3 * m},
+                                              u.data(),
+                                              v.data(),
+                                              kept.data(),
+                                              stats.stored_tiles,
+                                              gradient.data(),
+                                              0,
+                                              p.row_blocks(),
+                                              key_sums.data(),
+                                              {problem.q.data(), d, nullptr, nullptr, dq.data(), dots.data()},
+                                              {problem.k.data(), d, nullptr, nullptr, dk.data(), &dots[n]}};
+  for (int64_t i = 0; i < tiles; ++i) {
+    VLMK_CALL(contrastive_distillation_tile, grads, i / p.col_blocks(), i % p.col_blocks(), scratch.data());
+  }
+  for (int64_t ib = 0; ib < p.row_blocks(); ++ib) VLMK_CALL(contrastive_distillation_query, grads, ib, row_sums.data());
+  for (int64_t jb = 0; jb < p.col_blocks(); ++jb) {
+    VLMK_CALL(contrastive_distillation_key, grads, jb, int64_t(0), d / 2, false, operand.data());
+    VLMK_CALL(contrastive_distillation_key, grads, jb, d / 2, d, false, operand.data());
+    VLMK_CALL(contrastive_distillation_finish_key, grads, jb, col_sums.data());
+  }
+  std::vector<double> want_q(n * d), want_k(m * d);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      for (int64_t e = 0; e < d; ++e) {
+        want_q[i * d + e] += p.scale * g[i * m + j] * problem.k[j * d + e];
+        want_k[j * d + e] += p.scale * g[i * m + j] * problem.q[i * d + e];
+      }
+    }
+  }
+  for (int64_t i = 0; i < n * d; ++i) check("distillation dq", dq[i], want_q[i], tolerance);
+  for (int64_t i = 0; i < m * d; ++i) check("distillation dk", dk[i], want_k[i], tolerance);
+}
+
 // Two query heads over one key head, two sources, some queries without keys; tiles, chunks and the path for few queries.
 template <class P>
 void test_attention(int64_t tq, int64_t chunks) {
@@ -294,6 +377,71 @@ void test_gated_residual() {
   }
 }
 
+// Rows of two pieces, whose maxima rise; the second row is ignored.
+void test_distillation() {
+  const int64_t rows = 3, v = 2100, ignored = -1;
+  std::vector<float> student(rows * v), teacher(rows * v), stats(rows * 6), loss(rows), grad(rows * v);
+  for (int64_t i = 0; i < rows * v; ++i) {
+    student[i] = 3 * std::sin(0.7f * i) + 0.01f * (i % v), teacher[i] = 3 * std::cos(0.3f * i) + 0.01f * (i % v);
+  }
+  const int64_t target[rows] = {2050, ignored, 7};
+  const float one = 1;
+  const double t = 2, beta = 0.3, hard = 0.25;
+  for (const vlmk::Divergence form : {vlmk::Divergence::forward_kl, vlmk::Divergence::reverse_kl, vlmk::Divergence::jsd}) {
+    const vlmk::Distillation<float> g{student.data(), teacher.data(), target, stats.data(), v,   v, v,
+                                      ignored,        form,           t,      beta,         hard};
+    VLMK_CALL(distillation, g, 0, rows, loss.data());
+    VLMK_CALL(distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      double sums[3] = {}, terms[3] = {};
+      const float *z = student.data() + r * v, *q = teacher.data() + r * v;
+      for (int64_t c = 0; c < v; ++c)
+        sums[0] += std::exp(z[c] / t), sums[1] += std::exp(q[c] / t), sums[2] += std::exp(double(z[c]));
+      for (int64_t c = 0; c < v; ++c) {
+        const double s = std::exp(z[c] / t) / sums[0], p = std::exp(q[c] / t) / sums[1], m = beta * p + (1 - beta) * s;
+        terms[0] += p * std::log(p / s), terms[1] += s * std::log(s / p), terms[2] += (1 - beta) * s * std::log(s / m);
+        if (form == vlmk::Divergence::jsd) terms[0] += beta * p * std::log(p / m) - p * std::log(p / s);
+      }
+      const double d = form == vlmk::Divergence::reverse_kl ? terms[1]
+                       : form == vlmk::Divergence::jsd      ? terms[0] + terms[2]
+                                                            : terms[0];
+      const bool counted = target[r] != ignored;
+      const double ce = counted ? std::log(sums[2]) - z[target[r]] : 0;
+      check("distillation", loss[r], counted ? (1 - hard) * t * t * d + hard * ce : 0, 1e-5);
+      for (int64_t c = 0; c < v; ++c) {
+        const double s = std::exp(z[c] / t) / sums[0], p = std::exp(q[c] / t) / sums[1], m = beta * p + (1 - beta) * s;
+        const double slope = form == vlmk::Divergence::forward_kl ? s - p
+                             : form == vlmk::Divergence::reverse_kl
+                                 ? s * (std::log(s / p) - terms[1])
+                                 : (1 - beta) * s * (std::log(s / m) - terms[2] / (1 - beta));
+        const double of_target = std::exp(double(z[c])) / sums[2] - (c == target[r]);
+        check("distillation dstudent", grad[r * v + c], counted ? 0.5 * ((1 - hard) * t * slope + hard * of_target) : 0, 1e-6);
+      }
+    }
+  }
+}
+
+void test_embedding_distillation() {
+  const int64_t rows = 3, d = 37;
+  std::vector<float> student(rows * d), teacher(rows * d), loss(rows), grad(rows * d);
+  for (int64_t i = 0; i < rows * d; ++i) student[i] = std::sin(0.7f * i), teacher[i] = std::cos(0.3f * i);
+  const float weight[rows] = {1, 0, 3}, one = 1;
+  const vlmk::EmbeddingDistillation<float> g{student.data(), teacher.data(), weight, d, vlmk::Distance::l2, true};
+  VLMK_CALL(embedding_distillation, g, 0, rows, loss.data());
+  VLMK_CALL(embedding_distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    double ss = 0, tt = 0, st = 0;
+    const float *x = student.data() + r * d, *y = teacher.data() + r * d;
+    for (int64_t c = 0; c < d; ++c) ss += double(x[c]) * x[c], tt += double(y[c]) * y[c], st += double(x[c]) * y[c];
+    const double norm = std::sqrt(ss), cosine = st / (norm * std::sqrt(tt));
+    check("embedding distillation", loss[r], weight[r] * (2 - 2 * cosine), 1e-5);
+    for (int64_t c = 0; c < d; ++c) {
+      const double slope = -2 * (y[c] / std::sqrt(tt) - cosine * x[c] / norm) / norm;
+      check("embedding distillation dstudent", grad[r * d + c], 0.5 * weight[r] * slope, 1e-6);
+    }
+  }
+}
+
 // Three parts of the depth, two blocks of columns; rows 1 .. n of x, of which row 0 is masked.
 void test_bfloat16_rounding() {
   std::vector<float> zero(8, 0.0f);
@@ -319,12 +467,19 @@ int main() {
     return 77;
   }
   for (bool store : {true, false}) test_info_nce<float>(store), test_info_nce<double>(store);
+  for (bool store : {true, false}) {
+    for (float teacher_scale : {0.5f, 4.0f}) {
+      test_contrastive_distillation<float>(store, teacher_scale), test_contrastive_distillation<double>(store, teacher_scale);
+    }
+  }
   test_sigmoid_loss<float>();
   test_sigmoid_loss<double>();
   for (int64_t tq : {3, 64, 150}) {
     for (int64_t chunks : {1, 2}) test_attention<float>(tq, chunks), test_attention<double>(tq, chunks);
   }
   test_gated_residual();
+  test_distillation();
+  test_embedding_distillation();
   test_dense_layers();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);

@@ -105,6 +105,12 @@ def info_nce(draw: Draw) -> dict[str, Any]:
 
 
 @arguments
+def contrastive_distillation(draw: Draw) -> dict[str, Any]:
+    values = named("contrastive_distillation", raw.contrastive_distillation(draw))
+    return {**values, "teacher_scale": draw.choice((values["teacher_scale"], 10.0))}
+
+
+@arguments
 def sigmoid_loss(draw: Draw) -> dict[str, Any]:
     values = with_targets(draw, named("sigmoid_loss", raw.sigmoid_loss(draw)))
     return without(values, "need_query", "need_key", "need_scalars")
@@ -114,6 +120,16 @@ def sigmoid_loss(draw: Draw) -> dict[str, Any]:
 def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
     values = named("linear_cross_entropy", raw.linear_cross_entropy(draw))
     return without(values, "need_hidden", "need_weight", "need_bias")
+
+
+@arguments
+def distillation(draw: Draw) -> dict[str, Any]:
+    return named("distillation", raw.distillation(draw))
+
+
+@arguments
+def embedding_distillation(draw: Draw) -> dict[str, Any]:
+    return named("embedding_distillation", raw.embedding_distillation(draw))
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

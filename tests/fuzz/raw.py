@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels.reference._dense import ACTIVATIONS
+from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 
 from .children import Wrong
 from .damage import damaged, shown
@@ -242,6 +243,47 @@ def info_nce_grads(draw: Draw) -> list:
 
 
 @arguments
+def contrastive_distillation(draw: Draw) -> list:
+    query, key = features(draw)
+    symmetric, reduction = draw.flag(), draw.choice(("mean", "sum", "none"))
+    if not symmetric or reduction != "none":
+        key = torch.cat([key, key[: draw.small()]])
+    options = symmetric, draw.choice(DIVERGENCES), reduction, draw.choice((0, 2**20))
+    return [query, key, draw.scalar(), *teacher(draw, query, key), *options]
+
+
+def teacher(draw: Draw, query: Tensor, key: Tensor, *, same: bool = False) -> list[Tensor]:
+    d, dtype = draw.size(zero=not same), query.dtype if same else draw.dtype()
+    return [*(draw.floats(len(x), d, dtype=dtype) for x in (query, key)), draw.scalar()]
+
+
+@arguments
+def contrastive_distillation_bwd(draw: Draw) -> list:
+    inputs = contrastive_distillation(draw)
+    loss, *stats = ops.contrastive_distillation(*inputs)
+    dloss = torch.randn(loss.shape).to(loss.dtype)
+    return [dloss, *inputs[:6], *stats, *inputs[6:], draw.needs(3)]
+
+
+@arguments
+def contrastive_distillation_stats(draw: Draw) -> list:
+    query, key = features(draw, zero=False)
+    key = torch.cat([key, key[: draw.small()]])
+    store = draw.choice((0, 2 * 128 * 256 * work(query.dtype).itemsize, 2**20))
+    tensors = [query, key, draw.scalar(), *teacher(draw, query, key, same=True)]
+    return [*tensors, draw.flag(), draw.flag(), store]
+
+
+@arguments
+def contrastive_distillation_grads(draw: Draw) -> list:
+    inputs = contrastive_distillation_stats(draw)
+    _, rows, _, cols, store = ops.contrastive_distillation_stats(*inputs)
+    coefficients = [torch.rand_like(x[0]) for x in (rows, cols)]
+    memory = draw.choice((0, 2**18))
+    return [*inputs[:6], rows, cols, *coefficients, store, memory, draw.flag(), draw.flag()]
+
+
+@arguments
 def sigmoid_loss(draw: Draw) -> list:
     query, key = features(draw)
     options = draw.flag(), draw.choice(("mean", "sum", "none"))
@@ -300,6 +342,43 @@ def linear_cross_entropy_sweep(draw: Draw) -> list:
     tensors = hidden(draw, ignored=False, zero=False)
     coefficients = torch.rand(len(tensors[0]), dtype=work(tensors[0].dtype))
     return [*tensors, coefficients, draw.choice((0.0, 0.1)), *draw.needs(3)]
+
+
+@arguments
+def distillation(draw: Draw) -> list:
+    n, v = draw.size(), draw.size()
+    student = draw.floats(n, v)
+    teacher = draw.floats(n, v, dtype=draw.choice((student.dtype, draw.dtype())))
+    target = torch.where(torch.rand(n) < 0.7, draw.ids(n, v), -100) if v else torch.full((n,), -100)
+    target = draw.maybe(target)
+    hard_weight = 0.0 if target is None else draw.choice((0.0, 0.5, 1.0))
+    temperature, divergence = draw.choice((1.0, 3.0)), draw.choice(("forward_kl", "reverse_kl", "jsd"))
+    reduction = draw.choice(("batchmean", "mean", "sum", "none"))
+    return [student, teacher, target, temperature, divergence, 0.3, hard_weight, -100, reduction]
+
+
+@arguments
+def distillation_bwd(draw: Draw) -> list:
+    inputs = distillation(draw)
+    loss, stats = ops.distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:], draw.needs(1)]
+
+
+@arguments
+def embedding_distillation(draw: Draw) -> list:
+    n, d = draw.size(), draw.size()
+    student = draw.floats(n, d)
+    teacher = draw.floats(n, d, dtype=draw.choice((student.dtype, draw.dtype())))
+    weight = draw.maybe(torch.rand(n, dtype=work(student.dtype)))
+    distance = draw.choice(("l1", "l2", "cosine", "smooth_l1"))
+    return [student, teacher, weight, distance, draw.flag(), draw.choice(("mean", "sum", "none"))]
+
+
+@arguments
+def embedding_distillation_bwd(draw: Draw) -> list:
+    inputs = embedding_distillation(draw)
+    loss = ops.embedding_distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs, draw.needs(1)]
 
 
 @functools.cache

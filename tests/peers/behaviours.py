@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.peers.families import Family, Inputs
-from vlmkernels.integrations import Report, patch, unpatch
+from vlmkernels.integrations import Report, unpatch
 from vlmkernels.testing import assert_as_good
 
 Results = dict[str, Tensor]
@@ -46,7 +46,7 @@ def gradients(
     A bias before a softmax has the gradient zero, and what comes out is rounding alone: it is judged beside
     the weight. Parameters of one element stand for themselves.
     """
-    module.train(training).zero_grad()
+    module.train(training or family.in_training).zero_grad()
     torch.manual_seed(6)
     loss = family.loss(module, inputs)
     loss.backward()
@@ -110,7 +110,7 @@ def judge(got: Results, lows: list[Results], exact: Results) -> None:
 
 def patched(family: Family) -> tuple[nn.Module, Report]:
     module = family.build()
-    return module, patch(module)
+    return module, family.patch(module)
 
 
 def same(got: Results, wanted: Results) -> None:
@@ -142,7 +142,7 @@ def state_dict(family: Family) -> None:
     before = module.state_dict()
     names = [name for name, _ in module.named_parameters()], [name for name, _ in module.named_modules()]
     identities = {name: id(p) for name, p in module.named_parameters()}
-    patch(module)
+    family.patch(module)
     after = module.state_dict()
     assert list(before) == list(after)
     assert all(before[key].data_ptr() == after[key].data_ptr() for key in before)
@@ -158,7 +158,7 @@ def state_dict(family: Family) -> None:
     wanted = forward(family, module, family.inputs())
     unpatch(module)
     same(forward(family, other, family.inputs()), forward(family, module, family.inputs()))
-    patch(other)
+    family.patch(other)
     same(forward(family, other, family.inputs()), wanted)
 
 
@@ -173,7 +173,7 @@ def save_pretrained(family: Family) -> None:
     assert type(loaded) is cls
     same(dict(loaded.state_dict()), dict(family.pretrained(module).state_dict()))
     judge(forward(family, loaded, family.inputs()), *plain(family, "eval"))
-    assert len(patch(loaded)) == len(patch(family.pretrained(module)))
+    assert len(family.patch(loaded)) == len(family.patch(family.pretrained(module)))
     judge(forward(family, loaded, family.inputs()), *plain(family, "eval"))
 
 
@@ -181,14 +181,14 @@ def generate(family: Family) -> None:
     assert family.generate is not None
     module = family.build().eval()
     wanted = family.generate(module, family.inputs())
-    patch(module)
+    family.patch(module)
     assert torch.equal(family.generate(module, family.inputs()), wanted)
 
 
 def checkpointing(family: Family) -> None:
     """Recomputed in the backward, dropout included, whether turned on before or after patching."""
     assert family.checkpoint is not None
-    for steps in ((patch, family.checkpoint), (family.checkpoint, patch)):
+    for steps in ((family.patch, family.checkpoint), (family.checkpoint, family.patch)):
         module = family.build()
         for step in steps:
             step(module)
@@ -226,7 +226,7 @@ def autocast(family: Family) -> None:
     precise = copy.deepcopy(module).double()
     exact = {f"output {k}": v for k, v in forward(family, precise, double(inputs)).items()}
     exact |= gradients(family, precise, double(inputs))
-    patch(module)
+    family.patch(module)
     judge(run(module, inputs), lows, exact)
 
 
@@ -250,7 +250,7 @@ def _with_loss(family: Family, loss: Callable[[nn.Module, Inputs], Tensor]) -> F
 def deep_copy(family: Family) -> None:
     module, report = patched(family)
     other = copy.deepcopy(module)
-    assert patch(other) == report
+    assert family.patch(other) == report
     assert [type(m) for m in other.modules()] == [type(m) for m in module.modules()]
     wanted = forward(family, module, family.inputs())
     same(forward(family, other, family.inputs()), wanted)
@@ -268,7 +268,7 @@ def pickling(family: Family) -> None:
     for other in (pickle.loads(pickle.dumps(module)), _saved_and_loaded(module)):
         assert [type(m) for m in other.modules()] == [type(m) for m in module.modules()]
         same(forward(family, other, family.inputs()), forward(family, module, family.inputs()))
-        assert patch(other) == report
+        assert family.patch(other) == report
 
 
 def _saved_and_loaded(module: nn.Module) -> nn.Module:
@@ -288,14 +288,14 @@ def hooks(family: Family) -> None:
             child.register_forward_hook(lambda m, a, out, name=name: heard.append(f"after {name}"))
         return heard
 
-    module = family.build().eval()
+    module = family.build().train(family.in_training)
     wanted = listen(module)
     family.loss(module, family.inputs())
     for early in (True, False):
-        module = family.build().eval()
+        module = family.build().train(family.in_training)
         if early:
             heard = listen(module)
-        patch(module)
+        family.patch(module)
         if not early:
             heard = listen(module)
         family.loss(module, family.inputs())
@@ -337,7 +337,7 @@ def _in_data_parallel(family: Family) -> None:
     else:
         wrapped = nn.parallel.DistributedDataParallel(_Calls(family, module), find_unused_parameters=True)
         called = _with_loss(family, lambda model, inputs: model(**inputs))
-    assert patch(wrapped).patched
+    assert family.patch(wrapped).patched
     got = gradients(called, wrapped, family.inputs(), root=module)
     got = {name.replace(".module", ""): value for name, value in got.items()}
     judge(got, *plain(family, "gradients"))
@@ -349,14 +349,14 @@ def restored(family: Family) -> None:
     forward(family, module, family.inputs())  # some models note things on themselves
     classes = [type(m) for m in module.modules()]
     attributes = [set(vars(m)) for m in module.modules()]
-    first = patch(module)
+    first = family.patch(module)
     wanted = forward(family, module, family.inputs())
-    assert patch(module) == first
+    assert family.patch(module) == first
     unpatch(module)
     assert [type(m) for m in module.modules()] == classes
     assert [set(vars(m)) for m in module.modules()] == attributes
     same(forward(family, module, family.inputs()), plain(family, "eval")[0][0])
-    assert patch(module) == first
+    assert family.patch(module) == first
     same(forward(family, module, family.inputs()), wanted)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peers
+from vlmkernels.integrations import Report, patch
 
 Inputs = dict[str, Tensor]
 BATCH, SIDE, TOKENS, VOCABULARY = 5, 32, 12, 60
@@ -31,11 +32,16 @@ class Family:
     pretrained: Callable[[nn.Module], nn.Module] | None = None  # the part that has save_pretrained
     wrap: Callable[[nn.Module], nn.Module] | None = None  # in DistributedDataParallel; around all if None
     lacks: dict[str, str] = field(default_factory=dict)  # behaviour -> why the library does not offer it
+    options: dict[str, bool] = field(default_factory=dict)  # of patch
+    in_training: bool = False  # the loss is that of the training mode
 
     @property
     def why_not(self) -> str | None:
         """Why it cannot be built here."""
         return peers.why_not(self.library)
+
+    def patch(self, module: nn.Module) -> Report:
+        return patch(module, **self.options)
 
 
 class WithLoss(nn.Module):
@@ -248,7 +254,7 @@ def _loss_of_output(model: nn.Module, inputs: Inputs) -> Tensor:
     return model(**inputs).loss
 
 
-def _idefics() -> nn.Module:
+def idefics(additional: int = 2) -> nn.Module:
     torch.manual_seed(0)
     vision = {
         "embed_dim": 24, "image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "intermediate_size": 40,
@@ -259,14 +265,14 @@ def _idefics() -> nn.Module:
         "resampler_head_dim": 8, "qk_layer_norms_perceiver": False,
     }  # fmt: skip
     config = _transformers().IdeficsConfig(
-        **_HIDDEN, **_ENDS, vocab_size=VOCABULARY, additional_vocab_size=2, max_position_embeddings=64,
-        vision_config=vision, perceiver_config=perceiver, use_resampler=True, cross_layer_interval=1,
-        alpha_type="vector", alpha_initializer="normal", alphas_initializer_range=0.5,
+        **_HIDDEN, **_ENDS, vocab_size=VOCABULARY, additional_vocab_size=additional,
+        max_position_embeddings=64, vision_config=vision, perceiver_config=perceiver, use_resampler=True,
+        cross_layer_interval=1, alpha_type="vector", alpha_initializer="normal", alphas_initializer_range=0.5,
     )  # fmt: skip
     return sharpen(_transformers().IdeficsForVisionText2Text(config), 6.0)
 
 
-def _idefics_inputs() -> Inputs:
+def idefics_inputs() -> Inputs:
     count = 2
     seen = torch.zeros(BATCH, TOKENS, count, dtype=torch.long)
     seen[:, 2:7, 0] = seen[:, 7:, 1] = 1  # the image before a token
@@ -297,27 +303,27 @@ def _itself(model: nn.Module) -> nn.Module:
     return model
 
 
-_FILES: dict[str, Any] = {"checkpoint": _transformers_checkpoint, "pretrained": _itself}
+FILES: dict[str, Any] = {"checkpoint": _transformers_checkpoint, "pretrained": _itself}
 _NO_DECODER = {"generate": "no decoder"}
 TRANSFORMERS = [
     Family(
         "transformers CLIP", "transformers", _clip, _two_towers, _two_tower_outputs, _two_tower_loss,
-        **_FILES, lacks=_NO_DECODER,
+        **FILES, lacks=_NO_DECODER,
     ),
     Family(
         "transformers SigLIP", "transformers", _siglip, _two_towers, _two_tower_outputs, _two_tower_loss,
-        **_FILES, lacks=_NO_DECODER,
+        **FILES, lacks=_NO_DECODER,
     ),
     Family(
         "transformers ALIGN", "transformers", _align, _two_towers, _two_tower_outputs, _two_tower_loss,
-        **_FILES, lacks=_NO_DECODER,
+        **FILES, lacks=_NO_DECODER,
     ),
     Family(
         "transformers VisualBERT", "transformers", _visual_bert, _visual_bert_inputs, _visual_bert_outputs,
-        _loss_of_output, **_FILES, lacks=_NO_DECODER,
+        _loss_of_output, **FILES, lacks=_NO_DECODER,
     ),
     Family(
-        "transformers IDEFICS", "transformers", _idefics, _idefics_inputs, _logits, _next_token_loss,
-        generate=_idefics_generate, **_FILES,
+        "transformers IDEFICS", "transformers", idefics, idefics_inputs, _logits, _next_token_loss,
+        generate=_idefics_generate, **FILES,
     ),
 ]  # fmt: skip

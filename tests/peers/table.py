@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.peers.behaviours import BEHAVIOURS, outcome, patched
 from tests.peers.families import Family
-from tests.peers.more_families import FAMILIES
+from tests.peers.language_models import FAMILIES, LANGUAGE_MODELS, REFUSED
+from vlmkernels.integrations import patch
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
@@ -33,6 +34,18 @@ def classes(family: Family) -> list[list[str]]:
     return [[family.name, cls, str(n), status, why] for (cls, status, why), n in counts.items()]
 
 
+def fused_table() -> str:
+    rows = [row for family in (*LANGUAGE_MODELS, *REFUSED) for row in fused(family)]
+    return _table(["model", "class", "", "what runs, or why not"], rows)
+
+
+def fused(family: Family) -> list[list[str]]:
+    """What patch reports of the loss of a language model."""
+    report = patch(family.build(), loss=False, attention=False, linear=False, padding=False, fused_loss=True)
+    name = family.name.removesuffix(", fused loss")
+    return [[name, entry.cls.rpartition(".")[2], entry.status, entry.why] for entry in report]
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -51,7 +64,7 @@ def _between(page: str, name: str) -> str:
 
 
 def write() -> None:
-    tables = {"classes": classes_table(), "behaviours": behaviours_table()}
+    tables = {"classes": classes_table(), "fused": fused_table(), "behaviours": behaviours_table()}
     page = PAGE.read_text()
     for name, table in tables.items():
         page = re.sub(

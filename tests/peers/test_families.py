@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 import vlmkernels
 from tests.peers.behaviours import BEHAVIOURS, outcome, patched
-from tests.peers.more_families import FAMILIES
+from tests.peers.language_models import FAMILIES
 from tests.peers.table import classes, committed
 from vlmkernels.integrations import patch
 
@@ -63,7 +63,8 @@ def test_the_ops_that_the_report_names_run(family, monkeypatch):
     for name in named:
         ours = getattr(vlmkernels, name)
         monkeypatch.setattr(vlmkernels, name, lambda *a, n=name, f=ours, **k: ran.add(n) or f(*a, **k))
-    family.loss(module.eval(), family.inputs()).backward()
+    for training in {False, family.in_training}:
+        family.loss(module.train(training), family.inputs()).backward()
     assert ran | {"mlp"} == named | {"mlp"}  # "mlp, or linear with the activation"
 
 

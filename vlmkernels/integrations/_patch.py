@@ -10,6 +10,7 @@ from vlmkernels.integrations import _swap
 from vlmkernels.integrations._swap import Rule
 from vlmkernels.integrations.attention import ATTENTION
 from vlmkernels.integrations.eager_attention import EAGER_ATTENTION, UnknownAttention
+from vlmkernels.integrations.fused_loss import FUSED_LOSS
 from vlmkernels.integrations.linear import LINEAR
 from vlmkernels.integrations.losses import LOSSES
 from vlmkernels.integrations.padding import PADDING
@@ -18,6 +19,7 @@ from vlmkernels.integrations.sentence_losses import SENTENCE_LOSSES
 _LOSSES = (*LOSSES, *SENTENCE_LOSSES)
 _RULES: tuple[type[Rule], ...] = (
     *_LOSSES,
+    *FUSED_LOSS,
     *PADDING,
     *EAGER_ATTENTION,
     *ATTENTION,
@@ -57,7 +59,13 @@ class Report(list[Entry]):
 
 
 def patch(
-    model: nn.Module, *, loss: bool = True, attention: bool = True, linear: bool = True, padding: bool = True
+    model: nn.Module,
+    *,
+    loss: bool = True,
+    attention: bool = True,
+    linear: bool = True,
+    padding: bool = True,
+    fused_loss: bool = False,
 ) -> Report:
     """Makes the modules of a live model run on the ops of this library, in place.
 
@@ -74,12 +82,16 @@ def patch(
         linear: linear layers, and MLPs of two of them, plain or gated: torch.nn.Sequential, and classes whose
             forward only calls the layers.
         padding: text towers of open_clip's CLIP, which then skip the columns after the longest text.
+        fused_loss: causal and masked language models of transformers, and its vision-language models, which
+            in training with labels compute their loss from the hidden states and return None for the logits.
 
     Returns:
         The report, with one entry per module that matches a rule: what runs, or the reason why not. Modules
         that are already patched stay patched; a second call can add options.
     """
-    options = {"loss": loss, "attention": attention, "linear": linear, "padding": padding}
+    options = {
+        "loss": loss, "attention": attention, "linear": linear, "padding": padding, "fused_loss": fused_loss,
+    }  # fmt: skip
     requested = {name for name, wanted in options.items() if wanted}
     report = Report()
     for name, module in list(model.named_modules()):
@@ -124,7 +136,7 @@ def drop_in(cls: type[nn.Module]) -> type[nn.Module]:
     """The class to use instead of a loss class: a subclass of it with the same constructor.
 
     Args:
-        cls: ClipLoss, CoCaLoss or SigLipLoss of open_clip, MultipleNegativesRankingLoss or
+        cls: ClipLoss, CoCaLoss, SigLipLoss or DistillClipLoss of open_clip, MultipleNegativesRankingLoss or
             CachedMultipleNegativesRankingLoss of sentence-transformers.
 
     Raises:

@@ -25,7 +25,7 @@ _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchMode
 class Rule(nn.Module):
     """A mixin that is put before a class: the methods that differ, and which modules it applies to."""
 
-    patch_needs: ClassVar[frozenset[str]]  # of "loss", "attention", "linear" and "padding": those required
+    patch_needs: ClassVar[frozenset[str]]  # the options of `patch` that are required
     patch_runs: ClassVar[str]  # the report's text for a patched module
     patch_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the original class, overridden by ours
     patch_origin: ClassVar[tuple[type[nn.Module], type[Rule]]]  # of a swapped class
@@ -79,14 +79,14 @@ def swapped(original: type[nn.Module], rule: type[Rule]) -> type[nn.Module]:
     annotated = (vars(c)["__annotations__"] for c in original.__mro__ if "__annotations__" in vars(c))
     namespace["__annotations__"] = next(annotated, {})  # TorchScript reads them
     namespace |= rule.patch_facts(original) | {"patch_origin": (original, rule)}
-    namespace |= {name: _override(getattr(rule, name), original, name) for name in rule.patch_methods}
+    namespace |= {name: override(getattr(rule, name), original, name) for name in rule.patch_methods}
     metaclass: Any = type(original)
     cls = metaclass(original.__name__, rule.patch_bases(original), namespace)
     cls.patch_class = cls
     return _SWAPPED.setdefault((original, rule), cls)
 
 
-def _override(ours: Callable, original: type[nn.Module], name: str) -> Callable:
+def override(ours: Callable, original: type[nn.Module], name: str) -> Callable:
     """A method that runs ours, or the original one if the call is transformed or the original was replaced.
 
     It has the signature, source and names of the original one, which trainers that choose the columns of a

@@ -35,6 +35,8 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
             return result
         if isinstance(result, dict):
             return {name: loss.to(image_features.dtype) for name, loss in result.items()}
+        if isinstance(result, tuple):
+            return tuple(loss.to(image_features.dtype) for loss in result)
         return result.to(image_features.dtype)
 
     return forward
@@ -46,6 +48,10 @@ class ClipLoss(ours.ClipLoss):
 
 class SigLipLoss(ours.SigLipLoss):
     forward = _forward_of(ours.SigLipLoss)
+
+
+class ClipDistillLoss(ours.ClipDistillLoss):
+    forward = _forward_of(ours.ClipDistillLoss)
 
 
 class OpenClipLoss(LossRule):
@@ -93,6 +99,12 @@ class OpenSigLipLoss(OpenClipLoss):
     patch_runs = "vlmkernels.sigmoid_loss"
     names = ("open_clip.loss.SigLipLoss",)
     ours = SigLipLoss
+
+
+class OpenDistillLoss(OpenClipLoss):
+    patch_runs = "vlmkernels.info_nce, vlmkernels.contrastive_distillation"
+    names = ("open_clip.loss.DistillClipLoss",)
+    ours = ClipDistillLoss
 
 
 class _ModelLoss(LossRule):
@@ -154,6 +166,7 @@ class TransformersSiglip(_ModelLoss):
 
 
 LOSSES: tuple[type[LossRule], ...] = (
+    OpenDistillLoss,  # before that of its base class
     OpenClipLoss,
     OpenSigLipLoss,
     TransformersClip,

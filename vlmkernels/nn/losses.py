@@ -1,4 +1,4 @@
-"""Losses as modules, on the ops `info_nce`, `sigmoid_loss` and `linear_cross_entropy`.
+"""Losses as modules, on the ops `info_nce`, `sigmoid_loss`, `linear_cross_entropy` and `distillation`.
 
 `ClipLoss` and `SigLipLoss` replace open_clip 3.3.0's classes: same constructor, same forward, but no N x N
 matrix.
@@ -97,10 +97,26 @@ class ClipLoss(_PairLoss):
 
     def _joint_loss(self, images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
         sizes = self._shard_sizes(images, texts)
-        all_images = all_gather_with_grad(images, sizes=sizes)
-        all_texts = all_gather_with_grad(texts, sizes=sizes)
-        if not self.local_loss:
-            return vlmkernels.info_nce(all_images, all_texts, scale)
+        return self._contrastive((images, texts), self._of_all((images, texts), sizes), scale, sizes)
+
+    def _of_all(self, own: tuple[Tensor, Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """The images and texts of all ranks."""
+        if self.world_size == 1:
+            return own
+        images, texts = own
+        return all_gather_with_grad(images, sizes=sizes), all_gather_with_grad(texts, sizes=sizes)
+
+    def _contrastive(
+        self,
+        own: tuple[Tensor, Tensor],
+        every: tuple[Tensor, Tensor],
+        scale: Tensor | float,
+        sizes: list[int],
+    ) -> Tensor:
+        """The loss from the images and texts of this rank and of all."""
+        if self.world_size == 1 or not self.local_loss:
+            return vlmkernels.info_nce(*every, scale)
+        (images, texts), (all_images, all_texts) = own, every
         targets = self._targets(sizes, images.device)
         rows = vlmkernels.info_nce(images, all_texts, scale, positives=targets, symmetric=False)
         columns = vlmkernels.info_nce(texts, all_images, scale, positives=targets, symmetric=False)
@@ -261,3 +277,50 @@ class LinearCrossEntropyLoss(nn.Module):
             column_scale=column_scale,
             reduction=self.reduction,
         )
+
+
+class KnowledgeDistillationLoss(nn.Module):
+    """`vlmkernels.distillation` with its options, for logits with any leading shape."""
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.divergence = divergence
+        self.beta = beta
+        self.hard_weight = hard_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student_logits: Tensor,  # [..., V]
+        teacher_logits: Tensor,  # [..., V]
+        target: Tensor | None = None,  # [...] int64
+    ) -> Tensor:
+        """The loss, a scalar or [...] with reduction "none"; errors as in `distillation`."""
+        leading = student_logits.shape[:-1]
+        if teacher_logits.shape != student_logits.shape or (target is not None and target.shape != leading):
+            shapes = [list(x.shape) for x in (student_logits, teacher_logits, target) if x is not None]
+            raise ValueError(
+                f"student_logits and teacher_logits must be [..., V] and target [...], got {shapes}"
+            )
+        loss = vlmkernels.distillation(
+            student_logits.reshape(leading.numel(), student_logits.shape[-1]),
+            teacher_logits.reshape(leading.numel(), student_logits.shape[-1]),
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            target=None if target is None else target.reshape(-1),
+            hard_weight=self.hard_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+        return loss.reshape(leading) if self.reduction == "none" else loss

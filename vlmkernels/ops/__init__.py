@@ -1,5 +1,8 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
+from vlmkernels.ops.contrastive_distillation import contrastive_distillation
+from vlmkernels.ops.distillation import distillation
+from vlmkernels.ops.embedding_distillation import embedding_distillation
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
 from vlmkernels.ops.gated_mlp import gated_mlp
 from vlmkernels.ops.gated_residual import gated_residual
@@ -15,11 +18,15 @@ from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 FAMILIES = {
     "attention": ("interval_attention", "perceiver_attention"),
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
-    "pairwise": ("info_nce", "linear_cross_entropy", "sigmoid_loss"),
+    "pairwise": ("contrastive_distillation", "info_nce", "linear_cross_entropy", "sigmoid_loss"),
     "residual": ("gated_residual",),
+    "rows": ("distillation", "embedding_distillation"),
 }
 
 __all__ = [
+    "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

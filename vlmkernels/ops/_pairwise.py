@@ -17,11 +17,15 @@ def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     All of them if they fit in `store_bytes`; else half of it, the other half being for what is recomputed.
     Only CPU kernels keep exponentials: on a GPU recomputing them costs no more than moving them.
     """
+    itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
+    return kept(query, key, TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER, store_bytes)
+
+
+def kept(query: Tensor, key: Tensor, tile: int, store_bytes: int) -> int:
+    """Bytes of the tiles, of `tile` bytes each, that a forward on a CPU keeps within `store_bytes`."""
     if query.device.type != "cpu":
         return 0
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
-    itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
-    tile = TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER
     fit = store_bytes // tile
     return (tiles if tiles <= fit else fit // 2) * tile
 
@@ -31,13 +35,14 @@ def flops(query: torch.Size, key: torch.Size, products: int = 1) -> int:
     return products * 2 * query.numel() * key[0]
 
 
-def feature_faults(query: Tensor, key: Tensor) -> list[str]:
+def feature_faults(query: Tensor, key: Tensor, whose: str = "") -> list[str]:
     faults = []
     if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
         faults.append(
-            f"query must be [N, D] and key [M, D], got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            f"{whose}query must be [N, D] and {whose}key [M, D], "
+            f"got {whose}query {tuple(query.shape)} and {whose}key {tuple(key.shape)}"
         )
-    tensors = {"query": query, "key": key}
+    tensors = {f"{whose}query": query, f"{whose}key": key}
     faults += arguments.device_faults(tensors)
     return faults + arguments.dtype_faults(tensors, tensors)
 
@@ -111,7 +116,7 @@ def with_width(x: Tensor) -> Tensor:
 
 def without_width(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x from that of `with_width(x)`; no view, so that autograd may add to it in place."""
-    return grad if x.shape[1] else grad.new_empty(x.shape)
+    return grad if x.shape[1] else grad.new_empty(len(grad), 0)
 
 
 def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:

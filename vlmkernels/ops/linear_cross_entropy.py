@@ -66,6 +66,7 @@ def linear_cross_entropy(
         faults.append(f"target must be int64, got {target.dtype}")
     operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     tensors = operands if column_scale is None else operands | {"column_scale": column_scale}
+    faults += arguments.int64_faults("ignore_index", ignore_index)
     faults += arguments.dtype_faults(tensors, operands)
     faults += arguments.device_faults(tensors | {"target": target})
     if not arguments.is_number(label_smoothing):  # a tensor would get no gradient

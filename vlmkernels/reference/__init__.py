@@ -1,5 +1,8 @@
 """Every op in plain PyTorch: the default kernel of every device and the oracle of every test."""
 
+from vlmkernels.reference.contrastive_distillation import contrastive_distillation
+from vlmkernels.reference.distillation import distillation
+from vlmkernels.reference.embedding_distillation import embedding_distillation
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual
 from vlmkernels.reference.gated_mlp import gated_mlp
 from vlmkernels.reference.gated_residual import gated_residual
@@ -12,6 +15,9 @@ from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 
 __all__ = [
+    "contrastive_distillation",
+    "distillation",
+    "embedding_distillation",
     "gated_linear_residual",
     "gated_mlp",
     "gated_residual",

@@ -18,12 +18,12 @@ def feature_grad(grad: Tensor, x: Tensor, normalize: bool) -> Tensor:
     return x.new_empty(x.shape).copy_(grad)
 
 
-def check_features(op: str, query: Tensor, key: Tensor) -> None:
+def check_features(op: str, query: Tensor, key: Tensor, whose: str = "") -> None:
     """The raw ops accept any tensors, so they check the features themselves."""
     if query.dim() != 2 or key.dim() != 2 or query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"{op}: query must be [N, D] and key [M, D], "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            f"{op}: {whose}query must be [N, D] and {whose}key [M, D], "
+            f"got {whose}query {tuple(query.shape)} and {whose}key {tuple(key.shape)}"
         )
 
 

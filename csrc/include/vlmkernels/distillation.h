@@ -1,0 +1,34 @@
+#pragma once
+#include "vlmkernels/isa.h"
+#include "vlmkernels/types.h"
+
+namespace vlmk {
+
+enum class Divergence { none, forward_kl, reverse_kl, jsd };
+
+// With s = softmax(student / T), p = softmax(teacher / T), m = beta p + (1 - beta) s and h = hard_weight:
+// l = (1 - h) T^2 d + h CE(student, target), d = KL(p || s), KL(s || p) or beta KL(p || m) + (1 - beta) KL(s || m).
+template <class T>
+struct Distillation {
+  const T* student;       // [rows][classes], student_stride apart
+  const T* teacher;       // likewise; not read without a divergence
+  const int64_t* target;  // [rows] in [0, classes) or ignore_index; or null
+  acc_t<T>* stats;        // [rows][kStats]
+  int64_t classes, student_stride, teacher_stride, ignore_index;
+  Divergence divergence;  // none if h = 1; then T = 1
+  double temperature, beta, hard_weight;
+
+  // Of each row: the student's maximum and sum of exp((x - maximum) / T), the teacher's, what is subtracted in the brackets of
+  // D (the loss's derivative by s / T), and the student's sum at T = 1.
+  static constexpr int64_t kStats = 6;
+};
+
+VLMK_PER_ISA(
+    // Losses and stats of rows [first, last).
+    template <class T> void distillation(const Distillation<T>&, int64_t first, int64_t last, acc_t<T>* loss);  // [rows]
+    // dstudent of rows [first, last), with u = factor dloss.
+    template <class T> void distillation_bwd(const Distillation<T>&, int64_t first, int64_t last,
+                                             const acc_t<T>* dloss,                   // [rows], or one for all
+                                             bool one, double factor, T* dstudent);)  // [rows][classes]
+
+}  // namespace vlmk
