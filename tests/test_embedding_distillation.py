@@ -189,8 +189,10 @@ def test_views(dtype):
             )
             for s, t in (same, plain)
         )
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+        if NATIVE:
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[:2], want[:2])
 
 
 @pytest.mark.parametrize("ours", DTYPES, ids=str)
