@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from benchmarks import peers
-from vlmkernels.data import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
+from vlmkernels.data import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageTransform,
+    ImageViews,
+    align_transform,
+    image_transform,
+    load_emoji3,
+)
 
 SIZES = [(224, 224), (48, 48), (37, 130), (130, 37), (300, 299), (1, 50), (640, 427)]
 
@@ -203,6 +211,34 @@ def test_bad_arguments(arguments, message):
 def test_not_an_image():
     with pytest.raises(ValueError, match=r"image must be a PIL\.Image, got a Tensor"):
         image_transform(8)(torch.zeros(3, 8, 8))
+
+
+def test_views_show_the_same_part_of_an_image():
+    """The mean colour of quarters of the crop is the same in all sizes, and differs from draw to draw."""
+    drawn = {"train": True, "crop_scale": (0.2, 0.5), "flip": 0.5, "jitter": 0.3}
+    small, large = (image_transform(size, (0, 0, 0), (1, 1, 1), **drawn) for size in (8, 32))
+    views, ramp = ImageViews((small, large)), picture((64, 64))
+    seen = set()
+    for seed in range(6):
+        first, second = views(ramp, random.Random(seed))
+        assert first.equal(small(ramp, random.Random(seed)))
+        assert second.equal(large(ramp, random.Random(seed)))
+        quarters = [torch.nn.functional.avg_pool2d(view, view.shape[-1] // 2) for view in (first, second)]
+        torch.testing.assert_close(*quarters, rtol=0, atol=0.02)
+        seen.add(round(quarters[0][0, 0, 0].item(), 2))
+    assert len(seen) > 3
+    assert views.to_dict() == {"transforms": [small.to_dict(), large.to_dict()]}
+    torch.manual_seed(0)
+    again = views(ramp)
+    torch.manual_seed(0)
+    assert all(a.equal(b) for a, b in zip(views(ramp), again, strict=True))
+
+
+def test_data_sets_give_views_their_random_numbers():
+    drawn = image_transform(8, train=True, crop_scale=(0.2, 0.5))
+    alone, views = load_emoji3(transform=drawn), load_emoji3(transform=ImageViews((drawn, drawn)))
+    for image in views[3]["image"]:
+        assert image.equal(alone[3]["image"])
 
 
 def test_constants_are_those_of_open_clip():

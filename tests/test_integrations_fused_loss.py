@@ -293,6 +293,18 @@ def test_a_loss_function_of_the_user(calls):
     assert why_not(copy.deepcopy(plain)) == "its loss_function is not one of transformers"
 
 
+def test_a_criterion_that_is_replaced():
+    """Options of linear_cross_entropy are honoured; weights of the classes are an error."""
+    inputs = masked_inputs()
+    plain, ours = both(build("DistilBERT"))
+    for model in (plain, ours):
+        model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.2)
+    agree(plain, ours, inputs)
+    ours.mlm_loss_fct = nn.CrossEntropyLoss(weight=torch.rand(VOCABULARY))
+    with pytest.raises(TypeError, match="UncomputedLogits"):
+        ours(**inputs)
+
+
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
 def test_models_that_are_refused(family):
     model = family.build().train()

@@ -36,11 +36,25 @@ class Scaled(_Model):
     def forward(self, input_ids, labels=None):
         logits: torch.Tensor = self.lm_head(self.hidden(input_ids)).float().contiguous() * self.scale
         logits = logits / 4
-        if self.config.cap is not None:
-            logits = torch.tanh(logits)
+        if (cap := self.config.get_text_config().cap) is not None:
+            logits = torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.size(-1))
+        return Output(loss=loss, logits=logits)
+
+
+class Local(_Model):
+    """A cap in a local name, as in PaliGemma."""
+
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        cap = getattr(self.config.get_text_config(), "cap", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, 30)
         return Output(loss=loss, logits=logits)
 
 
@@ -72,7 +86,7 @@ class Passed(Scaled):
         return super().forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("cls", [Scaled, Criterion, Attribute, Passed])
+@pytest.mark.parametrize("cls", [Scaled, Local, Criterion, Attribute, Passed])
 def test_forwards_that_are_taken(cls):
     torch.manual_seed(0)
     model, text = cls().train(), torch.arange(12).view(2, 6)
@@ -160,6 +174,52 @@ class OnlyInOneBranch(_Model):
         return Output(loss=self.loss_function(logits, labels, 30), logits=logits)
 
 
+class Changes(_Model):
+    def forward(self, input_ids, labels=None):
+        logits, cap = self.lm_head(self.hidden(input_ids)), None
+        cap = self.config.cap
+        if labels is None:
+            cap = 3.0
+        if cap is not None:
+            logits = torch.tanh(logits)
+        return Output(loss=self.loss_function(logits, labels, 30), logits=logits)
+
+
+class Walrus(_Model):
+    def forward(self, input_ids, labels=None):
+        cap = None
+        logits = self.lm_head(self.hidden(cap := input_ids))
+        if cap is not None:
+            logits = torch.tanh(logits)
+        return Output(loss=self.loss_function(logits, labels, 30), logits=logits)
+
+
+class Index(_Model):
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        loss = (self.loss_function, self.criterion)[logits](labels, labels, 30)
+        return Output(loss=loss, logits=logits)
+
+
+class Counts(_Model):
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        cap = None
+        for cap in (1.0, 2.0):  # noqa: B007
+            pass
+        if cap is not None:
+            logits = torch.tanh(logits)
+        return Output(loss=self.loss_function(logits, labels, 30), logits=logits)
+
+
+class NamedAsABuiltin(_Model):
+    def forward(self, input_ids, labels=None, max=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        if max is None:
+            logits = torch.tanh(logits)
+        return Output(loss=self.loss_function(logits, labels, 30), logits=logits)
+
+
 class Inside(_Model):
     def forward(self, input_ids, labels=None):
         with torch.no_grad():
@@ -223,6 +283,11 @@ class Around(Scaled):
         (Weighted, "needs the logits for `self.weighted(logits.view(-1, 30), labels.view(-1))`"),
         (WeightedHere, "needs the logits for `criterion(logits.view(-1, 30), labels.view(-1))`"),
         (OnlyInOneBranch, "needs the logits for `logits.tanh_()`"),
+        (Changes, "needs the logits for `torch.tanh(logits)`"),
+        (Walrus, "needs the logits for `torch.tanh(logits)`"),
+        (Index, "needs the logits for `(self.loss_function, self.criterion)[logits]`"),
+        (Counts, "needs the logits for `torch.tanh(logits)`"),
+        (NamedAsABuiltin, "needs the logits for `torch.tanh(logits)`"),
         (Inside, "needs the logits for `with torch.no_grad(): logits = self.lm_head(input_ids)`"),
         (Later, "needs the logits for `lambda: logits`"),
         (Keeps, "needs the logits for `self.last`"),
@@ -238,13 +303,14 @@ def test_forwards_that_are_refused(cls, why):
     assert (entry.status, entry.why) == ("refused", f"the forward of {cls.__name__} {why}")
 
 
-def test_an_option_that_decides(tmp_path):
+@pytest.mark.parametrize("cls", [Scaled, Local])
+def test_an_option_that_decides(cls):
     """A branch on the configuration counts where it is taken; set later, it is an error and no wrong loss."""
     text = torch.arange(12).view(2, 6)
-    model = Scaled().train()
+    model = cls().train()
     model.config.cap = 30.0
-    report = patch(model, fused_loss=True)
-    assert report[0].why == "the forward of Scaled needs the logits for `torch.tanh(logits)`"
+    why = patch(model, fused_loss=True)[0].why
+    assert why == f"the forward of {cls.__name__} needs the logits for `torch.tanh(logits / cap)`"
     model.config.cap = None
     assert patch(model, fused_loss=True)[0].status == "patched"
     model.config.cap = 30.0

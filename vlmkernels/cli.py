@@ -107,8 +107,9 @@ def _train_options(command: Callable) -> Callable:
 @_allow_pipe
 @_train_options
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
-    """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a language model of captions
-    (lm), Flamingo (between the frozen --vision and --language-model) or SimVLM.
+    """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
+    trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
+    --vision and --language-model) or SimVLM.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
     that eval, embed, search and caption take. A run that was stopped continues, bit for bit, with --out RUN

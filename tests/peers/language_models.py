@@ -57,6 +57,12 @@ def _seen() -> Inputs:
     return {**inputs, "pixel_values": families.images(BATCH, 16)}
 
 
+def _prefixed() -> Inputs:
+    """Images and texts that say where the part begins that is to be predicted."""
+    inputs = _seen()
+    return {**inputs, "token_type_ids": (inputs["labels"] != -100).long()}
+
+
 def _sequences() -> Inputs:
     inputs = causal_inputs()
     return {**inputs, "labels": inputs["labels"][:, 3:].contiguous()}
@@ -110,6 +116,10 @@ _LLAVA = {
     "vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": IMAGE,
     "text_config": {"model_type": "llama", **_SIZES}, "image_seq_length": 4,
 }  # fmt: skip
+_PALIGEMMA = {
+    "vision_config": {"model_type": "siglip_vision_model", **_VISION}, "image_token_index": IMAGE,
+    "text_config": {"model_type": "gemma", **_GROUPED}, "projection_dim": 32,
+}  # fmt: skip
 _MOE = {**_GROUPED, "num_local_experts": 4, "output_router_logits": True, "experts_implementation": "eager"}
 _T5 = {
     "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
@@ -140,6 +150,7 @@ LANGUAGE_MODELS = [
     _family("DistilBERT", "DistilBertForMaskedLM", "DistilBertConfig", _DISTILBERT, masked_inputs),
     _family("T5", "T5ForConditionalGeneration", "T5Config", _T5, _sequences),
     _family("LLaVA", "LlavaForConditionalGeneration", "LlavaConfig", _LLAVA, _seen),
+    _family("PaliGemma", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig", _PALIGEMMA, _prefixed),
     _fused(_named["transformers VisualBERT"]),
     _fused(_named["transformers IDEFICS"], build=_idefics, inputs=_idefics_inputs, loss=_loss),
     _fused(_named["open_flamingo"]),

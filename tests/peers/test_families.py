@@ -63,7 +63,8 @@ def test_the_ops_that_the_report_names_run(family, monkeypatch):
     for name in named:
         ours = getattr(vlmkernels, name)
         monkeypatch.setattr(vlmkernels, name, lambda *a, n=name, f=ours, **k: ran.add(n) or f(*a, **k))
-    family.loss(module.train(family.in_training), family.inputs()).backward()
+    for training in {False, family.in_training}:
+        family.loss(module.train(training), family.inputs()).backward()
     assert ran | {"mlp"} == named | {"mlp"}  # "mlp, or linear with the activation"
 
 

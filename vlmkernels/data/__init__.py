@@ -9,7 +9,14 @@ from vlmkernels.data.samples import Collate, Sample, SkipLog
 from vlmkernels.data.scenes import SCENE_SPLITS, Scene, Scenes, load_scenes, parse_caption, slot_accuracy
 from vlmkernels.data.tar_pairs import TarPairs
 from vlmkernels.data.tokenizer import CaptionTokenizer, ClipTokenizer, WordPieceTokenizer, load_tokenizer
-from vlmkernels.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, align_transform, image_transform
+from vlmkernels.data.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageTransform,
+    ImageViews,
+    align_transform,
+    image_transform,
+)
 
 __all__ = [
     "CAPTIONS",
@@ -26,6 +33,7 @@ __all__ = [
     "CsvPairs",
     "Emoji3",
     "ImageTransform",
+    "ImageViews",
     "Sample",
     "Scene",
     "Scenes",

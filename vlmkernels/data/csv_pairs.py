@@ -169,6 +169,10 @@ class CsvPairs(Dataset[Sample]):
         """The captions, in item order."""
         return [text for _, text in self._rows]
 
+    def image_files(self) -> list[Path]:
+        """The paths of the images, in item order."""
+        return [self._locate(image) for image, _ in self._rows]
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of random augmentation, also in workers that are already running."""
         self._epoch.set(epoch)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmkernels.data._text import printable
-from vlmkernels.data.transforms import ImageTransform, _pair
+from vlmkernels.data.transforms import ImageTransform, ImageViews, _pair
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,12 @@ def sample_rng(*parts: object) -> random.Random:
 
 
 def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random | None) -> Any:
-    """`transform(image)`; an `ImageTransform` takes its random numbers from `rng`."""
+    """`transform(image)`; an `ImageTransform` or `ImageViews` takes its random numbers from `rng`."""
     if transform is None:
         return image
-    return transform(image, rng) if isinstance(transform, ImageTransform) else transform(image)
+    if isinstance(transform, (ImageTransform, ImageViews)):
+        return transform(image, rng)
+    return transform(image)
 
 
 class Epoch:

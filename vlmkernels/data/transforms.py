@@ -105,7 +105,7 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             raise ValueError(f"image must be a PIL.Image, got a {type(image).__name__}")
         if self.train:
-            rng = rng or random.Random(int(torch.randint(2**62, (), device="cpu")))
+            rng = rng or _drawn_rng()
             image = self._augment(image, rng).convert("RGB")
             image = self._colour(image, rng)
         else:
@@ -193,6 +193,33 @@ class ImageTransform:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
         return image
+
+
+@dataclass(frozen=True)
+class ImageViews:
+    """Several `ImageTransform`s of one image, drawn alike: a callable PIL image -> a tensor for each.
+
+    With the same crop, flip and jitter options all show the same part of the image, each in its own size.
+    """
+
+    transforms: tuple[ImageTransform, ...]
+
+    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> tuple[Tensor, ...]:
+        rng = rng or _drawn_rng()
+        state, views = rng.getstate(), []
+        for transform in self.transforms:
+            rng.setstate(state)
+            views.append(transform(image, rng))
+        return tuple(views)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"transforms": [transform.to_dict() for transform in self.transforms]}
+
+
+def _drawn_rng() -> random.Random:
+    """Seeded by torch's generator."""
+    return random.Random(int(torch.randint(2**62, (), device="cpu")))
 
 
 def image_transform(

@@ -14,9 +14,11 @@ _CRITERIA = ("CrossEntropyLoss", "nn.CrossEntropyLoss", "torch.nn.CrossEntropyLo
 _OPTIONS = {"ignore_index", "label_smoothing", "reduction"}  # those of linear_cross_entropy
 _SAME = ("contiguous", "float", "view")  # methods that return logits
 _FACTS = ("device", "dtype", "shape", "size")  # known without the logits
-_READABLE = (ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.UnaryOp, ast.BoolOp)
-_PARTS = (ast.expr_context, ast.cmpop, ast.unaryop, ast.boolop)
-_UNKNOWN = object()
+_READABLE = (
+    ast.Name, ast.Attribute, ast.Constant, ast.NamedExpr, ast.Compare, ast.UnaryOp, ast.BoolOp,
+    ast.expr_context, ast.cmpop, ast.unaryop, ast.boolop,
+)  # fmt: skip
+_UNKNOWN, _CRITERION = object(), object()
 
 
 def other_use(forward: Callable, module: nn.Module, head: str, *, has_loss: bool) -> str | None:
@@ -75,7 +77,7 @@ class _Reader:
     def __init__(self, module: nn.Module, head: str, names: dict[str, Any]) -> None:
         self.module, self.head, self.globals = module, head, names
         self.held: set[str] = set()  # names that hold logits
-        self.criteria: set[str] = set()  # names of cross-entropies
+        self.known: dict[str, Any] = {}  # names with their values, _CRITERION for a cross-entropy
         self.calls_head = self.has_loss = False
 
     def read(self, statements: Iterable[ast.stmt]) -> None:
@@ -92,27 +94,31 @@ class _Reader:
                     self.exclude(test)
                     known = self.constant(test)
                     branches = [body, orelse] if known is _UNKNOWN else [body if known else orelse]
-                    before, after = (self.held, self.criteria), []
+                    held, shared, before = set(), None, (self.held, self.known)
                     for branch in branches:
-                        self.held, self.criteria = map(set, before)
+                        self.held, self.known = set(before[0]), dict(before[1])
                         self.read(branch)
-                        after.append((self.held, self.criteria))
-                    self.held, self.criteria = (set().union(*names) for names in zip(*after, strict=True))
+                        held |= self.held
+                        shared = self.known if shared is None else _common(shared, self.known)
+                    self.held, self.known = held, shared or {}
                 case _:
                     for node in ast.walk(statement):
                         if isinstance(node, ast.expr) and self.holds(node):
                             raise _OtherUse(statement)
+                        if isinstance(node, ast.Name):
+                            self.known.pop(node.id, None)
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         held = self.holds(value)
         match target:
             case ast.Name(id=name):
+                known = _CRITERION if _is_cross_entropy(value) else self.constant(value)
                 self.held -= {name}
-                self.criteria -= {name}
+                self.known.pop(name, None)
                 if held:
                     self.held.add(name)
-                elif _is_cross_entropy(value):
-                    self.criteria.add(name)
+                elif known is not _UNKNOWN:
+                    self.known[name] = known
             case ast.Tuple(elts=elements) if all(isinstance(e, ast.Name) for e in elements):
                 for element in elements:  # of which one may be the logits
                     self.assign(element, value)
@@ -128,6 +134,9 @@ class _Reader:
                 return name in self.held
             case ast.Call():
                 return self.call(node)
+            case ast.NamedExpr(target=target, value=value):
+                self.assign(target, value)
+                return self.holds(value)
             case ast.Attribute(value=value, attr=attribute):
                 if self.holds(value) and attribute not in _FACTS:
                     raise _OtherUse(node)
@@ -171,26 +180,36 @@ class _Reader:
                 if given or name not in (*_SAME, *_FACTS):
                     raise _OtherUse(node)
                 return name in _SAME
-            case ast.Name(id=name) if given and name in self.criteria:
+            case ast.Name(id=name) if given and self.known.get(name) is _CRITERION:
                 self.has_loss = True
                 return False
             case ast.Name(id=name) if given and _is_output(self.globals.get(name)):
                 return True
-        if given:
+        if given or self.holds(node.func):
             raise _OtherUse(node)
         return False
 
     def constant(self, node: ast.expr) -> Any:
-        """The value of an expression of numbers and attributes of self, if it is one."""
-        parts = list(ast.walk(node))
-        names = {part.id for part in parts if isinstance(part, ast.Name)}
-        if not names <= {"self"} or not all(isinstance(part, (*_READABLE, *_PARTS)) for part in parts):
+        """The value of an expression of known names and attributes of self, if it is one."""
+        if not all(isinstance(part, _READABLE) or _reads_config(part) for part in ast.walk(node)):
             return _UNKNOWN
-        code = compile(ast.Expression(node), "<forward>", "eval")
+        names = {"__builtins__": {}, "getattr": getattr, **self.known, "self": self.module}
         try:
-            return eval(code, {"self": self.module})
-        except AttributeError:
+            return eval(compile(ast.Expression(node), "<forward>", "eval"), names)
+        except (AttributeError, NameError):
             return _UNKNOWN
+
+
+def _common(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in first.items() if second.get(name, _UNKNOWN) is value}
+
+
+def _reads_config(part: ast.AST) -> bool:
+    """Whether it is the call of getattr or of a configuration's method."""
+    return isinstance(part, ast.Call) and (
+        ast.unparse(part.func) == "getattr"
+        or (isinstance(part.func, ast.Attribute) and part.func.attr == "get_text_config" and not part.args)
+    )
 
 
 def _is_cross_entropy(value: ast.expr) -> bool:

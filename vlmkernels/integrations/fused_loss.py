@@ -79,14 +79,16 @@ class UncomputedLogits:
 def _cross_entropy(
     logits: UncomputedLogits,
     target: Tensor,
-    weight: None = None,
-    size_average: None = None,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: None = None,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """torch's function of this name, whose arguments these are."""
+    if not weight is size_average is reduce is None:
+        return NotImplemented
     hidden, head, scale = logits.hidden, logits.head, None
     if logits.scale != 1:
         work = torch.promote_types(hidden.dtype, torch.float32)
@@ -115,8 +117,12 @@ class _View:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._path:
             return own(self._module).forward(self, *args, **kwargs)
-        hidden: Tensor = args[0]
-        return UncomputedLogits(hidden, self._module, 1.0, hidden.dtype)
+        return _uncomputed(self._module, *args, **kwargs)
+
+
+def _uncomputed(head: nn.Module, input: Tensor) -> UncomputedLogits:
+    """What the head returns in a view, called as torch.nn.Linear."""
+    return UncomputedLogits(input, head, 1.0, input.dtype)
 
 
 class FusedLoss(Rule):

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
-from vlmkernels.data import ImageTransform, load_pairs
+from vlmkernels.data import load_pairs
 from vlmkernels.data._text import printable
 from vlmkernels.data.tokenizer import load_tokenizer
 from vlmkernels.use.bundle import Bundle
@@ -181,9 +181,7 @@ class Run:
         if faults := kind.faults(config):
             raise ValueError("; ".join(faults))
         transform = kind.build_transform(config)
-        drawn = transform
-        if config.augment and transform is not None:
-            drawn = ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
+        drawn = kind.drawn_transform(config, transform)
         rank, world = accelerator.process_index, accelerator.num_processes
         options: dict[str, Any] = {"transform": drawn, "seed": config.seed, **config.data_options}
         options["allow_pipe"] = allow_pipe
@@ -212,6 +210,7 @@ class Run:
         tokenizer = load_tokenizer(run / TOKENIZER)
         self.bundle = Bundle(kind.build_model(config, tokenizer), tokenizer, transform)
         inputs = inputs_identity(self.source, run / TOKENIZER, drawn, self.bundle.model)
+        inputs |= kind.own_inputs(config)
         self.identity |= inputs
         reject_changes(run, with_later_fields(earlier, self.bundle.model), inputs)
         image_size = None if transform is None else transform.image_size
@@ -220,7 +219,7 @@ class Run:
             self.plan.steps_per_epoch * config.epochs
         )  # of the schedule, whenever max_steps ends the run
         self.steps = min(self.span, config.max_steps or self.span)
-        self.bare = self.bundle.model.train()
+        self.bare = kind.trained_module(config, self.bundle.model).train()
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
         self.bare.to(accelerator.device)
@@ -233,6 +232,7 @@ class Run:
             self._restore(state)
         scaled = accelerator.scaler is not None
         self.guard = FiniteGuard(optimizer, accelerator.device, self.step, scaled=scaled)
+        self.task.prepare(self.source, accelerator.device)
 
     def _by_main(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` on the first process and return its result on all; its error ends all of them."""
@@ -421,7 +421,7 @@ class Run:
             checkpoint.set_random_state(state["random"][rank])
 
     def _write_final(self) -> None:
-        model: Any = self.bare if self.average is None else self.average.module
+        model = self.kind.trained_model(self.bare if self.average is None else self.average.module)
         check_finite(self.step, model=model.state_dict())
         with checkpoint.atomic_folder(self.run / FINAL) as folder:
             dataclasses.replace(self.bundle, model=model).save(folder)

@@ -42,15 +42,13 @@ def inputs_identity(source: Any, tokenizer: Path, transform: Any, model: Any) ->
     """
     config = getattr(model, "config", None)
     identity: RunIdentity = {
-        "tokenizer files": _digest(
-            (f.name, file_digest(f)) for f in sorted(tokenizer.iterdir()) if f.is_file()
-        ),
+        "tokenizer files": files_digest(f for f in tokenizer.iterdir() if f.is_file()),
         "transform": transform and transform.to_dict(),
         "model configuration": config and dataclasses.asdict(config),
     }
     if hasattr(source, "shards"):
         sizes = ((url, os.path.getsize(url) if os.path.isfile(url) else None) for url in source.shards)
-        identity |= {"number of tars": len(source.shards), "tars": _digest(sizes)}
+        identity |= {"number of tars": len(source.shards), "tars": digest(sizes)}
     else:
         identity["number of samples"] = len(source)
         if hasattr(source, "path"):
@@ -74,7 +72,12 @@ def _plain(identity: RunIdentity) -> RunIdentity:
     return json.loads(json.dumps(identity, default=str))
 
 
-def _digest(facts: Iterable[Any]) -> str:
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the names and contents of files, in any order."""
+    return digest((file.name, file_digest(file)) for file in sorted(files))
+
+
+def digest(facts: Iterable[Any]) -> str:
     return sha256(json.dumps(list(facts)).encode()).hexdigest()
 
 

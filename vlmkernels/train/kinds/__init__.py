@@ -18,6 +18,7 @@ KINDS = {
     "clip": "vlmkernels.train.kinds.clip:Clip",
     "align": "vlmkernels.train.kinds.align:Align",
     "siglip": "vlmkernels.train.kinds.siglip:Siglip",
+    "distill": "vlmkernels.train.kinds.distill:Distill",
     "lm": "vlmkernels.train.kinds.lm:LanguageModel",
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
@@ -52,7 +53,7 @@ def model_types(kinds: Sequence[Kind]) -> list[str]:
 
 
 def of_config(fields: Mapping[str, Any]) -> Kind | None:
-    """The kind that trains a model with these fields of config.json."""
+    """The kind of a model with these fields of config.json: the first that gives such models."""
     return next((kind for kind in every() if kind.trains(fields)), None)
 
 

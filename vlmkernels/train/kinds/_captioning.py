@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import CaptionCollate, CaptionTokenizer, ClipTokenizer, WordPieceTokenizer
@@ -113,6 +114,9 @@ class Captioning:
             }
 
         return own_loss * (share * objective.process_count()), measure
+
+    def prepare(self, source: Any, device: torch.device) -> None:
+        pass
 
     def after_step(self, model: Any) -> None:
         pass

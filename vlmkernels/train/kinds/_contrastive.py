@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import Collate
@@ -42,6 +43,9 @@ class Contrastive:
             }
 
         return loss, measure
+
+    def prepare(self, source: Any, device: torch.device) -> None:
+        pass
 
     def after_step(self, model: Any) -> None:
         model.clamp_logit_scale_()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import ClipTokenizer, ImageTransform, WordPieceTokenizer, image_transform
@@ -40,6 +41,9 @@ class Task(Protocol):
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
     ) -> tuple[Tensor, Callable[[], Values]] | None: ...
+
+    def prepare(self, source: Any, device: torch.device) -> None:
+        """Called once before the first step, on all processes, with the data set."""
 
     def after_step(self, model: Any) -> None: ...
 
@@ -76,10 +80,11 @@ class Kind(abc.ABC):
         """Why ``config`` does not describe a model of this kind."""
         faults = []
         if config.init is not None:
-            found = kinds.name_of(read_config(config.init))
-            if found != self.name:
+            fields = read_config(config.init)
+            if not self.trains(fields):
                 faults.append(
-                    f"init: {config.init} must contain a model for {self.name}, got one for {found}"
+                    f"init: {config.init} must contain a model for {self.name}, "
+                    f"got one for {kinds.name_of(fields)}"
                 )
         own = dataclasses.asdict(self.own_options(config))
         for name, value in config.options.items():
@@ -117,6 +122,12 @@ class Kind(abc.ABC):
         """Pixels to [-1, 1], resized to the model's images."""
         return image_transform(self.sizes(config).image_size, HALF, HALF, interpolation="bilinear")
 
+    def drawn_transform(self, config: TrainConfig, transform: ImageTransform | None) -> Any:
+        """The transform of the training images: ``transform`` with the run's augmentation, if any."""
+        if transform is None or not config.augment:
+            return transform
+        return ImageTransform.from_dict({**transform.to_dict(), "train": True, **config.augment})
+
     def build_tokenizer(self, config: TrainConfig, source: Any) -> ClipTokenizer | WordPieceTokenizer:
         """The tokenizer of ``config.init``, or a new one, which may be learned from the data ``source``."""
         return (
@@ -133,6 +144,18 @@ class Kind(abc.ABC):
     def new_model(self, config: TrainConfig, tokenizer: Any) -> Pretrained:
         return self.model(dataclasses.replace(self.sizes(config), **self.token_ids(tokenizer)))
 
+    def trained_module(self, config: TrainConfig, model: Pretrained) -> nn.Module:
+        """What is trained and saved in checkpoints: the model, or a module with more that contains it."""
+        return model
+
+    def trained_model(self, module: Any) -> Pretrained:
+        """The model in what :meth:`trained_module` returned."""
+        return module
+
+    def own_inputs(self, config: TrainConfig) -> dict[str, Any]:
+        """What the options of this kind refer to and a resumed run may not change, as values of JSON."""
+        return {}
+
     def token_ids(self, tokenizer: Any) -> dict[str, int]:
         """Fields of the model's configuration that the tokenizer determines."""
         return {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
@@ -142,7 +165,7 @@ class Kind(abc.ABC):
         """The task of a run, with images of ``image_size``: an int, (H, W), or None for no images."""
 
     def trains(self, fields: Mapping[str, Any]) -> bool:
-        """Whether a model with these fields of config.json is one of this kind."""
+        """Whether this kind of training gives models with these fields of config.json."""
         return fields.get("model_type") == self.model.model_type
 
     def text_config(self, config: Any) -> Any:
