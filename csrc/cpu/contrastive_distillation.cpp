@@ -47,7 +47,6 @@ template <bool kShared, bool kColumns, class A>
 void sums_of_tile(const A* s, const A* t, int64_t rows, int64_t cols, References<A> row_ref, References<A> col_ref,
                   LogitSums<A> row, LogitSums<A> col) {
   A some[5][kTileCols];
-  double* const row_sums[5] = {row.student, row.moment, row.teacher, row.cross, row.gap};
   double* const col_sums[5] = {col.student, col.moment, col.teacher, col.cross, col.gap};
   for (double* sums : col_sums) {
     for (int64_t c = 0; kColumns && c < cols; ++c) sums[c] = 0;
@@ -59,32 +58,28 @@ void sums_of_tile(const A* s, const A* t, int64_t rows, int64_t cols, References
     for (int64_t r = r0; r < min_(r0 + kSumRows, rows); ++r) {
       const A *s_row = s + r * kTileCols, *t_row = t + r * kTileCols;
       const A s_ref = row_ref.student[r], t_ref = row_ref.teacher[r];
-      double total[5] = {};
-      for (int64_t c0 = 0; c0 < cols; c0 += kSumPart) {
-        A student = 0, moment = 0, teacher = 0, cross = 0, gap = 0;
+      double student = 0, moment = 0, teacher = 0, cross = 0, gap = 0;
 #pragma omp simd reduction(+ : student, moment, teacher, cross, gap)
-        for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) {
-          A x = s_row[c] - s_ref, y = t_row[c] - t_ref, ex = exp_(x), ey = exp_(y);
-          student += ex;
-          moment += ex * x;
-          teacher += ey;
-          cross += ey * x;
-          gap += ey * (y - x);
-          if constexpr (kColumns) {
-            if constexpr (!kShared) {
-              x = s_row[c] - col_ref.student[c], y = t_row[c] - col_ref.teacher[c];
-              ex = exp_(x), ey = exp_(y);
-            }
-            some[0][c] += ex;
-            some[1][c] += ex * x;
-            some[2][c] += ey;
-            some[3][c] += ey * x;
-            some[4][c] += ey * (y - x);
+      for (int64_t c = 0; c < cols; ++c) {
+        A x = s_row[c] - s_ref, y = t_row[c] - t_ref, ex = exp_(x), ey = exp_(y);
+        student += ex;
+        moment += static_cast<double>(ex) * x;
+        teacher += ey;
+        cross += static_cast<double>(ey) * x;
+        gap += static_cast<double>(ey) * (y - x);
+        if constexpr (kColumns) {
+          if constexpr (!kShared) {
+            x = s_row[c] - col_ref.student[c], y = t_row[c] - col_ref.teacher[c];
+            ex = exp_(x), ey = exp_(y);
           }
+          some[0][c] += ex;
+          some[1][c] += ex * x;
+          some[2][c] += ey;
+          some[3][c] += ey * x;
+          some[4][c] += ey * (y - x);
         }
-        total[0] += student, total[1] += moment, total[2] += teacher, total[3] += cross, total[4] += gap;
       }
-      for (int64_t k = 0; k < 5; ++k) row_sums[k][r] = total[k];
+      row.student[r] = student, row.moment[r] = moment, row.teacher[r] = teacher, row.cross[r] = cross, row.gap[r] = gap;
     }
     for (int64_t k = 0; kColumns && k < 5; ++k) {
       for (int64_t c = 0; c < cols; ++c) col_sums[k][c] += some[k][c];

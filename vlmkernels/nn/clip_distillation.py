@@ -1,4 +1,4 @@
-"""Losses that teach a CLIP by another, on the ops `info_nce` and `contrastive_distillation`.
+"""Losses that teach a CLIP by another: `info_nce`, `contrastive_distillation`, `embedding_distillation`.
 
 `ClipDistillLoss` replaces open_clip 3.3.0's class: same constructor, same forward, but no N x N matrix.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 import vlmkernels
 from vlmkernels.nn.losses import ClipLoss
@@ -158,7 +157,11 @@ class ClipKDLoss(ClipDistillLoss):
             projected = self._projected(own, teacher)
             share = self._share(sizes)
         if "feature" in on:
-            losses["feature"] = share * _feature_loss(projected, teacher)
+            images, texts = (
+                vlmkernels.embedding_distillation(x, y, distance="l2") / x.shape[1]
+                for x, y in zip(projected, teacher, strict=True)
+            )
+            losses["feature"] = share * (images + texts)
         if "interactive" in on:
             losses["interactive"] = share * self._interactive(projected, all_teacher, logit_scale, sizes)
         weighted = {f"{name}_loss": self.weights[name] * loss for name, loss in losses.items()}
@@ -185,17 +188,3 @@ class ClipKDLoss(ClipDistillLoss):
             for x, y in zip(projected, reversed(all_teacher), strict=True)
         )
         return 0.5 * (images + texts)
-
-
-def _feature_loss(student: Features, teacher: Features) -> Tensor:
-    images, texts = (
-        (_unit(x, y) - _unit(y, x)).square().mean(1).sum() / max(len(x), 1)
-        for x, y in zip(student, teacher, strict=True)
-    )
-    return images + texts
-
-
-def _unit(x: Tensor, other: Tensor) -> Tensor:
-    """Normalised, in the dtype in which the two are compared."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, other.dtype), torch.float32)
-    return normalize(x.to(dtype), dim=-1)
