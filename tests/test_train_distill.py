@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import peers
 from tests.test_train_kill import kill_somewhere, start
 from tests.train_tiny import (
     TINY_ALIGN,
@@ -27,7 +26,6 @@ from vlmkernels.data import load_pairs
 from vlmkernels.models.clip import CLIP, CONFIGS
 from vlmkernels.train import TrainConfig, checkpoint, kinds, load_bundle, loop, train
 from vlmkernels.train.config import read_config
-from vlmkernels.train.kinds import distill
 from vlmkernels.train.teacher import Teacher
 from vlmkernels.use.bundle import read_tokenizer
 from vlmkernels.use.evaluate import evaluate
@@ -172,20 +170,6 @@ def test_only_the_terms_that_have_a_weight_are_computed(table, teacher, tmp_path
     (line,) = metrics(tmp_path / "run")
     assert not {"relational", "feature"} & line.keys()
     assert line["loss"] == pytest.approx(line["contrastive"] + line["interactive"])
-
-
-def test_the_relational_term_is_that_of_open_clip():
-    if peers.why_not("open_clip"):
-        pytest.skip(peers.why_not("open_clip"))
-    draw = torch.Generator().manual_seed(0)
-    features = [F.normalize(torch.randn(6, width, generator=draw), dim=1) for width in (8, 8, 12, 12)]
-    own = [x.clone().requires_grad_() for x in features[:2]]
-    scale, theirs = torch.tensor(20.0, requires_grad=True), torch.tensor(50.0)
-    loss = distill.contrastive_distillation(*own, scale, *features[2:], theirs)
-    got = torch.autograd.grad(loss, [*own, scale])
-    _, expected = peers.load("open_clip").loss.DistillClipLoss()(*own, scale, *features[2:], theirs)
-    for a, b in zip(got, torch.autograd.grad(expected, [*own, scale]), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("term", ["relational", "feature", "interactive"])

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels.data import Collate, ImageTransform, ImageViews
 from vlmkernels.models.parts.pretrained import Pretrained, read_config
-from vlmkernels.ops import info_nce
+from vlmkernels.ops import contrastive_distillation, embedding_distillation, info_nce
+from vlmkernels.reference.embedding_distillation import DISTANCES
 from vlmkernels.train import kinds, objective
 from vlmkernels.train.config import TrainConfig, option
 from vlmkernels.train.teacher import Teacher, TeacherCollate, teacher_digest
@@ -29,7 +29,6 @@ from ._kind import Options, Values
 from .clip import Clip
 
 TERMS = ("relational", "feature", "interactive")
-DISTANCES = ("l1", "l2", "cosine", "smooth_l1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,32 +55,6 @@ class DistillOptions(Options):
         """Of the terms that are used."""
         weights = {name: getattr(self, f"{name}_weight") for name in TERMS}
         return {name: weight for name, weight in weights.items() if weight}
-
-
-def contrastive_distillation(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [N, D]
-    scale: Tensor,
-    teacher_query: Tensor,  # [N, E]
-    teacher_key: Tensor,  # [N, E]
-    teacher_scale: float | Tensor,
-) -> Tensor:
-    """KL(teacher || student) of the softmaxes over rows and over columns, averaged."""
-    ours, theirs = scale * (query @ key.T), teacher_scale * (teacher_query @ teacher_key.T)
-    both = [
-        F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True)
-        for a, b in ((ours, theirs), (ours.T, theirs.T))
-    ]
-    return 0.5 * (both[0] + both[1])
-
-
-def embedding_distillation(student: Tensor, teacher: Tensor, *, distance: str) -> Tensor:  # [N, E] both
-    """Mean over the rows of the distance between normalised rows."""
-    x, y = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    if distance == "cosine":
-        return (1.0 - (x * y).sum(1)).mean()
-    measure = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[distance]
-    return measure(x, y, reduction="none").sum(1).mean()
 
 
 class Student(nn.Module):
