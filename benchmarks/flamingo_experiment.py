@@ -70,11 +70,11 @@ def chance(scenes: Scenes) -> dict[str, float]:
     return slot_accuracy([names[image_of[i]] for i in range(len(names))], names)
 
 
-def train_part(kind: str, seed: int, out: Path, quick: bool, *flags: str) -> dict[str, Any]:
-    """One training in a process of its own, into the folder ``out``, made anew; its folder and time."""
+def train_part(kind: str, config: str, seed: int, out: Path, quick: bool, *flags: str) -> dict[str, Any]:
+    """One training in a process of its own, into the folder ``out``, made anew; its time, steps and loss."""
     if (out / "config.yaml").is_file():
         shutil.rmtree(out)
-    command = [sys.executable, "-m", "vlmkernels", "train", kind, "--config", f"{kind}-scenes", *flags]
+    command = [sys.executable, "-m", "vlmkernels", "train", kind, "--config", config, *flags]
     command += ["--seed", str(seed), "--out", str(out), "--keep", "1", "--device", "cpu", "--no-tensorboard"]
     command += QUICK if quick else ()
     start, cpu = time.perf_counter(), _cpu_seconds()
@@ -99,7 +99,7 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
     folders = {kind: out / f"{kind}-seed{seed}" for kind in ("clip", "lm", "flamingo")}
     parts = ("--vision", str(folders["clip"] / "final"), "--language-model", str(folders["lm"] / "final"))
     trained = {
-        kind: train_part(kind, seed, folder, quick, *(parts if kind == "flamingo" else ()))
+        kind: train_part(kind, f"{kind}-scenes", seed, folder, quick, *(parts if kind == "flamingo" else ()))
         for kind, folder in folders.items()
     }
     test = load_scenes("test", size=scenes)
