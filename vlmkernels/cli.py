@@ -256,6 +256,10 @@ def _count_skipped(skipped: dict[str, str]) -> None:
 
 
 def _fail(message: object, status: int) -> typing.NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # what was not written would be tried, and complained about, once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(status)
 
