@@ -167,6 +167,15 @@ def test_the_loss_has_the_dtype_it_had(name, dtype):
             assert model(**inputs).loss.dtype in (torch.float32, dtype)
 
 
+def test_on_the_meta_device():
+    """Where autocast does not exist."""
+    inputs = {name: causal_inputs()[name].to("meta") for name in ("input_ids", "labels")}
+    for model in both(build("Llama")):
+        loss = model.to("meta")(**inputs).loss
+        loss.backward()
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+
+
 class Largest(TorchDispatchMode):
     numel = 0
 

@@ -1,5 +1,7 @@
 """Which forwards of language models `patch(fused_loss=True)` takes, read from their source."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,98 @@ def test_forwards_that_are_taken(cls):
     torch.testing.assert_close(results[1], results[0])
     if cls is Passed:
         assert model.calls == 4
+
+
+class LossAlone(_Model):
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        return logits if labels is None else self.loss_function(logits, labels, 30)
+
+
+class Named(NamedTuple):
+    loss: torch.Tensor
+    hidden: torch.Tensor
+
+
+class WithoutLogits(_Model):
+    def forward(self, input_ids, labels=None):
+        hidden = self.hidden(input_ids)
+        return Named(self.loss_function(self.lm_head(hidden), labels, 30), hidden)
+
+
+class Listed(_Model):
+    def forward(self, input_ids, labels=None):
+        hidden = self.hidden(input_ids)
+        return [self.loss_function(self.lm_head(hidden), labels, 30), hidden]
+
+
+class Nested(_Model):
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        return self.loss_function(logits, labels, 30), (logits,)
+
+
+class Dictionary(dict):
+    pass
+
+
+class NotYet(_Model):
+    def forward(self, input_ids, labels=None):
+        logits, loss = self.lm_head(self.hidden(input_ids)), None
+        if input_ids is None:
+            loss = self.loss_function(logits, labels, 30)
+        return Dictionary(loss=loss, logits=logits)
+
+
+class Views(_Model):
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.hidden(input_ids))
+        b, t, v = logits.shape
+        loss = self.criterion(logits.view(b * t, v), labels.view(-1))
+        loss = loss + self.criterion(logits.view((-1, 30)), labels.view(-1))
+        loss = loss + self.criterion(logits.view(labels.numel(), -1), labels.view(-1))
+        return loss, logits
+
+
+class Itself(_Model):
+    """What a forward does with the model itself."""
+
+    def forward(self, input_ids, labels=None):
+        self.last = self.hidden(input_ids)
+        hidden = (
+            self.last if isinstance(self, Llama) and issubclass(self.__class__, Itself) else self.last * 0
+        )
+        logits = self.lm_head(hidden)
+        del self.last
+        return self.loss_function(logits, labels, 30), logits
+
+
+@pytest.mark.parametrize("cls", [LossAlone, WithoutLogits, Listed, Nested, NotYet, Views, Itself])
+def test_what_a_forward_returns(cls):
+    torch.manual_seed(0)
+    text, model = torch.arange(12).view(2, 6), cls().train()
+    wanted = model(text, labels=text)
+    assert patch(model, fused_loss=True)[0].status == "patched"
+    got = model(text, labels=text)
+    assert type(got) is type(wanted)
+    match got:
+        case (_, (None,)) | (_, None):
+            got, wanted = got[0], wanted[0]
+    torch.testing.assert_close(got, wanted)
+
+
+def test_logits_that_are_not_rows_of_classes():
+    """The classes of torch's cross-entropy are the second dimension; there are as many positions."""
+
+    class Rows(_Model):
+        def forward(self, input_ids, labels=None):
+            logits = self.lm_head(self.hidden(input_ids))
+            return self.criterion(logits, labels), logits
+
+    text, model = torch.arange(30)[None], Rows().train()
+    assert patch(model, fused_loss=True)[0].status == "patched"
+    with pytest.raises(TypeError, match="UncomputedLogits"):
+        model(text, labels=text)
 
 
 class ReadsThem(_Model):

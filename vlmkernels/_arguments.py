@@ -61,7 +61,7 @@ def dtype_faults(tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor] |
     for t in operands.values() if operands else ():
         if first is None:
             first = t
-        elif t.dtype != first.dtype and not _under_autocast(t.device.type):
+        elif t.dtype != first.dtype and not under_autocast(t.device.type):
             return [f"{_listed(operands or {})} must have the same dtype, got {_dtypes(operands or {})}"]
     return []
 
@@ -100,7 +100,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _under_autocast(device: str) -> bool:
+def under_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
+from vlmkernels._arguments import under_autocast
 from vlmkernels._modules import can_be_fused, is_exactly, must_be_called
 from vlmkernels.integrations import _logits
 from vlmkernels.integrations._swap import Rule, override, own, qualified_name
@@ -54,10 +55,12 @@ class UncomputedLogits:
     def float(self) -> UncomputedLogits:
         return UncomputedLogits(self.hidden, self.head, self.scale, torch.float32)
 
-    def view(self, rows: int, classes: int) -> UncomputedLogits:
-        if rows != -1 or classes != self.shape[-1]:
-            raise ValueError(f"logits of {self.shape[-1]} classes cannot be viewed as {(rows, classes)}")
-        return UncomputedLogits(self.hidden.flatten(0, -2), self.head, self.scale, self.dtype)
+    def view(self, *shape: Any) -> UncomputedLogits:
+        *rows, classes = shape[0] if isinstance(shape[0], tuple | list) else shape
+        if classes not in (-1, self.shape[-1]):
+            raise ValueError(f"UncomputedLogits of {self.shape[-1]} classes cannot be viewed as {shape}")
+        hidden = self.hidden.reshape(*rows, self.hidden.shape[-1])
+        return UncomputedLogits(hidden, self.head, self.scale, self.dtype)
 
     def __mul__(self, factor: Any) -> UncomputedLogits:
         if not isinstance(factor, int | float):
@@ -87,7 +90,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """torch's function of this name, whose arguments these are."""
-    if not weight is size_average is reduce is None:
+    if not weight is size_average is reduce is None or logits.hidden.dim() > 2:
         return NotImplemented
     hidden, head, scale = logits.hidden, logits.head, None
     if logits.scale != 1:
@@ -97,7 +100,7 @@ def _cross_entropy(
         hidden, head.weight, target, bias=head.bias, column_scale=scale,
         ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
-    return loss if torch.is_autocast_enabled(hidden.device.type) else loss.to(logits.dtype)
+    return loss if under_autocast(hidden.device.type) else loss.to(logits.dtype)
 
 
 class _View:
@@ -113,6 +116,13 @@ class _View:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._module, name)
+
+    @property
+    def __class__(self) -> Any:  # for isinstance
+        return type(self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._path:
@@ -193,17 +203,22 @@ def _fused(base: Any) -> type[nn.Module]:
 
 def _without_logits(output: Any) -> Any:
     """The output with None for the logits; with the logits, if no loss was computed from them."""
-    is_dict = isinstance(output, dict)
-    has_loss = "loss" in output if is_dict else isinstance(output[0], Tensor)
+    if isinstance(output, dict):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if isinstance(output, tuple) else None
+    return _known(output, isinstance(loss, Tensor))
 
-    def known(value: Any) -> Any:
-        if not isinstance(value, UncomputedLogits):
-            return value
+
+def _known(value: Any, has_loss: bool) -> Any:
+    """The value without UncomputedLogits, which are in tuples and outputs alone (see `_logits`)."""
+    if isinstance(value, UncomputedLogits):
         return None if has_loss else value.computed()
-
-    if is_dict:
-        return type(output)(**{name: known(value) for name, value in output.items()})
-    return tuple([known(value) for value in output])
+    if type(value) is tuple:
+        return tuple([_known(part, has_loss) for part in value])
+    if isinstance(value, dict) and any(isinstance(part, UncomputedLogits | tuple) for part in value.values()):
+        return type(value)(**{name: _known(part, has_loss) for name, part in value.items()})
+    return value
 
 
 def _path(model: Any, source: str, calls_loss_function: bool) -> tuple[str, ...] | str:
