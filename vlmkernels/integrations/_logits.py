@@ -39,6 +39,8 @@ def other_use(forward: Callable, module: nn.Module, head: str, *, has_loss: bool
     tree = _parsed(function)
     if tree is None:
         return "has no source to be read"
+    if any(map(_asks_for_own_class, ast.walk(tree))):
+        return "asks for its own class"
     reader = _Reader(module, head, function.__globals__)
     try:
         reader.read(tree.body)
@@ -48,6 +50,14 @@ def other_use(forward: Callable, module: nn.Module, head: str, *, has_loss: bool
     if not reader.calls_head:
         return f"does not call {head}"
     return "computes no cross-entropy of them" if has_loss and not reader.has_loss else None
+
+
+def _asks_for_own_class(node: ast.AST) -> bool:
+    """Such a call in a forward; it runs on a view of the module."""
+    match node:
+        case ast.Call(func=ast.Name(id="isinstance" | "issubclass" | "type"), args=[first, *_]):
+            return ast.unparse(first) in ("self", "self.__class__")
+    return False
 
 
 def returns_that_of_its_base(forward: Callable) -> bool:

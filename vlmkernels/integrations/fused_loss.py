@@ -120,10 +120,6 @@ class _View:
     def __delattr__(self, name: str) -> None:
         delattr(self._module, name)
 
-    @property
-    def __class__(self) -> Any:  # for isinstance
-        return type(self._module)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._path:
             return own(self._module).forward(self, *args, **kwargs)
