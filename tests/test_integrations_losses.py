@@ -22,6 +22,15 @@ class TestOpenClipLosses:
         image, text = (nn.functional.normalize(torch.randn(6, 8), dim=-1).to(dtype) for _ in range(2))
         return image, text, torch.tensor(20.0)
 
+    @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+    def test_on_the_meta_device(self, name):
+        """Autocast does not know it."""
+        loss = drop_in(getattr(peers.load("open_clip.loss"), name))()
+        bias = [torch.tensor(-10.0, device="meta")] * (name == "SigLipLoss")
+        image, text, scale = (x.to("meta") for x in self.features(torch.bfloat16))
+        result = loss(image, text, scale, *bias)
+        assert (result.device.type, result.dtype) == ("meta", torch.bfloat16)
+
     def test_drop_in_is_a_subclass_with_the_same_constructor(self):
         loss = peers.load("open_clip.loss")
         for cls, arguments in (

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 import vlmkernels
 from vlmkernels import nn as ours
+from vlmkernels._arguments import under_autocast
 from vlmkernels.integrations._swap import Rule, is_traced_or_transformed, qualified_name
 
 
@@ -31,7 +31,7 @@ def _forward_of(ours: type[nn.Module]) -> Callable:
         if is_traced_or_transformed():
             return self.patch_own.forward(self, image_features, *args, **kwargs)
         result = ours.forward(self, image_features, *args, **kwargs)
-        if torch.is_autocast_enabled(image_features.device.type):
+        if under_autocast(image_features.device.type):
             return result
         if isinstance(result, dict):
             return {name: loss.to(image_features.dtype) for name, loss in result.items()}
@@ -129,7 +129,7 @@ class _ModelLoss(LossRule):
         kwargs["return_loss"] = False
         output = super().forward(*args, **kwargs, return_dict=True)
         loss = self.contrastive_loss(output.text_embeds, output.image_embeds)
-        if not torch.is_autocast_enabled(loss.device.type):
+        if not under_autocast(loss.device.type):
             loss = loss.to(output.logits_per_text.dtype)
         output = type(output)(loss=loss, **output)
         if return_dict is None:
