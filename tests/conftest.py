@@ -114,6 +114,15 @@ def pytest_report_header(config):
     ]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models train fastest in one thread: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return

@@ -18,15 +18,9 @@ from vlmkernels.use.caption import caption, write_captions
 from vlmkernels.use.caption_scores import evaluate_captions, plain_tokens, reference_scores
 from vlmkernels.use.evaluate import evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("lm", "flamingo", "simvlm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

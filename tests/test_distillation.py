@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import vlmkernels
+from tests.recorded import RECORDERS, recorded
 from vlmkernels import reference
 from vlmkernels.testing import assert_op_as_good, result_and_gradients, saved_activation_bytes
 
@@ -369,21 +370,15 @@ def test_compile_fullgraph_dynamic():
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("recorder", ["export", "trace"])
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, student, teacher, target):
             return vlmkernels.distillation(student, teacher, target=target, divergence="jsd", hard_weight=0.5)
 
-    example = sample(6, 9)
-    if recorder == "export":
-        rows = torch.export.Dim("rows", min=2)
-        shapes = ({0: rows}, {0: rows}, {0: rows})
-        recorded = torch.export.export(Loss(), example, dynamic_shapes=shapes).module()
-    else:
-        recorded = torch.jit.trace(Loss(), example, check_trace=False)
+    loss = recorded(recorder, Loss(), sample(6, 9), [{0: torch.export.Dim("rows", min=2)}] * 3)
     student, teacher, target = sample(40, 9)
-    got, want = recorded(student, teacher, target), Loss()(student, teacher, target)
+    got, want = loss(student, teacher, target), Loss()(student, teacher, target)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (got, want)))
 

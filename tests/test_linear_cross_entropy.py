@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import vlmkernels
+from tests.recorded import RECORDERS, recorded
 from vlmkernels import reference
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, saved_activation_bytes
 
@@ -325,22 +326,17 @@ def test_compile():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("recorder", ["export", "trace"])
+@pytest.mark.parametrize("recorder", RECORDERS)
 def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, hidden, weight, target):
             return vlmkernels.linear_cross_entropy(hidden, weight, target)
 
-    rows = torch.export.Dim("rows", min=2)
     hidden, weight, target, _ = sample(6, 9, 4)
-    example = (hidden, weight, target)
-    if recorder == "export":
-        shapes = ({0: rows}, None, {0: rows})
-        recorded = torch.export.export(Loss(), example, dynamic_shapes=shapes).module()
-    else:
-        recorded = torch.jit.trace(Loss(), example, check_trace=False)
+    rows = {0: torch.export.Dim("rows", min=2)}
+    loss = recorded(recorder, Loss(), (hidden, weight, target), [rows, None, rows])
     hidden, _, target, _ = sample(40, 9, 4)
-    want, got = vlmkernels.linear_cross_entropy(hidden, weight, target), recorded(hidden, weight, target)
+    want, got = vlmkernels.linear_cross_entropy(hidden, weight, target), loss(hidden, weight, target)
     assert torch.equal(got, want)
     for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, want)), strict=True):
         assert torch.equal(ours, theirs)

@@ -1,7 +1,5 @@
 """ClipDistillLoss and ClipKDLoss against open_clip and plain formulas, and on two processes against one."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vlmkernels
 from tests.parity import peer
+from tests.two_processes import on_two_processes
 from vlmkernels.nn import ClipDistillLoss, ClipKDLoss, ClipLoss
 from vlmkernels.testing import result_and_gradients
 
@@ -190,11 +189,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_processes(worker, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

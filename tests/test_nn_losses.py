@@ -1,7 +1,6 @@
 """ClipLoss and SigLipLoss against open_clip and on two processes against one; the losses on the ops."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vlmkernels
 from benchmarks import peers
+from tests.two_processes import on_two_processes
 from vlmkernels.distributed import all_gather_with_grad
 from vlmkernels.nn import ClipLoss, InfoNCELoss, KnowledgeDistillationLoss, LinearCrossEntropyLoss, SigLipLoss
 from vlmkernels.testing import result_and_gradients
@@ -234,11 +234,7 @@ def worker(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_processes(worker, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

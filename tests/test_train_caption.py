@@ -23,15 +23,9 @@ from vlmkernels.models.decoder import IGNORE
 from vlmkernels.train import TrainConfig, kinds, load_bundle, loop, train
 from vlmkernels.train.kinds.simvlm import prefix_labels, prefix_lengths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("lm", "flamingo", "simvlm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from vlmkernels.train.teacher import Teacher
 from vlmkernels.use.bundle import read_tokenizer
 from vlmkernels.use.evaluate import evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Wider, with larger images and another vocabulary than the student.
 TEACHER = {**TINY_CLIP, "embed_dim": 24, "image_size": 24, "vision_width": 24, "vocab_size": 700}
 ALL_TERMS = {"relational_weight": 0.5, "feature_weight": 2.0, "interactive_weight": 0.25}
@@ -43,14 +45,6 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,14 @@ from vlmkernels.train import TrainConfig, checkpoint, finite_guard, loop, train
 from vlmkernels.train.kinds._captioning import Captioning
 from vlmkernels.train.kinds._contrastive import Contrastive
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = {"clip": Contrastive, "simvlm": Captioning, "lm": Captioning}
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spoil(monkeypatch, kind, step, spoilt):

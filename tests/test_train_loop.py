@@ -13,18 +13,12 @@ import yaml
 from tests.train_tiny import assert_same_run, metrics, tiny_values, weights, write_pairs, write_tar
 from vlmkernels.train import TrainConfig, checkpoint, load_bundle, loop, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", ["clip", "align", "siglip"])

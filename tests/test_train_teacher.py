@@ -22,6 +22,8 @@ from vlmkernels.train import TrainConfig, feature_store, train
 from vlmkernels.train.feature_store import FeatureStore, Table
 from vlmkernels.train.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEACHER = {**TINY_CLIP, "embed_dim": 24, "image_size": 24, "vision_width": 24, "vocab_size": 700}
 TERMS = {"relational_weight": 0.5, "feature_weight": 2.0, "interactive_weight": 0.25}
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
@@ -32,14 +34,6 @@ needs_kill = pytest.mark.skipif(sys.platform != "linux", reason="moments are cou
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "vlmkernels" / "teachers"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
