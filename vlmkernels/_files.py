@@ -1,4 +1,4 @@
-"""Atomic writing: to a temporary file in the same folder, flushed to the disk, then renamed."""
+"""Files: recognised by a stamp; written to a temporary name in the same folder, flushed, then renamed."""
 
 import contextlib
 import os
@@ -6,6 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PARTIAL = ".partial-"  # prefix of temporary files and folders
+
+
+def stamp(file: Path) -> str:
+    """Path, time of the last change and size, by which caches know a file; the path alone if it is gone."""
+    path = os.path.realpath(file)
+    try:
+        status = file.stat()
+    except OSError:  # the file is reported when it is read
+        return f"{path}\0"
+    return f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
 
 
 @contextlib.contextmanager

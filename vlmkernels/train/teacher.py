@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlmkernels import __version__
+from vlmkernels._files import stamp
 from vlmkernels._optional import cache_folder
 from vlmkernels.data import Collate
 from vlmkernels.data.samples import stack_images
@@ -144,12 +145,4 @@ def _file_facts(source: Any) -> list[Any]:
     """Of a table: its content, and path, size and time of the last change of its images."""
     if not hasattr(source, "image_files"):
         return []
-    return [file_digest(source.path), *map(_stamp, source.image_files())]
-
-
-def _stamp(file: Path) -> list[Any]:
-    try:
-        status = file.stat()
-    except OSError:  # the image is reported when it is read
-        return [str(file)]
-    return [os.path.realpath(file), status.st_mtime_ns, status.st_size]
+    return [file_digest(source.path), *map(stamp, source.image_files())]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vlmkernels._files import stamp
 from vlmkernels._optional import cache_folder
 from vlmkernels.data._text import printable
 
@@ -71,7 +72,7 @@ def search(
         except OSError as error:
             log.warning("no embeddings are kept: %s", printable(error))
     known = _read(store) if store else {}
-    stamps = {file: _stamp(file) for file in files}
+    stamps = {file: stamp(file) for file in files}
     new = [file for file in files if stamps[file] not in known]
     features, kept, skipped = encode_files(model, transform, new, batch_size=batch_size)
     fresh = {stamps[file]: feature for file, feature in zip(kept, features, strict=True)}
@@ -100,14 +101,6 @@ def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[s
             while block := stream.read(2**20):
                 digest.update(block)
     return cache_folder() / "search" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def _stamp(file: Path) -> str:
-    try:
-        status = file.stat()
-    except OSError:  # the file is reported when it is read
-        return f"{os.path.realpath(file)}\0"
-    return f"{os.path.realpath(file)}\0{status.st_mtime_ns}\0{status.st_size}"
 
 
 def _read(store: Path) -> dict[str, torch.Tensor]:
