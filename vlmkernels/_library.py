@@ -1,7 +1,7 @@
 """The `vlmkernels` namespace of torch.library: declares ops and registers their kernels per device."""
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,11 +87,11 @@ def _differentiable(
     whose = op._opname.removesuffix("_bwd")
 
     def forward(ctx: Any, *args: Any) -> Any:
-        *args, keyset = args  # last, so that ctx.needs_input_grad is in the order of the op's arguments
+        *inputs, keyset = args  # last, so that ctx.needs_input_grad is in the order of the op's arguments
         with below():
-            result = op.redispatch(keyset, *args)
+            result = op.redispatch(keyset, *inputs)
             if setup_context is not None:
-                setup_context(ctx, args, result)
+                setup_context(ctx, inputs, result)
         return result
 
     def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -104,14 +104,14 @@ def _differentiable(
         return *(given.get(name) if need else None for name, need in zip(names, needed, strict=True)), None
 
     formula = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
-    recorded = type(f"vlmkernels_{op._opname}", (torch.autograd.Function,), formula).apply
+    recorded: Any = type(f"vlmkernels_{op._opname}", (torch.autograd.Function,), formula)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0 or transforms_active():
             _refuse_transforms(whose, args)
         keyset = keyset & after_autograd
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return recorded(*args, keyset)
+            return recorded.apply(*args, keyset)
         with below():
             return op.redispatch(keyset, *args)
 
