@@ -39,6 +39,7 @@ CUBLAS = {  # ops that run as torch's own on a GPU
     "distillation",
     "embedding_distillation",
     "linear",
+    "linear_distillation",
     "mlp",
     "gated_mlp",
 }

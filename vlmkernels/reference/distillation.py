@@ -43,10 +43,29 @@ def distillation(
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation", student_logits, teacher_logits, target, *options)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
-    losses = student.new_zeros(len(student))
+    log_s = log_p = None
     if hard_weight < 1:
         log_s = _centred(student, temperature).log_softmax(1)
         log_p = _centred(teacher, temperature).log_softmax(1)
+    return mixed_loss(student, log_s, log_p, counted, target, *options)
+
+
+def mixed_loss(
+    student: Tensor,  # [N, V]
+    log_s: Tensor | None,  # [N, K], of what the divergence compares; None if hard_weight is 1
+    log_p: Tensor | None,  # [N, K]
+    counted: Tensor,  # [N] bool
+    target: Tensor | None,  # [N] int64
+    temperature: float,
+    divergence: str,
+    beta: float,
+    hard_weight: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The divergence of two distributions with the cross-entropy of the student's logits, reduced."""
+    losses = student.new_zeros(len(student))
+    if log_s is not None and log_p is not None:
         losses = (1 - hard_weight) * temperature * (temperature * _divergence(log_s, log_p, divergence, beta))
     if target is not None and hard_weight > 0:
         hard = F.cross_entropy(student, target, reduction="none", ignore_index=ignore_index)
@@ -210,9 +229,12 @@ def check(
         faults.append(f"dloss must be {list(wanted)}, got {list(dloss.shape)}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
-    if target is None:
-        return
-    v = student.shape[1]
+    if target is not None:
+        check_targets(op, target, student.shape[1], ignore_index)
+
+
+def check_targets(op: str, target: Tensor, v: int, ignore_index: int) -> None:
+    """Each in [0, V), or the index that is ignored."""
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()
     if target.is_cuda:  # without waiting for the device
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")

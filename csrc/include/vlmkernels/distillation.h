@@ -6,6 +6,14 @@ namespace vlmk {
 
 enum class Divergence { none, forward_kl, reverse_kl, jsd };
 
+// Of one row, relative to its maxima so far: the sums of the exponentials at T, of exp(x) (x - y), x being the first argument
+// of KL and x and y (logit - maximum) / T, and of the student's exponentials at T = 1 where they are others.
+template <class A>
+struct RowSums {
+  A student_top = -__builtin_inf(), teacher_top = -__builtin_inf();
+  double student = 0, teacher = 0, cross = 0, hard = 0;
+};
+
 // With s = softmax(student / T), p = softmax(teacher / T), m = beta p + (1 - beta) s and h = hard_weight:
 // l = (1 - h) T^2 d + h CE(student, target), d = KL(p || s), KL(s || p) or beta KL(p || m) + (1 - beta) KL(s || m).
 template <class T>
