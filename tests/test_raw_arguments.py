@@ -221,9 +221,9 @@ CALLS = [  # the op, its arguments, and what the error says
         [ones(4), X, X, None, ones(4, 6), *KL, "mean", ALL[:1]],
         r"dloss must be .*\[\] of",
     ),
-    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean"], r"teacher must be .*\[4, 3\]"),
-    ("embedding_distillation", [X, X, ones(3), *L1, "mean"], r"weight must be .*\[4\]"),
-    ("embedding_distillation", [*MOST, None, *L1, "mean"], r"too large for one call"),
+    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean", True], r"teacher must be .*\[4, 3\]"),
+    ("embedding_distillation", [X, X, ones(3), *L1, "mean", True], r"weight must be .*\[4\]"),
+    ("embedding_distillation", [*MOST, None, *L1, "mean", True], r"too large for one call"),
     (
         "embedding_distillation_bwd",
         [ones(()), X, X, None, *L1, "none", ALL[:1]],

@@ -377,9 +377,10 @@ def _distilled(
 def _open_clip_distillation() -> Callable[..., Tensor]:
     module = peers.load("open_clip.loss").DistillClipLoss()
 
-    def loss(query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
-        pairs = zip(module.get_logits(*teacher), module.get_logits(query, key, scale), strict=True)
-        rows, columns = (module.dist_loss(taught, logits) for taught, logits in pairs)
+    def loss(query: Tensor, key: Tensor, scale: Tensor, **teacher: Tensor) -> Tensor:
+        taught = (teacher[f"teacher_{name}"] for name in ("query", "key", "scale"))
+        pairs = zip(module.get_logits(*taught), module.get_logits(query, key, scale), strict=True)
+        rows, columns = (module.dist_loss(theirs, ours) for theirs, ours in pairs)
         return (rows + columns) / 2
 
     return loss

@@ -137,7 +137,7 @@ def distillation(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def embedding_distillation(draw: Draw) -> dict[str, Any]:
-    return named("embedding_distillation", raw.embedding_distillation(draw))
+    return without(named("embedding_distillation", raw.embedding_distillation(draw)), "need_student")
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

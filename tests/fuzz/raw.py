@@ -417,14 +417,15 @@ def embedding_distillation(draw: Draw) -> list:
     teacher = draw.floats(n, d, dtype=draw.choice((student.dtype, draw.dtype())))
     weight = draw.maybe(torch.rand(n, dtype=work(student.dtype)))
     distance = draw.choice(("l1", "l2", "cosine", "smooth_l1"))
-    return [student, teacher, weight, distance, draw.flag(), draw.choice(("mean", "sum", "none"))]
+    reduction = draw.choice(("mean", "sum", "none"))
+    return [student, teacher, weight, distance, draw.flag(), reduction, draw.flag()]
 
 
 @arguments
 def embedding_distillation_bwd(draw: Draw) -> list:
     inputs = embedding_distillation(draw)
-    loss = ops.embedding_distillation(*inputs)
-    return [torch.randn(loss.shape).to(loss.dtype), *inputs, draw.needs(1)]
+    loss, _ = ops.embedding_distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:-1], draw.needs(1)]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels._modules import are_plain
+from vlmkernels.ops import _ahead as ahead
 from vlmkernels.ops import _linear_distillation_sweep as sweep
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.reference import linear_distillation as composition
@@ -110,9 +111,9 @@ def linear_distillation(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    ahead = reduction != "none" and pairwise.forms_ahead(student_hidden)
+    forms = reduction != "none" and ahead.forms_ahead(student_hidden)
     needs = [
-        ahead and t is not None and t.requires_grad for t in (student_hidden, student_weight, student_bias)
+        forms and t is not None and t.requires_grad for t in (student_hidden, student_weight, student_bias)
     ]
     taught = (None if t is None else t.detach() for t in (teacher_hidden, teacher_weight))
     teacher_bias, log_probs = (None if t is None else t.detach() for t in (teacher_bias, log_probs))
@@ -162,7 +163,7 @@ def _backward(ctx, needs, dloss, *unused):
     saved = ctx.saved_tensors
     inputs, formed = saved[:9], saved[9:]
     options = (ctx.temperature, ctx.divergence, ctx.beta, ctx.hard_weight, ctx.ignore_index, ctx.reduction)
-    grads = pairwise.scaled(formed, dloss, [inputs[0], inputs[1], inputs[4]], wanted)
+    grads = ahead.scaled(formed, dloss, [inputs[0], inputs[1], inputs[4]], wanted)
     if grads is None:
         grads = _bwd(dloss, *inputs, *options, wanted)
     return dict(zip(names, grads, strict=True))
