@@ -52,7 +52,10 @@ def with_bias(op):
 
 
 def judge(tensors, op=vlmkernels.linear_distillation, **options):
-    assert_op_as_good(with_bias(op), with_bias(reference.linear_distillation), tensors, **options)
+    """Of a result with one element, PyTorch's error in several orders of the features counts."""
+    features = 0 if options.get("reduction") == "none" else 2
+    ours, theirs = with_bias(op), with_bias(reference.linear_distillation)
+    assert_op_as_good(ours, theirs, tensors, features=features, **options)
 
 
 def results(tensors, **options):

@@ -43,14 +43,7 @@ OPS = {
 }
 
 
-SIZES = [
-    (1, 1, 2, 3),
-    (3, 5, 4, 1),
-    (37, 130, 33, 20),
-    (130, 37, 64, 70),
-    (300, 700, 70, 33),
-    (520, 260, 48, 520),
-]
+SIZES = [(1, 1, 2, 3), (37, 130, 33, 20), (130, 37, 64, 70), (300, 700, 70, 33)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -59,12 +52,11 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_forward_and_gradients(op, dtype, teacher, divergence, sizes):
     n, v, d, e = sizes
-    for std in (1.0, 8.0):
+    mean, mixed = {"reduction": "mean"}, {"target": targets(n, v), "hard_weight": 0.4, "reduction": "none"}
+    for std, options in ((1.0, mean), (8.0, {"reduction": "none"}), (8.0, mixed)):
         tensors = student(n, v, d, dtype=dtype, std=std)
         taught = of_teacher(teacher, n, v, e, dtype=dtype, std=std, temperature=2.0)
-        options = taught | {"divergence": divergence, "temperature": 2.0, "op": OPS[op]}
-        judge(tensors, reduction="none", **options)
-        judge(tensors, target=targets(n, v), hard_weight=0.4, **options)
+        judge(tensors, OPS[op], divergence=divergence, temperature=2.0, **taught, **options)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -73,11 +65,12 @@ def test_forward_and_gradients(op, dtype, teacher, divergence, sizes):
 def test_options(op, dtype, teacher, divergence):
     tensors = student(140, 150, 24, dtype=dtype, bias=False)
     target = targets(140, 150)
-    for temperature in (0.25, 1.0):
+    for temperature, hard_weights in ((0.25, (0.0, 0.5)), (1.0, (0.0, 0.5, 1.0))):
         taught = of_teacher(teacher, 140, 150, 9, dtype=dtype, temperature=temperature)
-        for reduction, hard_weight in itertools.product(REDUCTIONS, (0.0, 0.5, 1.0)):
-            judge(tensors, OPS[op], divergence=divergence, reduction=reduction, hard_weight=hard_weight,
-                  temperature=temperature, target=target, beta=0.3, **taught)  # fmt: skip
+        options = {"divergence": divergence, "beta": 0.3, "temperature": temperature, "target": target}
+        for hard_weight in hard_weights:
+            for reduction in ("sum", "none") if temperature == 1 else ("batchmean",):
+                judge(tensors, OPS[op], reduction=reduction, hard_weight=hard_weight, **options, **taught)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.5, 0.99])
@@ -97,13 +90,16 @@ def test_extreme_temperatures(teacher, divergence, temperature):
 
 
 @pytest.mark.parametrize("op", OPS)
-@of_forms
-def test_many_chunks_of_rows(op, teacher, divergence):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("teacher", "divergence", "classes"),
+    [("hidden", "forward_kl", 33_000), ("hidden", "jsd", 33_000), ("topk", "forward_kl", 67_000)],
+)
+def test_many_chunks_of_rows(op, dtype, teacher, divergence, classes):
     """More rows than the workspace holds logits of: sums over chunks, in both precisions."""
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = student(700, 33_000, 8, dtype=dtype)
-        judge(tensors, OPS[op], divergence=divergence, target=targets(700, 33_000, 0.0), hard_weight=0.2,
-              **of_teacher(teacher, 700, 33_000, 5, dtype=dtype, k=20))  # fmt: skip
+    tensors = student(260, classes, 8, dtype=dtype)
+    judge(tensors, OPS[op], divergence=divergence, target=targets(260, classes, 0.0), hard_weight=0.2,
+          reduction="none", **of_teacher(teacher, 260, classes, 5, dtype=dtype, k=20))  # fmt: skip
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
