@@ -203,9 +203,9 @@ CALLS = [  # the op, its arguments, and what the error says
         [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
         r"row_coef must be .*\[4\] of float32",
     ),
-    ("distillation", [X, ones(4, 2), None, *KL, "mean"], r"teacher_logits must be .*\[4, 3\]"),
-    ("distillation", [X, X, IDS[:3], *KL, "mean"], r"target must be .*\[4\] of int64"),
-    ("distillation", [*MOST, None, *KL, "mean"], r"too large for one call"),
+    ("distillation", [X, ones(4, 2), None, *KL, "mean", True], r"teacher_logits must be .*\[4, 3\]"),
+    ("distillation", [X, X, IDS[:3], *KL, "mean", True], r"target must be .*\[4\] of int64"),
+    ("distillation", [*MOST, None, *KL, "mean", True], r"too large for one call"),
     (
         "distillation_bwd",
         [ones(()), X, X, None, ones(4, 5), *KL, "mean", ALL[:1]],

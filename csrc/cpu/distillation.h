@@ -83,16 +83,23 @@ template <class A>
 struct Terms {
   Vec<A> student{}, teacher{}, cross{}, hard{};
 };
+template <class A>
+struct Exponentials {
+  Vec<A> student, teacher;
+};
 template <Divergence kForm, bool kOwn, class A, class S>
-VLMK_INLINE void add_terms(Vec<A> z, Vec<A> q, S student_shift, S teacher_shift, A inv_t, Terms<A>& sums) {
+VLMK_INLINE Exponentials<A> add_terms(Vec<A> z, Vec<A> q, S student_shift, S teacher_shift, A inv_t, Terms<A>& sums) {
   const Vec<A> above = z - student_shift, a = above * inv_t, s = exp_or_zero(a);
   sums.student += s;
   if constexpr (kOwn) sums.hard += exp_or_zero(above);
-  if constexpr (kForm != Divergence::none) {
+  if constexpr (kForm == Divergence::none) {
+    return {s, s};
+  } else {
     const Vec<A> b = (q - teacher_shift) * inv_t, p = exp_or_zero(b);
     sums.teacher += p;
     if constexpr (kForm == Divergence::forward_kl) sums.cross += weighted<A>(p, b - a);
     if constexpr (kForm == Divergence::reverse_kl) sums.cross += weighted<A>(s, a - b);
+    return {s, p};
   }
 }
 

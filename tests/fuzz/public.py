@@ -132,7 +132,7 @@ def linear_distillation(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def distillation(draw: Draw) -> dict[str, Any]:
-    return named("distillation", raw.distillation(draw))
+    return without(named("distillation", raw.distillation(draw)), "need_student")
 
 
 @arguments

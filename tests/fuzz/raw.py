@@ -400,14 +400,15 @@ def distillation(draw: Draw) -> list:
     hard_weight = 0.0 if target is None else draw.choice((0.0, 0.5, 1.0))
     temperature, divergence = draw.choice((1.0, 3.0)), draw.choice(("forward_kl", "reverse_kl", "jsd"))
     reduction = draw.choice(("batchmean", "mean", "sum", "none"))
-    return [student, teacher, target, temperature, divergence, 0.3, hard_weight, -100, reduction]
+    options = [temperature, divergence, 0.3, hard_weight, -100, reduction]
+    return [student, teacher, target, *options, draw.flag()]
 
 
 @arguments
 def distillation_bwd(draw: Draw) -> list:
     inputs = distillation(draw)
-    loss, stats = ops.distillation(*inputs)
-    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:], draw.needs(1)]
+    loss, stats, _ = ops.distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:-1], draw.needs(1)]
 
 
 @arguments

@@ -86,8 +86,9 @@ def distillation_fwd(
     hard_weight,
     ignore_index,
     reduction,
+    need_student,
 ):
-    """The raw op: the loss, and what the backward needs of the rows, [N, 6].
+    """The raw op: loss, what the backward needs of the rows, [N, 6], and dstudent, of size 0 unless needed.
 
     The maximum of the student's logits, the sum of exp((student - maximum) / T), the same of the teacher; the
     mean of D's factor in brackets, d or KL(s || m); the sum of exp(student - maximum).
@@ -115,7 +116,9 @@ def distillation_fwd(
             stats[:, 4] = _kl(log_s, log_p)
         elif divergence == "jsd":
             stats[:, 4] = _kl(log_s, _log_mixture(log_s, log_p, beta))
-    return loss, stats
+    rest = (temperature, divergence, beta, hard_weight, ignore_index, reduction, [need_student])
+    dloss = loss.new_ones(loss.shape)
+    return loss, stats, distillation_bwd(dloss, student_logits, teacher_logits, target, stats, *rest)
 
 
 def distillation_bwd(

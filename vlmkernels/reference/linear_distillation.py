@@ -183,7 +183,7 @@ def linear_distillation_bwd(
         return dhidden, dweight, dbias
     counted, student, teacher = _logits(*tensors, target, hard_weight, ignore_index)
     if teacher is not None:
-        _, stats = distillation_fwd(student, teacher, target, *options)
+        _, stats, _ = distillation_fwd(student, teacher, target, *options, False)
         dz = distillation_bwd(dloss.to(student.dtype), student, teacher, target, stats, *options, [True])
     else:
         u = dloss.to(student.dtype) / (1 if reduction in ("sum", "none") else counted.sum().clamp_min(1))

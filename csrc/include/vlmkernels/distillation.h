@@ -1,5 +1,6 @@
 #pragma once
 #include "vlmkernels/isa.h"
+#include "vlmkernels/scratch.h"
 #include "vlmkernels/types.h"
 
 namespace vlmk {
@@ -31,9 +32,28 @@ struct Distillation {
   static constexpr int64_t kStats = 6;
 };
 
+// Classes that are taken from memory at once and then lie in the first cache.
+constexpr int64_t kPiece = 2048;
+
+// The exponentials of a row, kept from its sums to its gradient: those of a piece are relative to the maxima known by then.
+template <class A>
+struct KeptRow {
+  A *student, *teacher;              // [classes], whole vectors
+  A *student_shift, *teacher_shift;  // [pieces]
+
+  KeptRow(Scratch& scratch, int64_t classes)
+      : student(scratch.take<A>(classes)),
+        teacher(scratch.take<A>(classes)),
+        student_shift(scratch.take<A>(classes / kPiece + 1)),
+        teacher_shift(scratch.take<A>(classes / kPiece + 1)) {}
+};
+
 VLMK_PER_ISA(
     // Losses and stats of rows [first, last).
     template <class T> void distillation(const Distillation<T>&, int64_t first, int64_t last, acc_t<T>* loss);  // [rows]
+    // And dstudent, with u = factor.
+    template <class T> void distillation_formed(const Distillation<T>&, int64_t first, int64_t last, acc_t<T>* loss,
+                                                double factor, T* dstudent, const KeptRow<acc_t<T>>&);
     // dstudent of rows [first, last), with u = factor dloss.
     template <class T> void distillation_bwd(const Distillation<T>&, int64_t first, int64_t last,
                                              const acc_t<T>* dloss,                   // [rows], or one for all
