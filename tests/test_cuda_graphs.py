@@ -211,7 +211,8 @@ def test_an_op_does_not_wait(name, dtype):
     with on_a_card() as card:
         step(op, tensors, options)
     assert card.ran[0] == op_of(name)
-    assert len(card.ran) > 1
+    of_torch = (op_of(name), "CUDA") not in KERNELS  # which may form the gradients in the forward
+    assert len(card.ran) > 1 or of_torch
 
 
 WAITS = {

@@ -93,6 +93,18 @@ def test_extreme_temperatures(teacher, divergence, temperature):
     judge(tensors, target=targets(40, 60), hard_weight=0.5, **options)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6])
+@of_forms
+def test_softmax_of_almost_no_temperature_is_the_largest_class(teacher, divergence, temperature):
+    logits, weight = torch.tensor([[0.0, 1.0, 5.0]], requires_grad=True), torch.eye(3, requires_grad=True)
+    taught = {"teacher_hidden": torch.tensor([[-1.0, 0.0, 3.0]]), "teacher_weight": torch.eye(3)}
+    if teacher == "topk":
+        taught = {"teacher_topk": (torch.zeros(1, 1), torch.tensor([[2]]))}
+    loss, *grads = results([logits, weight], divergence=divergence, temperature=temperature, **taught)
+    assert loss == 0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
