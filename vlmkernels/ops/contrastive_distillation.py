@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels._library import TRITON, define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _contrastive_distillation_sweeps as sweeps
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.reference.contrastive_distillation import (
@@ -156,7 +156,13 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
-for _device in ("CPU", "CUDA"):
-    if has_kernel("contrastive_distillation_stats", _device):
-        kernel("contrastive_distillation", _device, sweeps.forward, pairwise.label(_device))
-        kernel("contrastive_distillation_bwd", _device, sweeps.backward, pairwise.label(_device))
+if has_kernel("contrastive_distillation_stats", "CPU"):
+    kernel("contrastive_distillation", "CPU", sweeps.forward, pairwise.label("CPU"))
+    kernel("contrastive_distillation_bwd", "CPU", sweeps.backward, pairwise.label("CPU"))
+
+if TRITON:
+    from vlmkernels.triton import _contrastive_distillation_bwd as _cuda_bwd
+    from vlmkernels.triton import contrastive_distillation as _cuda
+
+    kernel("contrastive_distillation", "CUDA", _cuda.contrastive_distillation, "Triton")
+    kernel("contrastive_distillation_bwd", "CUDA", _cuda_bwd.contrastive_distillation_bwd, "Triton")
