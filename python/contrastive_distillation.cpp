@@ -19,13 +19,7 @@ void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const
   need_features(need, query, key, scale);
   const int64_t n = query.size(0), m = key.size(0);
   need.that(n > 0 && m > 0, "query and key must have rows, got sizes ", query.sizes(), " and ", key.sizes());
-  need.tensor("teacher_query", teacher_query, {n, kAny}, query.scalar_type());
-  const int64_t d = teacher_query.size(1);
-  need.tensor("teacher_key", teacher_key, {m, d}, query.scalar_type());
-  need.that(d > 0, "teacher_query and teacher_key must have a width, got sizes ", teacher_query.sizes(), " and ",
-            teacher_key.sizes());
-  need.scalar("teacher_scale", teacher_scale);
-  need.countable({std::max(n, m), d});
+  need_teacher(need, query, key, teacher_query, teacher_key, teacher_scale);
 }
 
 auto contrastive_distillation_stats(const Tensor& query, const Tensor& key, const Tensor& scale, const Tensor& teacher_query,
