@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 import vlmkernels
 from benchmarks.gpu import trace
 from vlmkernels import reference
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
 from vlmkernels.triton import _contrastive_distillation_bwd as launcher_bwd
 from vlmkernels.triton import _pairwise as pairwise
@@ -180,8 +181,9 @@ def test_a_teacher_of_another_dtype(student, teacher):
 @pytest.mark.parametrize(
     "options", [{}, {**ROWS, "reduction": "none"}, {"divergence": "cross_entropy"}], ids=str
 )
-def test_the_public_op(shape, options):
+def test_the_public_op(shape, options, monkeypatch):
     """Registered for CUDA, with its gradients by autograd."""
+    monkeypatch.setattr(_pairwise_small, "LIMIT", 0)  # a path of CPU tensors
     query, key = unit_features(70, 66, 24)
     teacher = [*unit_features(70, 66, 40), torch.full(shape, 20.0)]
     tensors = [x.requires_grad_() for x in (query, key, torch.full(shape, 10.0))]
