@@ -280,10 +280,10 @@ def test_which_problems_are_small():
     def serves(n, m, d, **options):
         return _pairwise_small.serves(torch.zeros(n, d, **options), torch.zeros(m, d, **options))
 
-    assert serves(512, 512, 4)
-    assert serves(1, 512, 4, dtype=torch.float64)
-    assert not serves(513, 513, 4)
-    assert not serves(4, 513, 4)
+    assert serves(1024, 1024, 4)
+    assert serves(1, 1024, 4, dtype=torch.float64)
+    assert not serves(1025, 1025, 4)
+    assert not serves(4, 1025, 4)
     assert not serves(0, 4, 4)
     assert not serves(4, 4, 0)
     assert not serves(4, 4, 4, device="meta")

@@ -132,18 +132,23 @@ void small_log_sum_exps_columns(const PairwiseSmall<P>& g) {
   using A = acc_t<P>;
   const A scale = std::fabs(g.pairs.scale);
   const int64_t m = g.pairs.m;
-  A* sum = g.col_sum;
-  for (int64_t j = 0; j < m; ++j) g.col_max[j] = g.part_max[j], sum[j] = g.part_sum[j];
+  for (int64_t j = 0; j < m; ++j) g.col_max[j] = g.part_max[j];
   for (int64_t ib = 1; ib < g.row_blocks(); ++ib) {
-    const A *part_max = g.part_max + ib * m, *part_sum = g.part_sum + ib * m;
+    for (int64_t j = 0; j < m; ++j) g.col_max[j] = max_(g.col_max[j], g.part_max[ib * m + j]);
+  }
+  for (int64_t c = 0; c < m; c += kSumPart) {
+    const int64_t count = min_(kSumPart, m - c);
+    double sum[kSumPart] = {};
+    for (int64_t ib = 0; ib < g.row_blocks(); ++ib) {
+      const A *part_max = g.part_max + ib * m + c, *part_sum = g.part_sum + ib * m + c, *top = g.col_max + c;
 #pragma omp simd
-    for (int64_t j = 0; j < m; ++j) {
-      const A top = max_(g.col_max[j], part_max[j]);
-      sum[j] = sum[j] * exp_(scale * (g.col_max[j] - top)) + part_sum[j] * exp_(scale * (part_max[j] - top));
-      g.col_max[j] = top;
+      for (int64_t j = 0; j < count; ++j) sum[j] += part_sum[j] * exp_(scale * (part_max[j] - top[j]));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      g.col_sum[c + j] = static_cast<A>(sum[j]);
+      g.col_log[c + j] = static_cast<A>(std::log(sum[j]));
     }
   }
-  for (int64_t j = 0; j < m; ++j) g.col_log[j] = std::log(sum[j]);
 }
 
 template <class P>
@@ -153,7 +158,7 @@ void small_cross_entropy_rows(const PairwiseSmall<P>& g, int64_t ib) {
   const int64_t i0 = ib * kSmallRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
   A* col_total = g.part_total + ib * m;
   small_log_sum_exps_rows(g, ib);
-  for (int64_t j = 0; g.columns && j < m; ++j) col_total[j] = 0;
+  for (int64_t j = 0; g.smoothing > 0 && g.columns && j < m; ++j) col_total[j] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const A* x = g.x + i * g.ldx;
     double total = 0;
@@ -177,13 +182,12 @@ double small_cross_entropy_columns(const PairwiseSmall<P>& g) {
   const A scale = std::fabs(g.pairs.scale);
   const int64_t m = g.pairs.m;
   small_log_sum_exps_columns(g);
-  A* total = g.part_total;
-  for (int64_t ib = 1; ib < g.row_blocks(); ++ib) {
-    for (int64_t j = 0; j < m; ++j) total[j] += g.part_total[ib * m + j];
-  }
   double loss = 0;
   for (int64_t j = 0; j < m; ++j) {
-    loss += cross_entropy<A>(g.smoothing, scale, g.col_max[j], g.col_log[j], g.diagonal[j], total[j] / m);
+    double total = 0;
+    for (int64_t ib = 0; g.smoothing > 0 && ib < g.row_blocks(); ++ib) total += g.part_total[ib * m + j];
+    const A mean = static_cast<A>(total / m);
+    loss += cross_entropy<A>(g.smoothing, scale, g.col_max[j], g.col_log[j], g.diagonal[j], mean);
   }
   return loss;
 }

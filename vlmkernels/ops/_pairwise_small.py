@@ -16,7 +16,7 @@ from vlmkernels._modules import is_transformed
 from vlmkernels.ops import _pairwise as pairwise
 
 # Up to so many queries or keys this is faster than the streaming kernels.
-LIMIT = 512
+LIMIT = 1024
 
 # S_ij = scale a_i b_j <q_i, k_j> + bias, with a, b inverse norms or 1; the pairs (i, i) are positive. Without
 # a bias the loss is the mean cross-entropy along the rows, averaged with that along the columns when

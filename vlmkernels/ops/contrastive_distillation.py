@@ -53,7 +53,7 @@ def contrastive_distillation(
         store_bytes: memory that may be spent to keep logits between the forward and the backward, which then
             performs ``(8 - 2 f) N M D + (4 - 2 f) N M E`` operations in all, f being the fraction that fits.
 
-    With `reduction` "mean" or "sum", and a teacher of the student's dtype, up to 512 x 512 logits are
+    With `reduction` "mean" or "sum", and a teacher of the student's dtype, up to 1024 x 1024 logits are
     materialised on a CPU, outside compiled code, for any `store_bytes`: streaming them would cost more than
     it saves.
 
