@@ -39,6 +39,7 @@ CUBLAS = {  # ops that run as torch's own on a GPU
     "distillation",
     "embedding_distillation",
     "linear",
+    "linear_distillation",
     "mlp",
     "gated_mlp",
 }
@@ -64,7 +65,7 @@ def test_every_op_has_all_its_parts(op):
 ROOMS = ("vlmkernels/ops/", "vlmkernels/reference/", "vlmkernels/triton/", "csrc/", "python/")
 GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
-    *("vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
+    *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
