@@ -12,8 +12,7 @@ namespace {
 
 using at::Tensor;
 
-// Bytes of gradient tiles held at once, unless one row of them is more: they stay in the cache until both products have read
-// them, and malloc gives the same memory again, whose pages are there.
+// Bytes of gradient tiles held at once, unless one row of them is more. With more the backward is no faster.
 constexpr int64_t kWorkspace = int64_t(3) << 23;
 
 void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const Tensor& teacher_query,
