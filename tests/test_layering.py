@@ -35,7 +35,6 @@ KERNELS = {
     "gated_mlp": DENSE,
 }
 CUBLAS = {  # ops that run as torch's own on a GPU
-    "contrastive_distillation",
     "distillation",
     "embedding_distillation",
     "linear",

@@ -109,7 +109,32 @@ CALLS = [  # the op, its arguments, and what the error says
     ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
     ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
     ("small_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
-    ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
+    ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key must have as many rows"),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 2), ones(3, 2), ones(1), *ALL[:6]],
+        r"teacher_key must be .*\[4, 2\]",
+    ),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 0), ones(4, 0), ones(1), *ALL[:6]],
+        r"teacher_query and teacher_key must have a width",
+    ),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 2), ones(4, 2), ones(2), *ALL[:6]],
+        r"teacher_scale must have one element, got sizes \[2\]",
+    ),
+    (
+        "small_distillation",
+        [F[:0], F, ones(1), F[:0], F, ones(1), *ALL[:6]],
+        r"query and key must have rows, got 0 and 4",
+    ),
+    (
+        "small_loss_bwd",
+        [ones(()), F, F[:3], ones(1), None, ones(4, 64), F, ones(4), F, False, [True, False, False, False]],
+        r"key must have as many rows as query or more, got 3 and 4",
+    ),
     (
         "small_loss_bwd",
         [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],

@@ -89,6 +89,7 @@ def test_no_raw_op_loses_a_derivative_in_silence():
     at, ops = torch.arange(4), torch.ops.vlmkernels
     calls = [
         lambda q: ops.small_loss(q, x, scale, None, True, 0.0, False, True, True, True),
+        lambda q: ops.small_distillation(q, x, scale, x, x, scale, *[True] * 6),
         lambda q: ops.contrastive_distillation_stats(q, x, scale, x, x, scale, True, False, 0),
         lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0, 0),
         lambda q: ops.sigmoid_sweep(

@@ -23,6 +23,7 @@ OURS = "**vlmkernels**"
 SHAPES = {
     "info_nce": "D={d}",
     "sigmoid_loss": "D={d}",
+    "contrastive_distillation": "D={d}, teacher {e}",
     "linear_cross_entropy": "[{n}, {d}] x {v} classes",
     "interval_attention": "{batch} x {heads} heads of {width}, {queries} x {keys}",
     "perceiver_attention": "{batch} x 8 heads of 64",

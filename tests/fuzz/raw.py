@@ -185,13 +185,27 @@ def small_loss(draw: Draw) -> list:
 
 
 @arguments
+def small_distillation(draw: Draw) -> list:
+    query, key = features(draw, zero=False)
+    key = torch.cat([key, key[: draw.small()]])
+    width = draw.size(zero=False)
+    teacher = [draw.floats(len(x), width, dtype=query.dtype) for x in (query, key)]
+    flags = [draw.flag() for _ in range(3)]
+    return [query, key, draw.scalar(), *teacher, draw.scalar(), *flags, *draw.needs(3)]
+
+
+@arguments
 def small_loss_bwd(draw: Draw) -> list:
-    query, key, scale, bias, *options = small_loss(draw)
-    need_query, need_key, need_scalars = options[-3:]
-    _, *formed = ops.small_loss(query, key, scale, bias, *options)
+    if draw.flag():
+        inputs = small_loss(draw)
+        bias, normalize, formed = inputs[3], inputs[6], ops.small_loss(*inputs)[1:]
+    else:
+        inputs = small_distillation(draw)
+        bias, normalize, formed = None, False, ops.small_distillation(*inputs)[1:]
+    need_query, need_key, need_scalars = inputs[-3:]
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
-    dloss = draw.floats(dtype=work(query.dtype))
-    return [dloss, query, key, scale, bias, *formed, options[2], needs]
+    dloss = draw.floats(dtype=work(inputs[0].dtype))
+    return [dloss, *inputs[:3], bias, *formed, normalize, needs]
 
 
 def targets(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:

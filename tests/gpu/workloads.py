@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
+from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import gated_linear_residual as linear
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce as nce
@@ -60,6 +62,26 @@ def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True
     sigmoid_loss.sigmoid_sweep(
         q, k, meta(), meta(), a, b, *labels, meta(n), loss, grads, grads, grads and scalars
     )
+
+
+def distillation_of_pairs(
+    n,
+    m,
+    d,
+    e,
+    dtype,
+    *,
+    symmetric=True,
+    divergence="kl",
+    reduction="mean",
+    needs=(True, True, True),
+    grads=True,
+):
+    options = (symmetric, divergence, reduction, 1 << 28)
+    student, teacher = ((features(n, width, dtype), features(m, width, dtype), meta()) for width in (d, e))
+    loss, *stats = distilled.contrastive_distillation(*student, *teacher, *options)
+    if grads:
+        distilled_bwd.contrastive_distillation_bwd(loss, *student, *teacher, *stats, *options, needs)
 
 
 def cross_entropy(n, d, v, dtype, *, options=False, smoothing=0.0, grads=True):
@@ -128,6 +150,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
+    _add(f"contrastive_distillation {name}", distillation_of_pairs, 4096, 4096, 512, 768, dtype)
+    _add(f"contrastive_distillation {name} small", distillation_of_pairs, 512, 512, 512, 512, dtype)
+    _add(f"contrastive_distillation {name} ragged", distillation_of_pairs, 4097, 4099, 500, 510, dtype)
     _add(f"cross_entropy {name}", cross_entropy, 8192, 768, 50257, dtype)
     _add(f"cross_entropy {name} small", cross_entropy, 64, 256, 1000, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
@@ -143,6 +168,7 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"perceiver {name}", resampler, 8, 8, 64, 2048, 64, dtype)
 _add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True)
 _add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
+_add("contrastive_distillation fp16", distillation_of_pairs, 4096, 4096, 512, 768, FP16)
 _add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
@@ -151,6 +177,8 @@ for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
     _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    widths = (512, 768) if name != " ragged" else (500, 510)
+    _add(f"contrastive_distillation tf32{name}", distillation_of_pairs, *size, *widths, FP32, allow_tf32=True)
 _add("info_nce bf16 of many devices", info_nce, 4096, 65536, 768, BF16, normalize=True)
 _add("info_nce tf32 of many devices", info_nce, 4096, 65536, 768, FP32, allow_tf32=True)
 _add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
@@ -169,6 +197,41 @@ _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
 _add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
+_add(
+    "contrastive_distillation bf16 cross entropy",
+    distillation_of_pairs,
+    4096,
+    4096,
+    512,
+    768,
+    BF16,
+    divergence="cross_entropy",
+    reduction="none",
+)
+for name, dtype in (("bf16", BF16), ("tf32", FP32)):
+    _add(
+        f"contrastive_distillation {name} of many devices",
+        distillation_of_pairs,
+        4096,
+        65536,
+        512,
+        768,
+        dtype,
+        allow_tf32=name == "tf32",
+    )
+_add("contrastive_distillation bf16 of large batches", distillation_of_pairs, 65536, 65536, 512, 768, BF16)
+_add(
+    "contrastive_distillation bf16 one direction",
+    distillation_of_pairs,
+    4096,
+    4096,
+    512,
+    768,
+    BF16,
+    symmetric=False,
+    needs=(True, False, False),
+)
+_add("contrastive_distillation bf16 one pair", distillation_of_pairs, 1, 1, 1, 1, BF16)
 _add("cross_entropy bf16 options", cross_entropy, 4096, 768, 30522, BF16, options=True, smoothing=0.1)
 _add("cross_entropy bf16 ragged", cross_entropy, 4097, 500, 50257, BF16)
 _add("cross_entropy bf16 loss alone", cross_entropy, 8192, 4096, 128256, BF16, grads=False)

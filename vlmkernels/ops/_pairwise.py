@@ -14,16 +14,18 @@ def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     Only CPU kernels keep exponentials: on a GPU recomputing them costs no more than moving them.
     """
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
-    return kept(query, key, TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER, store_bytes)
+    return kept(query, key, TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER, store_bytes, 2)
 
 
-def kept(query: Tensor, key: Tensor, tile: int, store_bytes: int) -> int:
-    """Bytes of the tiles, of `tile` bytes each, that a forward on a CPU keeps within `store_bytes`."""
+def kept(query: Tensor, key: Tensor, tile: int, store_bytes: int, share: int = 1) -> int:
+    """Bytes of the tiles, of `tile` bytes each, that a forward on a CPU keeps within `store_bytes`: all, or
+    as many as a `share`-th part holds.
+    """
     if query.device.type != "cpu":
         return 0
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     fit = store_bytes // tile
-    return (tiles if tiles <= fit else fit // 2) * tile
+    return (tiles if tiles <= fit else fit // share) * tile
 
 
 def flops(query: torch.Size, key: torch.Size, products: int = 1) -> int:

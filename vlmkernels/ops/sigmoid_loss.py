@@ -38,8 +38,8 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    In the plain form (neither `positives` nor `reduction`) up to 512 x 512 logits are materialised on a CPU,
-    outside compiled code: streaming them would cost more than it saves.
+    In the plain form (neither `positives` nor `reduction`) up to 1024 x 1024 logits are materialised on a
+    CPU, outside compiled code: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
