@@ -36,8 +36,6 @@ KERNELS = {
 }
 CUBLAS = {  # ops that run as torch's own on a GPU
     "contrastive_distillation",
-    "distillation",
-    "embedding_distillation",
     "linear",
     "mlp",
     "gated_mlp",

@@ -10,8 +10,7 @@ pytest.importorskip("triton")
 from vlmkernels.triton import gated_residual, info_nce
 
 from .cases import CASES
-from .mutants import MUTANTS
-from .mutations import RUNGS, mutated, patched, recorded, row, sources, verdict
+from .mutations import MUTANTS, RUNGS, mutated, patched, recorded, row, sources, verdict
 from .test_cases import kernels
 from .trials import sanitized
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.distillation import distillation_bwd, distillation_fwd, option_faults
 
 
@@ -121,3 +121,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda *_, **__: 0,
 )
+
+if TRITON:
+    from vlmkernels.triton import distillation as _triton
+
+    kernel("distillation", "CUDA", _triton.distillation, "Triton")
+    kernel("distillation_bwd", "CUDA", _triton.distillation_bwd, "Triton")

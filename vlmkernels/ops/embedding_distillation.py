@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.embedding_distillation import (
     embedding_distillation_bwd,
     embedding_distillation_fwd,
@@ -107,3 +107,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda *_, **__: 0,
 )
+
+if TRITON:
+    from vlmkernels.triton import embedding_distillation as _triton
+
+    kernel("embedding_distillation", "CUDA", _triton.embedding_distillation, "Triton")
+    kernel("embedding_distillation_bwd", "CUDA", _triton.embedding_distillation_bwd, "Triton")

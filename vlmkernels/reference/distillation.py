@@ -42,6 +42,7 @@ def distillation(
     """The definition, differentiable by autograd."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation", student_logits, teacher_logits, target, *options)
+    check_target("distillation", target, student_logits.shape[1], ignore_index)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
     losses = student.new_zeros(len(student))
     if hard_weight < 1:
@@ -116,6 +117,7 @@ def distillation_bwd(
     """dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation_bwd", student_logits, teacher_logits, target, *options, stats=stats, dloss=dloss)
+    check_target("distillation_bwd", target, student_logits.shape[1], ignore_index)
     if not needs[0]:
         return student_logits.new_empty(0)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
@@ -210,11 +212,14 @@ def check(
         faults.append(f"dloss must be {list(wanted)}, got {list(dloss.shape)}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
+
+
+def check_target(op: str, target: Tensor | None, v: int, ignore_index: int) -> None:
+    """Without waiting for a device."""
     if target is None:
         return
-    v = student.shape[1]
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()
-    if target.is_cuda:  # without waiting for the device
+    if target.is_cuda:
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")
     elif not valid:
         outside = target[(target != ignore_index) & ((target < 0) | (target >= v))]
