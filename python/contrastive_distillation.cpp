@@ -12,20 +12,16 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMinimumWorkspace = int64_t(1) << 25;  // bytes of gradient tiles that may be held at once
+// Bytes of gradient tiles held at once, unless one row of them is more: they stay in the cache until both products have read
+// them, and malloc gives the same memory again, whose pages are there.
+constexpr int64_t kWorkspace = int64_t(3) << 23;
 
 void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const Tensor& scale, const Tensor& teacher_query,
                  const Tensor& teacher_key, const Tensor& teacher_scale) {
   need_features(need, query, key, scale);
   const int64_t n = query.size(0), m = key.size(0);
   need.that(n > 0 && m > 0, "query and key must have rows, got sizes ", query.sizes(), " and ", key.sizes());
-  need.tensor("teacher_query", teacher_query, {n, kAny}, query.scalar_type());
-  const int64_t d = teacher_query.size(1);
-  need.tensor("teacher_key", teacher_key, {m, d}, query.scalar_type());
-  need.that(d > 0, "teacher_query and teacher_key must have a width, got sizes ", teacher_query.sizes(), " and ",
-            teacher_key.sizes());
-  need.scalar("teacher_scale", teacher_scale);
-  need.countable({std::max(n, m), d});
+  need_teacher(need, query, key, teacher_query, teacher_key, teacher_scale);
 }
 
 auto contrastive_distillation_stats(const Tensor& query, const Tensor& key, const Tensor& scale, const Tensor& teacher_query,
@@ -120,7 +116,7 @@ auto contrastive_distillation_grads(const Tensor& query, const Tensor& key, cons
     const Tensor row_stats = rows.contiguous(), col_stats = cols.contiguous(), u = row_coef.contiguous(),
                  v = col_coef.contiguous();
     const int64_t row_bytes = col_blocks * kTileSize * static_cast<int64_t>(sizeof(P));
-    const int64_t step = std::clamp<int64_t>(std::max(kMinimumWorkspace, workspace_bytes) / row_bytes, 1, row_blocks);
+    const int64_t step = std::clamp<int64_t>(kWorkspace / row_bytes, 1, row_blocks);
     const Tensor tiles = on_huge_pages(at::empty({any ? step * col_blocks * kTileSize : 0}, student.query.options()));
     ContrastiveDistillationGrads<P> g{p,
                                       teacher.pairs,
@@ -136,7 +132,8 @@ auto contrastive_distillation_grads(const Tensor& query, const Tensor& key, cons
                                       data<A>(key_sums),
                                       {data<P>(student.query), p.d, nullptr, nullptr, data<P>(dquery), data<A>(query_dot)},
                                       {data<P>(student.key), p.d, nullptr, nullptr, data<P>(dkey), data<A>(key_dot)}};
-    const int64_t operand = kKeyTiles<P> * kTileSize * sizeof(P), split = depth_parts(col_blocks, p.d);
+    const int64_t split = depth_parts(col_blocks, p.d), key_tasks = need_key ? col_blocks * split : 0;
+    const int64_t sums_size = kTileRows * p.depth, operand_size = kKeyTiles<P> * kTileSize;
     for (int64_t first = 0; any && first < row_blocks; first = g.last) {
       g.first = first, g.last = std::min(first + step, row_blocks);
       if (need_key) student.pack_qt(g.first, g.last);
@@ -145,18 +142,17 @@ auto contrastive_distillation_grads(const Tensor& query, const Tensor& key, cons
         VLMK_CALL(contrastive_distillation_tile, g, first + task / col_blocks, task % col_blocks,
                   scratch.take<A>(2 * kTileSize));
       });
-      if (need_query) {
-        for_tasks(g.last - first, kTileRows * p.depth * sizeof(A), [&](int64_t task, Scratch& scratch) {
-          VLMK_CALL(contrastive_distillation_query, g, first + task, scratch.take<A>(kTileRows * p.depth));
-        });
-      }
-      if (need_key) {
-        for_tasks(col_blocks * split, operand, [&](int64_t task, Scratch& scratch) {
-          const int64_t part = task % split;
-          VLMK_CALL(contrastive_distillation_key, g, task / split, part * p.d / split, (part + 1) * p.d / split, first > 0,
-                    scratch.take<P>(kKeyTiles<P> * kTileSize));
-        });
-      }
+      const int64_t query_tasks = need_query ? g.last - first : 0,
+                    bytes = std::max(sums_size * sizeof(A), operand_size * sizeof(P));
+      for_tasks(query_tasks + key_tasks, bytes, [&](int64_t task, Scratch& scratch) {
+        if (task < query_tasks) {
+          VLMK_CALL(contrastive_distillation_query, g, first + task, scratch.take<A>(sums_size));
+        } else {
+          const int64_t jb = (task - query_tasks) / split, part = (task - query_tasks) % split;
+          VLMK_CALL(contrastive_distillation_key, g, jb, part * p.d / split, (part + 1) * p.d / split, first > 0,
+                    scratch.take<P>(operand_size));
+        }
+      });
     }
     if (need_key) {
       for_tasks(col_blocks, kTileCols * p.d * sizeof(A), [&](int64_t jb, Scratch& scratch) {

@@ -76,11 +76,12 @@ struct Call {
             teacher.stride(0),     o.ignore_index,   divergence,
             temperature,           o.beta,           o.hard_weight};
   }
-  // f(first, last) for all rows.
+  // f(first, last, scratch) for all rows.
   template <class F>
-  void for_rows(F f) const {
+  void for_rows(int64_t scratch_bytes, F f) const {
     const int64_t block = std::max<int64_t>(kTaskClasses / std::max<int64_t>(classes, 1), 1);
-    for_tasks(ceil_div(rows, block), 0, [&](int64_t task, Scratch&) { f(task * block, std::min((task + 1) * block, rows)); });
+    for_tasks(ceil_div(rows, block), scratch_bytes,
+              [&](int64_t task, Scratch& scratch) { f(task * block, std::min((task + 1) * block, rows), scratch); });
   }
   double share() const { return o.mean() ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1.0; }
 
@@ -97,26 +98,41 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& target,
-                                        double temperature, std::string_view divergence, double beta, double hard_weight,
-                                        int64_t ignore_index, std::string_view reduction) {
+Tensor new_gradient(const Call& call, bool need) {
+  return on_huge_pages(at::empty(need ? call.student.sizes() : at::IntArrayRef{0}, call.student.options()));
+}
+
+auto distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& target, double temperature,
+                  std::string_view divergence, double beta, double hard_weight, int64_t ignore_index,
+                  std::string_view reduction, bool need_student) {
   const Call call("distillation", student, teacher, target,
                   {temperature, divergence, beta, hard_weight, ignore_index, reduction});
   const auto options = student.options().dtype(sum_type(call.dtype));
   const Tensor losses = at::empty({call.rows}, options), stats = at::empty({call.rows, Distillation<float>::kStats}, options);
+  const Tensor dstudent = new_gradient(call, need_student);
   Tensor loss = losses;
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     const Distillation<T> g = call.kernel<T>(stats);
-    call.for_rows([&](int64_t first, int64_t last) { VLMK_CALL(distillation, g, first, last, data<A>(losses)); });
+    if (dstudent.numel() > 0) {
+      Scratch measured{nullptr};
+      KeptRow<A>(measured, call.classes);
+      call.for_rows(reinterpret_cast<intptr_t>(measured.next), [&](int64_t first, int64_t last, Scratch& scratch) {
+        const KeptRow<A> kept(scratch, call.classes);
+        VLMK_CALL(distillation_formed, g, first, last, data<A>(losses), call.share(), data<T>(dstudent), kept);
+      });
+    } else {
+      call.for_rows(0,
+                    [&](int64_t first, int64_t last, Scratch&) { VLMK_CALL(distillation, g, first, last, data<A>(losses)); });
+    }
     if (call.o.per_row()) return;
     double sum = 0;
     for (int64_t i = 0; i < call.rows; ++i) sum += data<A>(losses)[i];
     loss = at::empty({}, options);
     *data<A>(loss) = static_cast<A>(sum * call.share());
   });
-  return {loss, stats};
+  return std::make_tuple(loss, stats, dstudent.to(student.scalar_type()));
 }
 
 Tensor distillation_bwd(const Tensor& dloss_, const Tensor& student, const Tensor& teacher, const optional<Tensor>& target,
@@ -129,12 +145,12 @@ Tensor distillation_bwd(const Tensor& dloss_, const Tensor& student, const Tenso
   need.tensor("stats", stats_, {call.rows, Distillation<float>::kStats}, sums);
   need.tensor("dloss", dloss_, call.o.per_row() ? at::IntArrayRef(call.rows) : at::IntArrayRef(), kFloats);
   const Tensor dloss = dloss_.to(sums).contiguous(), stats = stats_.contiguous();
-  const Tensor dstudent = on_huge_pages(at::empty(needs[0] ? student.sizes() : at::IntArrayRef{0}, call.student.options()));
+  const Tensor dstudent = new_gradient(call, needs[0]);
   if (dstudent.numel() == 0) return dstudent.to(student.scalar_type());
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
     const Distillation<T> g = call.kernel<T>(stats);
-    call.for_rows([&](int64_t first, int64_t last) {
+    call.for_rows(0, [&](int64_t first, int64_t last, Scratch&) {
       VLMK_CALL(distillation_bwd, g, first, last, data<acc_t<T>>(dloss), !call.o.per_row(), call.share(), data<T>(dstudent));
     });
   });

@@ -74,24 +74,31 @@ struct Call {
   }
 };
 
-Tensor embedding_distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& weight,
-                              std::string_view distance, bool normalize, std::string_view reduction) {
+Tensor new_gradient(const Call& call, bool need) {
+  return on_huge_pages(at::empty(need ? call.student.sizes() : at::IntArrayRef{0}, call.student.options()));
+}
+
+auto embedding_distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& weight,
+                            std::string_view distance, bool normalize, std::string_view reduction, bool need_student) {
   const Call call(Need("embedding_distillation"), student, teacher, weight, distance, normalize, reduction);
   const auto options = student.options().dtype(sum_type(call.dtype));
-  const Tensor losses = at::empty({call.rows}, options);
+  const Tensor losses = at::empty({call.rows}, options), dstudent = new_gradient(call, need_student);
   Tensor loss = losses;
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
     const EmbeddingDistillation<T> g = call.kernel<T>();
-    call.for_rows([&](int64_t first, int64_t last) { VLMK_CALL(embedding_distillation, g, first, last, data<A>(losses)); });
+    call.for_rows([&](int64_t first, int64_t last) {
+      VLMK_CALL(embedding_distillation, g, first, last, data<A>(losses), call.share,
+                dstudent.numel() > 0 ? data<T>(dstudent) : nullptr);
+    });
     if (call.per_row) return;
     double sum = 0;
     for (int64_t i = 0; i < call.rows; ++i) sum += data<A>(losses)[i];
     loss = at::empty({}, options);
     *data<A>(loss) = static_cast<A>(sum * call.share);
   });
-  return loss;
+  return std::make_tuple(loss, dstudent.to(student.scalar_type()));
 }
 
 Tensor embedding_distillation_bwd(const Tensor& dloss_, const Tensor& student, const Tensor& teacher,
@@ -101,7 +108,7 @@ Tensor embedding_distillation_bwd(const Tensor& dloss_, const Tensor& student, c
   const Call call(need, student, teacher, weight, distance, normalize, reduction);
   need.tensor("dloss", dloss_, call.per_row ? at::IntArrayRef(call.rows) : at::IntArrayRef(), kFloats);
   const Tensor dloss = dloss_.to(sum_type(call.dtype)).contiguous();
-  const Tensor dstudent = on_huge_pages(at::empty(needs[0] ? student.sizes() : at::IntArrayRef{0}, call.student.options()));
+  const Tensor dstudent = new_gradient(call, needs[0]);
   if (dstudent.numel() == 0) return dstudent.to(student.scalar_type());
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);

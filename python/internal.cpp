@@ -3,8 +3,9 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_IMPL(vlmkernels, Autograd, m) {
-  for (const char* op : {"small_loss", "small_loss_bwd", "contrastive_distillation_grads", "contrastive_distillation_stats",
-                         "info_nce_grads", "info_nce_stats", "sigmoid_sweep", "linear_cross_entropy_sweep"}) {
+  for (const char* op : {"small_distillation", "small_loss", "small_loss_bwd", "contrastive_distillation_grads",
+                         "contrastive_distillation_stats", "info_nce_grads", "info_nce_stats", "sigmoid_sweep",
+                         "linear_cross_entropy_sweep", "linear_distillation_sweep"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -27,6 +27,19 @@ inline void need_features(const Need& need, const at::Tensor& query, const at::T
   need.countable({std::max(n, m), d});
 }
 
+// The same of a teacher, of another width.
+inline void need_teacher(const Need& need, const at::Tensor& query, const at::Tensor& key, const at::Tensor& teacher_query,
+                         const at::Tensor& teacher_key, const at::Tensor& teacher_scale) {
+  const int64_t n = query.size(0), m = key.size(0);
+  need.tensor("teacher_query", teacher_query, {n, kAny}, query.scalar_type());
+  const int64_t d = teacher_query.size(1);
+  need.tensor("teacher_key", teacher_key, {m, d}, query.scalar_type());
+  need.that(d > 0, "teacher_query and teacher_key must have a width, got sizes ", teacher_query.sizes(), " and ",
+            teacher_key.sizes());
+  need.scalar("teacher_scale", teacher_scale);
+  need.countable({std::max(n, m), d});
+}
+
 // The features as kernels read them, owning the memory that Pairs points to.
 template <class P>
 struct Features {

@@ -133,6 +133,19 @@ def _hidden(dtype, n, v, d) -> Iterator[Case]:
             return vlmkernels.linear_cross_entropy(hidden, weight, target, bias=bias, **options)
 
         yield "linear_cross_entropy", loss, tensors
+    layer = {
+        "teacher_hidden": torch.randn(n, d + 5).to(dtype),
+        "teacher_weight": torch.randn(v, d + 5).to(dtype),
+    }
+    topk = {"teacher_topk": torch.randn(n, v).log_softmax(1).topk(min(v, 9))}
+    mixed = {"target": target, "hard_weight": 0.5}
+    reverse, jsd = {"divergence": "reverse_kl", "reduction": "none"}, mixed | {"divergence": "jsd"}
+    for options in (layer, layer | reverse, layer | jsd, topk, topk | jsd):
+
+        def distilled(hidden, weight, bias, options=options):
+            return vlmkernels.linear_distillation(hidden, weight, student_bias=bias, **options)
+
+        yield "linear_distillation", distilled, tensors
 
 
 def _of_rows(dtype, n, v) -> Iterator[Case]:

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 import vlmkernels
 from tests.parity import peer
 from vlmkernels import reference
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.testing import assert_as_good, assert_op_as_good, result_and_gradients, unit_features
+
+
+@pytest.fixture(autouse=True)
+def _kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(_pairwise_small, "LIMIT", 0)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ON = {"dispatched": "cpu", **({"cuda": "cuda"} if torch.cuda.is_available() else {})}
@@ -60,6 +67,14 @@ def test_options(device, dtype, divergence, reduction, symmetric):
     same = symmetric and reduction == "none"
     judge(problem(140, 140 if same else 530, 24, dtype), device=ON[device], **options)
     judge(problem(270, 270 if same else 33, 24, dtype), device=ON[device], store_bytes=0, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_problems(monkeypatch, dtype):
+    """As users meet them; tests/test_pairwise_small.py has the rest."""
+    monkeypatch.undo()
+    for options in ({}, {"divergence": "cross_entropy", "reduction": "sum"}, {"symmetric": False}):
+        judge(problem(37, 50, 33, dtype), 14.3, **options)
 
 
 @pytest.mark.parametrize("store_tiles", [1, 2, 3, 5])

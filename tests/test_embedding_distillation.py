@@ -1,5 +1,7 @@
 """Distances of features, against the definition in float64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -250,10 +252,10 @@ def test_registration(permuted, reduction):
     op = torch.ops.vlmkernels.embedding_distillation.default
     bwd = torch.ops.vlmkernels.embedding_distillation_bwd.default
     options = ("cosine", False, reduction)
-    torch.library.opcheck(op, (student, teacher, weight, *options))
-    torch.library.opcheck(op, (student, teacher, None, "l1", True, reduction))
-    dloss = torch.ones_like(op(student.detach(), teacher, weight, *options))
+    dloss = torch.ones_like(op(student.detach(), teacher, weight, *options, False)[0])
     for need in (True, False):
+        torch.library.opcheck(op, (student, teacher, weight, *options, need))
+        torch.library.opcheck(op, (student, teacher, None, "l1", True, reduction, need))
         torch.library.opcheck(bwd, (dloss, student.detach(), teacher, weight, *options, [need]))
 
 
@@ -272,10 +274,10 @@ def test_raw_ops_refuse(change, message):
         "student": torch.zeros(3, 4), "teacher": torch.zeros(3, 4), "weight": torch.zeros(3),
         "distance": "l1", "normalize": True, "reduction": "mean",
     }  # fmt: skip
-    torch.ops.vlmkernels.embedding_distillation(*good.values())
+    torch.ops.vlmkernels.embedding_distillation(*good.values(), True)
     values = (good | change).values()
     with pytest.raises(ValueError, match=f"embedding_distillation: .*{message}"):
-        torch.ops.vlmkernels.embedding_distillation(*values)
+        torch.ops.vlmkernels.embedding_distillation(*values, True)
     with pytest.raises(ValueError, match=f"embedding_distillation_bwd: .*{message}"):
         torch.ops.vlmkernels.embedding_distillation_bwd(torch.ones(()), *values, [True])
 
@@ -315,9 +317,44 @@ def test_autocast_changes_nothing():
     assert torch.equal(loss, vlmkernels.embedding_distillation(student, teacher, weight=weight))
 
 
-def test_nothing_is_kept():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_the_gradient_is_kept(reduction):
+    op = functools.partial(vlmkernels.embedding_distillation, reduction=reduction)
     features = sample(50, 300, dtype=torch.bfloat16)[:2]
-    assert saved_activation_bytes(vlmkernels.embedding_distillation, *features) == 0
+    assert saved_activation_bytes(op, *features) == (50 * 300 * 2 if reduction == "mean" else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_incoming_gradients(distance, dtype):
+    """The gradient that the forward formed, scaled; float16 has no room for it, so it is formed later."""
+    student, teacher, weight = sample(40, 50, dtype=dtype)
+    loss = vlmkernels.embedding_distillation(student, teacher, distance=distance, weight=weight)
+    unit, half, again = (
+        torch.autograd.grad(loss, student, torch.tensor(by, dtype=loss.dtype), retain_graph=True)[0]
+        for by in (1.0, 0.5, 1.0)
+    )
+    assert torch.equal(again, unit)
+    assert torch.equal(half, unit / 2) or dtype == torch.float16  # which rounds small numbers
+    torch.testing.assert_close(half, unit / 2)
+    unit.zero_()  # it is no view of what the graph retains
+    assert torch.equal(torch.autograd.grad(loss, student)[0], again)
+
+
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_raw_ops_agree(reduction, formed):
+    """A gradient formed in the forward of single rows belongs to each row's own loss, and is formed anew."""
+    student, teacher, weight = sample(7, 7)
+    op, bwd = torch.ops.vlmkernels.embedding_distillation, torch.ops.vlmkernels.embedding_distillation_bwd
+    inputs = (teacher, weight, "l2", True, reduction)
+    loss, _ = op(student, *inputs, formed)
+    dloss = torch.rand_like(loss)
+    (got,) = torch.autograd.grad(loss, student, dloss)
+    torch.testing.assert_close(got, bwd(dloss, student.detach(), *inputs, [True]))
+    loss, grad = op(student.detach(), *inputs, formed)
+    want = bwd(torch.ones_like(loss), student.detach(), *inputs, [formed])
+    torch.testing.assert_close(grad, want)
 
 
 def test_determinism(for_thread_counts):

@@ -49,6 +49,10 @@ OPS = {
     "embedding_distillation": (((3, 5), (3, 5)), {"distance": "cosine"}),
     "info_nce": (((6, 5), (6, 5), ()), {"label_smoothing": 0.1}),
     "linear_cross_entropy": (((3, 5), (7, 5)), {"target": torch.tensor([3, 0, 1]), "reduction": "none"}),
+    "linear_distillation": (
+        ((3, 5), (7, 5)),
+        {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
+    ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
 }
 
@@ -78,6 +82,22 @@ def test_losses_of_all_sizes_count_alike():
             plain = sum(counted(lambda h, w, t=target: reference.linear_cross_entropy(h, w, t), tensors))
             ours = sum(counted(lambda h, w, t=target: vlmkernels.linear_cross_entropy(h, w, t), tensors))
             assert ours == plain
+
+
+@pytest.mark.parametrize("teacher", ["hidden", "topk", "unread"])
+def test_an_offline_teacher_and_one_that_is_not_read_cost_no_products(teacher):
+    taught = {"teacher_hidden": torch.ones(6, 3), "teacher_weight": torch.ones(7, 3)}
+    if teacher == "topk":
+        taught = {"teacher_topk": (torch.zeros(6, 1), torch.zeros(6, 1, dtype=torch.int64))}
+    options = {
+        "target": torch.zeros(6, dtype=torch.int64),
+        "hard_weight": 1.0 if teacher == "unread" else 0.5,
+    }
+    for tensors in trained_in_turn((6, 5), (7, 5)):
+        plain = sum(counted(partial(reference.linear_distillation, **taught, **options), tensors))
+        assert sum(counted(partial(vlmkernels.linear_distillation, **taught, **options), tensors)) == plain
+        products = 1 + sum(x.requires_grad for x in tensors)
+        assert plain == 2 * 6 * 7 * (5 * products + (3 if teacher == "hidden" else 0))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

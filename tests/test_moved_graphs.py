@@ -43,7 +43,8 @@ class Losses(nn.Module):
         target = torch.arange(len(query), device=query.device)
         rows = vlmkernels.linear_cross_entropy(self.scale * query, key, target)
         distilled = vlmkernels.contrastive_distillation(query, key, self.scale, key, query, 5.0)
-        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias), rows, distilled
+        taught = vlmkernels.linear_distillation(self.scale * query, key, key, query, temperature=2.0)
+        return ours, vlmkernels.sigmoid_loss(query, key, self.scale, self.bias), rows, distilled, taught
 
 
 def features() -> tuple[torch.Tensor, torch.Tensor]:

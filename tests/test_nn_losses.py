@@ -152,6 +152,31 @@ def test_knowledge_distillation_loss_is_torchs_of_softmaxes(reduction):
     assert not list(ours.parameters())
 
 
+HEADS = {"student_hidden": torch.zeros(2, 3, 4), "student_weight": torch.zeros(5, 4)}
+TOPK = {"teacher_topk": (torch.zeros(2, 3, 1), torch.zeros(2, 3, 1, dtype=torch.int64))}
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("teacher", ["hidden", "topk"])
+def test_knowledge_distillation_loss_of_hidden_states_is_that_of_logits(reduction, teacher):
+    hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 8), (11, 8), (11,)))
+    heads = {"teacher_hidden": torch.randn(3, 5, 6), "teacher_weight": torch.randn(11, 6)}
+    heads["teacher_bias"] = torch.randn(11)
+    target = torch.randint(0, 11, (3, 5))
+    target[0, 1:3] = 7
+    loss = KnowledgeDistillationLoss(2.0, hard_weight=0.25, ignore_index=7, reduction=reduction)
+    logits = F.linear(*heads.values())
+    taught = heads if teacher == "hidden" else {"teacher_topk": (logits / 2).log_softmax(-1).topk(11)}
+    got = result_and_gradients(
+        lambda h, w, b: loss(target=target, student_hidden=h, student_weight=w, student_bias=b, **taught),
+        (hidden, weight, bias),
+    )
+    want = result_and_gradients(
+        lambda h, w, b: loss(F.linear(h, w, b), logits, target), (hidden, weight, bias)
+    )
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -164,6 +189,28 @@ def test_knowledge_distillation_loss_is_torchs_of_softmaxes(reduction):
         (
             lambda: KnowledgeDistillationLoss()(torch.zeros(2, 3, 4), torch.zeros(3, 2, 4)),
             r"teacher_logits must be \[..., V\] and target \[...\], got \[\[2, 3, 4\], \[3, 2, 4\]\]",
+        ),
+        (
+            lambda: KnowledgeDistillationLoss()(torch.zeros(2, 4), torch.zeros(2, 5)),
+            r"teacher_logits must be \[..., V\] and target \[...\], got \[\[2, 4\], \[2, 5\]\]",
+        ),
+        (
+            lambda: KnowledgeDistillationLoss()(**HEADS, teacher_hidden=torch.zeros(3, 2, 4)),
+            r"student_hidden and teacher_hidden must be \[..., \*\] .* \[\[2, 3, 4\], \[3, 2, 4\]\]",
+        ),
+        (
+            lambda: KnowledgeDistillationLoss()(target=torch.zeros(6).long(), **HEADS, **TOPK),
+            r"teacher_topk must be .* got \[\[2, 3, 4\], \[2, 3, 1\], \[2, 3, 1\], \[6\]\]",
+        ),
+        (
+            lambda: KnowledgeDistillationLoss()(torch.zeros(2, 4), torch.zeros(2, 4), **HEADS),
+            "with a teacher, got student_logits, teacher_logits, student_hidden, student_weight",
+        ),
+        (lambda: KnowledgeDistillationLoss()(torch.zeros(2, 4)), "must be given, .* got student_logits"),
+        (lambda: KnowledgeDistillationLoss()(), "student_weight with a teacher, got none"),
+        (
+            lambda: KnowledgeDistillationLoss()(**HEADS),
+            "linear_distillation: exactly one teacher must be given",
         ),
     ],
 )

@@ -1,5 +1,6 @@
-"""Both losses on the kernels of `ops/_pairwise_small.py`, which hold the logits of small problems."""
+"""The losses on the kernels of `ops/_pairwise_small.py`, which hold the logits of small problems."""
 
+import functools
 import sys
 
 import pytest
@@ -15,9 +16,31 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CAPS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+def taught(fn):
+    """The divergence from a teacher, of another width, that a student's features determine."""
+
+    @functools.wraps(fn)
+    def loss(query, key, scale, **options):
+        wide = [torch.cat([x, x[:, :1]], 1).detach() for x in (query.roll(1, 0), key)]
+        return fn(query, key, scale, *wide, 20.0, **options)
+
+    return loss
+
+
+def distils(op):
+    return op.__name__ == "contrastive_distillation"
+
+
 LOSSES = {
     "info_nce": (vlmkernels.info_nce, reference.info_nce, ()),
     "sigmoid_loss": (vlmkernels.sigmoid_loss, reference.sigmoid_loss, (-10.0,)),
+    "contrastive_distillation": (
+        taught(vlmkernels.contrastive_distillation),
+        taught(reference.contrastive_distillation),
+        (),
+    ),
 }
 
 
@@ -65,8 +88,57 @@ def test_forward_and_gradients(dtype, scale, rows, cols, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalised_features(loss, dtype):
-    op, plain, bias = loss
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-3, 14.3, 100.0])
+@pytest.mark.parametrize(
+    ("rows", "cols", "dim"),
+    [(1, 1, 1), (2, 300, 7), (300, 2, 7), (37, 37, 33), (64, 64, 64), (200, 130, 65), (300, 300, 530)],
+)
+def test_distillation(dtype, scale, rows, cols, dim):
+    query, key = unit_features(rows, cols, dim, dtype=dtype, similarity=0.3)
+    op, plain, _ = LOSSES["contrastive_distillation"]
+    for divergence, reduction, symmetric in (
+        ("kl", "mean", True),
+        ("kl", "sum", False),
+        ("cross_entropy", "sum", True),
+        ("cross_entropy", "mean", False),
+    ):
+        options = {"divergence": divergence, "reduction": reduction, "symmetric": symmetric}
+        assert_op_as_good(op, plain, inputs(query, key, scale), **options)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("near", [1e-4, 1e-2])
+def test_a_student_close_to_its_teacher(near, divergence):
+    """The divergence and its gradients are differences of nearly equal numbers."""
+    query, key = unit_features(200, 300, 48)
+    teacher = [x + near * torch.randn_like(x) for x in (query, key)]
+
+    def of(fn):
+        def loss(query, key, scale):
+            return fn(query, key, scale, *(x.to(query.dtype) for x in teacher), 30.0, divergence=divergence)
+
+        return loss
+
+    tensors = inputs(query, key, 30.0)
+    assert_op_as_good(
+        *map(of, (vlmkernels.contrastive_distillation, reference.contrastive_distillation)), tensors
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(dtype):
+    query, key, scale = inputs(*unit_features(200, 300, 48, dtype=dtype), 30.0)
+    teacher = query.detach().clone(), key.detach().clone(), 30.0
+    for result in result_and_gradients(
+        lambda *student: vlmkernels.contrastive_distillation(*student, *teacher), (query, key, scale)
+    ):
+        assert result.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid_loss"])
+def test_normalised_features(name, dtype):
+    op, plain, bias = LOSSES[name]
     query, key = unit_features(130, 130, 48, dtype=dtype)
     uneven = torch.linspace(0.1, 30, 130)[:, None].to(dtype)
     assert_op_as_good(op, plain, inputs(uneven * query, key / uneven, 8.0, *bias), normalize=True)
@@ -83,6 +155,10 @@ def test_extreme_logits(dtype):
     assert_op_as_good(op, plain, inputs(uneven, spread[:260], 10.0))
     low = (3 + 0.2 * torch.rand(40, 8)).to(dtype)
     assert_op_as_good(op, plain, inputs(low, -low.flip(0), 100.0))  # all logits about -7700
+    op, plain, _ = LOSSES["contrastive_distillation"]
+    for divergence in ("kl", "cross_entropy"):
+        assert_op_as_good(op, plain, inputs(uneven, spread, 10.0), divergence=divergence)
+        assert_op_as_good(op, plain, inputs(low, -low.flip(0), 100.0), divergence=divergence)
     op, plain, _ = LOSSES["sigmoid_loss"]
     assert_op_as_good(op, plain, inputs(50 * query, key, 2.0, 80.0))
 
@@ -95,8 +171,9 @@ def test_confident_pairs_keep_their_small_losses():
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=str)
-def test_gradcheck(loss, options):
-    op, _, bias = loss
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid_loss"])
+def test_gradcheck(name, options):
+    op, _, bias = LOSSES[name]
     query, key = (3 * t for t in unit_features(5, 5, 4, dtype=torch.float64))
     scalars = [torch.tensor([x], dtype=torch.float64) for x in (2.0, *bias)]
     tensors = [t.requires_grad_() for t in (query, key, *scalars)]
@@ -104,6 +181,16 @@ def test_gradcheck(loss, options):
     if not bias:
         for more in ({"label_smoothing": 0.2}, {"symmetric": False, "label_smoothing": 0.1}):
             assert torch.autograd.gradcheck(lambda *t, m=more: op(*t, **m, **options), tensors)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (7, 5)])
+def test_gradcheck_of_distillation(rows, cols):
+    query, key, *teacher = (3 * torch.randn(n, d, dtype=torch.float64) for d in (4, 6) for n in (rows, cols))
+    tensors = [t.requires_grad_() for t in (query, key, torch.tensor([0.2], dtype=torch.float64))]
+    for options in ({}, {"symmetric": False, "reduction": "sum"}, {"divergence": "cross_entropy"}):
+        assert torch.autograd.gradcheck(
+            lambda *t, o=options: vlmkernels.contrastive_distillation(*t, *teacher, 0.1, **o), tensors
+        )
 
 
 def test_second_derivative_is_refused(loss):
@@ -174,7 +261,8 @@ def test_gradients_twice_from_one_graph(loss):
 def test_deterministic_for_any_number_of_threads(loss, for_thread_counts, dtype):
     op, _, bias = loss
     tensors = inputs(*unit_features(300, 300, 256, dtype=dtype), 20.0, *bias)
-    first, *others = for_thread_counts(lambda: result_and_gradients(op, tensors, normalize=True))
+    options = {} if distils(op) else {"normalize": True}
+    first, *others = for_thread_counts(lambda: result_and_gradients(op, tensors, **options))
     assert all(same(other, first) for other in others)
 
 
@@ -192,10 +280,10 @@ def test_which_problems_are_small():
     def serves(n, m, d, **options):
         return _pairwise_small.serves(torch.zeros(n, d, **options), torch.zeros(m, d, **options))
 
-    assert serves(512, 512, 4)
-    assert serves(1, 512, 4, dtype=torch.float64)
-    assert not serves(513, 513, 4)
-    assert not serves(4, 513, 4)
+    assert serves(1024, 1024, 4)
+    assert serves(1, 1024, 4, dtype=torch.float64)
+    assert not serves(1025, 1025, 4)
+    assert not serves(4, 1025, 4)
     assert not serves(0, 4, 4)
     assert not serves(4, 4, 0)
     assert not serves(4, 4, 4, device="meta")
@@ -203,3 +291,7 @@ def test_which_problems_are_small():
         assert not serves(4, 4, 4)
     with torch._subclasses.FakeTensorMode():
         assert not serves(4, 4, 4)
+    x = torch.zeros(4, 4)
+    assert _pairwise_small.serves(x, x, x[:, :3], x[:, :3])
+    assert not _pairwise_small.serves(x, x, x[:, :0], x[:, :0])
+    assert not _pairwise_small.serves(x, x, x.bfloat16(), x.bfloat16())

@@ -32,6 +32,8 @@ NO_BIAS = None, None
 DISTILLED = F, F, ones(1), ones(4, 2), ones(4, 2), ones(1)
 SOFTMAXES = ones(5, 4), ones(5, 4), ones(4), ones(4)
 MOST = [ones(()).expand(2**40, 2**20)] * 2
+W, LAYER, SOFT = ones(6, 3), (ones(4, 2), ones(6, 2)), (1.0, "jsd", 0.5, 0.0)
+TOP = ones(4, 2), torch.tensor([[1, 5]] * 4)
 KL, L1 = (1.0, "forward_kl", 0.5, 0.0, -100), ("l1", True)
 CALLS = [  # the op, its arguments, and what the error says
     (
@@ -107,7 +109,32 @@ CALLS = [  # the op, its arguments, and what the error says
     ("perceiver_attention", [Q, Q, Q, Q, Q[:, :, :4], None, 1.0], r"latent_value must be .*\[1, 2, 5, 4\]"),
     ("perceiver_attention", [Q, Q, Q, Q, Q, IDS, 1.0], r"media_lengths must be .*\[1\]"),
     ("small_loss", [F, ones(5, 3), ones(1), None, True, 0.0, *ALL[:4]], r"needs as many keys as queries"),
-    ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key as many or more"),
+    ("small_loss", [F, ones(3, 3), ones(1), None, False, 0.0, *ALL[:4]], r"key must have as many rows"),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 2), ones(3, 2), ones(1), *ALL[:6]],
+        r"teacher_key must be .*\[4, 2\]",
+    ),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 0), ones(4, 0), ones(1), *ALL[:6]],
+        r"teacher_query and teacher_key must have a width",
+    ),
+    (
+        "small_distillation",
+        [F, F, ones(1), ones(4, 2), ones(4, 2), ones(2), *ALL[:6]],
+        r"teacher_scale must have one element, got sizes \[2\]",
+    ),
+    (
+        "small_distillation",
+        [F[:0], F, ones(1), F[:0], F, ones(1), *ALL[:6]],
+        r"query and key must have rows, got 0 and 4",
+    ),
+    (
+        "small_loss_bwd",
+        [ones(()), F, F[:3], ones(1), None, ones(4, 64), F, ones(4), F, False, [True, False, False, False]],
+        r"key must have as many rows as query or more, got 3 and 4",
+    ),
     (
         "small_loss_bwd",
         [ones(()), F, F, ones(1), None, F, F, F, F, False, ALL[:4]],
@@ -201,9 +228,9 @@ CALLS = [  # the op, its arguments, and what the error says
         [*PAIR_AND_BIAS, IDS, *NO_BIAS, ones(1), *ALL[:4]],
         r"row_coef must be .*\[4\] of float32",
     ),
-    ("distillation", [X, ones(4, 2), None, *KL, "mean"], r"teacher_logits must be .*\[4, 3\]"),
-    ("distillation", [X, X, IDS[:3], *KL, "mean"], r"target must be .*\[4\] of int64"),
-    ("distillation", [*MOST, None, *KL, "mean"], r"too large for one call"),
+    ("distillation", [X, ones(4, 2), None, *KL, "mean", True], r"teacher_logits must be .*\[4, 3\]"),
+    ("distillation", [X, X, IDS[:3], *KL, "mean", True], r"target must be .*\[4\] of int64"),
+    ("distillation", [*MOST, None, *KL, "mean", True], r"too large for one call"),
     (
         "distillation_bwd",
         [ones(()), X, X, None, ones(4, 5), *KL, "mean", ALL[:1]],
@@ -219,9 +246,9 @@ CALLS = [  # the op, its arguments, and what the error says
         [ones(4), X, X, None, ones(4, 6), *KL, "mean", ALL[:1]],
         r"dloss must be .*\[\] of",
     ),
-    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean"], r"teacher must be .*\[4, 3\]"),
-    ("embedding_distillation", [X, X, ones(3), *L1, "mean"], r"weight must be .*\[4\]"),
-    ("embedding_distillation", [*MOST, None, *L1, "mean"], r"too large for one call"),
+    ("embedding_distillation", [X, ones(4, 2), None, *L1, "mean", True], r"teacher must be .*\[4, 3\]"),
+    ("embedding_distillation", [X, X, ones(3), *L1, "mean", True], r"weight must be .*\[4\]"),
+    ("embedding_distillation", [*MOST, None, *L1, "mean", True], r"too large for one call"),
     (
         "embedding_distillation_bwd",
         [ones(()), X, X, None, *L1, "none", ALL[:1]],
@@ -246,6 +273,40 @@ CALLS = [  # the op, its arguments, and what the error says
         "linear_cross_entropy_sweep",
         [F, ones(6, 3), IDS, ones(5), None, ones(4), 0.0, *ALL[:3]],
         r"bias must be .*\[6\]",
+    ),
+    *(
+        ("linear_distillation_sweep", [*tensors, ones(4), *options, *ALL[:3]], message)
+        for tensors, options, message in (
+            ([F, ones(6, 2), *LAYER, *[None] * 5], SOFT, r"student_weight must be .*\[\*, 3\]"),
+            ([F, W, ones(3, 2), ones(6, 2), *[None] * 5], SOFT, r"teacher_hidden must be .*\[4, \*\]"),
+            ([F, W, ones(4, 2), ones(5, 2), *[None] * 5], SOFT, r"teacher_weight must be .*\[6, 2\]"),
+            ([F, W, *[x.double() for x in LAYER], *[None] * 5], SOFT, r"both be float64, or neither"),
+            ([F, W, *LAYER, ones(5), *[None] * 4], SOFT, r"student_bias must be .*\[6\]"),
+            ([F, W, *LAYER, None, ones(5), *[None] * 3], SOFT, r"teacher_bias must be .*\[6\]"),
+            ([F, W, *[None] * 7], SOFT, r"a teacher must be"),
+            ([F, W, *LAYER, *[None] * 2, *TOP, None], SOFT, r"a teacher must be"),
+            ([F, W, *[None] * 4, ones(4, 3), TOP[1], None], SOFT, r"log_probs must be .*\[4, 2\]"),
+            (
+                [F, W, *[None] * 4, TOP[0], TOP[1] + 1, None],
+                SOFT,
+                r"indices must ascend in each row, in \[0, 6\)",
+            ),
+            ([F, W, *[None] * 4, TOP[0], TOP[1] - 5, None], SOFT, r"indices must ascend in each row"),
+            ([F, W, *[None] * 4, TOP[0], TOP[1].flip(1), None], SOFT, r"indices must ascend in each row"),
+            ([F, W, *[None] * 4, TOP[0], TOP[1] * 0, None], SOFT, r"indices must ascend in each row"),
+            (
+                [F, W, *[None] * 4, *TOP, None],
+                (1.0, "reverse_kl", 0.5, 0.0),
+                r"divergence must be .*with log_probs",
+            ),
+            ([F, W, *LAYER, *[None] * 4, IDS + 6], SOFT, r"target must be in \[0, 6\)"),
+            ([F, W, *LAYER, *[None] * 4, IDS - 1], SOFT, r"target must be in \[0, 6\)"),
+            (
+                [F, W, *LAYER, *[None] * 5],
+                (1.0, "jsd", 0.5, 0.5),
+                r"target must be given with hard_weight 0.5",
+            ),
+        )
     ),
 ]
 

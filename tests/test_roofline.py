@@ -70,6 +70,7 @@ def multiplied(of) -> int:
     "of",
     [
         workload("info_nce", "N=4096", n=70, m=70, d=40),
+        workload("contrastive_distillation", "N=4096", n=70, m=70, d=40, e=70),
         workload("sigmoid_loss", "N=4096", n=70, m=90, d=40),
         workload("interval_attention", "full, 577", batch=1, heads=1, queries=70, keys=140, width=16),
         workload("interval_attention", "causal", batch=1, heads=1, queries=300, keys=300, width=16),
@@ -117,6 +118,7 @@ def test_a_product_of_cublas_reads_its_factors_and_writes_its_result():
 ONE_TILE = [  # or few: then hardly an operand is read by two programs
     workload("gated_residual", batch=1, tokens=64, width=256),
     workload("info_nce", "N=4096", n=64, m=64, d=256),
+    workload("contrastive_distillation", "N=4096", n=64, m=64, d=128, e=192),
     workload("sigmoid_loss", "N=4096", n=64, m=64, d=128),
     workload("interval_attention", "causal", batch=1, heads=1, queries=128, keys=128, width=64),
     workload("gated_linear_residual", "attention", rows=64, width=64, inner=128),
@@ -151,6 +153,13 @@ def test_products_of_a_loss_are_those_of_its_algorithm(op, products):
     n, m, d = of.sizes.values()
     passes = predict.traced(of, "sm_80", TRAINING)
     assert sum(this.flops for this in passes) == products * 2 * n * m * d
+
+
+def test_products_of_a_distillation_are_those_of_student_and_teacher():
+    of = workload("contrastive_distillation", "N=4096")
+    n, m, d, e = of.sizes.values()
+    passes = predict.traced(of, "sm_80", TRAINING)
+    assert sum(this.flops for this in passes) == 2 * n * m * (4 * d + 2 * e)
 
 
 @pytest.mark.parametrize("type", ["bf16", "fp32"])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 START, END = intervals.causal(5)
 W, V = torch.randn(8, 6), torch.randn(6, 8)
 TARGET = torch.tensor([3, 0, -100, 7])
-TEACHER = torch.randn(6, 3)
+TEACHER, CLASSES, TOP = torch.randn(6, 3), torch.randn(8, 3), torch.tensor([[0, 7, 2]] * 4)
 
 # Each as a function of one tensor, which is every operand that can have a derivative.
 OPS = {
@@ -33,6 +33,11 @@ OPS = {
     "info_nce": (lambda x: vk.info_nce(x, x + 1, 2.0), (6, 4)),
     "info_nce streamed": (lambda x: vk.info_nce(x, x + 1, 2.0, reduction="none"), (6, 4)),
     "linear_cross_entropy": (lambda x: vk.linear_cross_entropy(x, W, TARGET), (4, 6)),
+    "linear_distillation": (lambda x: vk.linear_distillation(x, W, TEACHER[:4], CLASSES), (4, 6)),
+    "linear_distillation offline": (
+        lambda x: vk.linear_distillation(x, W, teacher_topk=(-CLASSES[:4].abs(), TOP), reduction="none"),
+        (4, 6),
+    ),
     "sigmoid_loss": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0), (6, 4)),
     "sigmoid_loss streamed": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0, reduction="none"), (6, 4)),
     "interval_attention": (lambda x: vk.interval_attention(x, x, x, START, END), (2, 2, 5, 8)),
@@ -84,12 +89,16 @@ def test_no_raw_op_loses_a_derivative_in_silence():
     at, ops = torch.arange(4), torch.ops.vlmkernels
     calls = [
         lambda q: ops.small_loss(q, x, scale, None, True, 0.0, False, True, True, True),
+        lambda q: ops.small_distillation(q, x, scale, x, x, scale, *[True] * 6),
         lambda q: ops.contrastive_distillation_stats(q, x, scale, x, x, scale, True, False, 0),
         lambda q: ops.info_nce_stats(q, x, scale, None, None, at, True, 0, 0),
         lambda q: ops.sigmoid_sweep(
             q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True
         ),
         lambda q: ops.linear_cross_entropy_sweep(q, x, at, None, None, rows, 0.0, True, True, False),
+        lambda q: ops.linear_distillation_sweep(
+            q, x, x, x, *[None] * 5, rows, 1.0, "jsd", 0.5, 0.0, True, True, False
+        ),
     ]
     for call in calls:
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD"):

@@ -1,7 +1,7 @@
 """The `vlmkernels` namespace of torch.library: declares ops and registers their kernels per device."""
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +17,6 @@ except Exception:  # it imports Triton: one that does not work must not stop `im
     register_flop_formula = None  # type: ignore[assignment]
 
 
-class _Library(torch.library.Library):
-    """A library of ops whose derivatives are those of torch.autograd, in reverse: others are refused."""
-
-    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
-        if dispatch_key == "Autograd":
-            fn = _in_reverse_only(op_name, fn)
-        super().impl(op_name, fn, dispatch_key, **options)
-
-
-def _in_reverse_only(name: str, kernel: Callable) -> Callable:
-    """Refuses calls for which `kernel` would silently return no derivative, or fail without naming the op."""
-    transforms_active = torch._C._are_functorch_transforms_active
-
-    def autograd(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 or transforms_active():
-            _refuse_transforms(name.removesuffix("_bwd"), args)
-        return kernel(keyset, *args)
-
-    return autograd
-
-
 def _refuse_transforms(name: str, args: tuple) -> None:
     tensors = [x for x in args if isinstance(x, Tensor)]
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -46,7 +25,7 @@ def _refuse_transforms(name: str, args: tuple) -> None:
         raise RuntimeError(f"vlmkernels.{name} has no derivative under torch.func; use torch.autograd")
 
 
-LIB = _Library("vlmkernels", "DEF")
+LIB = torch.library.Library("vlmkernels", "DEF")
 try:
     importlib.import_module("vlmkernels.triton._tiles")  # the kernels that others are made of
     TRITON, WHY_NO_TRITON = True, ""
@@ -84,15 +63,7 @@ def define(
     op = getattr(torch.ops.vlmkernels, name).default
     names = [argument.name for argument in op._schema.arguments]
 
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"vlmkernels.{name.removesuffix('_bwd')} has no second derivative")
-
-    torch.library.register_autograd(
-        f"vlmkernels::{name}",
-        refuse if backward is None else _by_name(names, backward),
-        setup_context=setup_context,
-        lib=LIB,
-    )
+    LIB.impl(name, _differentiable(op, names, setup_context, backward), "Autograd", with_keyset=True)
     if _native.extension is not None:
         build = _native.extension.build()
         for device, language, what in (("CPU", "C++", "isa"), ("CUDA", "CUDA C++", "cuda")):
@@ -104,17 +75,47 @@ def define(
     return op
 
 
-def _by_name(names: Sequence[str], backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
-    """A backward as torch expects it: a gradient or None for every argument, in order."""
+def _differentiable(
+    op: Any, names: Sequence[str], setup_context: Callable | None, backward: Callable | None
+) -> Callable:
+    """The kernel of `op` above all devices: that of the device, recorded for torch.autograd in reverse.
 
-    def in_order(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        if not any(needed) or all(grad is None for grad in grads):
-            return (None,) * len(names)
+    As torch.library.register_autograd makes it, with less to do in a call.
+    """
+    transforms_active, below = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
+    after_autograd = torch._C._after_autograd_keyset
+    whose = op._opname.removesuffix("_bwd")
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args  # last, so that ctx.needs_input_grad is in the order of the op's arguments
+        with below():
+            result = op.redispatch(keyset, *inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, result)
+        return result
+
+    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if backward is None:
+            raise RuntimeError(f"vlmkernels.{whose} has no second derivative")
+        needed = ctx.needs_input_grad[:-1]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         given = backward(ctx, dict(zip(names, needed, strict=True)), *grads)
-        return tuple(given.get(name) if need else None for name, need in zip(names, needed, strict=True))
+        return *(given.get(name) if need else None for name, need in zip(names, needed, strict=True)), None
 
-    return in_order
+    formula = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    recorded: Any = type(f"vlmkernels_{op._opname}", (torch.autograd.Function,), formula)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or transforms_active():
+            _refuse_transforms(whose, args)
+        keyset = keyset & after_autograd
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return recorded.apply(*args, keyset)
+        with below():
+            return op.redispatch(keyset, *args)
+
+    return autograd
 
 
 def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:

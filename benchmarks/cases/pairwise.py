@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, normalize
+from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax, normalize
 
 import vlmkernels
 from benchmarks import peers
@@ -19,6 +19,8 @@ from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_na
 from vlmkernels import _library, reference
 from vlmkernels.ops import _contrastive_distillation_sweeps as distillation
 from vlmkernels.ops import _pairwise as pairwise
+
+T = 2.0  # of distillation
 
 
 def _features(
@@ -288,6 +290,81 @@ def linear_cross_entropy(quick: bool, device: str) -> list[Case]:
     return cases
 
 
+def _two_models(
+    device: str, dtype: torch.dtype, n: int, d: int, e: int, v: int, *, k: int
+) -> dict[str, Tensor]:
+    """A student of width d and a teacher of width e, or the k likeliest classes of its rows."""
+    student, teacher = (_hidden(device, dtype, n, width, v, ignored=0.0) for width in (d, e))
+    inputs = {f"student_{name}": student[name] for name in ("hidden", "weight")}
+    hidden, weight = (teacher[name].detach() for name in ("hidden", "weight"))
+    if not k:
+        return inputs | {"teacher_hidden": hidden, "teacher_weight": weight}
+    log_probs, indices = log_softmax(linear(hidden, weight).float() / T, 1).topk(min(k, v))
+    return inputs | {"log_probs": log_probs, "indices": indices}
+
+
+def _offline(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    def loss(student_hidden: Tensor, student_weight: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:
+        return op(student_hidden, student_weight, teacher_topk=(log_probs, indices), **options)
+
+    return loss
+
+
+def _eager_distillation(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> Tensor:
+    """Of logits that are rounded, then float32."""
+    logits = linear(student_hidden, student_weight), linear(teacher_hidden, teacher_weight)
+    log_s, log_p = (log_softmax(x.float() / T, 1) for x in logits)
+    return T * T * kl_div(log_s, log_p, reduction="batchmean", log_target=True)
+
+
+def linear_distillation(quick: bool, device: str) -> list[Case]:
+    """One sweep: 6 N V D operations of the student and 2 N V E of a teacher that is not offline."""
+    eager = Baseline("F.linear, F.kl_div of F.log_softmax", lambda: _eager_distillation)
+
+    def case(
+        dtype: torch.dtype,
+        n: int,
+        d: int,
+        e: int,
+        v: int,
+        divergence: str = "forward_kl",
+        k: int = 0,
+        **flags: Any,
+    ) -> Case:
+        form = partial(_offline if k else partial, temperature=T, divergence=divergence)
+        plain = Baseline("reference", lambda: form(reference.linear_distillation))
+        peer = eager if divergence == "forward_kl" and not k else plain
+        compiled = Baseline(f"torch.compile of {peer.name}", peer.make, True)
+        sizes = cut(quick, n=n, d=d, e=e, v=v)
+        n_, d_, e_, v_ = sizes.values()
+        flops = n_ * v_ * (6.0 * d_ + (0.0 if k else 2.0 * e_))
+        of_teacher = 12.0 * n_ * k if k else (n_ + v_) * e_ * dtype.itemsize
+        note = f", top {k}" if k else ""
+        return Case(
+            op="linear_distillation",
+            name=f"[{n}, {d}] of [{n}, {e}] x {v} classes, {divergence}{note} {type_name(dtype)}",
+            dtype=dtype,
+            sizes=sizes,
+            make_inputs=partial(_two_models, k=k),
+            ours=form(vlmkernels.linear_distillation),
+            baselines=timed(quick, peer, compiled),
+            flops=flops,
+            min_flops=flops,
+            bytes=2.0 * (n_ + v_) * d_ * dtype.itemsize + of_teacher,
+            **flags,
+        )
+
+    cases = []
+    for dtype in (F32, BF16):
+        large = partial(case, dtype, 1024, 512, 1024, 32_000)
+        cases += [large(memory=True, headline=True), large("jsd", memory=True), large(k=64, memory=True)]
+        for n, d, e, v in ((64, 256, 512, 1000), (256, 512, 1024, 8000)):
+            cases.append(case(dtype, n, d, e, v))
+    return cases
+
+
 def _distilled(
     device: str, dtype: torch.dtype, n: int, m: int, d: int, e: int, *, frozen: bool
 ) -> dict[str, Tensor]:
@@ -300,9 +377,10 @@ def _distilled(
 def _open_clip_distillation() -> Callable[..., Tensor]:
     module = peers.load("open_clip.loss").DistillClipLoss()
 
-    def loss(query: Tensor, key: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
-        pairs = zip(module.get_logits(*teacher), module.get_logits(query, key, scale), strict=True)
-        rows, columns = (module.dist_loss(taught, logits) for taught, logits in pairs)
+    def loss(query: Tensor, key: Tensor, scale: Tensor, **teacher: Tensor) -> Tensor:
+        taught = (teacher[f"teacher_{name}"] for name in ("query", "key", "scale"))
+        pairs = zip(module.get_logits(*taught), module.get_logits(query, key, scale), strict=True)
+        rows, columns = (module.dist_loss(theirs, ours) for theirs, ours in pairs)
         return (rows + columns) / 2
 
     return loss
@@ -374,4 +452,4 @@ def _recomputed_by_distillation(device: str, dtype: torch.dtype, n: int) -> floa
     return 1 - kept / everything if everything else 1.0
 
 
-CASES = (contrastive_distillation, info_nce, linear_cross_entropy, sigmoid_loss)
+CASES = (contrastive_distillation, info_nce, linear_cross_entropy, linear_distillation, sigmoid_loss)

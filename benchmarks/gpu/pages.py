@@ -23,6 +23,7 @@ OURS = "**vlmkernels**"
 SHAPES = {
     "info_nce": "D={d}",
     "sigmoid_loss": "D={d}",
+    "contrastive_distillation": "D={d}, teacher {e}",
     "linear_cross_entropy": "[{n}, {d}] x {v} classes",
     "distillation": "[{rows}, {classes}]",
     "embedding_distillation": "[{rows}, {width}]",

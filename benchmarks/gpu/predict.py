@@ -58,8 +58,8 @@ def code_bound(launch: Launch, target: str) -> Bound | None:
         return None
     with on(target):
         source, options = launch.source(TARGETS[target])
-        depth = launch.arguments.get("depth")
-        key = repr((target, launch.name, source.signature, source.constants, source.attrs, options, depth))
+        depths = [launch.arguments.get(name) for name in ("depth", "width")]
+        key = repr((target, launch.name, source.signature, source.constants, source.attrs, options, depths))
         if key not in _BOUNDS:
             _BOUNDS[key] = bound(launch, machine_code(launch.compiled(TARGETS[target]), target))
     return _BOUNDS[key]

@@ -36,8 +36,8 @@ KINDS = {"half": "bf16", "tf32": "tf32", True: "bf16", False: "fp32"}  # as the 
 
 
 def op_of(sweep: Sweep) -> str:
-    module = sweep.kernel.partition(".")[0]
-    return "interval_attention" if module.startswith("_attention") else module
+    module = sweep.kernel.partition(".")[0].removeprefix("_").removesuffix("_bwd")
+    return "interval_attention" if module == "attention" else module
 
 
 OPS = list(dict.fromkeys(map(op_of, SWEEPS)))

@@ -221,9 +221,11 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     if "PRECISION" not in config:
         return 0, False
     if "depth" in arguments:
-        depth = _blocks(0, arguments["depth"], config["BLOCK_K"]) * config["BLOCK_K"]
+        steps = [("depth", "BLOCK_K"), ("width", "BLOCK_E")]  # of the student and of the teacher
+        steps = [(arguments[x], config[block]) for x, block in steps if x in arguments]
+        depth = sum(_blocks(0, x, block) * block for x, block in steps)
         tile = 2.0 * config["BLOCK_M"] * config["BLOCK_N"] * depth
-        if name == "info_nce._stats":
+        if name in ("info_nce._stats", "contrastive_distillation._stats"):
             rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
             return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
         return tile * math.prod(launch.grid), True

@@ -159,6 +159,17 @@ def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Worklo
     return Workload(op, form, type, sizes, make, ours, others)
 
 
+def _contrastive_distillation(form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    divergence = {"divergence": "cross_entropy"}  # open_clip's
+    others = (
+        *_peer("distillation term of open_clip DistillClipLoss", pairwise_cases._open_clip_distillation),
+        *_peer("reference", lambda: partial(reference.contrastive_distillation, **divergence)),
+    )
+    make = partial(pairwise_cases._distilled, frozen=False)
+    ours = partial(vlmkernels.contrastive_distillation, **divergence)
+    return Workload("contrastive_distillation", form, type, sizes, make, ours, others)
+
+
 def _liger_linear_cross_entropy() -> Callable[..., Tensor]:
     loss_of = peers.load("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, weight, target: loss_of(weight, hidden, target)
@@ -373,6 +384,11 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         found.append(_pairwise(op, "N=4096", cut(n=4096, m=4096, d=d), type))
         if type == "bf16":
             found.append(_pairwise(op, "N=65536", cut(n=65536, m=65536, d=d), type))
+    for type in every:
+        sizes = cut(n=4096, m=4096, d=512, e=768)
+        found.append(_contrastive_distillation("N=4096", sizes, type))
+    sizes = cut(n=16384, m=16384, d=512, e=768)
+    found.append(_contrastive_distillation("N=16384", sizes, "bf16"))
     for type in every:
         found.append(_linear_cross_entropy("GPT-2", cut(n=8192, d=768, v=50257), type))
     found.append(_linear_cross_entropy("TinyLlama", cut(n=8192, d=2048, v=32000), "bf16"))

@@ -148,7 +148,7 @@ def parts_of(call: Callable[[], Any]) -> dict[str, float]:
     out = dict.fromkeys([name for name, _ in PARTS] + ["other"], 0.0)
     for event in profile.key_averages():
         # An op's forward counts as that of its autograd function
-        key = event.key.replace("GeneratedBackwardFor_vlmkernels_", "vlmkernels::")
+        key = re.sub("^vlmkernels_", "vlmkernels::", event.key)
         name = next((name for name, pattern in PARTS if re.match(pattern, key)), "other")
         out[name] += event.self_cpu_time_total / 1e6
     return {name: seconds for name, seconds in out.items() if seconds}

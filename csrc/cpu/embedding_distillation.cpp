@@ -1,5 +1,7 @@
 #include "vlmkernels/embedding_distillation.h"
 
+#include <utility>
+
 #include "simd.h"
 
 namespace vlmk::VLMK_ISA {
@@ -49,18 +51,25 @@ struct Cosine {  // 1 is added to the sum
   }
 };
 
-// The sum of f(x_c, y_c).
+// The sums of both parts of f(x_c, y_c).
 template <class T, class F>
-VLMK_INLINE double sum_of(const T* x, const T* y, int64_t d, F f) {
-  double sum = 0;
+VLMK_INLINE std::pair<double, double> sums_of(const T* x, const T* y, int64_t d, F f) {
+  double first = 0, second = 0;
   for (int64_t c0 = 0; c0 < d; c0 += kSumPart) {
-    acc_t<T> part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t c = c0; c < min_(c0 + kSumPart, d); ++c) part += f(to_acc(x[c]), to_acc(y[c]));
-    sum += part;
+    acc_t<T> some = 0, others = 0;
+#pragma omp simd reduction(+ : some, others)
+    for (int64_t c = c0; c < min_(c0 + kSumPart, d); ++c) {
+      const auto [a, b] = f(to_acc(x[c]), to_acc(y[c]));
+      some += a, others += b;
+    }
+    first += some, second += others;
   }
-  return sum;
+  return {first, second};
 }
+template <class A>
+struct Both {
+  A first, second;
+};
 
 constexpr double kEps = 1e-12;
 
@@ -74,8 +83,8 @@ template <class T>
 VLMK_INLINE Scales<acc_t<T>> scales_of(const EmbeddingDistillation<T>& g, const T* student, const T* teacher) {
   using A = acc_t<T>;
   if (!g.normalize) return {};
-  const double norm = std::sqrt(static_cast<double>(dot(student, student, g.d)));
-  const double other = std::sqrt(static_cast<double>(dot(teacher, teacher, g.d)));
+  const auto [own, others] = sums_of(student, teacher, g.d, [](A x, A y) { return Both<A>{x * x, y * y}; });
+  const double norm = std::sqrt(own), other = std::sqrt(others);
   return {static_cast<A>(1 / (norm < kEps ? kEps : norm)), static_cast<A>(1 / (other < kEps ? kEps : other)), !(norm < kEps)};
 }
 
@@ -84,45 +93,64 @@ double weight_of(const EmbeddingDistillation<T>& g, int64_t row) {
   return g.weight ? g.weight[row] : 1;
 }
 
+// The sum over a row's features, and the part of its derivative that lies along the normalised row.
 template <class F, class T>
-void losses(const EmbeddingDistillation<T>& g, int64_t first, int64_t last, acc_t<T>* loss) {
+VLMK_INLINE std::pair<double, double> distance_of(const T* student, const T* teacher, int64_t d, Scales<acc_t<T>> by) {
   using A = acc_t<T>;
+  return sums_of(student, teacher, d, [=](A x, A y) {
+    const A u = x * by.student, v = y * by.teacher;
+    return Both<A>{F::value(u, v), u * F::slope(u, v)};
+  });
+}
+
+// u times the derivative of a row's sum.
+template <class F, class T>
+VLMK_INLINE void put_gradient(const T* student, const T* teacher, int64_t d, Scales<acc_t<T>> by, double along, double u,
+                              T* to) {
+  using A = acc_t<T>;
+  const A radial = static_cast<A>(by.divided ? along : 0), factor = static_cast<A>(u * by.student);
+#pragma omp simd
+  for (int64_t c = 0; c < d; ++c) {
+    const A x = to_acc(student[c]) * by.student, y = to_acc(teacher[c]) * by.teacher;
+    from_acc(factor * (F::slope(x, y) - x * radial), to[c]);
+  }
+}
+
+template <class T>
+void put_zeros(int64_t d, T* to) {
+  for (int64_t c = 0; c < d; ++c) to[c] = T{};
+}
+
+template <class F, class T>
+void losses(const EmbeddingDistillation<T>& g, int64_t first, int64_t last, acc_t<T>* loss, double factor, T* dstudent) {
   for (int64_t row = first; row < last; ++row) {
     const T *student = g.student + row * g.d, *teacher = g.teacher + row * g.d;
     const double w = weight_of(g, row);
     loss[row] = 0;
-    if (w == 0) continue;
-    const Scales<A> by = scales_of(g, student, teacher);
-    const A of_s = by.student, of_t = by.teacher;
-    const double sum = sum_of(student, teacher, g.d, [=](A x, A y) { return F::value(x * of_s, y * of_t); });
-    loss[row] = static_cast<A>(w * (g.distance == Distance::cosine ? 1 + sum : sum));
+    if (w == 0) {
+      if (dstudent) put_zeros(g.d, dstudent + row * g.d);
+      continue;
+    }
+    const auto by = scales_of(g, student, teacher);
+    const auto [sum, along] = distance_of<F>(student, teacher, g.d, by);
+    loss[row] = static_cast<acc_t<T>>(w * (g.distance == Distance::cosine ? 1 + sum : sum));
+    if (dstudent) put_gradient<F>(student, teacher, g.d, by, along, factor * w, dstudent + row * g.d);
   }
 }
 
 template <class F, class T>
 void gradients(const EmbeddingDistillation<T>& g, int64_t first, int64_t last, const acc_t<T>* dloss, bool one, double factor,
                T* dstudent) {
-  using A = acc_t<T>;
   for (int64_t row = first; row < last; ++row) {
     const T *student = g.student + row * g.d, *teacher = g.teacher + row * g.d;
-    T* to = dstudent + row * g.d;
     const double w = weight_of(g, row);
     if (w == 0) {
-      for (int64_t c = 0; c < g.d; ++c) to[c] = T{};
+      put_zeros(g.d, dstudent + row * g.d);
       continue;
     }
-    const Scales<A> by = scales_of(g, student, teacher);
-    const A of_s = by.student, of_t = by.teacher;
-    A along = 0;
-    if (by.divided) {
-      along = static_cast<A>(sum_of(student, teacher, g.d, [=](A x, A y) { return x * of_s * F::slope(x * of_s, y * of_t); }));
-    }
-    const A u = static_cast<A>(factor * dloss[one ? 0 : row] * w * of_s);
-#pragma omp simd
-    for (int64_t c = 0; c < g.d; ++c) {
-      const A x = to_acc(student[c]) * of_s, y = to_acc(teacher[c]) * of_t;
-      from_acc(u * (F::slope(x, y) - x * along), to[c]);
-    }
+    const auto by = scales_of(g, student, teacher);
+    const double along = by.divided ? distance_of<F>(student, teacher, g.d, by).second : 0;
+    put_gradient<F>(student, teacher, g.d, by, along, factor * dloss[one ? 0 : row] * w, dstudent + row * g.d);
   }
 }
 
@@ -143,8 +171,9 @@ void with_distance(Distance distance, F f) {
 }  // namespace
 
 template <class T>
-void embedding_distillation(const EmbeddingDistillation<T>& g, int64_t first, int64_t last, acc_t<T>* loss) {
-  with_distance(g.distance, [&](auto f) { losses<decltype(f)>(g, first, last, loss); });
+void embedding_distillation(const EmbeddingDistillation<T>& g, int64_t first, int64_t last, acc_t<T>* loss, double factor,
+                            T* dstudent) {
+  with_distance(g.distance, [&](auto f) { losses<decltype(f)>(g, first, last, loss, factor, dstudent); });
 }
 
 template <class T>
@@ -154,7 +183,7 @@ void embedding_distillation_bwd(const EmbeddingDistillation<T>& g, int64_t first
 }
 
 #define VLMK_INSTANTIATE(T)                                                                                                  \
-  template void embedding_distillation(const EmbeddingDistillation<T>&, int64_t, int64_t, acc_t<T>*);                        \
+  template void embedding_distillation(const EmbeddingDistillation<T>&, int64_t, int64_t, acc_t<T>*, double, T*);            \
   template void embedding_distillation_bwd(const EmbeddingDistillation<T>&, int64_t, int64_t, const acc_t<T>*, bool, double, \
                                            T*);
 VLMK_INSTANTIATE(float)

@@ -96,18 +96,18 @@ void linear_cross_entropy_rows(const LinearCrossEntropy<P>& g, int64_t jb) {
 
 namespace {
 
-// Turns the logits of class block ib into gradients, rounded to `out` [kTileRows][kTileCols] and, for operands of paired rows,
-// to `paired`. `out` may begin where the logits do, or before.
+// Turns the logits of class block ib into gradients, unless they are, rounded to `out` [kTileRows][kTileCols] and, for operands
+// of paired rows, to `paired`: the columns that products read. `out` may begin where the logits do, or before.
 template <class P>
 void gradients_of(const LinearCrossEntropy<P>& g, int64_t ib, int64_t jb, P* out, P* paired) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
-  const int64_t rows = rows_of(p, ib), cols = cols_of(p, jb), j0 = ib * kTileRows, i0 = jb * kTileCols;
+  const int64_t rows = rows_of(p, ib), cols = cols_of(p, jb), width = width_of(cols), j0 = ib * kTileRows, i0 = jb * kTileCols;
   const A *u = g.row_coef + i0, *top = g.row_max + i0, *log = g.row_log + i0;
   const A low = g.smoothing / static_cast<A>(p.n), high = A(1) - g.smoothing;
   const A* z = g.logits(ib, jb);
   int32_t row_of_target[kTileCols];
-  for (int64_t c = 0; c < cols; ++c) {
+  for (int64_t c = 0; !g.formed && c < cols; ++c) {
     const int64_t r = g.target[i0 + c] - j0;
     row_of_target[c] = r >= 0 && r < rows ? static_cast<int32_t>(r) : -1;
   }
@@ -116,29 +116,32 @@ void gradients_of(const LinearCrossEntropy<P>& g, int64_t ib, int64_t jb, P* out
     const A scale = g.class_scale ? g.class_scale[j0 + r] : A(1);
     const A* row = z + r * kTileCols;
     A* to = dz[r % 2];
-    double bias = 0;
-    for (int64_t c0 = 0; c0 < cols; c0 += kSumPart) {
-      A some = 0;
-#pragma omp simd reduction(+ : some)
-      for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) {
+    if (g.formed) {
+      for (int64_t c = 0; c < cols; ++c) to[c] = row[c];
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < cols; ++c) {
         const A target = row_of_target[c] == static_cast<int32_t>(r) ? high : A(0);
         const A below = (row[c] - top[c]) - log[c];  // exp_ ends above 0, and a class that cannot be gets no gradient
         to[c] = ((below < kNone<A> ? A(0) : exp_(below)) - low - target) * u[c] * scale;
-        some += to[c];
       }
-      bias += some;
     }
-    if (g.need_bias) g.bias_sums[j0 + r] += bias;
-    for (int64_t c = cols; c < kTileCols; ++c) to[c] = 0;
+    for (int64_t c0 = 0; g.need_bias && c0 < cols; c0 += kSumPart) {
+      A some = 0;
+#pragma omp simd reduction(+ : some)
+      for (int64_t c = c0; c < min_(c0 + kSumPart, cols); ++c) some += to[c];
+      g.bias_sums[j0 + r] += some;
+    }
+    for (int64_t c = cols; c < width; ++c) to[c] = 0;
     P* rounded = out + r * kTileCols;
 #pragma omp simd
-    for (int64_t c = 0; c < kTileCols; ++c) round_to(to[c], rounded[c]);
+    for (int64_t c = 0; c < width; ++c) round_to(to[c], rounded[c]);
     if constexpr (kPaired<P>) {
       if (r % 2 == 0 && r + 1 < rows) continue;
-      for (int64_t c = 0; r % 2 == 0 && c < kTileCols; ++c) dz[1][c] = 0;
+      for (int64_t c = 0; r % 2 == 0 && c < width; ++c) dz[1][c] = 0;
       Pair* pairs = reinterpret_cast<Pair*>(paired + r / 2 * 2 * kTileCols);
 #pragma omp simd
-      for (int64_t c = 0; c < kTileCols; ++c) put_pair(dz[0][c], dz[1][c], pairs[c]);
+      for (int64_t c = 0; c < width; ++c) put_pair(dz[0][c], dz[1][c], pairs[c]);
     }
   }
   for (int64_t i = rows * kTileCols; i < kTileSize; ++i) out[i] = P{};
@@ -165,7 +168,10 @@ void linear_cross_entropy_classes(const LinearCrossEntropy<P>& g, int64_t classe
     }
     if constexpr (kPaired<P>) {
       for (int64_t i = (ib1 - ib0) * kTileSize; i < g.group * kTileSize; ++i) operand[i] = P{};
-      if (g.need_hidden) __builtin_memcpy(dz + g.group * kTileSize, operand, g.group * kTileSize * sizeof(P));
+      const int64_t pairs = 2 * width_of(cols_of(p, jb));
+      for (int64_t i = 0; g.need_hidden && i < g.group * kTileSize; i += 2 * kTileCols) {
+        __builtin_memcpy(dz + g.group * kTileSize + i, operand + i, pairs * sizeof(P));
+      }
       if (g.need_weight) {
         const P* h = p.k + jb * kTileCols * p.depth;
         p.product(rows, p.depth, whole_units(cols_of(p, jb)), kTileCols, p.depth, p.depth, jb > 0, dz, h, to);

@@ -29,12 +29,14 @@ void similarities(const PairwiseSmall<P>& g, int64_t ib, acc_t<P> sign) {
   }
 }
 
-// Row i of G, taken apart: the positive goes to its own place, the others to the slopes.
+// Row i of G, taken apart: a positive goes to its own place, the others to the slopes.
 template <class P>
 void put_row(const PairwiseSmall<P>& g, int64_t i, acc_t<P>* row) {
   const Pairs<P>& p = g.pairs;
-  g.positive[i] = row[i];
-  row[i] = 0;
+  if (g.positive) {
+    g.positive[i] = row[i];
+    row[i] = 0;
+  }
   if (!g.slope) return;
   P* out = g.slope + i * g.ldx;
   if (p.b) {
@@ -87,36 +89,26 @@ double cross_entropy(A smoothing, A scale, A max, A log, A positive, A mean) {
 
 // Logits enter as scale (x - maximum of x) with scale >= 0: the difference is taken before the factor can round it.
 template <class P>
-void small_cross_entropy_rows(const PairwiseSmall<P>& g, int64_t ib) {
+void small_log_sum_exps_rows(const PairwiseSmall<P>& g, int64_t ib) {
   using A = acc_t<P>;
   const A scale = std::fabs(g.pairs.scale);
   const int64_t i0 = ib * kSmallRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
-  A *col_max = g.part_max + ib * m, *col_sum = g.part_sum + ib * m, *col_total = g.part_total + ib * m;
+  A *col_max = g.part_max + ib * m, *col_sum = g.part_sum + ib * m;
   similarities(g, ib, g.pairs.scale < 0 ? A(-1) : A(1));
-  for (int64_t j = 0; g.symmetric && j < m; ++j) col_max[j] = -__builtin_inf(), col_sum[j] = col_total[j] = 0;
+  for (int64_t j = 0; g.columns && j < m; ++j) col_max[j] = -__builtin_inf(), col_sum[j] = 0;
   for (int64_t i = i0; i < i1; ++i) {
     const A* x = g.x + i * g.ldx;
     A top = -__builtin_inf();
-    double total = 0, sum = 0;
-    for (int64_t c = 0; c < m; c += kSumPart) {
-      const int64_t end = min_(c + kSumPart, m);
-      A part = 0;
-      if (g.symmetric) {
-#pragma omp simd reduction(max : top) reduction(+ : part)
-        for (int64_t j = c; j < end; ++j) {
-          top = max_(top, x[j]);
-          part += x[j];
-          col_max[j] = max_(col_max[j], x[j]);
-          col_total[j] += x[j];
-        }
-      } else {
-#pragma omp simd reduction(max : top) reduction(+ : part)
-        for (int64_t j = c; j < end; ++j) {
-          top = max_(top, x[j]);
-          part += x[j];
-        }
+    double sum = 0;
+    if (g.columns) {
+#pragma omp simd reduction(max : top)
+      for (int64_t j = 0; j < m; ++j) {
+        top = max_(top, x[j]);
+        col_max[j] = max_(col_max[j], x[j]);
       }
-      total += part;
+    } else {
+#pragma omp simd reduction(max : top)
+      for (int64_t j = 0; j < m; ++j) top = max_(top, x[j]);
     }
     for (int64_t c = 0; c < m; c += kSumPart) {
       A part = 0;
@@ -125,14 +117,62 @@ void small_cross_entropy_rows(const PairwiseSmall<P>& g, int64_t ib) {
       sum += part;
     }
     g.row_max[i] = top;
+    g.row_sum[i] = static_cast<A>(sum);
     g.row_log[i] = static_cast<A>(std::log(sum));
-    g.diagonal[i] = x[i];
-    g.loss[i] = cross_entropy<A>(g.smoothing, scale, top, g.row_log[i], x[i], static_cast<A>(total / m));
   }
-  for (int64_t i = i0; g.symmetric && i < i1; ++i) {
+  for (int64_t i = i0; g.columns && i < i1; ++i) {
     const A* x = g.x + i * g.ldx;
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) col_sum[j] += exp_(scale * (x[j] - col_max[j]));
+  }
+}
+
+template <class P>
+void small_log_sum_exps_columns(const PairwiseSmall<P>& g) {
+  using A = acc_t<P>;
+  const A scale = std::fabs(g.pairs.scale);
+  const int64_t m = g.pairs.m;
+  for (int64_t j = 0; j < m; ++j) g.col_max[j] = g.part_max[j];
+  for (int64_t ib = 1; ib < g.row_blocks(); ++ib) {
+    for (int64_t j = 0; j < m; ++j) g.col_max[j] = max_(g.col_max[j], g.part_max[ib * m + j]);
+  }
+  for (int64_t c = 0; c < m; c += kSumPart) {
+    const int64_t count = min_(kSumPart, m - c);
+    double sum[kSumPart] = {};
+    for (int64_t ib = 0; ib < g.row_blocks(); ++ib) {
+      const A *part_max = g.part_max + ib * m + c, *part_sum = g.part_sum + ib * m + c, *top = g.col_max + c;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) sum[j] += part_sum[j] * exp_(scale * (part_max[j] - top[j]));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      g.col_sum[c + j] = static_cast<A>(sum[j]);
+      g.col_log[c + j] = static_cast<A>(std::log(sum[j]));
+    }
+  }
+}
+
+template <class P>
+void small_cross_entropy_rows(const PairwiseSmall<P>& g, int64_t ib) {
+  using A = acc_t<P>;
+  const A scale = std::fabs(g.pairs.scale);
+  const int64_t i0 = ib * kSmallRows, i1 = i0 + rows_of(g, ib), m = g.pairs.m;
+  A* col_total = g.part_total + ib * m;
+  small_log_sum_exps_rows(g, ib);
+  for (int64_t j = 0; g.smoothing > 0 && g.columns && j < m; ++j) col_total[j] = 0;
+  for (int64_t i = i0; i < i1; ++i) {
+    const A* x = g.x + i * g.ldx;
+    double total = 0;
+    for (int64_t c = 0; g.smoothing > 0 && c < m; c += kSumPart) {
+      const int64_t end = min_(c + kSumPart, m);
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = c; j < end; ++j) part += x[j];
+      total += part;
+#pragma omp simd
+      for (int64_t j = c; j < (g.columns ? end : c); ++j) col_total[j] += x[j];
+    }
+    g.diagonal[i] = x[i];
+    g.loss[i] = cross_entropy<A>(g.smoothing, scale, g.row_max[i], g.row_log[i], x[i], static_cast<A>(total / m));
   }
 }
 
@@ -141,22 +181,13 @@ double small_cross_entropy_columns(const PairwiseSmall<P>& g) {
   using A = acc_t<P>;
   const A scale = std::fabs(g.pairs.scale);
   const int64_t m = g.pairs.m;
-  A *sum = g.part_sum, *total = g.part_total;  // the first block's become those of all
-  for (int64_t j = 0; j < m; ++j) g.col_max[j] = g.part_max[j];
-  for (int64_t ib = 1; ib < g.row_blocks(); ++ib) {
-    const A *part_max = g.part_max + ib * m, *part_sum = g.part_sum + ib * m, *part_total = g.part_total + ib * m;
-#pragma omp simd
-    for (int64_t j = 0; j < m; ++j) {
-      const A top = max_(g.col_max[j], part_max[j]);
-      sum[j] = sum[j] * exp_(scale * (g.col_max[j] - top)) + part_sum[j] * exp_(scale * (part_max[j] - top));
-      total[j] += part_total[j];
-      g.col_max[j] = top;
-    }
-  }
+  small_log_sum_exps_columns(g);
   double loss = 0;
   for (int64_t j = 0; j < m; ++j) {
-    g.col_log[j] = std::log(sum[j]);
-    loss += cross_entropy<A>(g.smoothing, scale, g.col_max[j], g.col_log[j], g.diagonal[j], total[j] / m);
+    double total = 0;
+    for (int64_t ib = 0; g.smoothing > 0 && ib < g.row_blocks(); ++ib) total += g.part_total[ib * m + j];
+    const A mean = static_cast<A>(total / m);
+    loss += cross_entropy<A>(g.smoothing, scale, g.col_max[j], g.col_log[j], g.diagonal[j], mean);
   }
   return loss;
 }
@@ -165,7 +196,7 @@ template <class P>
 void small_cross_entropy_slopes(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>* scratch) {
   using A = acc_t<P>;
   const Pairs<P>& p = g.pairs;
-  const A scale = std::fabs(p.scale), u = (g.symmetric ? A(0.5) : A(1)) / p.n, v = g.symmetric ? A(0.5) / p.m : A(0);
+  const A scale = std::fabs(p.scale), u = (g.columns ? A(0.5) : A(1)) / p.n, v = g.columns ? A(0.5) / p.m : A(0);
   const A uniform_u = u * g.smoothing / p.m, uniform_v = v * g.smoothing / p.n;
   const A share = (u + v) * g.smoothing - uniform_u - uniform_v;
   const int64_t i0 = ib * kSmallRows, m = p.m;
@@ -180,7 +211,7 @@ void small_cross_entropy_slopes(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>*
     for (int64_t c = 0; c < m; c += kSumPart) {
       const int64_t end = min_(c + kSumPart, m);
       A sum = 0;
-      if (g.symmetric) {
+      if (g.columns) {
         const A *col_max = g.col_max, *col_log = g.col_log, *positive = g.diagonal;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = c; j < end; ++j) {
@@ -198,7 +229,7 @@ void small_cross_entropy_slopes(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>*
       }
       dscale += sum;
     }
-    if (g.symmetric) slope += v * std::expm1(scale * (own - g.col_max[i]) - g.col_log[i]);
+    if (g.columns) slope += v * std::expm1(scale * (own - g.col_max[i]) - g.col_log[i]);
     g.dscale[i] = p.scale < 0 ? -dscale : dscale;
     row[i] = slope;
     put_row(g, i, row);
@@ -247,6 +278,73 @@ void small_logistic(const PairwiseSmall<P>& g, int64_t ib, acc_t<P>* scratch) {
   if (g.need_slopes) put_transposed(g, ib, scratch);
 }
 
+namespace {
+
+// The share of row i's pairs in the loss and, for kSlopes, their slopes. s_col, t_col: what makes the columns' exponentials
+// softmaxes times their weight.
+template <bool kColumns, bool kSlopes, class P>
+void distil_row(const SmallDistillation<P>& g, int64_t i, const acc_t<P>* s_col, const acc_t<P>* t_col, acc_t<P>* row) {
+  using A = acc_t<P>;
+  const PairwiseSmall<P>&s = g.student, &t = g.teacher;
+  const A s_scale = std::fabs(s.pairs.scale), t_scale = std::fabs(t.pairs.scale), entropy = g.cross_entropy ? A(0) : A(1);
+  const A *x = s.x + i * s.ldx, *y = t.x + i * t.ldx, s_max = s.row_max[i], s_log = s.row_log[i], t_max = t.row_max[i],
+          t_log = t.row_log[i], s_row = g.row_weight / s.row_sum[i], t_row = g.row_weight / t.row_sum[i];
+  const A *s_col_max = s.col_max, *s_col_log = s.col_log, *t_col_max = t.col_max, *t_col_log = t.col_log;
+  const int64_t m = s.pairs.m;
+  double loss = 0, dscale = 0;
+  for (int64_t c = 0; c < m; c += kSumPart) {
+    A l = 0, ds = 0;
+#pragma omp simd reduction(+ : l, ds)
+    for (int64_t j = c; j < min_(c + kSumPart, m); ++j) {
+      A below = x[j] - s_max, student = s_scale * below, teacher = t_scale * (y[j] - t_max), p = t_row * exp_(teacher);
+      A slope = 0;
+      l += p * (entropy * (teacher - t_log) - (student - s_log));
+      if constexpr (kSlopes) {
+        slope = s_row * exp_(student) - p;
+        ds += slope * below;
+      }
+      if constexpr (kColumns) {
+        below = x[j] - s_col_max[j], student = s_scale * below, teacher = t_scale * (y[j] - t_col_max[j]);
+        p = t_col[j] * exp_(teacher);
+        l += p * (entropy * (teacher - t_col_log[j]) - (student - s_col_log[j]));
+        if constexpr (kSlopes) {
+          const A by_col = s_col[j] * exp_(student) - p;
+          ds += by_col * below;
+          slope += by_col;
+        }
+      }
+      if constexpr (kSlopes) row[j] = slope;
+    }
+    loss += l;
+    dscale += ds;
+  }
+  s.loss[i] = loss;
+  if constexpr (kSlopes) s.dscale[i] = s.pairs.scale < 0 ? -dscale : dscale;
+}
+
+}  // namespace
+
+template <class P>
+void small_distillation(const SmallDistillation<P>& g, int64_t ib, acc_t<P>* scratch) {
+  using A = acc_t<P>;
+  const PairwiseSmall<P>& s = g.student;
+  A *s_col = scratch + kSmallRows * s.ldx, *t_col = s_col + s.ldx;
+#pragma omp simd
+  for (int64_t j = 0; j < (s.columns ? s.pairs.m : 0); ++j) {
+    s_col[j] = g.col_weight / s.col_sum[j];
+    t_col[j] = g.col_weight / g.teacher.col_sum[j];
+  }
+  const auto distil = s.need_slopes ? (s.columns ? distil_row<true, true, P> : distil_row<false, true, P>)
+                                    : (s.columns ? distil_row<true, false, P> : distil_row<false, false, P>);
+  for (int64_t r = 0; r < rows_of(s, ib); ++r) {
+    const int64_t i = ib * kSmallRows + r;
+    A* row = scratch + r * s.ldx;
+    distil(g, i, s_col, t_col, row);
+    if (s.need_slopes) put_row(s, i, row);
+  }
+  if (s.need_slopes) put_transposed(s, ib, scratch);
+}
+
 template <class P>
 void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
   using A = acc_t<P>;
@@ -262,7 +360,7 @@ void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
     const P* x = g.x + i * g.d;
     P* dx = g.dx + i * g.d;
     A *sum = scratch + r * g.width, factor = g.factor, radial = 0;
-    if (i < g.others) add_scaled(g.d, g.positive[i] * (g.inv_y ? g.inv_y[i] : A(1)), g.y + i * g.d, sum);
+    if (g.positive && i < g.others) add_scaled(g.d, g.positive[i] * (g.inv_y ? g.inv_y[i] : A(1)), g.y + i * g.d, sum);
     if (g.inv) {
       const A inv = g.inv[i];
       factor *= inv;
@@ -275,9 +373,12 @@ void dense_gradient(const DenseGradient<P>& g, int64_t ib, acc_t<P>* scratch) {
 }
 
 #define VLMK_INSTANTIATE(P)                                                              \
+  template void small_log_sum_exps_rows(const PairwiseSmall<P>&, int64_t);               \
+  template void small_log_sum_exps_columns(const PairwiseSmall<P>&);                     \
   template void small_cross_entropy_rows(const PairwiseSmall<P>&, int64_t);              \
   template double small_cross_entropy_columns(const PairwiseSmall<P>&);                  \
   template void small_cross_entropy_slopes(const PairwiseSmall<P>&, int64_t, acc_t<P>*); \
+  template void small_distillation(const SmallDistillation<P>&, int64_t, acc_t<P>*);     \
   template void small_logistic(const PairwiseSmall<P>&, int64_t, acc_t<P>*);             \
   template void dense_gradient(const DenseGradient<P>&, int64_t, acc_t<P>*);
 VLMK_INSTANTIATE(float)

@@ -123,13 +123,21 @@ def linear_cross_entropy(draw: Draw) -> dict[str, Any]:
 
 
 @arguments
+def linear_distillation(draw: Draw) -> dict[str, Any]:
+    values = named("linear_distillation", raw.linear_distillation(draw))
+    topk = values["teacher_log_probs"], values["teacher_indices"]
+    rest = without(values, "teacher_log_probs", "teacher_indices", "need_hidden", "need_weight", "need_bias")
+    return {**rest, "teacher_topk": None if topk[0] is None else topk}
+
+
+@arguments
 def distillation(draw: Draw) -> dict[str, Any]:
-    return named("distillation", raw.distillation(draw))
+    return without(named("distillation", raw.distillation(draw)), "need_student")
 
 
 @arguments
 def embedding_distillation(draw: Draw) -> dict[str, Any]:
-    return named("embedding_distillation", raw.embedding_distillation(draw))
+    return without(named("embedding_distillation", raw.embedding_distillation(draw)), "need_student")
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

@@ -185,13 +185,27 @@ def small_loss(draw: Draw) -> list:
 
 
 @arguments
+def small_distillation(draw: Draw) -> list:
+    query, key = features(draw, zero=False)
+    key = torch.cat([key, key[: draw.small()]])
+    width = draw.size(zero=False)
+    teacher = [draw.floats(len(x), width, dtype=query.dtype) for x in (query, key)]
+    flags = [draw.flag() for _ in range(3)]
+    return [query, key, draw.scalar(), *teacher, draw.scalar(), *flags, *draw.needs(3)]
+
+
+@arguments
 def small_loss_bwd(draw: Draw) -> list:
-    query, key, scale, bias, *options = small_loss(draw)
-    need_query, need_key, need_scalars = options[-3:]
-    _, *formed = ops.small_loss(query, key, scale, bias, *options)
+    if draw.flag():
+        inputs = small_loss(draw)
+        bias, normalize, formed = inputs[3], inputs[6], ops.small_loss(*inputs)[1:]
+    else:
+        inputs = small_distillation(draw)
+        bias, normalize, formed = None, False, ops.small_distillation(*inputs)[1:]
+    need_query, need_key, need_scalars = inputs[-3:]
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
-    dloss = draw.floats(dtype=work(query.dtype))
-    return [dloss, query, key, scale, bias, *formed, options[2], needs]
+    dloss = draw.floats(dtype=work(inputs[0].dtype))
+    return [dloss, *inputs[:3], bias, *formed, normalize, needs]
 
 
 def targets(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
@@ -344,6 +358,52 @@ def linear_cross_entropy_sweep(draw: Draw) -> list:
     return [*tensors, coefficients, draw.choice((0.0, 0.1)), *draw.needs(3)]
 
 
+def taught(draw: Draw, *, ignored: bool, zero: bool, least: float) -> list:
+    """The tensors of linear_distillation, and its options; a hard_weight of 1 needs no teacher."""
+    student, weight, target, bias, _ = hidden(draw, ignored=ignored, zero=zero)
+    (n, _), (v, _) = student.shape, weight.shape
+    target = draw.maybe(target)
+    hard_weight = 0.0 if target is None else draw.choice((0.0, 0.5, 1.0))
+    layer: list[Tensor | None] = [None] * 3
+    topk: list[Tensor | None] = [None] * 2
+    divergences: tuple[str, ...] = ("forward_kl", "jsd")
+    if hard_weight < least and draw.flag():
+        k = draw.randrange(v + 1)
+        indices = torch.rand(n, v).argsort(1)[:, :k]
+        topk = [torch.rand(n, k, dtype=work(student.dtype)).log() - 3, indices]
+    elif hard_weight < least:
+        d, dtype = draw.size(zero=zero), draw.dtype()
+        dtype = student.dtype if not zero and torch.float64 in (dtype, student.dtype) else dtype
+        layer = [draw.floats(*shape, dtype=dtype) for shape in ((n, d), (v, d), (v,))]
+        layer[2], divergences = draw.maybe(layer[2]), (*divergences, "reverse_kl")
+    tensors = [student, weight, *layer[:2], bias, layer[2], *topk, target]
+    return [*tensors, draw.choice((1.0, 3.0)), draw.choice(divergences), 0.3, hard_weight]
+
+
+@arguments
+def linear_distillation(draw: Draw) -> list:
+    inputs = taught(draw, ignored=True, zero=True, least=2.0)
+    reduction = draw.choice(("batchmean", "mean", "sum", "none"))
+    needs = draw.needs(3) if reduction != "none" else [False] * 3
+    return [*inputs, -100, reduction, *needs]
+
+
+@arguments
+def linear_distillation_bwd(draw: Draw) -> list:
+    inputs = linear_distillation(draw)[:-3]
+    dloss = draw.floats(*((len(inputs[0]),) if inputs[-1] == "none" else ()), dtype=work(inputs[0].dtype))
+    return [dloss, *inputs, draw.needs(3)]
+
+
+@arguments
+def linear_distillation_sweep(draw: Draw) -> list:
+    inputs = taught(draw, ignored=False, zero=False, least=1.0)
+    if inputs[7] is not None:
+        inputs[7] = inputs[7].sort(1).values
+    coefficients = torch.rand(len(inputs[0]), dtype=work(inputs[0].dtype))
+    return [*inputs[:9], coefficients, *inputs[9:], *draw.needs(3)]
+
+
 @arguments
 def distillation(draw: Draw) -> list:
     n, v = draw.size(), draw.size()
@@ -354,14 +414,15 @@ def distillation(draw: Draw) -> list:
     hard_weight = 0.0 if target is None else draw.choice((0.0, 0.5, 1.0))
     temperature, divergence = draw.choice((1.0, 3.0)), draw.choice(("forward_kl", "reverse_kl", "jsd"))
     reduction = draw.choice(("batchmean", "mean", "sum", "none"))
-    return [student, teacher, target, temperature, divergence, 0.3, hard_weight, -100, reduction]
+    options = [temperature, divergence, 0.3, hard_weight, -100, reduction]
+    return [student, teacher, target, *options, draw.flag()]
 
 
 @arguments
 def distillation_bwd(draw: Draw) -> list:
     inputs = distillation(draw)
-    loss, stats = ops.distillation(*inputs)
-    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:], draw.needs(1)]
+    loss, stats, _ = ops.distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:3], stats, *inputs[3:-1], draw.needs(1)]
 
 
 @arguments
@@ -371,14 +432,15 @@ def embedding_distillation(draw: Draw) -> list:
     teacher = draw.floats(n, d, dtype=draw.choice((student.dtype, draw.dtype())))
     weight = draw.maybe(torch.rand(n, dtype=work(student.dtype)))
     distance = draw.choice(("l1", "l2", "cosine", "smooth_l1"))
-    return [student, teacher, weight, distance, draw.flag(), draw.choice(("mean", "sum", "none"))]
+    reduction = draw.choice(("mean", "sum", "none"))
+    return [student, teacher, weight, distance, draw.flag(), reduction, draw.flag()]
 
 
 @arguments
 def embedding_distillation_bwd(draw: Draw) -> list:
     inputs = embedding_distillation(draw)
-    loss = ops.embedding_distillation(*inputs)
-    return [torch.randn(loss.shape).to(loss.dtype), *inputs, draw.needs(1)]
+    loss, _ = ops.embedding_distillation(*inputs)
+    return [torch.randn(loss.shape).to(loss.dtype), *inputs[:-1], draw.needs(1)]
 
 
 @functools.cache

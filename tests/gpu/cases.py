@@ -25,13 +25,14 @@ from vlmkernels.triton import (
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _rows as rows
 from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import interval_attention as attention
 
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_gated import Linear, Residual
-from .trials_pairwise import CrossEntropy, Finish, Grads, Problem, Sigmoid, Stats
+from .trials_pairwise import CrossEntropy, Distillation, Finish, Grads, Problem, Sigmoid, Stats
 from .trials_rows import Features, Logits
 
 FP32, BF16, FP16 = DTYPES
@@ -197,6 +198,51 @@ def by_pairs() -> Iterator[Case]:
     yield from each(
         finish, "products alone", lambda t: Finish(3, 3, 48, t, normalize=True, by_key=False, positives=False)
     )
+
+
+def by_teacher() -> Iterator[Case]:
+    op = "contrastive_distillation"
+    few = {
+        (pairwise, "CHUNK_ROWS"): 70,
+        (distilled, "PARTIAL_BYTES"): 0,
+        (distilled, "PROGRAMS"): 4,
+        (distilled, "LINES"): 32,
+    }
+    rows = {"symmetric": False, "divergence": "cross_entropy"}
+
+    def case(n, m, d, e, **options):
+        return lambda t: Distillation(n, m, d, e, t, **options)
+
+    wide = (140, 67, 100, 140)  # several steps of features, the last one ragged
+    yield from each(op, "ragged", case(70, 67, 37, 20), quick=(FP32, BF16))
+    yield from each(
+        op,
+        "chunks",
+        case(135, 135, 24, 40, store_bytes=0, reduction="none"),
+        settings=few,
+        quick=(FP16,),
+    )
+    yield from each(
+        op,
+        "chunks, cross entropy",
+        case(135, 133, 24, 40, store_bytes=0, divergence="cross_entropy"),
+        settings=few,
+    )
+    yield from each(op, "one direction", case(*wide, **rows), quick=(BF16,))
+    yield from each(
+        op, "one direction of each row", case(*wide, **rows, reduction="none", scale_dtype=torch.float64)
+    )
+    yield from each(op, "large tiles", case(*wide), settings=LARGE, quick=(BF16,))
+    yield from each(op, "even", case(66, 70, 128, 64, reduction="sum"))
+    yield from each(op, "one", case(1, 1, 1, 1, scale=1.0, teacher_scale=1.0))
+    yield from each(op, "scale of 0", case(20, 30, 16, 16, scale=0.0))
+    for i, name in enumerate(("queries", "keys", "scale")):
+        needs = tuple(i == k for k in range(3))
+        yield from each(op, f"gradient of the {name}", case(70, 67, 24, 30, needs=needs))
+    yield from each(op, "tf32", case(*wide, tf32=True), (FP32,), tf32=True)
+    yield from each(op, "tf32, large tiles", case(*wide, tf32=True), (FP32,), tf32=True, settings=LARGE)
+    features = ("query", "key", "teacher_query", "teacher_key")
+    yield from each_far(op, "far rows", lambda t: with_far(Distillation(3, 3, 32, 16, t), *features))
 
 
 def by_classes() -> Iterator[Case]:
@@ -409,4 +455,5 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-CASES = {case.name: case for part in (by_pairs, by_classes, by_rows, gated, by_attention) for case in part()}
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, by_attention)
+CASES = {case.name: case for part in PARTS for case in part()}

@@ -131,7 +131,8 @@ def _pipes(code: Code, weights: dict[int, float]) -> dict[str, float]:
 
 
 def _depth(launch: Launch) -> int:
-    return launch.arguments["depth"]
+    """Of all products of a tile, one after the other."""
+    return launch.arguments["depth"] + launch.arguments.get("width", 0)
 
 
 def _attention_work(products: Callable[[dict], int]):
@@ -144,6 +145,8 @@ WORK: dict[str, Callable[[dict, Launch], float]] = {
         (
             "info_nce._stats",
             "info_nce._tile_grads",
+            "contrastive_distillation._stats",
+            "_contrastive_distillation_bwd._tile_grads",
             "sigmoid_loss._sweep",
             "gated_linear_residual._forward",
         ),

@@ -1,4 +1,4 @@
-"""The mutation check: every seeded fault must be seen by the tests of the kernels.
+"""The mutation check: every seeded fault of mutants*.py must be seen by the tests of the kernels.
 
 `python -m tests.gpu.mutations --write` runs all of them on every rung and writes the table of
 docs/gpu_testing.md; names of kernels restrict the run.
@@ -20,14 +20,14 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_rows
+from . import mutants, mutants_distillation, mutants_rows
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
 from .sanitizer import Violation
 from .trials import Executor, sanitized
 
-MUTANTS = [*mutants.MUTANTS, *mutants_rows.MUTANTS]
+MUTANTS = [*mutants.MUTANTS, *mutants_distillation.MUTANTS, *mutants_rows.MUTANTS]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"
 SECTION = "mutations"

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from unittest import mock
 
 from vlmkernels.triton import _attention, _attention_bwd, _tiles
+from vlmkernels.triton import _contrastive_distillation_bwd as _distilled_bwd
+from vlmkernels.triton import contrastive_distillation as _distilled
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -32,6 +34,9 @@ class Sweep(NamedTuple):
     def chosen(self, target: str) -> tuple:
         here = self.exceptions().get(target, {})
         return here.get((*self.key, False), here.get(self.key, self.table()[self.key]))  # attention: no bias
+
+
+KINDS = (("bf16", "half", 64), ("tf32", "tf32", 32))  # of a workload, of the key of its tile; and its BLOCK_K
 
 
 def _sizes(block_k: int, sides=((64, 64), (128, 64), (64, 128), (128, 128), (128, 256), (256, 64))) -> tuple:
@@ -57,8 +62,24 @@ def _sweeps() -> Iterator[Sweep]:
         ("sigmoid {}", "sigmoid_loss._sweep", lambda: _tiles.TILES_ON),
         ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _tiles.PRODUCTS_ON),
     ):
-        for kind, key, block_k in (("bf16", "half", 64), ("tf32", "tf32", 32)):
+        for kind, key, block_k in KINDS:
             yield Sweep(workload.format(kind), kernel, pairwise, exceptions, (key, True), _sizes(block_k))
+    for workload, kernel, table, exceptions in (
+        (
+            "contrastive_distillation {} of many devices",
+            "contrastive_distillation._stats",
+            lambda: _distilled.STATS,
+            lambda: _distilled.STATS_ON,
+        ),
+        (
+            "contrastive_distillation {}",
+            "_contrastive_distillation_bwd._tile_grads",
+            lambda: _distilled_bwd.GRADS,
+            lambda: _distilled_bwd.GRADS_ON,
+        ),
+    ):
+        for kind, key, block_k in KINDS:
+            yield Sweep(workload.format(kind), kernel, table, exceptions, (key, True), _sizes(block_k))
     for half, width in _attention.FORWARD:
         workload = f"attention {'bf16' if half else 'fp32'} {width}"
         sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)

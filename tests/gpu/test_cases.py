@@ -16,7 +16,9 @@ from triton.runtime.jit import JITFunction
 import vlmkernels.triton
 from vlmkernels.reference.distillation import DIVERGENCES
 from vlmkernels.triton import _attention, _attention_bwd, embedding_distillation, gated_residual
+from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton import contrastive_distillation as distilled
 
 from .cases import CASES
 from .trials import DTYPES
@@ -27,6 +29,8 @@ MODULES = [
     for found in pkgutil.iter_modules(vlmkernels.triton.__path__)
 ]
 TABLES = {
+    "contrastive_distillation._stats": distilled.STATS,
+    "_contrastive_distillation_bwd._tile_grads": distilled_bwd.GRADS,
     "_stats": tiles.TILES,
     "_tile_grads": tiles.TILES,
     "_sweep": tiles.TILES,
@@ -36,8 +40,14 @@ TABLES = {
     "_key_grads": _attention_bwd.KEY_GRADS,
 }
 EXCEPTIONS = {"_query_grads": _attention_bwd.QUERY_GRADS_ON["sm_80"]}  # of the architecture of the cases
-# Read no features, so know one dtype
-SUMS = {"info_nce._combine", "_attention_bwd._query_ranges", "_rows._total"}
+# They read no features, so know one dtype
+SUMS = {
+    "info_nce._combine",
+    "contrastive_distillation._join",
+    "contrastive_distillation._losses",
+    "_attention_bwd._query_ranges",
+    "_rows._total",
+}
 ALONE = {"_rows._total"}  # one program
 
 
@@ -101,7 +111,7 @@ def test_every_table_of_tiles_belongs_to_a_kernel():
 def entry_of(launch, biased: bool):
     """The key of its table under which a launch finds its tile, if it uses all of it."""
     config, half, table = launch.config, features(launch) in HALF, table_of(launch.name)
-    if table is tiles.TILES:
+    if "BLOCK_K" in config:
         kind = "half" if half else config["PRECISION"]
         keys = [(kind, True), (kind, False)]
         tile = [config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")]
@@ -123,7 +133,7 @@ def test_every_tile_is_used_whole_by_each_of_its_kernels(launches):
         table = table_of(name)
         if table is None:
             continue
-        for biased in (False, True) if table is not tiles.TILES else (False,):
+        for biased in (False, True) if "_attention" in name else (False,):
             used = {key for launch in launches[0][name] for key in entry_of(launch, biased)}
             assert used == set(table), f"{name}, {'biased' if biased else 'plain'}"
             both = {
@@ -184,7 +194,7 @@ def test_every_optional_argument_is_given_and_is_absent(launches):
         switches = {
             p.name
             for p in kernel.params
-            if re.match("EVEN_|PER_|PUT|SMOOTHED|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
+            if re.match("EVEN_|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
         }
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}

@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 import triton
 
 from vlmkernels.triton import _attention, _attention_bwd
+from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
+from vlmkernels.triton import contrastive_distillation as distilled
 
 from . import matrix
 from .cases import CASES
@@ -24,6 +26,8 @@ from .workloads import WORKLOADS
 TABLES = {
     "pairwise": (tiles.TILES, tiles.PRODUCTS_ON),
     "statistics": (tiles.TILES, tiles.STATISTICS_ON),
+    "statistics of two": (distilled.STATS, distilled.STATS_ON),
+    "gradients of two": (distilled_bwd.GRADS, distilled_bwd.GRADS_ON),
     "forward": (_attention.FORWARD, {}),
     "query": (_attention_bwd.QUERY_GRADS, _attention_bwd.QUERY_GRADS_ON),
     "key": (_attention_bwd.KEY_GRADS, _attention_bwd.KEY_GRADS_ON),
@@ -249,6 +253,7 @@ def test_tile_follows_type_size_and_precision():
         ("sm_120", "interval_attention, bias, heads of 80, float32"),
         ("sm_120", "interval_attention, bias, heads of 16, bfloat16"),
         ("sm_90", "info_nce_grads, large tiles, bfloat16"),
+        ("sm_90", "contrastive_distillation, large tiles, bfloat16"),
         ("sm_90", "gated_linear_residual, large tiles, bfloat16"),
         pytest.param("gfx942", "interval_attention, heads of 256, bfloat16", marks=pytest.mark.slow),
     ],

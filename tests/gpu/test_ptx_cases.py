@@ -17,6 +17,8 @@ ALIKE = {
     "sigmoid_sweep, ragged, by ids, float16",
     "sigmoid_sweep, chunks, bfloat16",
     "sigmoid_sweep, far rows, bfloat16",
+    "contrastive_distillation, ragged, bfloat16",
+    "contrastive_distillation, far rows, bfloat16",
     "linear_cross_entropy, ragged, float16",
     "linear_cross_entropy, far rows, bfloat16",
     "gated_linear_residual, ragged, float16",

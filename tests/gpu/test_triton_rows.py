@@ -264,7 +264,7 @@ def test_launches_of_distillation(classes, targets, divergence, reduction, monke
     options = (2.0, divergence, 0.5, 0.5 if targets else 0.0, -100, reduction)
     stats, dloss = torch.empty(64, 6, device="meta"), torch.empty(64, device="meta")
     dloss = dloss if reduction == "none" else dloss[0]
-    forward = kernels_of(lambda: distillation.distillation(z, q, target, *options), monkeypatch)
+    forward = kernels_of(lambda: distillation.distillation(z, q, target, *options, False), monkeypatch)
     total = ["_total"] if targets or reduction != "none" else []
     assert forward == ["_forward", *total] + ["aten::_assert_async"] * targets
     call = lambda: distillation.distillation_bwd(dloss, z, q, target, stats, *options, [True])  # noqa: E731
@@ -284,11 +284,27 @@ def test_launches_of_embedding_distillation(depth, weighted, reduction, monkeypa
     dloss = dloss if reduction == "none" else dloss[0]
     op, bwd = embedding_distillation.embedding_distillation, embedding_distillation.embedding_distillation_bwd
     total = [] if reduction == "none" else ["_total"]
-    assert kernels_of(lambda: op(x, y, weight, *options), monkeypatch) == ["_forward", *total]
+    assert kernels_of(lambda: op(x, y, weight, *options, False), monkeypatch) == ["_forward", *total]
     weights = ["_total"] if weighted and reduction == "mean" else []
     backward = kernels_of(lambda: bwd(dloss, x, y, weight, *options, [True]), monkeypatch)
     assert backward == [*weights, "_backward"]
     assert kernels_of(lambda: bwd(dloss, x, y, weight, *options, [False]), monkeypatch) == []
+
+
+def test_a_forward_may_form_the_gradient():
+    """As graphs ask for that were recorded on another device."""
+    of = Logits(6, 40, torch.float32, hard_weight=0.5, reduction="mean")
+    logits = (of.student, of.teacher, of.target)
+    with sanitized():
+        _, stats, formed = distillation.distillation(*logits, *of.options, True)
+        later = distillation.distillation_bwd(torch.ones(()), *logits, stats, *of.options, [True])
+    assert torch.equal(formed, later)
+    of = Features(6, 40, torch.float32, reduction="sum")
+    features = (of.student, of.teacher, of.weight, *of.options)
+    with sanitized():
+        _, formed = embedding_distillation.embedding_distillation(*features, True)
+        later = embedding_distillation.embedding_distillation_bwd(torch.ones(()), *features, [True])
+    assert torch.equal(formed, later)
 
 
 VIEWS = {
@@ -337,9 +353,9 @@ def test_sizes_of_zero(size):
         options = (2.0, "jsd", 0.5, 0.0, -100, reduction)
         dloss = torch.ones(size[0]) if reduction == "none" else torch.ones(())
         with recording() as launches:
-            loss, stats = distillation.distillation(x, y, None, *options)
+            loss, stats, _ = distillation.distillation(x, y, None, *options, False)
             grad = distillation.distillation_bwd(dloss, x, y, None, stats, *options, [True])
-        want = distillation_fwd(x, y, None, *options)
+        want = distillation_fwd(x, y, None, *options, False)
         assert torch.equal(loss, want[0])
         assert torch.equal(stats, want[1])
         assert torch.equal(grad, distillation_bwd(dloss, x, y, None, stats, *options, [True]))
@@ -347,9 +363,9 @@ def test_sizes_of_zero(size):
             continue
         options = ("cosine", True, reduction)
         with recording() as more:
-            loss = embedding_distillation.embedding_distillation(x, y, None, *options)
+            loss, _ = embedding_distillation.embedding_distillation(x, y, None, *options, False)
             grad = embedding_distillation.embedding_distillation_bwd(dloss, x, y, None, *options, [True])
-        assert torch.equal(loss, embedding_distillation_fwd(x, y, None, *options))
+        assert torch.equal(loss, embedding_distillation_fwd(x, y, None, *options, False)[0])
         assert torch.equal(grad, embedding_distillation_bwd(dloss, x, y, None, *options, [True]))
         assert launches == more == []
 
@@ -360,7 +376,7 @@ def test_bad_arguments_are_refused_before_a_launch(op):
     x, y = torch.zeros(3, 4), torch.zeros(3, 5)
     options = (1.0, "forward_kl", 0.5, 0.0, -100, "mean") if op == "distillation" else ("l1", True, "mean")
     with recording() as launches, pytest.raises(ValueError, match=f"{op}: .* must have the same shape"):
-        getattr(module, op)(x, y, None, *options)
+        getattr(module, op)(x, y, None, *options, False)
     saved = (torch.zeros(3, 6),) if op == "distillation" else ()
     with recording() as more, pytest.raises(ValueError, match=rf"{op}_bwd: .*dloss must be \[\], got \[7\]"):
         getattr(module, f"{op}_bwd")(torch.zeros(7), x, x, None, *saved, *options, [True])

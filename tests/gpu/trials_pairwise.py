@@ -5,7 +5,9 @@ from torch.nn.functional import cross_entropy, softplus
 
 from vlmkernels.ops._pairwise import inverse_norms
 from vlmkernels.testing import unit_features
+from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import info_nce, linear_cross_entropy, sigmoid_loss
 
 from .trials import judge, strided
@@ -205,6 +207,97 @@ class Sigmoid:
             p.sigmoid(torch.float64, *rest),
             (*self.needs, self.needs[3]),
         )
+
+
+class Distillation:
+    """contrastive_distillation and its backward."""
+
+    def __init__(
+        self,
+        n,
+        m,
+        d,
+        e,
+        dtype,
+        *,
+        symmetric=True,
+        divergence="kl",
+        reduction="mean",
+        store_bytes=1 << 28,
+        needs=(True, True, True),
+        scale=10.0,
+        teacher_scale=20.0,
+        scale_dtype=torch.float32,
+        near=None,
+        tf32=False,
+    ):
+        query, key = unit_features(n, m, d, dtype=torch.float64)
+        if near is None:
+            teacher = unit_features(n, m, e, dtype=dtype)
+        else:
+            teacher = ((x + near * torch.randn(x.shape)).to(dtype) for x in (query, key))
+        self.teacher_query, self.teacher_key = (strided(x) for x in teacher)
+        self.query, self.key = strided(query.to(dtype)), key.to(dtype)
+        self.scale = torch.tensor(scale, dtype=scale_dtype)
+        self.teacher_scale = torch.tensor([teacher_scale])
+        self.dloss = torch.randn(n if reduction == "none" else ())
+        self.options = (symmetric, divergence, reduction, store_bytes)
+        self.dtype, self.needs, self.tf32 = dtype, needs, tf32
+
+    @property
+    def tensors(self):
+        student = (self.query, self.key, self.scale)
+        return *student, self.teacher_query, self.teacher_key, self.teacher_scale
+
+    def launch(self):
+        loss, *stats = distilled.contrastive_distillation(*self.tensors, *self.options)
+        return loss, *distilled_bwd.contrastive_distillation_bwd(
+            self.dloss, *self.tensors, *stats, *self.options, self.needs
+        )
+
+    def multiplied(self, x, y, work, order):
+        """The product of the kernels, which under TF32 reads ten bits of each mantissa."""
+        x, y = x.to(work)[:, order], y.to(work)[:, order]
+        if self.tf32 and work == torch.float32:
+            x, y = ((z.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for z in (x, y))
+        return x @ y.T
+
+    def exact(self, work, shuffled=False):
+        """With `shuffled`, features in another order, which rounds otherwise."""
+        symmetric, divergence, reduction, _ = self.options
+        query, key, scale, teacher_query, teacher_key, teacher_scale = self.tensors
+        student, teacher = (
+            torch.randperm(x.shape[1]) if shuffled else slice(None) for x in (query, teacher_query)
+        )
+        cosine = self.multiplied(query, key, work, student)
+        s = scale.to(work) * cosine
+        t = teacher_scale.to(work) * self.multiplied(teacher_query, teacher_key, work, teacher)
+        share, dloss = 0.5 if symmetric else 1.0, self.dloss.to(work)
+        loss, g, unit = 0, torch.zeros_like(s), 0
+        for dim in (1, 0)[: 1 + symmetric]:
+            log_s, log_p = s.log_softmax(dim), t.log_softmax(dim)
+            each = (log_p.exp() * (log_p - log_s if divergence == "kl" else -log_s)).sum(dim)
+            weight = share / len(each) if reduction == "mean" else share
+            loss = loss + weight * (each if reduction == "none" else each.sum())
+            g += weight * dloss.expand(len(each)).unsqueeze(dim) * (log_s.exp() - log_p.exp())
+            unit += weight * self.dloss.abs().max().item()
+        rounded = g
+        if work != torch.float64:  # what enters a product
+            gain = 2.0**14 / unit if self.dtype == torch.float16 else 1.0
+            rounded = (g * gain).to(self.dtype).to(work) / gain
+        grads = (scale.to(work) * (rounded @ key.to(work)), scale.to(work) * (rounded.T @ query.to(work)))
+        grads = grads if work == torch.float64 else (x.to(self.dtype) for x in grads)
+        return loss, *grads, (g * cosine).sum()
+
+    def judge(self, got):
+        work = torch.promote_types(self.dtype, torch.float32)
+        low, *others = (self.exact(work, shuffled=i > 0) for i in range(8))
+        scalars = [i for i, x in enumerate(low) if x.dim() == 0]
+        low = [[x, *(other[i] for other in others)] if i in scalars else x for i, x in enumerate(low)]
+        *got, dscale = got
+        assert dscale.dtype == self.scale.dtype
+        names = ("loss", "dquery", "dkey", "dscale")
+        judge(names, (*got, dscale.to(work)), low, self.exact(torch.float64), (True, *self.needs))
 
 
 class CrossEntropy:

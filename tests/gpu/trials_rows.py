@@ -41,13 +41,13 @@ class Logits:
 
     def launch(self):
         logits = (self.student, self.teacher, self.target)
-        loss, stats = distillation.distillation(*logits, *self.options)
+        loss, stats, _ = distillation.distillation(*logits, *self.options, False)
         grad = distillation.distillation_bwd(self.dloss, *logits, stats, *self.options, [True])
         return loss, grad, stats
 
     def exact(self, work):
         student, teacher = widened((self.student, self.teacher), work)
-        loss, stats = distillation_fwd(student, teacher, self.target, *self.options)
+        loss, stats, _ = distillation_fwd(student, teacher, self.target, *self.options, False)
         saved = (self.dloss, student, teacher, self.target, stats)
         return loss, distillation_bwd(*saved, *self.options, [True]), stats
 
@@ -84,14 +84,14 @@ class Features:
 
     def launch(self):
         features = (self.student, self.teacher, self.weight)
-        loss = embedding_distillation.embedding_distillation(*features, *self.options)
+        loss, _ = embedding_distillation.embedding_distillation(*features, *self.options, False)
         return loss, embedding_distillation.embedding_distillation_bwd(
             self.dloss, *features, *self.options, [True]
         )
 
     def exact(self, work):
         features = widened((self.student, self.teacher, self.weight), work)
-        loss = embedding_distillation_fwd(*features, *self.options)
+        loss, _ = embedding_distillation_fwd(*features, *self.options, False)
         return loss, embedding_distillation_bwd(self.dloss, *features, *self.options, [True])
 
     def judge(self, got):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
+from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
@@ -64,6 +66,26 @@ def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True
     )
 
 
+def distillation_of_pairs(
+    n,
+    m,
+    d,
+    e,
+    dtype,
+    *,
+    symmetric=True,
+    divergence="kl",
+    reduction="mean",
+    needs=(True, True, True),
+    grads=True,
+):
+    options = (symmetric, divergence, reduction, 1 << 28)
+    student, teacher = ((features(n, width, dtype), features(m, width, dtype), meta()) for width in (d, e))
+    loss, *stats = distilled.contrastive_distillation(*student, *teacher, *options)
+    if grads:
+        distilled_bwd.contrastive_distillation_bwd(loss, *student, *teacher, *stats, *options, needs)
+
+
 def cross_entropy(n, d, v, dtype, *, options=False, smoothing=0.0, grads=True):
     vectors = [meta(v, dtype=dtype), meta(v)] if options else [None, None]
     h, w = features(n, d, dtype), features(v, d, dtype)
@@ -77,7 +99,7 @@ def distillation(
     z, q = features(n, v, dtype), features(n, v, dtype)
     target = meta(n, dtype=torch.int64) if target or hard else None
     options = (temperature, divergence, 0.5, hard, -100, reduction)
-    _, stats = distil.distillation(z, q, target, *options)
+    _, stats, _ = distil.distillation(z, q, target, *options, False)
     dloss = meta(*(n,) if reduction == "none" else ())
     distil.distillation_bwd(dloss, z, q, target, stats, *options, [True])
 
@@ -85,7 +107,7 @@ def distillation(
 def embedding_distillation(n, d, dtype, *, distance="l1", normalize=True, weighted=False, reduction="mean"):
     x, y = features(n, d, dtype), features(n, d, dtype)
     weight = meta(n) if weighted else None
-    features_distil.embedding_distillation(x, y, weight, distance, normalize, reduction)
+    features_distil.embedding_distillation(x, y, weight, distance, normalize, reduction, False)
     dloss = meta(*(n,) if reduction == "none" else ())
     features_distil.embedding_distillation_bwd(dloss, x, y, weight, distance, normalize, reduction, [True])
 
@@ -149,6 +171,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
+    _add(f"contrastive_distillation {name}", distillation_of_pairs, 4096, 4096, 512, 768, dtype)
+    _add(f"contrastive_distillation {name} small", distillation_of_pairs, 512, 512, 512, 512, dtype)
+    _add(f"contrastive_distillation {name} ragged", distillation_of_pairs, 4097, 4099, 500, 510, dtype)
     _add(f"cross_entropy {name}", cross_entropy, 8192, 768, 50257, dtype)
     _add(f"cross_entropy {name} small", cross_entropy, 64, 256, 1000, dtype)
     _add(f"distillation {name}", distillation, 8192, 32768, dtype)
@@ -167,6 +192,7 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"perceiver {name}", resampler, 8, 8, 64, 2048, 64, dtype)
 _add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True)
 _add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
+_add("contrastive_distillation fp16", distillation_of_pairs, 4096, 4096, 512, 768, FP16)
 _add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
 _add("distillation fp16", distillation, 8192, 32768, FP16, hard=0.3, reduction="sum")
 _add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
@@ -177,6 +203,8 @@ for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
     _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    widths = (512, 768) if name != " ragged" else (500, 510)
+    _add(f"contrastive_distillation tf32{name}", distillation_of_pairs, *size, *widths, FP32, allow_tf32=True)
 _add("info_nce bf16 of many devices", info_nce, 4096, 65536, 768, BF16, normalize=True)
 _add("info_nce tf32 of many devices", info_nce, 4096, 65536, 768, FP32, allow_tf32=True)
 _add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
@@ -195,6 +223,41 @@ _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
 _add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
+_add(
+    "contrastive_distillation bf16 cross entropy",
+    distillation_of_pairs,
+    4096,
+    4096,
+    512,
+    768,
+    BF16,
+    divergence="cross_entropy",
+    reduction="none",
+)
+for name, dtype in (("bf16", BF16), ("tf32", FP32)):
+    _add(
+        f"contrastive_distillation {name} of many devices",
+        distillation_of_pairs,
+        4096,
+        65536,
+        512,
+        768,
+        dtype,
+        allow_tf32=name == "tf32",
+    )
+_add("contrastive_distillation bf16 of large batches", distillation_of_pairs, 65536, 65536, 512, 768, BF16)
+_add(
+    "contrastive_distillation bf16 one direction",
+    distillation_of_pairs,
+    4096,
+    4096,
+    512,
+    768,
+    BF16,
+    symmetric=False,
+    needs=(True, False, False),
+)
+_add("contrastive_distillation bf16 one pair", distillation_of_pairs, 1, 1, 1, 1, BF16)
 _add("cross_entropy bf16 options", cross_entropy, 4096, 768, 30522, BF16, options=True, smoothing=0.1)
 _add("cross_entropy bf16 ragged", cross_entropy, 4097, 500, 50257, BF16)
 _add("cross_entropy bf16 loss alone", cross_entropy, 8192, 4096, 128256, BF16, grads=False)

@@ -1,4 +1,5 @@
-"""Losses as modules, on the ops `info_nce`, `sigmoid_loss`, `linear_cross_entropy` and `distillation`.
+"""Losses as modules, on the ops `info_nce`, `sigmoid_loss`, `linear_cross_entropy` and the distillations of
+logits.
 
 `ClipLoss` and `SigLipLoss` replace open_clip 3.3.0's classes: same constructor, same forward, but no N x N
 matrix.
@@ -7,6 +8,7 @@ matrix.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -280,7 +282,11 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 class KnowledgeDistillationLoss(nn.Module):
-    """`vlmkernels.distillation` with its options, for logits with any leading shape."""
+    """`vlmkernels.distillation` of logits, or `vlmkernels.linear_distillation` of hidden states, of any
+    leading shape.
+
+    Weights are not parameters of the loss: give those of the models' heads, which stay where they are.
+    """
 
     def __init__(
         self,
@@ -301,20 +307,59 @@ class KnowledgeDistillationLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Tensor,  # [..., V]
-        teacher_logits: Tensor,  # [..., V]
+        student_logits: Tensor | None = None,  # [..., V]
+        teacher_logits: Tensor | None = None,  # [..., V]
         target: Tensor | None = None,  # [...] int64
+        *,
+        student_hidden: Tensor | None = None,  # [..., D_s]
+        student_weight: Tensor | None = None,  # [V, D_s]
+        teacher_hidden: Tensor | None = None,  # [..., D_t]
+        teacher_weight: Tensor | None = None,  # [V, D_t]
+        student_bias: Tensor | None = None,  # [V]
+        teacher_bias: Tensor | None = None,  # [V]
+        teacher_topk: tuple[Tensor, Tensor] | None = None,  # log-probabilities and classes, both [..., k]
     ) -> Tensor:
-        """The loss, a scalar or [...] with reduction "none"; errors as in `distillation`."""
-        leading = student_logits.shape[:-1]
-        if teacher_logits.shape != student_logits.shape or (target is not None and target.shape != leading):
-            shapes = [list(x.shape) for x in (student_logits, teacher_logits, target) if x is not None]
+        """The loss, a scalar or [...] with reduction "none"; errors as in the ops.
+
+        Of the logits of both, or of `student_hidden` and `student_weight` with one teacher: `teacher_hidden`
+        and `teacher_weight`, or `teacher_topk`.
+        """
+        logits = _given(student_logits=student_logits, teacher_logits=teacher_logits)
+        hidden = _given(
+            student_hidden=student_hidden, teacher_hidden=teacher_hidden, teacher_topk=teacher_topk
+        )
+        heads = _given(
+            student_weight=student_weight,
+            teacher_weight=teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+        )
+        whole = len(logits) == 2 or (student_hidden is not None and student_weight is not None)
+        if not whole or (logits and (hidden or heads)):
             raise ValueError(
-                f"student_logits and teacher_logits must be [..., V] and target [...], got {shapes}"
+                "student_logits and teacher_logits must be given, or student_hidden and student_weight with "
+                f"a teacher, got {', '.join((*logits, *hidden, *heads)) or 'none'}"
             )
-        loss = vlmkernels.distillation(
-            student_logits.reshape(leading.numel(), student_logits.shape[-1]),
-            teacher_logits.reshape(leading.numel(), student_logits.shape[-1]),
+        rows = logits or hidden
+        tensors = [x for value in rows.values() for x in (value if isinstance(value, tuple) else (value,))]
+        leading = tensors[0].shape[:-1]
+        if (
+            any(x.shape[:-1] != leading for x in tensors)
+            or (logits and tensors[0].shape != tensors[1].shape)
+            or (target is not None and target.shape != leading)
+        ):
+            last = "V" if logits else "*"
+            shapes = [list(x.shape) for x in (*tensors, target) if x is not None]
+            raise ValueError(f"{' and '.join(rows)} must be [..., {last}] and target [...], got {shapes}")
+
+        def flat(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(flat, value))
+            return value.reshape(leading.numel(), value.shape[-1])
+
+        loss = (vlmkernels.distillation if logits else vlmkernels.linear_distillation)(
+            **{name: flat(value) for name, value in rows.items()},
+            **heads,
             temperature=self.temperature,
             divergence=self.divergence,
             beta=self.beta,
@@ -324,3 +369,7 @@ class KnowledgeDistillationLoss(nn.Module):
             reduction=self.reduction,
         )
         return loss.reshape(leading) if self.reduction == "none" else loss
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

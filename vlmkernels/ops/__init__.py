@@ -10,6 +10,7 @@ from vlmkernels.ops.info_nce import info_nce
 from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
+from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
@@ -18,7 +19,13 @@ from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 FAMILIES = {
     "attention": ("interval_attention", "perceiver_attention"),
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
-    "pairwise": ("contrastive_distillation", "info_nce", "linear_cross_entropy", "sigmoid_loss"),
+    "pairwise": (
+        "contrastive_distillation",
+        "info_nce",
+        "linear_cross_entropy",
+        "linear_distillation",
+        "sigmoid_loss",
+    ),
     "residual": ("gated_residual",),
     "rows": ("distillation", "embedding_distillation"),
 }
@@ -34,6 +41,7 @@ __all__ = [
     "interval_attention",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation",
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",

@@ -44,15 +44,17 @@ def _host_knows(x: Tensor) -> bool:
 def _sweep(
     op, dloss, hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction, needs
 ) -> tuple[Tensor, ...]:
-    check(op, hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction)
+    every = check(op, hidden, weight, target, bias, column_scale, ignore_index, label_smoothing, reduction)
     work = torch.promote_types(hidden.dtype, torch.float32)
     u = dloss.to(work).expand(target.shape)
-    every, counted = True, target != ignore_index
     size: int | Tensor
-    if _host_knows(target):
-        counted = counted.nonzero().squeeze(1)
+    if every:
+        counted, size = target, len(target)
+    elif _host_knows(target):
+        counted = (target != ignore_index).nonzero().squeeze(1)
         every, size = len(counted) == len(target), max(len(counted), 1)
     else:  # without waiting for the device to know which rows there are
+        every, counted = True, target != ignore_index
         target, size = target.where(counted, -1), counted.sum().clamp_min(1)
     few = (lambda x: x) if every else (lambda x: x.index_select(0, counted))
     u = few(u / size if reduction == "mean" else u).contiguous()

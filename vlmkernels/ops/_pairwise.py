@@ -1,13 +1,9 @@
 """Shared by the pairwise ops: checks of features and scalars, norms, FLOPs."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._modules import is_traced, is_transformed
 from vlmkernels._native import TILE_COLS, TILE_HEADER, TILE_ROWS
 
 
@@ -18,16 +14,18 @@ def store_size(query: Tensor, key: Tensor, store_bytes: int) -> int:
     Only CPU kernels keep exponentials: on a GPU recomputing them costs no more than moving them.
     """
     itemsize = 4 if query.dtype == torch.float16 else query.dtype.itemsize  # float16 is widened on the tile
-    return kept(query, key, TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER, store_bytes)
+    return kept(query, key, TILE_ROWS * TILE_COLS * itemsize + TILE_HEADER, store_bytes, 2)
 
 
-def kept(query: Tensor, key: Tensor, tile: int, store_bytes: int) -> int:
-    """Bytes of the tiles, of `tile` bytes each, that a forward on a CPU keeps within `store_bytes`."""
+def kept(query: Tensor, key: Tensor, tile: int, store_bytes: int, share: int = 1) -> int:
+    """Bytes of the tiles, of `tile` bytes each, that a forward on a CPU keeps within `store_bytes`: all, or
+    as many as a `share`-th part holds.
+    """
     if query.device.type != "cpu":
         return 0
     tiles = ((query.shape[0] + TILE_ROWS - 1) // TILE_ROWS) * ((key.shape[0] + TILE_COLS - 1) // TILE_COLS)
     fit = store_bytes // tile
-    return (tiles if tiles <= fit else fit // 2) * tile
+    return (tiles if tiles <= fit else fit // share) * tile
 
 
 def flops(query: torch.Size, key: torch.Size, products: int = 1) -> int:
@@ -77,36 +75,6 @@ def as_scalar(op: str, name: str, value: float | Tensor, query: Tensor) -> Tenso
         return query.new_full((), value, dtype=work)
     except (OverflowError, RuntimeError):
         raise ValueError(f"{op}: {name} must be in the range of {work}, got {value}")
-
-
-def forms_ahead(x: Tensor) -> bool:
-    """Whether the forward already computes the gradients, because its result has a single incoming one.
-
-    Not in float16: without the factor of a scaled loss the gradients would leave its range.
-    """
-    return torch.is_grad_enabled() and arguments.product_dtype(x) != torch.float16
-
-
-def scaled(
-    formed: Sequence[Tensor], dloss: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None] | None:
-    """The gradients that a forward computed, times the incoming one; None unless all that are needed exist.
-
-    Under create_graph they have to come from the backward op, which is then in the graph and raises.
-    Where the incoming one is 1 and the graph is not retained, they are handed over without a copy.
-    """
-    needed = [(grad, x) for grad, x, need in zip(formed, inputs, needs, strict=True) if need]
-    if torch.is_grad_enabled() or any(x is None or grad.shape != x.shape for grad, x in needed):
-        return None
-    if not torch._C._autograd._get_current_graph_task_keep_graph() and _is_one(dloss):
-        return [grad if need else None for grad, need in zip(formed, needs, strict=True)]
-    return [(grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
-
-
-def _is_one(x: Tensor) -> bool:
-    """Whether a scalar is 1, if that is known without waiting for a device or fixing a graph to it."""
-    real = type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode()
-    return real and not is_traced() and not is_transformed() and x.item() == 1
 
 
 def with_width(x: Tensor) -> Tensor:

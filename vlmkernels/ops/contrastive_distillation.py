@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels._library import TRITON, define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _contrastive_distillation_sweeps as sweeps
 from vlmkernels.ops import _pairwise as pairwise
+from vlmkernels.ops import _pairwise_small
 from vlmkernels.reference.contrastive_distillation import (
     DIVERGENCES,
     contrastive_distillation_bwd,
@@ -52,6 +53,10 @@ def contrastive_distillation(
         store_bytes: memory that may be spent to keep logits between the forward and the backward, which then
             performs ``(8 - 2 f) N M D + (4 - 2 f) N M E`` operations in all, f being the fraction that fits.
 
+    With `reduction` "mean" or "sum", and a teacher of the student's dtype, up to 1024 x 1024 logits are
+    materialised on a CPU, outside compiled code, for any `store_bytes`: streaming them would cost more than
+    it saves.
+
     Returns:
         float32 (float64 if student or teacher are): a scalar, or ``[N]``. Logits, softmaxes and sums are in
         that dtype.
@@ -85,9 +90,12 @@ def contrastive_distillation(
         raise ValueError("contrastive_distillation: " + "; ".join(faults))
     scale = pairwise.as_scalar("contrastive_distillation", "scale", scale, query)
     teacher_scale = pairwise.as_scalar("contrastive_distillation", "teacher_scale", teacher_scale, query)
+    teacher = (teacher_query.detach(), teacher_key.detach(), teacher_scale.detach())
+    if reduction != "none" and _pairwise_small.serves(query, key, *teacher[:2]):
+        forms = (symmetric, divergence == "cross_entropy", reduction == "mean")
+        return _pairwise_small.distillation(query, key, scale, *teacher, *forms)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, scale))):
         store_bytes = 0
-    teacher = (teacher_query.detach(), teacher_key.detach(), teacher_scale.detach())
     return _op(query, key, scale, *teacher, symmetric, divergence, reduction, store_bytes)[0]
 
 
@@ -156,7 +164,13 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
-for _device in ("CPU", "CUDA"):
-    if has_kernel("contrastive_distillation_stats", _device):
-        kernel("contrastive_distillation", _device, sweeps.forward, pairwise.label(_device))
-        kernel("contrastive_distillation_bwd", _device, sweeps.backward, pairwise.label(_device))
+if has_kernel("contrastive_distillation_stats", "CPU"):
+    kernel("contrastive_distillation", "CPU", sweeps.forward, pairwise.label("CPU"))
+    kernel("contrastive_distillation_bwd", "CPU", sweeps.backward, pairwise.label("CPU"))
+
+if TRITON:
+    from vlmkernels.triton import _contrastive_distillation_bwd as _cuda_bwd
+    from vlmkernels.triton import contrastive_distillation as _cuda
+
+    kernel("contrastive_distillation", "CUDA", _cuda.contrastive_distillation, "Triton")
+    kernel("contrastive_distillation_bwd", "CUDA", _cuda_bwd.contrastive_distillation_bwd, "Triton")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._library import TRITON, define, empty_grads, kernel
+from vlmkernels.ops import _ahead as ahead
 from vlmkernels.reference.distillation import distillation_bwd, distillation_fwd, option_faults
 
 
@@ -26,7 +27,7 @@ def distillation(
     ``(1 - hard_weight) T^2 divergence + hard_weight cross_entropy(student_logits, target)`` in each row, with
     p = softmax(teacher_logits / T) and s = softmax(student_logits / T) (Hinton et al. 2015). The divergence
     is KL(p || s), KL(s || p), or beta KL(p || m) + (1 - beta) KL(s || m) with m = beta p + (1 - beta) s
-    (Agarwal et al. 2024, GKD). No softmax is stored: the backward computes them again from the logits.
+    (Agarwal et al. 2024, GKD). No softmax is stored.
 
     Args:
         student_logits: ``[N, V]``, rows any distance apart.
@@ -46,7 +47,8 @@ def distillation(
 
     Returns:
         A scalar or ``[N]``, float32 (float64 if a tensor of logits is). The gradient has the dtype of
-        `student_logits`. Autocast changes nothing.
+        `student_logits`; it is formed in the forward where the loss is a scalar, except in float16. Autocast
+        changes nothing.
 
     Raises:
         ValueError: naming every invalid argument.
@@ -75,16 +77,21 @@ def distillation(
     if faults:
         raise ValueError("distillation: " + "; ".join(faults))
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
-    return _op(student_logits, teacher_logits.detach(), target, *options)[0]
+    # Kernels of a GPU would write a gradient whose factor they do not know, and then write it again
+    forms = reduction != "none" and student_logits.requires_grad and not student_logits.is_cuda
+    forms = forms and ahead.forms_ahead(student_logits)
+    return _op(student_logits, teacher_logits.detach(), target, *options, forms)[0]
 
 
 def _fake(student_logits, teacher_logits, target, *options):
+    *_, reduction, need_student = options
     shapes = student_logits.shape, teacher_logits.shape
     torch._check(shapes[0] == shapes[1], lambda: f"student_logits {shapes[0]} and teacher_logits {shapes[1]}")
     work = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     work, rows = torch.promote_types(work, torch.float32), student_logits.shape[0]
-    loss = student_logits.new_empty((rows,) if options[-1] == "none" else (), dtype=work)
-    return loss, student_logits.new_empty((rows, 6), dtype=work)
+    loss = student_logits.new_empty((rows,) if reduction == "none" else (), dtype=work)
+    stats = student_logits.new_empty((rows, 6), dtype=work)
+    return loss, stats, *empty_grads([student_logits], [need_student])
 
 
 def _fake_bwd(dloss, student_logits, *rest):
@@ -92,23 +99,28 @@ def _fake_bwd(dloss, student_logits, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student_logits, teacher_logits, target, *ctx.options = inputs
-    ctx.save_for_backward(student_logits, teacher_logits, target, output[1])
-    ctx.mark_non_differentiable(output[1])
+    student_logits, teacher_logits, target, *ctx.options, _ = inputs
+    ctx.save_for_backward(student_logits, teacher_logits, target, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, needs, dloss, *unused):
     if not needs["student_logits"]:
         return {}
-    return {"student_logits": _bwd(dloss, *ctx.saved_tensors, *ctx.options, [True])}
+    *inputs, formed = ctx.saved_tensors
+    grads = ahead.scaled([formed], dloss, inputs[:1], [True])
+    if grads is None:
+        grads = [_bwd(dloss, *inputs, *ctx.options, [True])]
+    return {"student_logits": grads[0]}
 
 
 _TENSORS = "Tensor student_logits, Tensor teacher_logits, Tensor? target"
 _OPTIONS = "float temperature, str divergence, float beta, float hard_weight, int ignore_index, str reduction"
 
 _op = define(
-    f"distillation({_TENSORS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
+    f"distillation({_TENSORS}, {_OPTIONS}, bool need_student)"
+    " -> (Tensor loss, Tensor stats, Tensor dstudent)",
     reference=distillation_fwd,
     fake=_fake,
     flops=lambda *_, **__: 0,

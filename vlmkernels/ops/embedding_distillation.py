@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._library import TRITON, define, empty_grads, kernel
+from vlmkernels.ops import _ahead as ahead
 from vlmkernels.reference.embedding_distillation import (
     embedding_distillation_bwd,
     embedding_distillation_fwd,
@@ -22,7 +23,7 @@ def embedding_distillation(
     weight: Tensor | None = None,  # [N]
     reduction: str = "mean",
 ) -> Tensor:
-    """Distance of a student's features to a teacher's, with the normalisation, in one pass each way.
+    """Distance of a student's features to a teacher's, normalised, and its gradient in the same pass.
 
     ViLD distils image embeddings by "l1" (Gu et al. 2022, equation 4), CLIP-KD its features by "l2" (Yang et
     al. 2024, section 3.2), both of normalised features.
@@ -39,7 +40,8 @@ def embedding_distillation(
 
     Returns:
         A scalar or ``[N]``, float32 (float64 if student or teacher is). The gradient has the dtype of
-        `student`. Autocast changes nothing.
+        `student`; it is formed in the forward where the loss is a scalar, except in float16. Autocast changes
+        nothing.
 
     Raises:
         ValueError: naming every invalid argument.
@@ -62,14 +64,18 @@ def embedding_distillation(
         raise ValueError("embedding_distillation: " + "; ".join(faults))
     if weight is not None:
         weight = weight.detach().to(torch.promote_types(student.dtype, torch.float32))
-    return _op(student, teacher.detach(), weight, distance, normalize, reduction)
+    # Kernels of a GPU would write a gradient whose factor they do not know, and then write it again
+    forms = reduction != "none" and student.requires_grad and not student.is_cuda
+    forms = forms and ahead.forms_ahead(student)
+    return _op(student, teacher.detach(), weight, distance, normalize, reduction, forms)[0]
 
 
-def _fake(student, teacher, weight, distance, normalize, reduction):
+def _fake(student, teacher, weight, distance, normalize, reduction, need_student):
     shapes = student.shape, teacher.shape
     torch._check(shapes[0] == shapes[1], lambda: f"student {shapes[0]} and teacher {shapes[1]} differ")
     work = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=work)
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=work)
+    return loss, *empty_grads([student], [need_student])
 
 
 def _fake_bwd(dloss, student, *rest):
@@ -77,15 +83,20 @@ def _fake_bwd(dloss, student, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.distance, ctx.normalize, ctx.reduction = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.distance, ctx.normalize, ctx.reduction, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, needs, dloss):
+def _backward(ctx, needs, dloss, *unused):
     if not needs["student"]:
         return {}
-    options = (ctx.distance, ctx.normalize, ctx.reduction, [True])
-    return {"student": _bwd(dloss, *ctx.saved_tensors, *options)}
+    *inputs, formed = ctx.saved_tensors
+    grads = ahead.scaled([formed], dloss, inputs[:1], [True])
+    if grads is None:
+        grads = [_bwd(dloss, *inputs, ctx.distance, ctx.normalize, ctx.reduction, [True])]
+    return {"student": grads[0]}
 
 
 _TENSORS, _OPTIONS = (
@@ -94,7 +105,7 @@ _TENSORS, _OPTIONS = (
 )
 
 _op = define(
-    f"embedding_distillation({_TENSORS}, {_OPTIONS}) -> Tensor",
+    f"embedding_distillation({_TENSORS}, {_OPTIONS}, bool need_student) -> (Tensor loss, Tensor dstudent)",
     reference=embedding_distillation_fwd,
     fake=_fake,
     flops=lambda *_, **__: 0,

@@ -51,7 +51,7 @@ def info_nce(
         store_bytes: memory that may be spent to keep exponentials between the forward and the backward, which
             then performs ``(8 - 2 f) N M D`` operations in all, f being the fraction that fits.
 
-    In the plain form (none of `positives`, `weight`, `reduction`) up to 512 x 512 logits are materialised
+    In the plain form (none of `positives`, `weight`, `reduction`) up to 1024 x 1024 logits are materialised
     on a CPU, outside compiled code, for any `store_bytes`: streaming them would cost more than it saves.
 
     Returns:

@@ -6,6 +6,7 @@ from torch import Tensor
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, empty_grads, has_kernel, kernel
 from vlmkernels._modules import are_plain
+from vlmkernels.ops import _ahead as ahead
 from vlmkernels.ops import _linear_cross_entropy_sweep as sweep
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.reference import linear_cross_entropy as composition
@@ -91,8 +92,8 @@ def linear_cross_entropy(
             reduction=reduction,
         )
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
-    ahead = reduction != "none" and pairwise.forms_ahead(hidden)
-    needs = [ahead and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    forms = reduction != "none" and ahead.forms_ahead(hidden)
+    needs = [forms and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     flat = target.reshape(-1)
     options = (ignore_index, label_smoothing, reduction)
     loss = _op(rows, weight, flat, bias, column_scale, *options, *needs)[0]
@@ -131,7 +132,7 @@ def _backward(ctx, needs, dloss, *unused):
     saved = ctx.saved_tensors
     inputs, formed = saved[:5], saved[5:]
     options = (ctx.ignore_index, ctx.label_smoothing, ctx.reduction)
-    grads = pairwise.scaled(formed, dloss, [inputs[0], inputs[1], inputs[3]], wanted)
+    grads = ahead.scaled(formed, dloss, [inputs[0], inputs[1], inputs[3]], wanted)
     if grads is None:
         grads = _bwd(dloss, *inputs, *options, wanted)
     return dict(zip(names, grads, strict=True))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels.ops import _ahead as ahead
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
 from vlmkernels.ops import _pairwise_targets as targets
@@ -37,8 +38,8 @@ def sigmoid_loss(
         normalize: divide the features by their L2 norm first, as ``torch.nn.functional.normalize`` does.
         reduction: "mean" divides by N, "sum", or "none" for the ``[N]`` sums of the rows.
 
-    In the plain form (neither `positives` nor `reduction`) up to 512 x 512 logits are materialised on a CPU,
-    outside compiled code: streaming them would cost more than it saves.
+    In the plain form (neither `positives` nor `reduction`) up to 1024 x 1024 logits are materialised on a
+    CPU, outside compiled code: streaming them would cost more than it saves.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or ``[N]``. Logits and sums are in that dtype.
@@ -64,8 +65,8 @@ def sigmoid_loss(
     bias = pairwise.as_scalar("sigmoid_loss", "bias", bias, query)
     if positives is None and reduction == "mean" and _pairwise_small.serves(query, key):
         return _pairwise_small.loss(query, key, scale, bias, False, 0.0, normalize)
-    ahead = reduction != "none" and pairwise.forms_ahead(query)
-    needs = [ahead and t.requires_grad for t in (query, key, scale, bias)]
+    forms = reduction != "none" and ahead.forms_ahead(query)
+    needs = [forms and t.requires_grad for t in (query, key, scale, bias)]
     tensors = (query, key, scale, bias, positives, key_ids)
     return _op(*tensors, normalize, reduction, needs[0], needs[1], needs[2] or needs[3])[0]
 
@@ -100,7 +101,7 @@ def _backward(ctx, needs, dloss, *unused):
     wanted = [needs[name] for name in names]
     saved = ctx.saved_tensors
     inputs, formed = saved[:6], saved[6:]
-    grads = pairwise.scaled(formed, dloss, inputs[:4], wanted)
+    grads = ahead.scaled(formed, dloss, inputs[:4], wanted)
     if grads is None:
         grads = _bwd(dloss, *inputs, ctx.normalize, ctx.reduction, wanted)
     return dict(zip(names, grads, strict=True))

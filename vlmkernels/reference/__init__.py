@@ -10,6 +10,7 @@ from vlmkernels.reference.info_nce import info_nce
 from vlmkernels.reference.interval_attention import interval_attention
 from vlmkernels.reference.linear import linear
 from vlmkernels.reference.linear_cross_entropy import linear_cross_entropy
+from vlmkernels.reference.linear_distillation import linear_distillation
 from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
@@ -25,6 +26,7 @@ __all__ = [
     "interval_attention",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation",
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",

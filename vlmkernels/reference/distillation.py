@@ -42,12 +42,31 @@ def distillation(
     """The definition, differentiable by autograd."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation", student_logits, teacher_logits, target, *options)
-    check_target("distillation", target, student_logits.shape[1], ignore_index)
+    check_targets("distillation", target, student_logits.shape[1], ignore_index)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
-    losses = student.new_zeros(len(student))
+    log_s = log_p = None
     if hard_weight < 1:
         log_s = _centred(student, temperature).log_softmax(1)
         log_p = _centred(teacher, temperature).log_softmax(1)
+    return mixed_loss(student, log_s, log_p, counted, target, *options)
+
+
+def mixed_loss(
+    student: Tensor,  # [N, V]
+    log_s: Tensor | None,  # [N, K], of what the divergence compares; None if hard_weight is 1
+    log_p: Tensor | None,  # [N, K]
+    counted: Tensor,  # [N] bool
+    target: Tensor | None,  # [N] int64
+    temperature: float,
+    divergence: str,
+    beta: float,
+    hard_weight: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The divergence of two distributions with the cross-entropy of the student's logits, reduced."""
+    losses = student.new_zeros(len(student))
+    if log_s is not None and log_p is not None:
         losses = (1 - hard_weight) * temperature * (temperature * _divergence(log_s, log_p, divergence, beta))
     if target is not None and hard_weight > 0:
         hard = F.cross_entropy(student, target, reduction="none", ignore_index=ignore_index)
@@ -68,8 +87,9 @@ def distillation_fwd(
     hard_weight,
     ignore_index,
     reduction,
+    need_student,
 ):
-    """The raw op: the loss, and what the backward needs of the rows, [N, 6].
+    """The raw op: loss, what the backward needs of the rows, [N, 6], and dstudent, of size 0 unless needed.
 
     The maximum of the student's logits, the sum of exp((student - maximum) / T), the same of the teacher; the
     mean of D's factor in brackets, d or KL(s || m); the sum of exp(student - maximum).
@@ -97,7 +117,9 @@ def distillation_fwd(
             stats[:, 4] = _kl(log_s, log_p)
         elif divergence == "jsd":
             stats[:, 4] = _kl(log_s, _log_mixture(log_s, log_p, beta))
-    return loss, stats
+    rest = (temperature, divergence, beta, hard_weight, ignore_index, reduction, [need_student])
+    dloss = loss.new_ones(loss.shape)
+    return loss, stats, distillation_bwd(dloss, student_logits, teacher_logits, target, stats, *rest)
 
 
 def distillation_bwd(
@@ -117,7 +139,7 @@ def distillation_bwd(
     """dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation_bwd", student_logits, teacher_logits, target, *options, stats=stats, dloss=dloss)
-    check_target("distillation_bwd", target, student_logits.shape[1], ignore_index)
+    check_targets("distillation_bwd", target, student_logits.shape[1], ignore_index)
     if not needs[0]:
         return student_logits.new_empty(0)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
@@ -214,12 +236,12 @@ def check(
         raise ValueError(f"{op}: " + "; ".join(faults))
 
 
-def check_target(op: str, target: Tensor | None, v: int, ignore_index: int) -> None:
-    """Without waiting for a device."""
+def check_targets(op: str, target: Tensor | None, v: int, ignore_index: int) -> None:
+    """Each in [0, V), or the index that is ignored."""
     if target is None:
         return
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()
-    if target.is_cuda:
+    if target.is_cuda:  # without waiting for the device
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")
     elif not valid:
         outside = target[(target != ignore_index) & ((target < 0) | (target >= v))]

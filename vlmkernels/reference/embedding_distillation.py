@@ -32,10 +32,6 @@ def embedding_distillation(
     reduction: str = "mean",
 ) -> Tensor:
     """The definition, differentiable by autograd."""
-    return embedding_distillation_fwd(student, teacher, weight, distance, normalize, reduction)
-
-
-def embedding_distillation_fwd(student, teacher, weight, distance, normalize, reduction):
     check("embedding_distillation", student, teacher, weight, distance, reduction)
     u, v, w = _rows(student, teacher, weight)
     if normalize or distance == "cosine":
@@ -51,6 +47,14 @@ def embedding_distillation_fwd(student, teacher, weight, distance, normalize, re
     if reduction == "none":
         return losses
     return losses.sum() * _share(w) if reduction == "mean" else losses.sum()
+
+
+def embedding_distillation_fwd(student, teacher, weight, distance, normalize, reduction, need_student):
+    """The raw op: (loss, dstudent), dstudent of size 0 unless `need_student`."""
+    options = {"distance": distance, "normalize": normalize, "weight": weight, "reduction": reduction}
+    loss = embedding_distillation(student, teacher, **options)
+    rest = (distance, normalize, reduction, [need_student])
+    return loss, embedding_distillation_bwd(loss.new_ones(loss.shape), student, teacher, weight, *rest)
 
 
 def embedding_distillation_bwd(

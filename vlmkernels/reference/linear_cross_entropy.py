@@ -100,8 +100,8 @@ def check(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
-) -> None:
-    """The raw ops get any tensors."""
+) -> bool:
+    """The raw ops get any tensors. Whether every row is known to count."""
     n, v = target.numel(), weight.shape[0] if weight.dim() else 0
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     wanted = {"hidden": (hidden, (n, weight.shape[-1] if weight.dim() else 0)), "target": (target, (n,))}
@@ -121,9 +121,14 @@ def check(
         faults.append(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
+    if target.device.type == "cpu" and n:
+        low, high = (int(x) for x in target.aminmax())
+        if 0 <= low <= high < v and not low <= ignore_index <= high:
+            return True
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()
     if target.is_cuda:  # without waiting for the device
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")
     elif not valid:
         outside = target[(target != ignore_index) & ((target < 0) | (target >= v))]
         raise IndexError(f"{op}: target must be in [0, V = {v}) or {ignore_index}, got {int(outside[0])}")
+    return False

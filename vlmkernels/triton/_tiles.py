@@ -125,7 +125,12 @@ def architecture(x: Tensor) -> str:
 
 
 def launch_options(
-    query: Tensor, key: Tensor, *, fuse: bool, exceptions: dict[str, Tiles] = TILES_ON
+    query: Tensor,
+    key: Tensor,
+    *,
+    fuse: bool,
+    table: Tiles = TILES,
+    exceptions: dict[str, Tiles] = TILES_ON,
 ) -> dict:
     """The tile for a problem, from the table.
 
@@ -133,7 +138,7 @@ def launch_options(
     has to be the same number when its maximum is computed and when the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tiles = TILES | exceptions.get(architecture(query), {})
+    tiles = table | exceptions.get(architecture(query), {})
     tile = tiles[kind, True]
     if query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
         tile = tiles[kind, False]

@@ -315,11 +315,12 @@ def distillation(
     hard_weight: float,
     ignore_index: int,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and what the backward needs of the rows, [N, 6]."""
+    need_student: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; what the backward needs of the rows, [N, 6]; and dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     if torch.float64 in (student_logits.dtype, teacher_logits.dtype) or student_logits.numel() == 0:
-        return reference_fwd(student_logits, teacher_logits, target, *options)
+        return reference_fwd(student_logits, teacher_logits, target, *options, need_student)
     check("distillation", student_logits, teacher_logits, target, *options)
     student, teacher, temperature, form = _form(student_logits, teacher_logits, *options[:-1])
     target = target if target is None else target.contiguous()
@@ -333,16 +334,19 @@ def distillation(
             student, teacher, target, losses, stats, temperature, *form, classes > block, block,
             **rows.options(block),
         )  # fmt: skip
-    if reduction == "none" and target is None:
-        return losses, stats
-    valid = None if target is None else student.new_empty((), dtype=torch.uint8)
-    total = rows.total(
-        student, n, losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
-        mean=reduction in ("mean", "batchmean"),
-    )  # fmt: skip
-    if valid is not None and valid.is_cuda:  # there it does not wait
-        torch._assert_async(valid, "distillation: target must be in [0, V) or ignore_index")
-    return losses if reduction == "none" else total, stats
+    loss = losses
+    if reduction != "none" or target is not None:
+        valid = None if target is None else student.new_empty((), dtype=torch.uint8)
+        total = rows.total(
+            student, n, losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
+            mean=reduction in ("mean", "batchmean"),
+        )  # fmt: skip
+        if valid is not None and valid.is_cuda:  # there it does not wait
+            torch._assert_async(valid, "distillation: target must be in [0, V) or ignore_index")
+        loss = losses if reduction == "none" else total
+    one = loss.new_ones(loss.shape) if need_student else loss
+    saved = (student_logits, teacher_logits, target, stats)
+    return loss, stats, distillation_bwd(one, *saved, *options, [need_student])  # type: ignore[arg-type]
 
 
 def distillation_bwd(

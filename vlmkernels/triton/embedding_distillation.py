@@ -208,22 +208,23 @@ def embedding_distillation(
     distance: str,
     normalize: bool,
     reduction: str,
-) -> Tensor:  # [] or [N]
+    need_student: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss, [] or [N], and dstudent, of size 0 if it is not needed."""
     options = (distance, normalize, reduction)
     if torch.float64 in (student.dtype, teacher.dtype) or student.numel() == 0:
-        return reference_fwd(student, teacher, weight, *options)
+        return reference_fwd(student, teacher, weight, *options, need_student)
     check("embedding_distillation", student, teacher, weight, distance, reduction)
-    student, teacher, strides, form = _form(student, teacher, distance, normalize)
+    x, y, strides, form = _form(student, teacher, distance, normalize)
     weight = weight if weight is None else weight.contiguous()
     n, depth = student.shape
-    losses = student.new_empty(n, dtype=torch.float32)
+    loss = student.new_empty(n, dtype=torch.float32)
     with torch.cuda.device_of(student):
-        _forward[(triton.cdiv(n, form["BLOCK_R"]),)](
-            student, teacher, weight, losses, *strides, n, depth, **form
-        )
-    if reduction == "none":
-        return losses
-    return rows.total(student, n, losses, weight=weight, mean=reduction == "mean")
+        _forward[(triton.cdiv(n, form["BLOCK_R"]),)](x, y, weight, loss, *strides, n, depth, **form)
+    if reduction != "none":
+        loss = rows.total(student, n, loss, weight=weight, mean=reduction == "mean")
+    one = loss.new_ones(loss.shape) if need_student else loss
+    return loss, embedding_distillation_bwd(one, student, teacher, weight, *options, [need_student])
 
 
 def embedding_distillation_bwd(

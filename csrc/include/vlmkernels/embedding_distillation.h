@@ -19,9 +19,10 @@ struct EmbeddingDistillation {
 };
 
 VLMK_PER_ISA(
-    // Weighted losses of rows [first, last).
-    template <class T>
-    void embedding_distillation(const EmbeddingDistillation<T>&, int64_t first, int64_t last, acc_t<T>* loss);  // [rows]
+    // Weighted losses of rows [first, last) and, unless null, dstudent: factor times their derivatives.
+    template <class T> void embedding_distillation(const EmbeddingDistillation<T>&, int64_t first, int64_t last,
+                                                   acc_t<T>* loss,               // [rows]
+                                                   double factor, T* dstudent);  // [rows][d]
     // dstudent of rows [first, last), from the gradients factor dloss of their weighted losses.
     template <class T> void embedding_distillation_bwd(const EmbeddingDistillation<T>&, int64_t first, int64_t last,
                                                        const acc_t<T>* dloss,                   // [rows], or one for all

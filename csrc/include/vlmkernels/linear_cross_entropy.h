@@ -18,6 +18,7 @@ struct LinearCrossEntropy {
   const acc_t<P>* row_coef;           // [N] u
   acc_t<P> smoothing;                 // e
   bool need_hidden, need_weight, need_bias;
+  bool formed;            // whether the tiles hold gradients of another loss
   int64_t chunk_classes;  // in blocks: the part of the classes whose sums one call forms
   // Of the classes of one chunk, [class chunks][N]: the maximum of z, the sum of exp(z - maximum), the sum of z if e > 0.
   acc_t<P>*max, *sum, *total;
