@@ -188,6 +188,18 @@ class Liger:
         return functional.cross_entropy((hidden @ weight.T).float(), target)
 
 
+class LigerKLDIVLoss(torch.nn.KLDivLoss):
+    pass
+
+
+class LigerJSD:
+    def __init__(self, beta=0.5, ignore_index=-100):
+        self.beta = beta
+
+    def __call__(self, log_q, log_p, shift_labels=None):
+        return reference.distillation(log_q, log_p, divergence="jsd", beta=self.beta)
+
+
 def fused_siglip_loss(image, text, log_temperature, bias):
     return reference.sigmoid_loss(image, text, log_temperature.exp(), bias).to(image.dtype)
 
@@ -195,7 +207,11 @@ def fused_siglip_loss(image, text, log_temperature, bias):
 STAND_INS = {
     "flash_attn": {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func},
     "memeff": {"MemoryEfficientCLIPLoss": Memeff},
-    "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": Liger},
+    "liger_kernel.transformers": {
+        "LigerFusedLinearCrossEntropyLoss": Liger,
+        "LigerJSD": LigerJSD,
+        "LigerKLDIVLoss": LigerKLDIVLoss,
+    },
     "siglip_kernel": {"fused_siglip_loss": fused_siglip_loss},
 }
 

@@ -35,8 +35,6 @@ KERNELS = {
     "gated_mlp": DENSE,
 }
 CUBLAS = {  # ops that run as torch's own on a GPU
-    "distillation",
-    "embedding_distillation",
     "linear",
     "linear_distillation",
     "mlp",

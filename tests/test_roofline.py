@@ -122,6 +122,8 @@ ONE_TILE = [  # or few: then hardly an operand is read by two programs
     workload("sigmoid_loss", "N=4096", n=64, m=64, d=128),
     workload("interval_attention", "causal", batch=1, heads=1, queries=128, keys=128, width=64),
     workload("gated_linear_residual", "attention", rows=64, width=64, inner=128),
+    workload("distillation", "KL", rows=16, classes=1024),
+    workload("embedding_distillation", "l1", rows=32, width=256),
     pytest.param(workload("perceiver_attention", batch=1, media=64, latents=64), marks=pytest.mark.slow),
 ]
 

@@ -25,6 +25,8 @@ SHAPES = {
     "sigmoid_loss": "D={d}",
     "contrastive_distillation": "D={d}, teacher {e}",
     "linear_cross_entropy": "[{n}, {d}] x {v} classes",
+    "distillation": "[{rows}, {classes}]",
+    "embedding_distillation": "[{rows}, {width}]",
     "interval_attention": "{batch} x {heads} heads of {width}, {queries} x {keys}",
     "perceiver_attention": "{batch} x 8 heads of 64",
     "gated_residual": "[{batch}, {tokens}, {width}]",

@@ -25,11 +25,12 @@ from benchmarks.run import git
 from tests.gpu.launches import Launch
 from tests.gpu.machine_code import TARGETS, machine_code
 from tests.gpu.matrix import on
-from tests.gpu.model import RATES, Bound, bound
+from tests.gpu.model import RATES, TURNS, Bound, bound, row_clocks
 
 FORWARD, TRAINING = "forward", "training"
 PREDICTIONS = ROOT / "benchmarks" / "gpu" / "predictions.json"
 _BOUNDS: dict[str, Bound] = {}  # launches of equal code compile once
+_CLOCKS: dict[str, dict[str, float]] = {}
 
 
 def traced(workload: Workload, target: str, direction: str) -> list[Pass]:
@@ -64,20 +65,40 @@ def code_bound(launch: Launch, target: str) -> Bound | None:
     return _BOUNDS[key]
 
 
+def busiest(launch: Launch, target: str) -> tuple[str, float] | None:
+    """The busiest pipe of a program of a kernel of rows, and its clocks; None on cards without rates."""
+    if target not in RATES:
+        return None
+    with on(target):
+        source, options = launch.source(TARGETS[target])
+        sizes = [launch.arguments.get(name) for name in ("classes", "depth")]
+        key = repr((target, launch.name, source.signature, source.constants, source.attrs, options, sizes))
+        if key not in _CLOCKS:
+            _CLOCKS[key] = row_clocks(launch, machine_code(launch.compiled(TARGETS[target]), target))
+    return max(_CLOCKS[key].items(), key=lambda item: item[1])
+
+
 def _unpadded(launch: Launch) -> float:
     """The part of the depth that the last step along it does not pad: `Bound.share` counts no padding."""
     depth, step = launch.arguments.get("depth"), launch.config.get("BLOCK_K")
     return depth / (triton.cdiv(depth, step) * step) if depth else 1.0
 
 
-def facts_of(step: Step, moved: int, card: Card) -> tuple[tuple, Bound | None]:
-    """The costs of a step for `estimate`, independent of the rates; and the bound of its code.
+def facts_of(step: Step, moved: int, card: Card) -> tuple[tuple, tuple[str, float] | None]:
+    """The costs of a step for `estimate`, independent of the rates; and what its code allows.
 
     (bytes, FLOPs, their kind, the depth of a library's products, how much longer the fullest multiprocessor
-    is busy than the average, microseconds that the machine code takes at least).
+    is busy than the average, microseconds that the machine code takes at least), (the busiest pipe, the share
+    of the peak of products, or of the memory's bandwidth where there are none).
     """
-    fullest, code, found = 1.0, 0.0, None
-    if step.flops and step.launch is not None:
+    fullest, code, allowed = 1.0, 0.0, None
+    if step.launch is not None and step.launch.name in TURNS:
+        busy = busiest(step.launch, card.target)
+        if busy is not None:
+            programs = -(-math.prod(step.launch.grid) // card.multiprocessors)
+            code = programs * busy[1] / (card.clock * 1e6)
+            allowed = busy[0], min(step.bytes / (card.bandwidth * 1e9) / code, 1.0)
+    elif step.flops and step.launch is not None:
         if step.even:
             programs = math.prod(step.launch.grid)
             fullest = -(-programs // card.multiprocessors) * card.multiprocessors / programs
@@ -85,8 +106,9 @@ def facts_of(step: Step, moved: int, card: Card) -> tuple[tuple, Bound | None]:
         if found is not None:
             peak = card.peak("tf32" if step.kind == "tf32x3" else step.kind)
             code = step.flops * _unpadded(step.launch) / peak / found.share * fullest
+            allowed = found.pipe, found.share
     fullest, code = float(f"{fullest:.6g}"), float(f"{code * 1e6:.6g}")
-    return (moved, step.flops, step.kind, step.depth, fullest, code), found
+    return (moved, step.flops, step.kind, step.depth, fullest, code), allowed
 
 
 def estimate(facts: Mapping[str, Any], card: Card) -> dict[str, Any]:
@@ -118,10 +140,10 @@ def on_card(workload: Workload, card: Card, direction: str) -> dict[str, Any]:
     moved = [size for this in passes for size in this.from_memory(card.cache << 20)]
     costs = []
     for step, size in zip(steps, moved, strict=True):
-        cost, found = facts_of(step, size, card)
+        cost, allowed = facts_of(step, size, card)
         costs.append(cost)
-        if found is not None and step.launch is not None:
-            code[step.launch.name] = [found.pipe, round(found.share, 3)]
+        if allowed is not None and step.launch is not None:
+            code[step.launch.name] = [allowed[0], round(allowed[1], 3)]
     facts = {
         "bytes": sum(this.compulsory for this in passes),
         "moved": sum(moved),

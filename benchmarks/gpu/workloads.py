@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, linear, logsigmoid
+from torch.nn.functional import cross_entropy, linear, log_softmax, logsigmoid
 
 import vlmkernels
 from benchmarks import peers
@@ -22,6 +22,7 @@ from benchmarks.cases import attention as attention_cases
 from benchmarks.cases import dense as dense_cases
 from benchmarks.cases import pairwise as pairwise_cases
 from benchmarks.cases import residual as residual_cases
+from benchmarks.cases import rows as rows_cases
 from benchmarks.cases.attention import IMAGES, bounds
 from benchmarks.cases.case import BF16, F32, Baseline
 from vlmkernels import reference
@@ -184,6 +185,48 @@ def _linear_cross_entropy(form: str, sizes: Mapping[str, int], type: str, ignore
     )
     make = partial(pairwise_cases._hidden, ignored=ignored)
     return Workload("linear_cross_entropy", form, type, sizes, make, vlmkernels.linear_cross_entropy, others)
+
+
+def _liger_distillation(divergence: str) -> Callable[..., Tensor]:
+    """Of log-softmaxes, which torch makes before."""
+    transformers, t = peers.load("liger_kernel.transformers"), rows_cases.T
+    if divergence == "jsd":
+        loss_of = transformers.LigerJSD(beta=0.5)
+    else:
+        loss_of = transformers.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return t * t * loss_of(*(log_softmax(x.float() / t, 1) for x in (student_logits, teacher_logits)))
+
+    return loss
+
+
+def _distillation(form: str, sizes: Mapping[str, int], type: str, **options: object) -> Workload:
+    options = {"temperature": rows_cases.T} | options
+    divergence = str(options.get("divergence", "forward_kl"))
+    if "hard_weight" in options:
+        others = _peer("F.kl_div of F.log_softmax, F.cross_entropy", lambda: rows_cases._kl_and_targets)
+    elif divergence == "forward_kl":
+        others = _peer("F.kl_div of F.log_softmax", lambda: rows_cases._kl)
+    else:
+        others = _peer("reference", lambda: partial(reference.distillation, **options))
+    if divergence != "reverse_kl" and "hard_weight" not in options:
+        name = "Liger JSD" if divergence == "jsd" else "Liger KL"
+        others += (Baseline(f"{name} of F.log_softmax", partial(_liger_distillation, divergence)),)
+    make = partial(rows_cases._logits, with_target="hard_weight" in options)
+    return Workload(
+        "distillation", form, type, sizes, make, partial(vlmkernels.distillation, **options), others
+    )
+
+
+def _embedding_distillation(distance: str, sizes: Mapping[str, int], type: str) -> Workload:
+    plain, name = {
+        "l1": (rows_cases._l1, "F.l1_loss of F.normalize"),
+        "cosine": (rows_cases._cosine, "F.cosine_similarity"),
+    }[distance]
+    ours = partial(vlmkernels.embedding_distillation, distance=distance)
+    make = rows_cases._pairs_of_features
+    return Workload("embedding_distillation", distance, type, sizes, make, ours, _peer(name, lambda: plain))
 
 
 # Attention
@@ -351,6 +394,18 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     found.append(_linear_cross_entropy("TinyLlama", cut(n=8192, d=2048, v=32000), "bf16"))
     masked = cut(n=16384, d=768, v=30522)
     found.append(_linear_cross_entropy("BERT, 85 % ignored", masked, "bf16", 0.85))
+    for type in ("bf16", "fp32"):
+        found.append(_distillation("KL", cut(rows=8192, classes=32768), type))
+        sizes = cut(rows=4096, classes=1000)
+        found.append(_distillation("KL and targets", sizes, type, hard_weight=0.5))
+    sizes = cut(rows=8192, classes=32768)
+    found.append(_distillation("reverse KL", sizes, "bf16", divergence="reverse_kl"))
+    found.append(_distillation("JSD, a row read twice", sizes, "bf16", divergence="jsd"))
+    sizes = cut(rows=8192, classes=16384)
+    found.append(_distillation("JSD, a row read once", sizes, "bf16", divergence="jsd"))
+    for type in ("bf16", "fp32"):
+        found.append(_embedding_distillation("l1", cut(rows=65536, width=512), type))
+    found.append(_embedding_distillation("cosine", cut(rows=65536, width=1024), "bf16"))
     forms = [
         ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
         ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),

@@ -12,8 +12,18 @@ from unittest import mock
 import torch
 
 from vlmkernels import intervals
-from vlmkernels.triton import _attention_bwd, gated_residual, info_nce, linear_cross_entropy, sigmoid_loss
+from vlmkernels.reference.embedding_distillation import DISTANCES
+from vlmkernels.triton import (
+    _attention_bwd,
+    distillation,
+    embedding_distillation,
+    gated_residual,
+    info_nce,
+    linear_cross_entropy,
+    sigmoid_loss,
+)
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _rows as rows
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import interval_attention as attention
@@ -23,6 +33,7 @@ from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_gated import Linear, Residual
 from .trials_pairwise import CrossEntropy, Distillation, Finish, Grads, Problem, Sigmoid, Stats
+from .trials_rows import Features, Logits
 
 FP32, BF16, FP16 = DTYPES
 HALF = (BF16, FP16)
@@ -260,6 +271,61 @@ def by_classes() -> Iterator[Case]:
     yield from each_far(op, "far rows", lambda t: with_far(CrossEntropy(3, 5, 32, t), "hidden", "weight"))
 
 
+def by_rows() -> Iterator[Case]:
+    op, few = "distillation", {(distillation, name): 64 for name in ("READ", "HELD", "WRITTEN")}
+    blocks = few | {(rows, "TOTAL"): 4}
+    mixed = {"hard_weight": 0.4, "reduction": "mean"}
+
+    def logits(n, classes, **options):
+        return lambda t: Logits(n, classes, t, **options)
+
+    yield from each(op, "forward KL", logits(7, 130, **mixed), quick=(FP32, BF16), settings=blocks)
+    yield from each(
+        op, "reverse KL", logits(5, 150, divergence="reverse_kl", reduction="sum"), quick=(FP16,),
+        settings=few,
+    )  # fmt: skip
+    jsd = {"divergence": "jsd", "hard_weight": 0.4}
+    yield from each(op, "JSD", logits(5, 131, **jsd), quick=(FP32, BF16), settings=few)
+    yield from each(op, "JSD in registers", logits(5, 70, temperature=1.0, **jsd), quick=(FP16,))
+    for divergence in ("forward_kl", "reverse_kl"):
+        make = logits(6, 300, divergence=divergence, targets=False, temperature=1.0, reduction="batchmean")
+        yield from each(op, f"{divergence} of all rows", make)
+    yield from each(op, "targets alone", logits(6, 96, hard_weight=1.0), quick=(BF16,), settings=few)
+    yield from each(op, "no row counts", logits(6, 20, ignored=1.0, **mixed))
+    yield from each(op, "targets alone, in a block", logits(6, 20, hard_weight=1.0))
+    yield from each(op, "even", logits(6, 256, targets=False), settings=few)
+    yield from each(op, "wide", logits(2, 5000, divergence="jsd", hard_weight=0.4))
+    yield from each(op, "one", logits(1, 1, targets=False))
+    yield from each(op, "float32 teacher", logits(6, 75, teacher=FP32, **jsd), HALF, settings=few)
+    make = lambda t: with_far(Logits(3, 40, t, ignored=0.0), "student", "teacher")  # noqa: E731
+    yield from each_far(op, "far rows", make)
+
+    op, few = "embedding_distillation", {(embedding_distillation, "HELD"): 32}
+
+    def features(n, depth, **options):
+        return lambda t: Features(n, depth, t, **options)
+
+    yield from each(op, "l1", features(70, 37, reduction="mean"), quick=(FP32, BF16))
+    yield from each(op, "l1, long", features(7, 100, reduction="mean"), quick=(FP16,), settings=few)
+    for distance in DISTANCES[1:]:
+        make = features(9, 45, distance=distance, reduction="sum")
+        yield from each(op, distance, make, quick=(FP32,))
+        yield from each(op, f"{distance}, long", features(9, 70, distance=distance), settings=few)
+        make = features(9, 70, distance=distance, normalize=False, weighted=False, reduction="mean")
+        yield from each(op, f"{distance}, as it is", make, quick=(BF16,), settings=few)
+    yield from each(op, "l1, as it is", features(9, 70, normalize=False, weighted=False))
+    yield from each(op, "even", features(9, 64, weighted=False))
+    yield from each(op, "one", features(1, 1))
+    yield from each(op, "float32 teacher", features(9, 64, teacher=FP32), HALF)
+    for power in range(14):  # every tile
+        depth = max(1, 2**power - power // 3)
+        n = embedding_distillation.blocks(depth)["BLOCK_R"] + 1
+        make = features(n, depth, normalize=depth > 1)  # all that is 1 has no gradient
+        yield from each(op, f"{n} rows of {depth}", make)
+    make = lambda t: with_far(Features(3, 32, t, weighted=False), "student", "teacher")  # noqa: E731
+    yield from each_far(op, "far rows", make)
+
+
 def gated() -> Iterator[Case]:
     few = {(gated_residual, "PROGRAMS"): 2}
     both, channels = {"per_channel": True, "masked": True}, {"per_channel": True}
@@ -389,6 +455,5 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-CASES = {
-    case.name: case for part in (by_pairs, by_teacher, by_classes, gated, by_attention) for case in part()
-}
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, by_attention)
+CASES = {case.name: case for part in PARTS for case in part()}

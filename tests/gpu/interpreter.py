@@ -1,7 +1,8 @@
 """Triton kernels on the CPU, in process: `with interpreting(): kernel[grid](...)` on CPU tensors.
 
 Triton's own interpreter computes bfloat16 and 8-bit floats on the raw bits, truncates where hardware rounds
-to nearest even, and stays switched on once used. Here every operation on them widens to float32 and rounds
+to nearest even, spreads a NaN where hardware takes the other number for a maximum, and stays switched on once
+used. Here every operation on them widens to float32 and rounds
 its result, TF32 products drop the bits that tensor cores drop, and leaving the context restores everything,
 so that compiling works before and after. `interpreting(sanitize=True)` checks every access: sanitizer.py.
 """
@@ -105,6 +106,12 @@ def _numerics(tf32: bool) -> dict:
         exact = np.longdouble if z.dtype.scalar == tl.float64 else np.float64
         return _handle(_values(x).astype(exact) * _values(y) + _values(z), z.dtype)
 
+    def create_minnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
     def cast_impl(self, src, dst_type):
         if _is_narrow(src) or dst_type.scalar in NARROW:
             return _handle(_values(src), dst_type)
@@ -127,8 +134,8 @@ def _numerics(tf32: bool) -> dict:
         x, y = (torch.from_numpy(np.array(v, dtype=acc.data.dtype, order="C")) for v in (x, y))
         return Handle((x @ y).numpy() + acc.data, acc.dtype.scalar)
 
-    methods = (binary_op, unary_op, ternary_op, create_fma, cast_impl, create_fp_to_fp, create_dot)
-    return {method.__name__: method for method in methods}
+    arithmetic = (binary_op, unary_op, ternary_op, create_fma, create_minnumf, create_maxnumf, create_dot)
+    return {method.__name__: method for method in (*arithmetic, cast_impl, create_fp_to_fp)}
 
 
 def _reductions():

@@ -1,4 +1,4 @@
-"""A static model of the product kernels: the load of their loops' machine code on a multiprocessor.
+"""A static model of products and of losses of rows: the load of their machine code on a multiprocessor.
 
 Instructions are counted in SASS, each pipe has a published rate, and the slowest pipe bounds a turn of a loop
 from below. The model ranks tiles and rejects those that spill. It predicts no time: latencies, the memory
@@ -180,6 +180,21 @@ def _places(launch: Launch, code: Code) -> dict[int, float]:
     }  # first turns of the loop's copies
     trips = triton.cdiv(_depth(launch), launch.config["BLOCK_K"])
     return dict.fromkeys(once, 1) | dict.fromkeys(inner, trips)
+
+
+# Kernels of rows, bound by memory: how often one of their loops turns
+TURNS: dict[str, Callable[[dict], int]] = {
+    "distillation._forward": lambda x: triton.cdiv(x["classes"], x["BLOCK"]),
+    "distillation._backward": lambda x: 1,
+    "embedding_distillation._forward": lambda x: triton.cdiv(x["depth"], x["BLOCK_D"]) - 1,
+    "embedding_distillation._backward": lambda x: triton.cdiv(x["depth"], x["BLOCK_D"]) - 1,
+}
+
+
+def row_clocks(launch: Launch, code: Code) -> dict[str, float]:
+    """Clocks of a multiprocessor for a program of one of TURNS, by pipe."""
+    inside, turns = set(code.inside), TURNS[launch.name](launch.arguments)
+    return _pipes(code, {i: turns if i in inside else 1 for i in range(len(code.instructions))})
 
 
 def _half(launch: Launch) -> bool:

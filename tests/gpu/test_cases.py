@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import vlmkernels.triton
-from vlmkernels.triton import _attention, _attention_bwd, gated_residual
+from vlmkernels.reference.distillation import DIVERGENCES
+from vlmkernels.triton import _attention, _attention_bwd, embedding_distillation, gated_residual
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
@@ -45,7 +46,9 @@ SUMS = {
     "contrastive_distillation._join",
     "contrastive_distillation._losses",
     "_attention_bwd._query_ranges",
+    "_rows._total",
 }
+ALONE = {"_rows._total"}  # one program
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],
@@ -145,6 +148,17 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
     for name in ("gated_residual._forward", "gated_residual._backward"):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    tiles_of_rows = {
+        tuple(embedding_distillation.blocks(depth)[side] for side in ("BLOCK_R", "BLOCK_D"))
+        for depth in range(1, 2 * embedding_distillation.HELD)
+    }
+    for name in ("embedding_distillation._forward", "embedding_distillation._backward"):
+        made = launches[0][name]
+        assert {(x.config["BLOCK_R"], x.config["BLOCK_D"]) for x in made} >= tiles_of_rows, name
+        assert {x.config["LONG"] for x in made} == {True, False}, name
+    forms = {(x.config["DIVERGENCE"], x.config["LONG"]) for x in launches[0]["distillation._forward"]}
+    divergences = (*DIVERGENCES, "none")
+    assert forms == {(name, long) for name in divergences for long in (True, False)}
     for name in ("interval_attention._bias_grads",):
         assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
     for name in ("_pairwise.feature_grads", "gated_linear_residual._scale_rows"):
@@ -177,7 +191,11 @@ def test_every_launch_says_whether_a_product_and_a_sum_are_fused(launches):
 def test_every_optional_argument_is_given_and_is_absent(launches):
     for name, kernel in kernels().items():
         optional = set(re.findall(r"^\s+(\w+),  # .*\bor None\b", kernel.src, re.MULTILINE))
-        switches = {p.name for p in kernel.params if re.match("EVEN_|PER_|PUT|SMOOTHED|KL", p.name)}
+        switches = {
+            p.name
+            for p in kernel.params
+            if re.match("EVEN_|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
+        }
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}
             assert given == {True, False}, f"{name}: {argument}"
@@ -188,5 +206,5 @@ def test_every_optional_argument_is_given_and_is_absent(launches):
 
 
 def test_default_cases_have_ragged_edges_and_several_programs(launches):
-    for name in kernels():
+    for name in set(kernels()) - ALONE:
         assert max(launch.grid[0] for launch in launches[1][name]) > 1, name

@@ -14,6 +14,7 @@ from triton.runtime import interpreter as stock  # noqa: E402
 from . import interpreter  # noqa: E402
 from .interpreter import interpreting, multiply_tf32x3, truncate_to_tf32  # noqa: E402
 from .launches import recording  # noqa: E402
+from .ptx import simulated  # noqa: E402
 
 
 @triton.jit
@@ -105,6 +106,31 @@ def test_arithmetic_is_that_of_torch_bit_for_bit(dtype):
     for got, want in zip(outs, (x + y, x * y, x / y, torch.maximum(x, y)), strict=True):
         assert torch.equal(got, want)
     assert torch.allclose(total, x.float().sum())
+
+
+@triton.jit
+def _extremes(X, Y, LOW, HIGH, n: tl.constexpr):
+    at = tl.arange(0, n)
+    x, y = tl.load(X + at), tl.load(Y + at)
+    tl.store(LOW + at, tl.minimum(x, y))
+    tl.store(HIGH + at, tl.maximum(x, y))
+
+
+@pytest.mark.parametrize(
+    ("executor", "dtype"),
+    [
+        (simulated, torch.float32),
+        *((interpreting, t) for t in (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
+def test_an_extreme_of_a_number_and_nan_is_the_number(executor, dtype):
+    values = torch.tensor([1.0, -2.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    x, y = (side.reshape(-1)[-16:] for side in torch.meshgrid(values, values.flip(0), indexing="ij"))
+    low, high = torch.empty_like(x), torch.empty_like(x)
+    with executor():
+        _extremes[(1,)](x.contiguous(), y.contiguous(), low, high, 16)
+    assert torch.equal(low.nan_to_num(7), torch.fmin(x, y).nan_to_num(7))
+    assert torch.equal(high.nan_to_num(7), torch.fmax(x, y).nan_to_num(7))
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.int32, torch.bfloat16])

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from .ptx import Unsupported, parse
+from .ptx import Unsupported, parse, run
 from .ptx.alu import TABLE
-from .ptx.assembly import element, execute, kernel
+from .ptx.assembly import HEAD, element, execute, kernel
 
 INTEGERS = {
     bits: [0, 1, 2, 3, 7, 31, 32, 33, 64, 255, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 7, 2**bits - 1]
@@ -133,6 +133,10 @@ def quotient(a: float, b: float):
     return sign * 0.0 if a == 0 or math.isinf(b) else Fraction(a) / Fraction(b)
 
 
+def root(x: float):
+    return math.sqrt(x) if not x < 0 else math.nan
+
+
 def extremum(choose):
     def of(a, b):
         if math.isnan(a) or math.isnan(b):
@@ -226,13 +230,14 @@ rows("min.f32", "", extremum(min), operands=2)
 rows("max.f32", "", extremum(max), operands=2)
 rows("div.s32 div.u32 div.u64", "", truncated, operands=2)
 rows("rem.s32 rem.u32", "", lambda a, b: a - truncated(a, b) * b, operands=2)
-rows("div.full.f32", "", quotient, operands=2)
+rows("div.full.f32 div.rn.f64", "", quotient, operands=2)
 rows("neg.s32 neg.f32 neg.f64", "", operator.neg, operands=1)
 rows("abs.s32 abs.f32 abs.f64", "", abs, operands=1)
 rows("copysign.f32 copysign.f64", "", lambda sign, x: math.copysign(x, sign), operands=2)
 rows("fma.rn.f32 fma.rn.f64", "", floats(lambda a, b, c: a * b + c), operands=3)
 rows("ex2.approx.f32", "", exp2, operands=1)
 rows("ex2.approx.ftz.f32", "", lambda x: flush(exp2(flush(x))), operands=1)
+rows("sqrt.approx.ftz.f32", "", lambda x: root(flush(x)), operands=1)
 rows("rcp.approx.ftz.f32", "", lambda x: flush(rounded(quotient(1.0, flush(x)), "f32")), operands=1)
 rows("rcp.approx.ftz.f64", "", lambda x: quotient(1.0, x), operands=1)
 for s in "su":
@@ -344,6 +349,18 @@ def test_halves_of_a_register(size):
     execute(body, out)
     low, high = value % (1 << size // 2), value >> size // 2
     assert value_of(int(out[5]), f"u{size}") == (low ^ high) << size // 2 | high
+
+
+def test_a_signed_parameter_fills_a_wider_register_with_its_sign():
+    out, number = torch.zeros(2, dtype=torch.int64), (-100).to_bytes(4, "little", signed=True)
+    body = """ld.param.u64 %rd1, [A];
+        ld.param.s32 %rd2, [N];
+        ld.param.u32 %rd3, [N];
+        st.global.b64 [%rd1], %rd2;
+        st.global.b64 [%rd1+8], %rd3;"""
+    text = HEAD.format(parameters=".param .u64 A, .param .u32 N", threads=32, shared=16, body=body)
+    run(parse(text), (1, 1, 1), 32, [out.data_ptr().to_bytes(8, "little"), number], {"A": out})
+    assert out.tolist() == [-100, 2**32 - 100]
 
 
 def test_special_registers():

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
+from vlmkernels.triton import distillation as distil
+from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce as nce
@@ -91,6 +93,25 @@ def cross_entropy(n, d, v, dtype, *, options=False, smoothing=0.0, grads=True):
     cross.linear_cross_entropy_sweep(h, w, target, *vectors, coef, smoothing, grads, grads, grads and options)
 
 
+def distillation(
+    n, v, dtype, *, divergence="forward_kl", temperature=2.0, hard=0.0, target=False, reduction="batchmean",
+):  # fmt: skip
+    z, q = features(n, v, dtype), features(n, v, dtype)
+    target = meta(n, dtype=torch.int64) if target or hard else None
+    options = (temperature, divergence, 0.5, hard, -100, reduction)
+    _, stats, _ = distil.distillation(z, q, target, *options, False)
+    dloss = meta(*(n,) if reduction == "none" else ())
+    distil.distillation_bwd(dloss, z, q, target, stats, *options, [True])
+
+
+def embedding_distillation(n, d, dtype, *, distance="l1", normalize=True, weighted=False, reduction="mean"):
+    x, y = features(n, d, dtype), features(n, d, dtype)
+    weight = meta(n) if weighted else None
+    features_distil.embedding_distillation(x, y, weight, distance, normalize, reduction, False)
+    dloss = meta(*(n,) if reduction == "none" else ())
+    features_distil.embedding_distillation_bwd(dloss, x, y, weight, distance, normalize, reduction, [True])
+
+
 def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
     x, y, gate = meta(n, d, dtype=dtype), meta(n, d, dtype=low or dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
@@ -155,6 +176,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"contrastive_distillation {name} ragged", distillation_of_pairs, 4097, 4099, 500, 510, dtype)
     _add(f"cross_entropy {name}", cross_entropy, 8192, 768, 50257, dtype)
     _add(f"cross_entropy {name} small", cross_entropy, 64, 256, 1000, dtype)
+    _add(f"distillation {name}", distillation, 8192, 32768, dtype)
+    _add(f"distillation {name} JSD", distillation, 8192, 128256, dtype, divergence="jsd")
+    _add(f"embedding {name}", embedding_distillation, 8192, 512, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
@@ -170,6 +194,8 @@ _add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True
 _add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
 _add("contrastive_distillation fp16", distillation_of_pairs, 4096, 4096, 512, 768, FP16)
 _add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
+_add("distillation fp16", distillation, 8192, 32768, FP16, hard=0.3, reduction="sum")
+_add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
@@ -236,6 +262,16 @@ _add("cross_entropy bf16 options", cross_entropy, 4096, 768, 30522, BF16, option
 _add("cross_entropy bf16 ragged", cross_entropy, 4097, 500, 50257, BF16)
 _add("cross_entropy bf16 loss alone", cross_entropy, 8192, 4096, 128256, BF16, grads=False)
 _add("cross_entropy bf16 one row", cross_entropy, 1, 1, 1, BF16)
+_add("distillation bf16 of 1000 classes", distillation, 8192, 1000, BF16, hard=0.5)
+_add("distillation bf16 reverse", distillation, 8192, 50304, BF16, divergence="reverse_kl", target=True)
+_add("distillation bf16 JSD in registers", distillation, 8192, 16384, BF16, divergence="jsd")
+_add("distillation bf16 ragged", distillation, 4097, 50257, BF16, divergence="jsd", hard=0.5)
+_add("distillation bf16 targets alone", distillation, 8192, 32768, BF16, hard=1.0, reduction="none")
+_add("distillation bf16 one class", distillation, 1, 1, BF16)
+_add("embedding bf16 weighted", embedding_distillation, 8192, 4096, BF16, distance="smooth_l1", weighted=True)
+_add("embedding bf16 ragged", embedding_distillation, 4097, 1001, BF16, distance="cosine", weighted=True)
+_add("embedding bf16 long", embedding_distillation, 8192, 20000, BF16, distance="l2", normalize=False)
+_add("embedding bf16 one element", embedding_distillation, 1, 1, BF16)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads
+from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.ops import _ahead as ahead
 from vlmkernels.reference.distillation import distillation_bwd, distillation_fwd, option_faults
 
@@ -77,7 +77,9 @@ def distillation(
     if faults:
         raise ValueError("distillation: " + "; ".join(faults))
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
-    forms = reduction != "none" and student_logits.requires_grad and ahead.forms_ahead(student_logits)
+    # Kernels of a GPU would write a gradient whose factor they do not know, and then write it again
+    forms = reduction != "none" and student_logits.requires_grad and not student_logits.is_cuda
+    forms = forms and ahead.forms_ahead(student_logits)
     return _op(student_logits, teacher_logits.detach(), target, *options, forms)[0]
 
 
@@ -131,3 +133,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda *_, **__: 0,
 )
+
+if TRITON:
+    from vlmkernels.triton import distillation as _triton
+
+    kernel("distillation", "CUDA", _triton.distillation, "Triton")
+    kernel("distillation_bwd", "CUDA", _triton.distillation_bwd, "Triton")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads
+from vlmkernels._library import TRITON, define, empty_grads, kernel
 from vlmkernels.ops import _ahead as ahead
 from vlmkernels.reference.embedding_distillation import (
     embedding_distillation_bwd,
@@ -64,7 +64,9 @@ def embedding_distillation(
         raise ValueError("embedding_distillation: " + "; ".join(faults))
     if weight is not None:
         weight = weight.detach().to(torch.promote_types(student.dtype, torch.float32))
-    forms = reduction != "none" and student.requires_grad and ahead.forms_ahead(student)
+    # Kernels of a GPU would write a gradient whose factor they do not know, and then write it again
+    forms = reduction != "none" and student.requires_grad and not student.is_cuda
+    forms = forms and ahead.forms_ahead(student)
     return _op(student, teacher.detach(), weight, distance, normalize, reduction, forms)[0]
 
 
@@ -116,3 +118,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda *_, **__: 0,
 )
+
+if TRITON:
+    from vlmkernels.triton import embedding_distillation as _triton
+
+    kernel("embedding_distillation", "CUDA", _triton.embedding_distillation, "Triton")
+    kernel("embedding_distillation_bwd", "CUDA", _triton.embedding_distillation_bwd, "Triton")

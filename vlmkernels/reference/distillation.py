@@ -42,6 +42,7 @@ def distillation(
     """The definition, differentiable by autograd."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation", student_logits, teacher_logits, target, *options)
+    check_targets("distillation", target, student_logits.shape[1], ignore_index)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
     log_s = log_p = None
     if hard_weight < 1:
@@ -138,6 +139,7 @@ def distillation_bwd(
     """dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
     check("distillation_bwd", student_logits, teacher_logits, target, *options, stats=stats, dloss=dloss)
+    check_targets("distillation_bwd", target, student_logits.shape[1], ignore_index)
     if not needs[0]:
         return student_logits.new_empty(0)
     student, teacher, counted = _rows(student_logits, teacher_logits, target, ignore_index)
@@ -232,12 +234,12 @@ def check(
         faults.append(f"dloss must be {list(wanted)}, got {list(dloss.shape)}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
-    if target is not None:
-        check_targets(op, target, student.shape[1], ignore_index)
 
 
-def check_targets(op: str, target: Tensor, v: int, ignore_index: int) -> None:
+def check_targets(op: str, target: Tensor | None, v: int, ignore_index: int) -> None:
     """Each in [0, V), or the index that is ignored."""
+    if target is None:
+        return
     valid = ((target == ignore_index) | ((target >= 0) & (target < v))).all()
     if target.is_cuda:  # without waiting for the device
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")

@@ -126,11 +126,12 @@ def _parameter(machine: "Machine", instruction: Instruction) -> "Step":
     registers = [machine.holder(x, width) for x in _words(to)]
     if len(value) != width * count or len(registers) != count:
         raise Unsupported(f"{source} as a parameter of {width * count} bytes")
-    words = np.frombuffer(value, WORDS[width])
+    signed = instruction.opcode == "ld.param.s32"  # the sign fills a wider register
+    words = np.frombuffer(value, np.int32 if signed else WORDS[width])
 
     def step(lanes):
         for row, word in zip(registers, words, strict=True):
-            np.copyto(row, word, where=True if lanes is None else lanes)
+            np.copyto(row, word.astype(row.dtype), where=True if lanes is None else lanes)
 
     return step
 

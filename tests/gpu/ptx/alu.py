@@ -1,7 +1,7 @@
 """Scalar instructions: `TABLE` maps each accepted opcode to its types and to what it computes on arrays.
 
-Rounding is that of the instruction set where that defines it. The approximate ones (ex2, rcp, div.full) give
-the nearest number here; hardware may be off by two units in the last place.
+Rounding is that of the instruction set where that defines it. The approximate ones (ex2, rcp, sqrt, div.full)
+give the nearest number here; hardware may be off by two units in the last place.
 """
 
 import dataclasses
@@ -209,6 +209,7 @@ def _arithmetic():
     yield from _uniform("div", "s32 u32 u64", divide, 2)
     yield from _uniform("rem", "s32 u32", np.fmod, 2)
     yield from _uniform("div.full", "f32", np.divide, 2)
+    yield from _uniform("div.rn", "f64", np.divide, 2)
     yield from _uniform("neg", "s32 f32 f64", np.negative, 1)
     yield from _uniform("abs", "s32 f32 f64", np.abs, 1)
     yield from _uniform("copysign", "f32 f64", lambda sign, x: np.copysign(x, sign), 2)
@@ -218,6 +219,7 @@ def _arithmetic():
     yield from _uniform("fma.rn.ftz", "f32", ftz, 3)
     yield from _uniform("ex2.approx", "f32", exp2, 1)
     yield from _uniform("ex2.approx.ftz", "f32", lambda x: flushed(exp2(flushed(x))), 1)
+    yield from _uniform("sqrt.approx.ftz", "f32", lambda x: np.sqrt(flushed(x)), 1)
     yield from _uniform("rcp.approx.ftz", "f32", lambda x: flushed(np.float32(1) / flushed(x)), 1)
     yield from _uniform("rcp.approx.ftz", "f64", reciprocal_high, 1)
     for sign, to in (("s", np.int64), ("u", np.uint64)):
