@@ -380,18 +380,24 @@ void test_gated_residual() {
 // Rows of two pieces, whose maxima rise; the second row is ignored.
 void test_distillation() {
   const int64_t rows = 3, v = 2100, ignored = -1;
-  std::vector<float> student(rows * v), teacher(rows * v), stats(rows * 6), loss(rows), grad(rows * v);
+  std::vector<float> student(rows * v), teacher(rows * v), stats(rows * 6), loss(rows), grad(rows * v), formed(rows * v);
   for (int64_t i = 0; i < rows * v; ++i) {
     student[i] = 3 * std::sin(0.7f * i) + 0.01f * (i % v), teacher[i] = 3 * std::cos(0.3f * i) + 0.01f * (i % v);
   }
   const int64_t target[rows] = {2050, ignored, 7};
   const float one = 1;
   const double t = 2, beta = 0.3, hard = 0.25;
+  vlmk::Scratch measured{nullptr};
+  vlmk::KeptRow<float>(measured, v);
+  std::vector<char> memory(reinterpret_cast<intptr_t>(measured.next));
+  vlmk::Scratch scratch{memory.data()};
+  const vlmk::KeptRow<float> kept(scratch, v);
   for (const vlmk::Divergence form : {vlmk::Divergence::forward_kl, vlmk::Divergence::reverse_kl, vlmk::Divergence::jsd}) {
     const vlmk::Distillation<float> g{student.data(), teacher.data(), target, stats.data(), v,   v, v,
                                       ignored,        form,           t,      beta,         hard};
     VLMK_CALL(distillation, g, 0, rows, loss.data());
     VLMK_CALL(distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
+    VLMK_CALL(distillation_formed, g, 0, rows, loss.data(), 0.5, formed.data(), kept);
     for (int64_t r = 0; r < rows; ++r) {
       double sums[3] = {}, terms[3] = {};
       const float *z = student.data() + r * v, *q = teacher.data() + r * v;
@@ -415,7 +421,9 @@ void test_distillation() {
                                  ? s * (std::log(s / p) - terms[1])
                                  : (1 - beta) * s * (std::log(s / m) - terms[2] / (1 - beta));
         const double of_target = std::exp(double(z[c])) / sums[2] - (c == target[r]);
-        check("distillation dstudent", grad[r * v + c], counted ? 0.5 * ((1 - hard) * t * slope + hard * of_target) : 0, 1e-6);
+        const double want = counted ? 0.5 * ((1 - hard) * t * slope + hard * of_target) : 0;
+        check("distillation dstudent", grad[r * v + c], want, 1e-6);
+        check("distillation dstudent formed", formed[r * v + c], want, 1e-6);
       }
     }
   }
@@ -423,11 +431,11 @@ void test_distillation() {
 
 void test_embedding_distillation() {
   const int64_t rows = 3, d = 37;
-  std::vector<float> student(rows * d), teacher(rows * d), loss(rows), grad(rows * d);
+  std::vector<float> student(rows * d), teacher(rows * d), loss(rows), grad(rows * d), formed(rows * d);
   for (int64_t i = 0; i < rows * d; ++i) student[i] = std::sin(0.7f * i), teacher[i] = std::cos(0.3f * i);
   const float weight[rows] = {1, 0, 3}, one = 1;
   const vlmk::EmbeddingDistillation<float> g{student.data(), teacher.data(), weight, d, vlmk::Distance::l2, true};
-  VLMK_CALL(embedding_distillation, g, 0, rows, loss.data());
+  VLMK_CALL(embedding_distillation, g, 0, rows, loss.data(), 0.5, formed.data());
   VLMK_CALL(embedding_distillation_bwd, g, 0, rows, &one, true, 0.5, grad.data());
   for (int64_t r = 0; r < rows; ++r) {
     double ss = 0, tt = 0, st = 0;
@@ -438,6 +446,7 @@ void test_embedding_distillation() {
     for (int64_t c = 0; c < d; ++c) {
       const double slope = -2 * (y[c] / std::sqrt(tt) - cosine * x[c] / norm) / norm;
       check("embedding distillation dstudent", grad[r * d + c], 0.5 * weight[r] * slope, 1e-6);
+      check("embedding distillation dstudent formed", formed[r * d + c], 0.5 * weight[r] * slope, 1e-6);
     }
   }
 }
