@@ -10,7 +10,7 @@ BUILD := build/cmake
 NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
 SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.* python/cuda/*.* cmake/*.*) CMakeLists.txt setup.py
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,pairwise_small pairwise_targets linear_distillation_topk linear_distillation_calls sums determinism raw_arguments arguments fuzz)) $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,pairwise_small pairwise_targets distillation_formed linear_distillation_topk linear_distillation_calls sums determinism raw_arguments arguments fuzz)) $(patsubst vlmkernels/ops/%.py,tests/test_%.py,$(filter-out vlmkernels/ops/_%,$(wildcard vlmkernels/ops/*.py)))
 
 .PHONY: setup demo test test-all test-gpu-full bench lint format clean
 
