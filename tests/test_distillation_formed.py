@@ -51,3 +51,14 @@ def test_raw_ops_agree(temperature, hard_weight, divergence, dtype):
         torch.testing.assert_close(loss, plain)
         torch.testing.assert_close(stats, same)
         torch.testing.assert_close(formed, want)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_of_single_rows_are_formed_anew(divergence):
+    """Only the raw op forms them: they belong to each row's own loss, and no one factor scales them."""
+    student, teacher, _ = sample(7, 7)
+    options = (None, 1.0, divergence, 0.5, 0.0, -100, "none")
+    formed = torch.ops.vlmkernels.distillation(student, teacher, *options, True)[0]
+    plain = vlmkernels.distillation(student, teacher, divergence=divergence, reduction="none")
+    dloss = torch.rand(7)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student, dloss) for loss in (formed, plain)))

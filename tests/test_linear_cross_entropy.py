@@ -463,3 +463,13 @@ def test_a_tied_embedding_adds_to_the_gradient_in_place():
     names = [event.key for event in profile.key_averages()]
     assert "aten::add_" in names
     assert "aten::add" not in names
+
+
+def test_gradients_formed_for_single_rows_are_formed_anew():
+    """Only the raw op forms them: they belong to each row's own loss, and no one factor scales them."""
+    hidden, weight, target = torch.randn(7, 7), torch.randn(7, 7), torch.randint(7, (7,))
+    inputs, dloss = (hidden.requires_grad_(), weight.requires_grad_()), torch.rand(7)
+    options = (target, None, None, -100, 0.0, "none")
+    formed = torch.ops.vlmkernels.linear_cross_entropy(*inputs, *options, True, True, False)[0]
+    plain = vlmkernels.linear_cross_entropy(*inputs, target, reduction="none")
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs, dloss) for loss in (formed, plain)))
