@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,11 @@ def table(cases: Iterable[dict[str, Any]]) -> str:
                 rows.append(("", name, _time(other), shown, *bytes_theirs, ""))
     if not any("saved_bytes" in row for case in cases for row in (case["ours"], *case["baselines"])):
         rows = [row[:SAVED] + row[SAVED + 1 :] for row in rows]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
-    )
+    return _table(rows)
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def _time(entry: dict[str, Any]) -> str:
@@ -203,7 +205,7 @@ def _headline(results: list[dict[str, Any]]) -> str:
                 runs.setdefault(case["run"], {})[op] = None
         if not runs:
             continue
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
+        parts.append(_table(rows))
         for run, ops in runs.items():
             header = result["runs"][run]
             tests = {(header["tests"][op]["on"], header["tests"][op]["date"]) for op in ops}

@@ -343,6 +343,15 @@ def test_tables_are_generated_between_markers_and_twice_is_once(tmp_path, header
     assert report.write_docs(results, [page]) == []
 
 
+def test_names_do_not_add_columns_to_tables(tmp_path, header):
+    header["tests"] = {"a": GREEN}
+    report.merge(tmp_path / "m.json", "m", header, "a", [entry("KL(p || s)")], ["KL(p || s)"])
+    for block in ("headline", "a"):
+        text = report.render(block, report.load_results(tmp_path))
+        assert r"KL(p \|\| s)" in text
+        assert "||" not in text
+
+
 def test_headline_names_the_eager_peer_and_the_best_compiled_one(tmp_path, header):
     header["tests"] = {"a": GREEN}
     compiled = {**entry("x")["baselines"][0], "name": "compiled peer", "compiled": True}
