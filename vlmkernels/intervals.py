@@ -54,8 +54,8 @@ def padding(
     Tq: int,
 ) -> Intervals:
     """Every query sees the first ``lengths[b]`` keys: ``[0, length)``, each [B, Tq]."""
-    end = _int32("padding", "lengths", lengths)[:, None].expand(-1, Tq)
-    return torch.zeros_like(end), end
+    end = _int32("padding", "lengths", lengths)[:, None]
+    return torch.zeros_like(end).expand(-1, Tq), end.expand(-1, Tq)
 
 
 def packed(

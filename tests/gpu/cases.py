@@ -368,7 +368,7 @@ def gated() -> Iterator[Case]:
     )
 
 
-def attended(size, mask="causal", *, bias=None, **options) -> Callable[[torch.dtype], Interval]:
+def attended(size, mask="causal", *, bias=None, padding=3, **options) -> Callable[[torch.dtype], Interval]:
     """size: batches, heads, heads of keys, queries, keys, width of keys, width of values."""
 
     def make(dtype):
@@ -377,9 +377,11 @@ def attended(size, mask="causal", *, bias=None, **options) -> Callable[[torch.dt
             "causal": lambda: intervals.causal(tq, offset=max(tk - tq, 0)),
             "any": lambda: any_intervals(b, tq, tk),
             "none": lambda: (torch.full((tq,), 5), torch.full((tq,), 5)),
+            "padding": lambda: intervals.padding(torch.randint(tk, (b,)), tq),
         }[mask]()
         table = torch.randn(h, 2 * bias[0] - 1, 2 * bias[1] - 1) if bias else None
-        return Interval(*problem(*size, dtype), *bounds, bias=table, grid=bias or (0, 0), **options)
+        inputs = problem(*size, dtype, padding)
+        return Interval(*inputs, *bounds, bias=table, grid=bias or (0, 0), **options)
 
     return make
 
@@ -390,6 +392,12 @@ def by_attention() -> Iterator[Case]:
     yield from each(op, "any interval", attended((2, 2, 1, 37, 45, 20, 24), "any"), quick=(FP32, FP16))
     yield from each(op, "nothing", attended((1, 1, 1, 20, 30, 16, 16), "none"))
     yield from each(op, "one", attended((1, 1, 1, 1, 1, 1, 1)))
+    aligned = attended((1, 2, 1, 37, 45, 24, 40), padding=0)
+    yield from each(op, "heads of 24, aligned", aligned, quick=(FP32, BF16))
+    yield from each(op, "negative scale", attended((1, 2, 1, 37, 45, 16, 16), scale=-0.7), quick=(BF16,))
+    yield from each(op, "padding", attended((3, 1, 1, 37, 140, 16, 16), "padding"), quick=(BF16,))
+    frozen = attended((2, 2, 1, 37, 45, 20, 22), "any", needs=[False, True, True, False])
+    yield from each(op, "frozen queries", frozen, quick=(FP32, BF16))
     ranges = {(_attention_bwd, "RANGE_ROWS"): 16}
     yield from each(
         op,
@@ -410,6 +418,8 @@ def by_attention() -> Iterator[Case]:
             dtypes,
             quick=(BF16,) if width == 16 else (),
         )
+    aligned = attended((2, 1, 1, 10, 10, 16, 24), bias=(2, 5), padding=0)
+    yield from each(op, "bias, aligned", aligned)
     together = {(attention, "BIAS_PROGRAMS"): 1}
     yield from each(
         op, "bias, batches together", attended((3, 2, 1, 10, 10, 16, 24), "any", bias=(2, 5)),
@@ -417,7 +427,7 @@ def by_attention() -> Iterator[Case]:
     )  # fmt: skip
     for name, needed in (("query", 0), ("key", 1), ("value", 2), ("bias", 3)):
         needs = [i == needed for i in range(4)]
-        size = (1, 2, 2, 20, 30, 16, 24)
+        size = (1, 2, 2, 20, 30, 16, 16)
         yield from each(op, f"gradient of the {name}", attended(size, bias=(2, 5), needs=needs, dlse=False))
     for width in (64, 100):
         size = (1, 1, 1, 70, 75, width, width)

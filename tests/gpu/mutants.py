@@ -17,6 +17,8 @@ ANY = "interval_attention, any interval, float32"
 SEVERAL = "interval_attention, ranges of rows, bfloat16"
 BIASED = "interval_attention, bias, batches together, float32"
 FAR = "interval_attention, far rows, bfloat16"
+NEGATIVE = "interval_attention, negative scale, bfloat16"
+PADDED, FROZEN = "interval_attention, padding, bfloat16", "interval_attention, frozen queries, float32"
 CLASSES, CHUNKED = "linear_cross_entropy, ragged, float32", "linear_cross_entropy, chunks, bfloat16"
 WIDE = "linear_cross_entropy, wide, bfloat16"
 ALL = "perceiver_attention, all, bfloat16"
@@ -85,6 +87,19 @@ MUTANTS = [
         "a + tl.cdiv(tl.maximum(first_end - a, 0), BLOCK_N) * BLOCK_N",
     ),
     Mutation(
+        ATTENTION, "_attention", "log-sum-exp left to the base 2", CAUSAL,
+        "high / LOG_E + tl.log(", "high + tl.log(",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "sign of the scale lost", NEGATIVE,
+        "tl.where(scale < 0, -1.0,", "tl.where(scale < 0, 1.0,",
+    ),
+    Mutation(
+        ATTENTION, "_attention", "rows taken to begin at multiples of 16 bytes", CAUSAL,
+        "if x.data_ptr() % 16 or any(n % size for n in (*x.stride()[:3], x.shape[3])):",
+        "if x.data_ptr() % 16:", rung="PTX simulator",
+    ),
+    Mutation(
         ATTENTION, "_attention", "second source without its tail", ALL,
         "start, end, 0, tk2, K2", "start, end, 0, tk2 // BLOCK_N * BLOCK_N, K2",
     ),
@@ -93,20 +108,21 @@ MUTANTS = [
         "V += batch * stride_vb + head // group * stride_vh", "V += batch * stride_vb + head * stride_vh",
     ),
     Mutation(
-        ROW_SUMS, "_attention_bwd", "load of the gradient of log-sum-exp not masked", ANY,
-        "tl.load(DLSE + at, mask=rows < tq, other=0.0)", "tl.load(DLSE + at)",
+        ROW_SUMS, "_attention_bwd", "load of the gradient of log-sum-exp not masked", FROZEN,
+        "tl.load(DLSE + at, mask=inside, other=0.0)", "tl.load(DLSE + at)",
     ),
     Mutation(
-        ROW_SUMS, "_attention_bwd", "bound of the store off by one", ANY,
-        "tl.store(DELTA + at, delta, mask=rows < tq)", "tl.store(DELTA + at, delta, mask=rows <= tq)",
+        ROW_SUMS, "_attention_bwd", "bound of the store off by one", FROZEN,
+        "at, rows < tq), mask=rows < tq)", "at, rows < tq), mask=rows <= tq)",
     ),
     Mutation(
-        ROW_SUMS, "_attention_bwd", "strides of batch and head swapped", ANY,
+        ROW_SUMS, "_attention_bwd", "strides of batch and head swapped", FROZEN,
         "    OUT += batch * stride_ob + head * stride_oh", "    OUT += batch * stride_oh + head * stride_ob",
+        count=2,
     ),
     Mutation(
-        ROW_SUMS, "_attention_bwd", "sum over the rows in place of the columns", CAUSAL,
-        "delta = tl.sum(dout * out, 1)", "delta = tl.sum(dout * out, 0)",
+        ROW_SUMS, "_attention_bwd", "gradient of log-sum-exp added", FROZEN,
+        "delta -= tl.load(DLSE", "delta += tl.load(DLSE",
     ),
     Mutation(
         QUERY, "_attention_bwd", "mask of the gradient of logits dropped", ANY,
@@ -114,22 +130,21 @@ MUTANTS = [
     ),
     Mutation(
         QUERY, "_attention_bwd", "scale forgotten", CAUSAL,
-        "(dq * scale).to(", "dq.to(",
+        "dq * scale, rows", "dq, rows",
     ),
     Mutation(
         QUERY, "_attention_bwd", "strides of batch and head of the result swapped", ANY,
-        "at = batch * stride_gb + head * stride_gh + rows",
-        "at = batch * stride_gh + head * stride_gb + rows",
+        "DQ + batch * stride_gb + head * stride_gh, dq", "DQ + batch * stride_gh + head * stride_gb, dq",
     ),
     Mutation(
         QUERY, "_attention_bwd", "accumulator starts uninitialised", ANY,
         "dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)",
         "dq = tile(DQ + batch * stride_gb + head * stride_gh, rows, stride_gt, tq, width, True, EVEN_D, "
-        "BLOCK_D).to(tl.float32)",
+        "STEP, BLOCK_D).to(tl.float32)",
     ),
     Mutation(
-        QUERY, "_attention_bwd", "load of the row sums not masked", ANY,
-        "delta = tl.load(DELTA + at, mask=inside, other=0.0)", "delta = tl.load(DELTA + at)",
+        QUERY, "_attention_bwd", "store of the row sums not masked", ANY,
+        "tl.store(DELTA + at, delta, mask=inside)", "tl.store(DELTA + at, delta)",
     ),
     Mutation(
         RANGES, "_attention_bwd", "block whose keys begin within it overlooked", ANY,
@@ -145,11 +160,15 @@ MUTANTS = [
     ),
     Mutation(
         RANGES, "_attention_bwd", "results of neighbours overlap", SEVERAL,
-        "tl.store(RANGES + 2 * tl.program_id(0), tl.min", "tl.store(RANGES + tl.program_id(0), tl.min",
+        "at = RANGES + 3 * tl.program_id(0)", "at = RANGES + tl.program_id(0)",
+    ),
+    Mutation(
+        RANGES, "_attention_bwd", "query that sees the first keys of a block taken to see all", CAUSAL,
+        "partly = (start > lo) | (end <", "partly = (start > lo) & (end <",
     ),
     Mutation(
         KEY, "_attention_bwd", "mask of the probabilities dropped", ANY,
-        "p = tl.where(seen, tl.exp(s - lse[None, :]), 0.0)", "p = tl.exp(s - lse[None, :])",
+        "< end[None, :]), p, 0.0)", "< end[None, :]), p, p)",
     ),
     Mutation(
         KEY, "_attention_bwd", "last head of a group left out", CAUSAL,
@@ -157,11 +176,19 @@ MUTANTS = [
     ),
     Mutation(
         KEY, "_attention_bwd", "row sums not subtracted", CAUSAL,
-        " - delta[None, :])\n                dk", ")\n                dk",
+        " - delta[None, :])\n            dk", ")\n            dk",
     ),
     Mutation(
-        KEY, "_attention_bwd", "bound of the store off by one", ANY,
-        "(at_v < value_width)", "(at_v <= value_width)",
+        KEY, "_attention_bwd", "half-seen block taken for a whole one", CAUSAL,
+        "tl.cdiv(whole - first, BLOCK_M) * BLOCK_M", "(whole - first) // BLOCK_M * BLOCK_M",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "padding of the keys stored", ANY,
+        "put(DV, dv, cols, stride_wt, tk, value", "put(DV, dv, cols, stride_wt, tk + 1, value",
+    ),
+    Mutation(
+        KEY, "_attention_bwd", "blocks that all queries see left out", PADDED,
+        "tl.where((begin < hi)", "tl.where((begin >= hi)",
     ),
     Mutation(
         KEY, "_attention_bwd", "heads of queries of another head of keys", SEVERAL,

@@ -84,7 +84,7 @@ def _sweeps() -> Iterator[Sweep]:
         workload = f"attention {'bf16' if half else 'fp32'} {width}"
         sides = (32, 64, 128) if half and width < 256 else (16, 32, 64)
         for kernel, table, exceptions in (
-            ("_attention._forward", lambda: _attention.FORWARD, dict),
+            ("_attention._forward", lambda: _attention.FORWARD, lambda: _attention.FORWARD_ON),
             (
                 "_attention_bwd._query_grads",
                 lambda: _attention_bwd.QUERY_GRADS,

@@ -12,15 +12,15 @@ from .trials import judge, widened
 STATS = ("lse", "dbias")  # results of sums alone, no rounded factor enters them
 
 
-def heads_last(b, h, t, d, dtype):
+def heads_last(b, h, t, d, dtype, padding=3):
     """[B, H, T, D] as a view of [B, T, H, D] with padded rows, as projections give it."""
-    return torch.full((b, t, h, d + 3), float("nan"), dtype=dtype).normal_()[..., :d].transpose(1, 2)
+    return torch.full((b, t, h, d + padding), float("nan"), dtype=dtype).normal_()[..., :d].transpose(1, 2)
 
 
-def problem(b, h, hkv, tq, tk, dh, dv, dtype):
+def problem(b, h, hkv, tq, tk, dh, dv, dtype, padding=3):
     """query, key, value"""
     shapes = ((h, tq, dh), (hkv, tk, dh), (hkv, tk, dv))
-    return tuple(heads_last(b, *shape, dtype) for shape in shapes)
+    return tuple(heads_last(b, *shape, dtype, padding) for shape in shapes)
 
 
 def any_intervals(b, tq, tk, dtype=torch.int32):

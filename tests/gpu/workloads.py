@@ -302,6 +302,9 @@ _add("attention bf16 64 values alone", attention, 8, 16, 16, 1024, 1024, 64, BF1
 _add(
     "attention bf16 64 queries alone", attention, 8, 16, 16, 1024, 1024, 64, BF16, needs=(True, False, False)
 )
+for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+    needs = (False, True, True)
+    _add(f"attention {name} 64 frozen queries", attention, 8, 16, 16, 1024, 1024, 64, dtype, needs=needs)
 _add("attention bf16 128 values of 64", attention, 8, 16, 16, 1024, 1024, 128, BF16, dv=64)
 _add("attention bf16 ragged", attention, 3, 5, 5, 1021, 1023, 37, BF16)
 _add("attention bf16 72", attention, 8, 16, 16, 729, 729, 72, BF16)

@@ -11,23 +11,64 @@ from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._tiles import architecture, rows_contiguous, tf32_allowed
 
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # the maximum of no logits, finite: its distance to itself is 0
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def tile(X, rows, stride, n, width, MASKED: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of X [n, width] as [BLOCK, BLOCK_D], 0 past the end; without MASKED all rows exist."""
+def places(X, rows, stride, width, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Addresses [BLOCK, BLOCK_D] of rows of X [.., width], and which columns exist.
+
+    With STEP > 1 rows begin and end at multiples of STEP elements, 16 bytes, which are then moved at once.
+    """
     cols = tl.arange(0, BLOCK_D)
     at = X + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    exists = (cols < width)[None, :]
+    if STEP > 1:
+        at = tl.multiple_of(at, [1, 16])
+        exists = tl.max_constancy(exists, [1, STEP])
+    return at, exists
+
+
+@triton.jit
+def tile(
+    X, rows, stride, n, width,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of X [n, width] as [BLOCK, BLOCK_D], 0 past the end; without MASKED all rows exist."""
+    at, exists = places(X, rows, stride, width, STEP, BLOCK_D)
     if MASKED:
         if EVEN:
             x = tl.load(at, mask=(rows < n)[:, None], other=0.0)
         else:
-            x = tl.load(at, mask=(rows < n)[:, None] & (cols < width)[None, :], other=0.0)
+            x = tl.load(at, mask=(rows < n)[:, None] & exists, other=0.0)
     elif EVEN:
         x = tl.load(at)
     else:
-        x = tl.load(at, mask=(cols < width)[None, :], other=0.0)
+        x = tl.load(at, mask=exists, other=0.0)
     return x
+
+
+@triton.jit
+def put(X, x, rows, stride, n, width, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows x [BLOCK, BLOCK_D] to X [n, width]."""
+    at, exists = places(X, rows, stride, width, STEP, BLOCK_D)
+    tl.store(at, x.to(X.dtype.element_ty), mask=(rows < n)[:, None] & exists)
+
+
+@triton.jit
+def signed(x, scale):
+    """x with the sign of the scale, 0 for a scale of 0: the rest of the scale, `factor`, is positive."""
+    return (x * tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))).to(x.dtype)
+
+
+@triton.jit
+def power(x, LOG_E: tl.constexpr):
+    """The base of the logits, e for LOG_E = 1 or 2 for LOG_E = log2(e), to the power of x."""
+    if LOG_E == 1:
+        y = tl.exp(x)
+    else:
+        y = tl.exp2(x)
+    return y
 
 
 @triton.jit
@@ -88,30 +129,33 @@ def attend(
     value_width,
     grid_rows,
     grid_cols,
-    scale,
+    factor,
     MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
     EVEN_V: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LOG_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Continues the softmax over blocks of keys from lo to hi."""
+    unit = factor if TABLE is None else 1.0  # of s
     for first in range(lo, hi, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, STEP, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if TABLE is not None:
-            s += grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols)
+            s = s * factor + grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols) * LOG_E
         if MASKED:
             seen = (cols[None, :] >= start[:, None]) & (cols[None, :] < end[:, None])
             s = tl.where(seen, s, -float("inf"))
-        higher = tl.maximum(high, tl.max(s, 1))
-        p = tl.exp(s - higher[:, None])
-        shrink = tl.exp(high - higher)
+        higher = tl.maximum(high, tl.max(s, 1) * unit)
+        p = power(s * unit - higher[:, None], LOG_E)
+        shrink = power(high - higher, LOG_E)
         total = total * shrink + tl.sum(p, 1)
-        v = tile(V, cols, stride_v, tk, value_width, MASKED, EVEN_V, BLOCK_V)
+        v = tile(V, cols, stride_v, tk, value_width, MASKED, EVEN_V, STEP, BLOCK_V)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         high = higher
     return acc, high, total
@@ -132,9 +176,10 @@ def _forward(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_k2b, stride_k2h, stride_k2t, stride_v2b, stride_v2h, stride_v2t, stride_ob, stride_oh, stride_ot,
     stride_sb, stride_st, stride_eb, stride_et,
-    heads, group, tq, tk, tk2, width, value_width, grid_rows, grid_cols, scale,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    heads, group, tq, tk, tk2, width, value_width, grid_rows, grid_cols, scale, factor,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, LOG_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tq, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the longest first
@@ -144,7 +189,8 @@ def _forward(
     inside = rows < tq
     start, end = intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk)
     lo, a, b, hi = key_bounds(start, end, inside, tk, BLOCK_N)
-    q = tile(Q + batch * stride_qb + head * stride_qh, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
+    Q += batch * stride_qb + head * stride_qh
+    q = signed(tile(Q, rows, stride_qt, tq, width, True, EVEN_D, STEP, BLOCK_D), scale)
     K += batch * stride_kb + head // group * stride_kh
     V += batch * stride_vb + head // group * stride_vh
     if TABLE is not None:
@@ -156,8 +202,8 @@ def _forward(
     for part in tl.static_range(3):
         acc, high, total = attend(
             acc, high, total, q, rows, start, end, begins[part], ends[part], K, V, TABLE, stride_kt,
-            stride_vt, tk, width, value_width, grid_rows, grid_cols, scale, part != 1, EVEN_D, EVEN_V,
-            BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+            stride_vt, tk, width, value_width, grid_rows, grid_cols, factor, part != 1, EVEN_D, EVEN_V, STEP,
+            BLOCK_N, BLOCK_D, BLOCK_V, LOG_E, PRECISION,
         )  # fmt: skip
     if K2 is not None:
         K2 += batch * stride_k2b + head // group * stride_k2h
@@ -165,17 +211,14 @@ def _forward(
         start, end = intervals(None, None, batch, rows, 0, 0, 0, 0, tq, tk2)
         acc, high, total = attend(
             acc, high, total, q, rows, start, end, 0, tk2, K2, V2, None, stride_k2t, stride_v2t, tk2, width,
-            value_width, grid_rows, grid_cols, scale, True, EVEN_D, EVEN_V, BLOCK_N, BLOCK_D, BLOCK_V,
-            PRECISION,
+            value_width, grid_rows, grid_cols, factor, True, EVEN_D, EVEN_V, STEP, BLOCK_N, BLOCK_D, BLOCK_V,
+            LOG_E, PRECISION,
         )  # fmt: skip
     none = total == 0
-    lse = tl.where(none, -float("inf"), high + tl.log(tl.where(none, 1.0, total)))
+    lse = tl.where(none, -float("inf"), high / LOG_E + tl.log(tl.where(none, 1.0, total)))
     tl.store(LSE + (batch * heads + head) * tq + rows, lse, mask=inside)
     out = tl.where(none[:, None], 0.0, acc / tl.where(none, 1.0, total)[:, None])
-    cols = tl.arange(0, BLOCK_V)
-    at = batch * stride_ob + head * stride_oh + rows.to(tl.int64)[:, None] * stride_ot + cols[None, :]
-    kept = inside[:, None] & (cols < value_width)[None, :]
-    tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=kept)
+    put(OUT + batch * stride_ob + head * stride_oh, out, rows, stride_ot, tq, value_width, STEP, BLOCK_V)
 
 
 class Source(NamedTuple):
@@ -215,6 +258,23 @@ FORWARD: Tiles = {
     (False, 64): Tile(32, 32, 4, 2),
     (False, 128): Tile(16, 32, 4, 2),
 }
+FORWARD_ON: Exceptions = {
+    "sm_90": {(True, width, False): Tile(128, 128, 8, 2) for width in (64, 128)},
+}
+
+
+def factor(scale: float, log_e: float) -> float:
+    """What products of a `signed` tile are multiplied by for logits; positive, so that their order stays."""
+    return max(abs(scale) * log_e, 2.0**-126)
+
+
+def step(*tensors: Tensor) -> int:
+    """Elements in 16 bytes if rows of all tensors [B, heads, T, width] begin and end at multiples, else 1."""
+    size = 16 // tensors[0].element_size()
+    for x in tensors:
+        if x.data_ptr() % 16 or any(n % size for n in (*x.stride()[:3], x.shape[3])):
+            return 1
+    return size
 
 
 def unsupported(query: Tensor, value: Tensor) -> bool:
@@ -225,7 +285,11 @@ def unsupported(query: Tensor, value: Tensor) -> bool:
 
 def block(size: int) -> int:
     """The power of two that is at least `size` and the smallest dimension of a tensor core."""
-    return max(16, triton.next_power_of_2(max(size, 1)))
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def cdiv(size: int, block: int) -> int:  # Triton's takes microseconds, which launches wait for
+    return -(-size // block)
 
 
 def launch_options(
@@ -262,6 +326,7 @@ def launch_options(
         "BLOCK_N": min(chosen.block_n, block(cols)),
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
+        "LOG_E": LOG2E if half else 1.0,  # base 2 saves an instruction and costs the last bits
         "PRECISION": precision,
         "num_warps": warps // (2 if amd else 1),  # AMD's have 64 lanes
         "num_stages": 1 if amd else min(chosen.num_stages, 2 if biased else 3),  # prefetching spills there
@@ -288,14 +353,16 @@ def forward(
     query, source = rows_contiguous(query), source.rows_contiguous()
     second = second.rows_contiguous() if second is not None else None
     tk2 = second.key.shape[2] if second else 0
-    options = launch_options(FORWARD, query, source.value, tq, max(tk, tk2), table is not None)
+    exceptions = FORWARD_ON if tq > 64 else None  # four warps spill 128 keys
+    options = launch_options(FORWARD, query, source.value, tq, max(tk, tk2), table is not None, exceptions)
+    tensors = (query, *source[:2], *(second[:2] if second else ()), out)
     with torch.cuda.device_of(query):
-        _forward[(triton.cdiv(tq, options["BLOCK_M"]) * h * b,)](
+        _forward[(cdiv(tq, options["BLOCK_M"]) * h * b,)](
             query, source.key, source.value, *((second.key, second.value) if second else (None, None)),
             source.start, source.end, table, out, lse,
             *query.stride()[:3], *source.strides(), *(second.strides() if second else [0] * 6),
             *out.stride()[:3], *source.interval_strides(), h, h // source.key.shape[1], tq, tk,
             tk2, width, value_width, grid_rows, grid_cols,
-            scale, **options,
+            scale, factor(scale, options["LOG_E"]), STEP=step(*tensors), **options,
         )  # fmt: skip
     return out, lse

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._attention import (
@@ -12,14 +13,29 @@ from vlmkernels.triton._attention import (
     Tile,
     Tiles,
     block,
+    cdiv,
+    factor,
     grid_bias,
     intervals,
     key_bounds,
     launch_options,
+    power,
+    put,
+    signed,
+    step,
     tile,
 )
 
 RANGE_ROWS = 1024  # queries that a program of _query_ranges reads at once
+
+
+@triton.jit
+def row_sums(dout, out, DLSE, at, inside):
+    """<dout, out> - dlse of each row; fma rounds products before they are added, so that all lanes agree."""
+    delta = tl.sum(tl.fma(dout.to(tl.float32), out.to(tl.float32), 0.0), 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + at, mask=inside, other=0.0)
+    return delta
 
 
 @triton.jit
@@ -29,7 +45,7 @@ def _row_sums(
     DLSE,  # [B, heads, tq] or None
     DELTA,  # [B, heads, tq] float32: <dout, out> - dlse
     stride_db, stride_dh, stride_dt, stride_ob, stride_oh, stride_ot, heads, tq, value_width,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, EVEN_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tq, BLOCK_M)
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -37,13 +53,10 @@ def _row_sums(
     batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
     DOUT += batch * stride_db + head * stride_dh
     OUT += batch * stride_ob + head * stride_oh
-    dout = tile(DOUT, rows, stride_dt, tq, value_width, True, EVEN_V, BLOCK_V).to(tl.float32)
-    out = tile(OUT, rows, stride_ot, tq, value_width, True, EVEN_V, BLOCK_V).to(tl.float32)
-    delta = tl.sum(dout * out, 1)
+    dout = tile(DOUT, rows, stride_dt, tq, value_width, True, EVEN_V, STEP, BLOCK_V)
+    out = tile(OUT, rows, stride_ot, tq, value_width, True, EVEN_V, STEP, BLOCK_V)
     at = (batch * heads + head) * tq + rows
-    if DLSE is not None:
-        delta -= tl.load(DLSE + at, mask=rows < tq, other=0.0)
-    tl.store(DELTA + at, delta, mask=rows < tq)
+    tl.store(DELTA + at, row_sums(dout, out, DLSE, at, rows < tq), mask=rows < tq)
 
 
 @triton.jit
@@ -57,20 +70,22 @@ def query_grads(
     K,  # [tk, width]
     V,  # [tk, value_width]
     TABLE,  # [2 grid_rows - 1, 2 grid_cols - 1] or None
-    stride_k, stride_v, tk, width, value_width, grid_rows, grid_cols, scale,
-    MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    stride_k, stride_v, tk, width, value_width, grid_rows, grid_cols, factor,
+    MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, LOG_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Continues dq / scale over blocks of keys from lo to hi."""
+    unit = factor if TABLE is None else 1.0
     for first in range(lo, hi, BLOCK_N):
         cols = first + tl.arange(0, BLOCK_N)
-        k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, BLOCK_D)
-        v = tile(V, cols, stride_v, tk, value_width, MASKED, EVEN_V, BLOCK_V)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = tile(K, cols, stride_k, tk, width, MASKED, EVEN_D, STEP, BLOCK_D)
+        v = tile(V, cols, stride_v, tk, value_width, MASKED, EVEN_V, STEP, BLOCK_V)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if TABLE is not None:
-            s += grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols)
+            s = s * factor + grid_bias(TABLE, rows[:, None], cols[None, :], grid_rows, grid_cols) * LOG_E
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
+        ds = power(s * unit - lse[:, None], LOG_E) * (dp - delta[:, None])
         if MASKED:
             seen = (cols[None, :] >= start[:, None]) & (cols[None, :] < end[:, None])
             ds = tl.where(seen, ds, 0.0)
@@ -82,15 +97,19 @@ def query_grads(
 def _query_grads(
     Q, K, V, K2, V2, START, END, TABLE,  # as in _forward
     DOUT,  # [B, heads, tq, value_width]
+    OUT,  # [B, heads, tq, value_width]
     LSE,  # [B, heads, tq] float32
-    DELTA,  # [B, heads, tq] float32
+    DLSE,  # [B, heads, tq] or None
+    DELTA,  # [B, heads, tq] float32: <dout, out> - dlse, for the other gradients
     DQ,  # [B, heads, tq, width]
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_k2b, stride_k2h, stride_k2t, stride_v2b, stride_v2h, stride_v2t, stride_db, stride_dh, stride_dt,
-    stride_gb, stride_gh, stride_gt, stride_sb, stride_st, stride_eb, stride_et,
-    heads, group, tq, tk, tk2, width, value_width, grid_rows, grid_cols, scale,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
+    stride_sb, stride_st, stride_eb, stride_et,
+    heads, group, tq, tk, tk2, width, value_width, grid_rows, grid_cols, scale, factor,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, LOG_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tq, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -100,12 +119,16 @@ def _query_grads(
     inside = rows < tq
     start, end = intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk)
     lo, a, b, hi = key_bounds(start, end, inside, tk, BLOCK_N)
-    q = tile(Q + batch * stride_qb + head * stride_qh, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
+    Q += batch * stride_qb + head * stride_qh
+    q = signed(tile(Q, rows, stride_qt, tq, width, True, EVEN_D, STEP, BLOCK_D), scale)
     DOUT += batch * stride_db + head * stride_dh
-    dout = tile(DOUT, rows, stride_dt, tq, value_width, True, EVEN_V, BLOCK_V)
+    OUT += batch * stride_ob + head * stride_oh
+    dout = tile(DOUT, rows, stride_dt, tq, value_width, True, EVEN_V, STEP, BLOCK_V)
+    out = tile(OUT, rows, stride_ot, tq, value_width, True, EVEN_V, STEP, BLOCK_V)
     at = (batch * heads + head) * tq + rows
-    lse = tl.load(LSE + at, mask=inside, other=0.0)
-    delta = tl.load(DELTA + at, mask=inside, other=0.0)
+    delta = row_sums(dout, out, DLSE, at, inside)
+    tl.store(DELTA + at, delta, mask=inside)
+    lse = tl.load(LSE + at, mask=inside, other=0.0) * LOG_E
     K += batch * stride_kb + head // group * stride_kh
     V += batch * stride_vb + head // group * stride_vh
     if TABLE is not None:
@@ -115,8 +138,8 @@ def _query_grads(
     for part in tl.static_range(3):
         dq = query_grads(
             dq, q, dout, lse, delta, rows, start, end, begins[part], ends[part], K, V, TABLE, stride_kt,
-            stride_vt, tk, width, value_width, grid_rows, grid_cols, scale, part != 1, EVEN_D, EVEN_V,
-            BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
+            stride_vt, tk, width, value_width, grid_rows, grid_cols, factor, part != 1, EVEN_D, EVEN_V, STEP,
+            BLOCK_N, BLOCK_D, BLOCK_V, LOG_E, PRECISION,
         )  # fmt: skip
     if K2 is not None:
         K2 += batch * stride_k2b + head // group * stride_k2h
@@ -124,19 +147,16 @@ def _query_grads(
         start, end = intervals(None, None, batch, rows, 0, 0, 0, 0, tq, tk2)
         dq = query_grads(
             dq, q, dout, lse, delta, rows, start, end, 0, tk2, K2, V2, None, stride_k2t, stride_v2t, tk2,
-            width, value_width, grid_rows, grid_cols, scale, True, EVEN_D, EVEN_V, BLOCK_N, BLOCK_D,
-            BLOCK_V, PRECISION,
+            width, value_width, grid_rows, grid_cols, factor, True, EVEN_D, EVEN_V, STEP, BLOCK_N, BLOCK_D,
+            BLOCK_V, LOG_E, PRECISION,
         )  # fmt: skip
-    cols = tl.arange(0, BLOCK_D)
-    at = batch * stride_gb + head * stride_gh + rows.to(tl.int64)[:, None] * stride_gt + cols[None, :]
-    kept = inside[:, None] & (cols < width)[None, :]
-    tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=kept)
+    put(DQ + batch * stride_gb + head * stride_gh, dq * scale, rows, stride_gt, tq, width, STEP, BLOCK_D)
 
 
 @triton.jit
 def _query_ranges(
     START, END,  # as in _forward
-    RANGES,  # [programs / key blocks, key blocks, 2] int32: the range of the queries that see a block
+    RANGES,  # [programs / key blocks, key blocks, 3] int32: first, whole, last of a block as in _key_grads
     stride_sb, stride_st, stride_eb, stride_et, tq, tk,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -151,14 +171,80 @@ def _query_ranges(
         seen = (start < lo + BLOCK_N) & (end > lo)
         first = tl.minimum(first, tl.where(seen, rows, tq))
         last = tl.maximum(last, tl.where(seen, rows + 1, 0))
-    tl.store(RANGES + 2 * tl.program_id(0), tl.min(first, 0))
-    tl.store(RANGES + 2 * tl.program_id(0) + 1, tl.max(last, 0))
+    end_of_all = tl.max(last, 0)
+    whole = tl.zeros([ROWS], tl.int32)
+    for before in range(0, end_of_all, ROWS):
+        rows = before + tl.arange(0, ROWS)
+        start, end = intervals(START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk)
+        partly = (start > lo) | (end < tl.minimum(lo + BLOCK_N, tk))
+        whole = tl.maximum(whole, tl.where(partly & (rows < end_of_all), rows + 1, 0))
+    at = RANGES + 3 * tl.program_id(0)
+    tl.store(at, tl.min(first, 0))
+    tl.store(at + 1, tl.maximum(tl.max(whole, 0), tl.min(first, 0)))
+    tl.store(at + 2, end_of_all)
+
+
+@triton.jit
+def numbers(X, rows, n, MASKED: tl.constexpr):
+    """Rows of X [n], 0 past the end; without MASKED all exist."""
+    if MASKED:
+        x = tl.load(X + rows, mask=rows < n, other=0.0)
+    else:
+        x = tl.load(X + rows)
+    return x
+
+
+@triton.jit
+def key_grads(
+    dk,  # [BLOCK_N, BLOCK_D] float32
+    dv,  # [BLOCK_N, BLOCK_V] float32
+    k,  # [BLOCK_N, BLOCK_D]
+    v,  # [BLOCK_N, BLOCK_V]
+    cols, lo, hi, gap, behind,
+    Q,  # [tq, width]
+    DOUT,  # [tq, value_width]
+    LSE,  # [tq]
+    DELTA,  # [tq]
+    START, END, batch,
+    TABLE,  # [2 grid_rows - 1, 2 grid_cols - 1] or None
+    stride_qt, stride_dt, stride_sb, stride_st, stride_eb, stride_et,
+    tq, tk, width, value_width, grid_rows, grid_cols, factor,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    MASKED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, LOG_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Continues dk / scale and dv over blocks of queries from lo to hi; from `gap` on they lie `behind`."""
+    unit = factor if TABLE is None else 1.0
+    for before in range(lo, hi, BLOCK_M):
+        rows = before + tl.arange(0, BLOCK_M)
+        if MASKED:
+            rows += tl.where(before < gap, 0, behind)
+        q = tile(Q, rows, stride_qt, tq, width, MASKED, EVEN_D, STEP, BLOCK_D)
+        dout = tile(DOUT, rows, stride_dt, tq, value_width, MASKED, EVEN_V, STEP, BLOCK_V)
+        lse = numbers(LSE, rows, tq, MASKED) * LOG_E
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if TABLE is not None:
+            s = s * factor + grid_bias(TABLE, rows[None, :], cols[:, None], grid_rows, grid_cols) * LOG_E
+        p = power(s * unit - lse[None, :], LOG_E)
+        if MASKED:
+            start, end = intervals(
+                START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk
+            )
+            p = tl.where((cols[:, None] >= start[None, :]) & (cols[:, None] < end[None, :]), p, 0.0)
+        if NEED_V:
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if NEED_K:
+            delta = numbers(DELTA, rows, tq, MASKED)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit
 def _key_grads(
     Q, K, V, START, END, TABLE,  # as in _forward
-    RANGES,  # [B or 1, key blocks, 2] int32, or None where every query sees every key
+    RANGES,  # [B or 1, key blocks, 3] int32, or None where all queries see the same keys
     DOUT,  # [B, heads, tq, value_width]
     LSE,  # [B, heads, tq] float32
     DELTA,  # [B, heads, tq] float32 or None without DK
@@ -167,63 +253,61 @@ def _key_grads(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_gb, stride_gh, stride_gt, stride_wb, stride_wh, stride_wt,
     stride_sb, stride_st, stride_eb, stride_et, stride_rb,
-    heads, group, tq, tk, width, value_width, grid_rows, grid_cols, scale,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    heads, group, tq, tk, width, value_width, grid_rows, grid_cols, scale, factor,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, LOG_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tk, BLOCK_N)
     block = tl.program_id(0) % blocks
     key_head = (tl.program_id(0) // blocks % (heads // group)).to(tl.int64)
     batch = (tl.program_id(0) // blocks // (heads // group)).to(tl.int64)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = cols < tk
-    first, last = 0, tq
+    # Queries from first to last see keys of the block, those from whole on all of them
     if RANGES is not None:
-        at = RANGES + batch * stride_rb + 2 * block
-        first, last = tl.load(at), tl.load(at + 1)
+        at = RANGES + batch * stride_rb + 3 * block
+        first, whole, last = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    else:
+        begin, stop = intervals(
+            START, END, batch, tl.arange(0, 1), stride_sb, stride_st, stride_eb, stride_et, tq, tk
+        )
+        lo, hi = block * BLOCK_N, tl.minimum(block * BLOCK_N + BLOCK_N, tk)
+        first, last = 0, tl.max(tl.where((begin < hi) & (stop > lo), tq, 0), 0)
+        whole = tl.max(tl.where((begin > lo) | (stop < hi), last, 0), 0)
+    a = first + tl.cdiv(whole - first, BLOCK_M) * BLOCK_M
+    b = a + tl.maximum(last - a, 0) // BLOCK_M * BLOCK_M
+    begins, ends = (a, first), (b, last - (b - a))
     K += batch * stride_kb + key_head * stride_kh
-    k = tile(K, cols, stride_kt, tk, width, True, EVEN_D, BLOCK_D)
-    if DK is not None:
-        V += batch * stride_vb + key_head * stride_vh
-        v = tile(V, cols, stride_vt, tk, value_width, True, EVEN_V, BLOCK_V)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if DV is not None:
-        dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    V += batch * stride_vb + key_head * stride_vh
+    k = signed(tile(K, cols, stride_kt, tk, width, True, EVEN_D, STEP, BLOCK_D), scale)
+    v = tile(V, cols, stride_vt, tk, value_width, True, EVEN_V, STEP, BLOCK_V)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for member in range(0, group):
         head = key_head * group + member
         q_head = Q + batch * stride_qb + head * stride_qh
         dout_head = DOUT + batch * stride_db + head * stride_dh
         row_head = (batch * heads + head) * tq
-        for before in range(first, last, BLOCK_M):
-            rows = before + tl.arange(0, BLOCK_M)
-            start, end = intervals(
-                START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk
-            )
-            q = tile(q_head, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
-            dout = tile(dout_head, rows, stride_dt, tq, value_width, True, EVEN_V, BLOCK_V)
-            lse = tl.load(LSE + row_head + rows, mask=rows < tq, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-            if TABLE is not None:
-                table = TABLE + head * (2 * grid_rows - 1) * (2 * grid_cols - 1)
-                s += grid_bias(table, rows[None, :], cols[:, None], grid_rows, grid_cols)
-            seen = (cols[:, None] >= start[None, :]) & (cols[:, None] < end[None, :])
-            p = tl.where(seen, tl.exp(s - lse[None, :]), 0.0)
-            if DV is not None:
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            if DK is not None:
-                delta = tl.load(DELTA + row_head + rows, mask=rows < tq, other=0.0)
-                ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        table = TABLE
+        if TABLE is not None:
+            table = TABLE + head * (2 * grid_rows - 1) * (2 * grid_cols - 1)
+        delta_head = DELTA
+        if DELTA is not None:
+            delta_head = DELTA + row_head
+        for part in tl.static_range(2):
+            dk, dv = key_grads(
+                dk, dv, k, v, cols, begins[part], ends[part], a, b - a,
+                q_head, dout_head, LSE + row_head, delta_head, START, END, batch, table,
+                stride_qt, stride_dt, stride_sb, stride_st, stride_eb, stride_et,
+                tq, tk, width, value_width, grid_rows, grid_cols, factor, DK is not None, DV is not None,
+                part == 1, EVEN_D, EVEN_V, STEP, BLOCK_M, BLOCK_D, BLOCK_V, LOG_E, PRECISION,
+            )  # fmt: skip
     if DK is not None:
-        at_d = tl.arange(0, BLOCK_D)
-        at = batch * stride_gb + key_head * stride_gh + cols.to(tl.int64)[:, None] * stride_gt
-        kept = inside[:, None] & (at_d < width)[None, :]
-        tl.store(DK + at + at_d[None, :], (dk * scale).to(DK.dtype.element_ty), mask=kept)
+        DK += batch * stride_gb + key_head * stride_gh
+        put(DK, dk * scale, cols, stride_gt, tk, width, STEP, BLOCK_D)
     if DV is not None:
-        at_v = tl.arange(0, BLOCK_V)
-        at = batch * stride_wb + key_head * stride_wh + cols.to(tl.int64)[:, None] * stride_wt
-        kept = inside[:, None] & (at_v < value_width)[None, :]
-        tl.store(DV + at + at_v[None, :], dv.to(DV.dtype.element_ty), mask=kept)
+        DV += batch * stride_wb + key_head * stride_wh
+        put(DV, dv, cols, stride_wt, tk, value_width, STEP, BLOCK_V)
 
 
 QUERY_GRADS: Tiles = {
@@ -235,6 +319,7 @@ QUERY_GRADS: Tiles = {
 }
 QUERY_GRADS_ON: Exceptions = {
     **{on: {(True, 128, False): Tile(128, 32, 8, 2)} for on in ("sm_80", "sm_86", "sm_89")},
+    "sm_90": {(True, 64, False): Tile(128, 32, 8, 2)},
     "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
     "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
@@ -246,63 +331,72 @@ KEY_GRADS: Tiles = {
     (False, 128): Tile(32, 16, 8, 1),
 }
 KEY_GRADS_ON: Exceptions = {
+    "sm_90": {(True, 64, False): Tile(64, 128, 8, 2), (True, 128, False): Tile(16, 128, 8, 2)},
     "sm_100": {(True, 128, False): Tile(32, 64, 8, 1)},
     "sm_120": {(True, 64, True): Tile(32, 64, 8, 2)},
     "gfx942": {(True, 256, False): Tile(16, 32, 8, 1)},
 }
+# Pipelines of Triton 3.6 prefetch lse and delta number by number, at the price of registers
+if TorchVersion(triton.__version__) < (3, 7):  # type: ignore[operator]
+    KEY_GRADS_ON |= {
+        **{on: {(True, 64, True): Tile(32, 128, 8, 1)} for on in ("sm_80", "sm_86", "sm_89")},
+        "sm_90": {(True, 64, False): Tile(32, 128, 4, 1), (True, 128, False): Tile(16, 128, 8, 1)},
+    }
 
 
-def row_sums(
+def row_delta(
     dout: Tensor,  # [B, H, Tq, Dv]
     out: Tensor,  # [B, H, Tq, Dv]
     dlse: Tensor | None,  # [B, H, Tq]
 ) -> Tensor:  # [B, H, Tq] float32
-    """<dout, out> - dlse."""
+    """<dout, out> - dlse, where `query_gradient` does not give it."""
     b, h, tq, width = out.shape
     delta = out.new_empty((b, h, tq), dtype=torch.float32)
     block_v = block(width)
     block_m = max(1, 4096 // block_v)
     if delta.numel():
         with torch.cuda.device_of(out):
-            _row_sums[(triton.cdiv(tq, block_m) * h * b,)](
-                dout, out, dlse.contiguous() if dlse is not None else None, delta, *dout.stride()[:3],
-                *out.stride()[:3], h, tq, width, block_m, block_v, width == block_v, num_warps=4,
-                enable_fp_fusion=False,  # fused with the sum over lanes, a product differs from lane to lane
+            _row_sums[(cdiv(tq, block_m) * h * b,)](
+                dout, out, dlse, delta, *dout.stride()[:3], *out.stride()[:3], h, tq, width,
+                block_m, block_v, width == block_v, step(dout, out), num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return delta
 
 
 def query_gradient(
     dout: Tensor,  # [B, H, Tq, Dv]
+    dlse: Tensor | None,  # [B, H, Tq]
     query: Tensor,  # [B, H, Tq, Dh]
     source: Source,
     second: Source | None,
+    out: Tensor,  # [B, H, Tq, Dv]
     lse: Tensor,  # [B, H, Tq]
-    delta: Tensor | None,  # [B, H, Tq]
     scale: float,
     table: Tensor | None = None,  # [H, 2R-1, 2C-1]
     grid_rows: int = 0,
     grid_cols: int = 0,
-) -> Tensor:  # [B, H, Tq, Dh]
-    dq = empty_heads_merged(query, query.shape)
-    if dq.numel() == 0:
-        return dq
+) -> tuple[Tensor, Tensor]:  # [B, H, Tq, Dh], [B, H, Tq] float32
+    """dquery and, for the other gradients, <dout, out> - dlse."""
     b, h, tq, width = query.shape
     tk, value_width = source.value.shape[2:]
     tk2 = second.key.shape[2] if second else 0
+    dq, delta = empty_heads_merged(query, query.shape), lse.new_empty(lse.shape)
+    if lse.numel() == 0:
+        return dq, delta
     options = launch_options(
         QUERY_GRADS, query, source.value, tq, max(tk, tk2), table is not None, QUERY_GRADS_ON
     )
+    tensors = (query, *source[:2], *(second[:2] if second else ()), dout, out, dq)
     with torch.cuda.device_of(query):
-        _query_grads[(triton.cdiv(tq, options["BLOCK_M"]) * h * b,)](
+        _query_grads[(cdiv(tq, options["BLOCK_M"]) * h * b,)](
             query, source.key, source.value, *((second.key, second.value) if second else (None, None)),
-            source.start, source.end, table, dout, lse, delta, dq,
+            source.start, source.end, table, dout, out, lse, dlse, delta, dq,
             *query.stride()[:3], *source.strides(), *(second.strides() if second else [0] * 6),
-            *dout.stride()[:3], *dq.stride()[:3], *source.interval_strides(), h, h // source.key.shape[1],
-            tq, tk, tk2, width, value_width, grid_rows, grid_cols,
-            scale, **options,
+            *dout.stride()[:3], *out.stride()[:3], *dq.stride()[:3], *source.interval_strides(), h,
+            h // source.key.shape[1], tq, tk, tk2, width, value_width, grid_rows, grid_cols,
+            scale, factor(scale, options["LOG_E"]), STEP=step(*tensors), **options,
         )  # fmt: skip
-    return dq
+    return dq, delta
 
 
 def key_gradients(
@@ -326,12 +420,13 @@ def key_gradients(
     b, h, tq, width = query.shape
     hkv, tk, value_width = value.shape[1:]
     options = launch_options(KEY_GRADS, query, value, tq, tk, table is not None, KEY_GRADS_ON)
-    blocks, ranges, stride_rb = triton.cdiv(tk, options["BLOCK_N"]), None, 0
+    blocks, ranges, stride_rb = cdiv(tk, options["BLOCK_N"]), None, 0
+    tensors = (query, key, value, dout, *(x for x in (dk, dv) if x.numel()))
     with torch.cuda.device_of(query):
-        if start is not None or end is not None:
+        if any(bound is not None and bound.stride(1) for bound in (start, end)):
             shared = all(bound is None or bound.stride(0) == 0 for bound in (start, end))
-            ranges = lse.new_empty((1 if shared else b, blocks, 2), dtype=torch.int32)
-            stride_rb = 0 if shared else 2 * blocks
+            ranges = lse.new_empty((1 if shared else b, blocks, 3), dtype=torch.int32)
+            stride_rb = 0 if shared else 3 * blocks
             _query_ranges[(len(ranges) * blocks,)](
                 start, end, ranges, *source.interval_strides(), tq, tk, options["BLOCK_N"],
                 min(RANGE_ROWS, block(tq)), num_warps=4, enable_fp_fusion=True,
@@ -342,6 +437,6 @@ def key_gradients(
             *query.stride()[:3], *source.strides(), *dout.stride()[:3],
             *(dk.stride()[:3] if dk.numel() else (0, 0, 0)), *(dv.stride()[:3] if dv.numel() else (0, 0, 0)),
             *source.interval_strides(), stride_rb, h, h // hkv, tq, tk, width, value_width,
-            grid_rows, grid_cols, scale, **options,
+            grid_rows, grid_cols, scale, factor(scale, options["LOG_E"]), STEP=step(*tensors), **options,
         )  # fmt: skip
     return dk, dv

@@ -14,7 +14,7 @@ from vlmkernels.reference.interval_attention import interval_attention_bwd as re
 from vlmkernels.reference.interval_attention import interval_attention_fwd as reference_fwd
 from vlmkernels.triton import _attention as attention
 from vlmkernels.triton import _attention_bwd as attention_bwd
-from vlmkernels.triton._attention import Source, grid_bias, intervals, tile
+from vlmkernels.triton._attention import Source, grid_bias, intervals, step, tile
 from vlmkernels.triton._tiles import rows_contiguous
 
 BIAS_PROGRAMS = 1024  # the batch is split until there are about so many programs
@@ -35,7 +35,7 @@ def _bias_grads(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_sb, stride_st, stride_eb, stride_et,
     batches, splits, heads, group, tq, tk, width, value_width, grid_rows, grid_cols, scale,
-    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_V: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(grid_cols, BLOCK)
@@ -64,10 +64,12 @@ def _bias_grads(
                 start, end = intervals(
                     START, END, batch, rows, stride_sb, stride_st, stride_eb, stride_et, tq, tk
                 )
-                q = tile(Q + batch * stride_qb, rows, stride_qt, tq, width, True, EVEN_D, BLOCK_D)
-                k = tile(K + batch * stride_kb, cols, stride_kt, tk, width, True, EVEN_D, BLOCK_D)
-                v = tile(V + batch * stride_vb, cols, stride_vt, tk, value_width, True, EVEN_V, BLOCK_V)
-                dout = tile(DOUT + batch * stride_db, rows, stride_dt, tq, value_width, True, EVEN_V, BLOCK_V)
+                q = tile(Q + batch * stride_qb, rows, stride_qt, tq, width, True, EVEN_D, STEP, BLOCK_D)
+                k = tile(K + batch * stride_kb, cols, stride_kt, tk, width, True, EVEN_D, STEP, BLOCK_D)
+                v = tile(V + batch * stride_vb, cols, stride_vt, tk, value_width, True, EVEN_V, STEP, BLOCK_V)
+                dout = tile(
+                    DOUT + batch * stride_db, rows, stride_dt, tq, value_width, True, EVEN_V, STEP, BLOCK_V
+                )
                 lse = tl.load(LSE + row_head + rows, mask=rows < tq, other=0.0)
                 delta = tl.load(DELTA + row_head + rows, mask=rows < tq, other=0.0)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -86,7 +88,7 @@ def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
     half, width = query.dtype != torch.float32, max(options["BLOCK_D"], options["BLOCK_V"])
     narrow = width <= (128 if half else 64 if options["PRECISION"] == "tf32" else 0)
     side = min(32 if narrow else 16, attention.block(grid_cols))
-    options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N")}
+    options = {name: x for name, x in options.items() if name not in ("BLOCK_M", "BLOCK_N", "LOG_E")}
     if options["PRECISION"] == "tf32x3" and width > 64:
         options["PRECISION"] = "ieee"  # three products of the small tile would spill
     return options | {"BLOCK": side, "num_warps": 4, "num_stages": 1}
@@ -108,7 +110,7 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
             query, source.key, source.value, source.start, source.end, table, dout, lse, delta, parts,
             *query.stride()[:3], *source.strides(), *dout.stride()[:3], *source.interval_strides(),
             b, splits, h, h // source.key.shape[1], tq, tk, width, value_width, grid_rows, grid_cols,
-            scale, **options,
+            scale, STEP=step(query, *source[:2], dout), **options,
         )  # fmt: skip
     # Rows one element shorter than they are stored slant the diagonals of a tile into columns
     slanted = pad(parts.sum(0).flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]
@@ -169,10 +171,12 @@ def interval_attention_bwd(
     grid = (table, grid_rows, grid_cols)
     source = _source(query, key, value, start, end)
     dout, query, out, lse = (*map(rows_contiguous, (dout, query, out)), lse.contiguous())
-    delta = attention_bwd.row_sums(dout, out, dlse) if need_query or need_key or need_bias else None
-    dq, dbias = query.new_empty(0), (query if table is None else table).new_empty(0)
+    dlse = dlse.contiguous() if dlse is not None else None
+    dq, delta, dbias = query.new_empty(0), None, (query if table is None else table).new_empty(0)
     if need_query:
-        dq = attention_bwd.query_gradient(dout, query, source, None, lse, delta, scale, *grid)
+        dq, delta = attention_bwd.query_gradient(dout, dlse, query, source, None, out, lse, scale, *grid)
+    elif need_key or need_bias:
+        delta = attention_bwd.row_delta(dout, out, dlse)
     if need_bias:
         dbias = _bias_gradient(dout, query, source, lse, delta, scale, *grid)
     dk, dv = attention_bwd.key_gradients(dout, query, source, lse, delta, scale, needs[1:3], *grid)

@@ -56,10 +56,10 @@ def perceiver_attention_bwd(
     media, latents = _sources(query, media_key, media_value, latent_key, latent_value, media_lengths)
     dout, query, out, lse = (*map(rows_contiguous, (dout, query, out)), lse.contiguous())
     dq, delta = query.new_empty(0), None
-    if need_query or need[0] or need[2]:
-        delta = attention_bwd.row_sums(dout, out, None)
     if need_query:
-        dq = attention_bwd.query_gradient(dout, query, media, latents, lse, delta, scale)
+        dq, delta = attention_bwd.query_gradient(dout, None, query, media, latents, out, lse, scale)
+    elif need[0] or need[2]:
+        delta = attention_bwd.row_delta(dout, out, None)
     dmedia = attention_bwd.key_gradients(dout, query, media, lse, delta, scale, need[:2])
     dlatents = attention_bwd.key_gradients(dout, query, latents, lse, delta, scale, need[2:])
     return dq, *dmedia, *dlatents
