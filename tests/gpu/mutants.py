@@ -354,8 +354,8 @@ MUTANTS = [
         "wide = 2 * grid_cols - 1", "wide = 2 * grid_cols - 2",
     ),
     Mutation(
-        BIAS_SUMS, "interval_attention", "neighbour of a tile left out", BIASED,
-        "tl.where(i < BLOCK, tile_of, tile_of + 1)", "tile_of",
+        BIAS_SUMS, "interval_attention", "neighbours of a diagonal swapped", BIASED,
+        "tl.where(i < BLOCK, tile_of, tile_of + 1)", "tl.where(i < BLOCK, tile_of + 1, tile_of)",
     ),
     Mutation(
         BIAS_SUMS, "interval_attention", "tiles past the last one read", BIASED,
