@@ -105,7 +105,7 @@ CHUNKS = {
     (info_nce, "PARTIAL_TILES"): 1,
     (info_nce, "PARTIAL_BYTES"): 0,
     (info_nce, "LINES"): 32,
-    (info_nce, "PROGRAMS"): 4,
+    (info_nce, "PROGRAMS"): 2,
     (sigmoid_loss, "CHUNK_BYTES"): 0,
 }
 
@@ -225,7 +225,7 @@ def by_teacher() -> Iterator[Case]:
     few = {
         (pairwise, "CHUNK_ROWS"): 70,
         (distilled, "PARTIAL_BYTES"): 0,
-        (distilled, "PROGRAMS"): 4,
+        (distilled, "PROGRAMS"): 2,
         (distilled, "LINES"): 32,
     }
     rows = {"symmetric": False, "divergence": "cross_entropy"}
