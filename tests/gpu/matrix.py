@@ -152,7 +152,8 @@ def faults(launch: Launch, code: Code) -> Iterator[str]:
     elif code.programs == 0:
         yield "no multiprocessor holds a program"
     sizes = [launch.arguments[name] for name in SIZES if name in launch.arguments]
-    even = (bool(sizes) and all(size % 16 == 0 for size in sizes)) or launch.config.get("STEP", 1) > 1
+    stepped = launch.config.get("STEP", 1) > 1 and not code.target.startswith("gfx")  # AMD's drops the hint
+    even = (bool(sizes) and all(size % 16 == 0 for size in sizes)) or stepped
     if "PRECISION" in launch.config:
         yield from _product_faults(launch, code, even)
     if even and _bytes_a_lane(launch, code.target) >= 16 and not code.count(WIDE):
