@@ -40,6 +40,7 @@ WARPGROUP = {"sm_90": "HGMMA", "sm_100": r"UTC\w*MMA"}
 ASYNC = "LDGSTS|UTMALDG|UBLKCP"
 WIDE = r"(LDG|STG|LDGSTS)\.E\S*\.128|(global|buffer)_(load|store)_dwordx4"
 SPILL = r"LDL|STL|scratch_(load|store)"
+MEMORY = 80 << 30  # bytes of a card
 FEATURES = ("Q", "H")  # what product kernels multiply
 SIZES = ("depth", "width", "value_width", "classes")  # of a row, where a kernel has one
 
@@ -72,6 +73,7 @@ def on(target: str) -> Iterator[None]:
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         mock.patch.object(_attention, "architecture", return_value=target),
         mock.patch.object(_tiles, "architecture", return_value=target),
+        mock.patch.object(_tiles, "memory", return_value=MEMORY),
     ):
         yield
 
