@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import gated_mlp as composition
@@ -59,7 +59,7 @@ def gated_mlp(
         residual,
         outputs,
     )
-    if not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
         return composition(
             x, w_gate, w_up, w_down, b_gate=b_gate, b_up=b_up, b_down=b_down, activation=activation,
             residual=residual,

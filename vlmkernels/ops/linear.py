@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import linear as composition
@@ -51,7 +51,7 @@ def linear(
         residual,
         outputs,
     )
-    if not are_plain(x, weight, bias, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, weight, bias, residual):
         return composition(x, weight, bias, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
         out = packed_linear(x, weight, bias, activation, residual)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vlmkernels import _arguments as arguments
 from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import mlp as composition
@@ -54,7 +54,7 @@ def mlp(
         residual,
         outputs,
     )
-    if not are_plain(x, w1, b1, w2, b2, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, w1, b1, w2, b2, residual):
         return composition(x, w1, b1, w2, b2, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
 
