@@ -429,14 +429,16 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         found.append(_embedding_distillation("l1", cut(rows=65536, width=512), type))
     found.append(_embedding_distillation("cosine", cut(rows=65536, width=1024), "bf16"))
     forms = [
-        ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
-        ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),
-        ("causal", "causal", 8, 16, 2048, 2048, every),
-        ("prefix-LM, a quarter", "prefix-LM", 8, 16, 2048, 2048, ("bf16",)),
-        ("Flamingo, 8 images of 64", "Flamingo", 8, 16, 2048, 512, ("bf16",)),
+        ("full", "full", 16, 32, 1024, 1024, 64, ("bf16",)),
+        ("full, 577 patches", "full", 32, 16, 577, 577, 64, ("bf16",)),
+        ("full, 729 patches", "full", 32, 16, 729, 729, 72, ("bf16",)),
+        ("causal", "causal", 8, 16, 2048, 2048, 64, every),
+        ("causal, wide heads", "causal", 8, 16, 2048, 2048, 128, ("bf16",)),
+        ("prefix-LM, a quarter", "prefix-LM", 8, 16, 2048, 2048, 64, ("bf16",)),
+        ("Flamingo, 8 images of 64", "Flamingo", 8, 16, 2048, 512, 64, ("bf16",)),
     ]
-    for form, mask, batch, heads, queries, keys, types in forms:
-        sizes = cut(batch=batch, heads=heads, queries=queries, keys=keys, width=64)
+    for form, mask, batch, heads, queries, keys, width, types in forms:
+        sizes = cut(batch=batch, heads=heads, queries=queries, keys=keys, width=width)
         found += [_interval_attention(mask, form, sizes, type, device) for type in types]
     for type in every:
         sizes = cut(batch=64, media=256, latents=64)
