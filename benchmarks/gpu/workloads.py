@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, linear, log_softmax, logsigmoid
+from torch.nn.functional import cross_entropy, gelu, linear, log_softmax, logsigmoid, silu
 
 import vlmkernels
 from benchmarks import peers
@@ -371,6 +371,28 @@ def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Wo
     )  # fmt: skip
 
 
+# Dense layers
+
+
+def _layer(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return gelu(linear(x, weight, bias))
+
+    def two(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return linear(gelu(linear(x, w1, b1)), w2, b2)
+
+    def gated(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
+
+    make, plain, name = {
+        "linear": (dense_cases._linear, one, "F.gelu(F.linear)"),
+        "mlp": (dense_cases._mlp, two, "F.linear(F.gelu(F.linear))"),
+        "gated_mlp": (dense_cases._gated, gated, "F.linear(F.silu(F.linear) * F.linear)"),
+    }[op]
+    ours = partial(getattr(vlmkernels, op), activation="silu" if op == "gated_mlp" else "gelu")
+    return Workload(op, form, type, sizes, make, ours, _peer(name, lambda: plain))
+
+
 def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     """All of them; `quick` keeps the forms and cuts the sizes, for a CPU."""
 
@@ -427,4 +449,8 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         sizes = cut(rows=16384, width=4096, inner=512)
         found.append(_gated_linear_residual("attention output", sizes, type))
     found.append(_gated_linear_residual("feed-forward", cut(rows=16384, width=4096, inner=16384), "bf16"))
+    for type in ("bf16", "tf32"):
+        sizes = cut(rows=16384, inner=1024, width=4096)
+        found += [_layer(op, "ViT-L", sizes, type) for op in ("linear", "mlp")]
+        found.append(_layer("gated_mlp", "TinyLlama", cut(rows=8192, inner=2048, width=5632), type))
     return found

@@ -42,7 +42,7 @@ WIDE = r"(LDG|STG|LDGSTS)\.E\S*\.128|(global|buffer)_(load|store)_dwordx4"
 SPILL = r"LDL|STL|scratch_(load|store)"
 MEMORY = 80 << 30  # bytes of a card
 FEATURES = ("Q", "H")  # what product kernels multiply
-SIZES = ("depth", "width", "value_width", "classes")  # of a row, where a kernel has one
+SIZES = ("depth", "width", "value_width", "classes", "size")  # of a row, or of all elements
 
 
 class Row(NamedTuple):

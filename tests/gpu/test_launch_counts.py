@@ -5,8 +5,17 @@ import torch
 
 pytest.importorskip("triton")
 
+import vlmkernels
 from benchmarks.gpu import trace
-from vlmkernels import info_nce, interval_attention, intervals, perceiver_attention, sigmoid_loss
+from vlmkernels import (
+    info_nce,
+    interval_attention,
+    intervals,
+    perceiver_attention,
+    reference,
+    sigmoid_loss,
+)
+from vlmkernels.reference._dense import ACTIVATIONS
 
 from .workloads import BF16, FP16, FP32, heads, meta
 
@@ -142,3 +151,74 @@ def test_sigmoid_loss(form):
 def test_sigmoid_loss_in_float16_computes_its_gradients_in_the_backward():
     forward, backward = launched_each_way(sigmoid_loss, [*pairs(FP16), *scalars(2)])
     assert len(forward + backward) == 6, (forward, backward)
+
+
+def layer(op: str, bias: bool, residual: bool, grad: bool) -> tuple[list, dict]:
+    """Arguments and options of a dense layer."""
+    shapes = {"linear": [(64, 48)], "mlp": [(64, 48), (48, 64)], "gated_mlp": [(64, 48), (64, 48), (48, 64)]}
+    x, *weights = (meta(*shape, dtype=BF16).requires_grad_(grad) for shape in ((32, 48), *shapes[op]))
+    biases = [meta(len(weight), dtype=BF16).requires_grad_(grad) if bias else None for weight in weights]
+    options = {"residual": meta(32, len(weights[-1]), dtype=BF16).requires_grad_(grad)} if residual else {}
+    if op == "gated_mlp":
+        names = ("b_gate", "b_up", "b_down")
+        return [x, *weights], options | dict(zip(names, biases, strict=True))
+    return [x, *(t for pair in zip(weights, biases, strict=True) for t in pair)], options
+
+
+def steps(op, arguments, options) -> list[str]:
+    """Of the forward and, where there are gradients, of the backward."""
+    flat = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+    step = trace.Pass()
+    with trace.recording(step, "sm_90"):
+        out = op(*arguments, **options)
+        if flat:
+            torch.autograd.grad(out, flat, out.detach())
+    return [found.name for found in step.steps]
+
+
+PRODUCTS = {"linear": 3, "mlp": 6, "gated_mlp": 9}
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_dense_layer_takes_no_more_than_torch(op, activation, bias, residual):
+    """Beside its products one pass each way; the sums of its biases' gradients; the residual."""
+    arguments, options = layer(op, bias, residual, grad=True)
+    options |= {"activation": activation}
+    ours, theirs = (steps(getattr(of, op), arguments, options) for of in (vlmkernels, reference))
+    passes = 0 if activation == "none" and op != "gated_mlp" else 2
+    added = residual and not (op == "linear" and passes)
+    biases = {"linear": 1, "mlp": 2, "gated_mlp": 3}[op] if bias else 0
+    assert len(ours) == PRODUCTS[op] + passes + added + biases, ours
+    assert len(ours) <= len(theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_dense_layer_without_a_backward_leaves_activations_to_cublas(op):
+    count = {"linear": 1, "mlp": 2, "gated_mlp": 4}[op]
+    for activation in ("relu", "gelu_tanh"):
+        arguments, options = layer(op, True, False, grad=False)
+        names = steps(getattr(vlmkernels, op), arguments, options | {"activation": activation})
+        assert len(names) == count, names
+    for activation in ("gelu", "silu"):
+        names = steps(getattr(vlmkernels, op), arguments, options | {"activation": activation})
+        assert len(names) == count + (op != "gated_mlp"), names
+
+
+@pytest.mark.parametrize("elements", [1, 48])
+def test_gated_residual_takes_five(elements):
+    tensors = [meta(32, 48, dtype=BF16).requires_grad_() for _ in range(2)]
+    names = launched(vlmkernels.gated_residual, [*tensors, meta(elements).requires_grad_()])
+    assert len(names) == 5, names
+
+
+@pytest.mark.parametrize("elements", [1, 48])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gated_linear_residual_takes_seven(elements, frozen):
+    """With the weight's gradient nothing of the size of h is written in float32."""
+    x, h, weight = (meta(*shape, dtype=BF16).requires_grad_() for shape in ((32, 48), (32, 64), (48, 64)))
+    gate = meta(elements).requires_grad_()
+    names = launched(vlmkernels.gated_linear_residual, [x, h, weight.requires_grad_(not frozen), gate])
+    assert len(names) == (6 if frozen and elements == 1 else 7), names
