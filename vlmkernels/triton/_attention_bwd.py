@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._attention import (
+    PIPELINES_NUMBERS,
     Exceptions,
     Source,
     Tile,
@@ -339,8 +339,7 @@ KEY_GRADS_ON: Exceptions = {
     "sm_120": {(True, 64, True): Tile(32, 64, 8, 2)},
     "gfx942": {(True, 256, False): Tile(16, 32, 8, 1)},
 }
-# Pipelines of Triton 3.6 prefetch lse and delta number by number, at the price of registers
-if TorchVersion(triton.__version__) < (3, 7):  # type: ignore[operator]
+if PIPELINES_NUMBERS:  # such as lse and delta
     KEY_GRADS_ON |= {
         **{on: {(True, 64, True): Tile(32, 128, 8, 1)} for on in ("sm_80", "sm_86", "sm_89")},
         "sm_90": {(True, 64, False): Tile(32, 128, 4, 1), (True, 128, False): Tile(16, 128, 8, 1)},
