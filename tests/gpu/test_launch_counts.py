@@ -6,11 +6,15 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu import trace
-from vlmkernels import interval_attention, intervals, perceiver_attention
+from vlmkernels import _providers, interval_attention, intervals, perceiver_attention
 
 from .workloads import BF16, heads, meta
 
 TOKENS = 1024
+FORWARD, *BACKWARD = [
+    "_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._query_ranges",
+    "_attention_bwd._key_grads",
+]  # fmt: skip
 
 
 def launched(call, tensors, *rest) -> list[str]:
@@ -42,6 +46,26 @@ def test_interval_attention_takes_four_at_most(mask, frozen):
     names = launched(lambda *x: interval_attention(*x, return_lse=True), tensors, *BOUNDS[mask])
     ranges = mask != "padding"  # which queries see a block of keys, where they differ
     assert len(names) == (2 if frozen == (1, 2) else 3 + ranges), names
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "padding"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_takes_the_place_of_a_kernel(mask, deterministic, monkeypatch):
+    """SDPA, as it would be chosen on a card; its backward only if that is in order."""
+    torch.use_deterministic_algorithms(deterministic)
+    provider = _providers.SdpaFlash()
+    monkeypatch.setattr(_providers, "ALLOWED", ("sdpa",))
+    monkeypatch.setattr(_providers, "sdpa_backend", lambda call: provider.backend.value)
+    kind = provider.title, BF16, 72, torch.device("meta")
+    monkeypatch.setattr(_providers, "_TRIED", {kind: ""})
+    whole = {**BOUNDS, "full": intervals.full(TOKENS, device="meta")}[mask]
+    tensors = [attended() for _ in range(3)]
+    names = launched(lambda *x: interval_attention(*x), tensors, whole)
+    flash = "aten::_scaled_dot_product_flash_attention"
+    if mask == "padding":
+        assert names == [FORWARD, BACKWARD[0], BACKWARD[2]]
+    else:
+        assert names == [flash, *([f"{flash}_backward"] if deterministic else BACKWARD)]
 
 
 @pytest.mark.parametrize("lengths", [True, False])
