@@ -20,14 +20,20 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_distillation, mutants_rows
+from . import mutants, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
 from .sanitizer import Violation
 from .trials import Executor, sanitized
 
-MUTANTS = [*mutants.MUTANTS, *mutants_distillation.MUTANTS, *mutants_rows.MUTANTS]
+MUTANTS = [
+    *mutants.MUTANTS,
+    *mutants_pairwise.MUTANTS,
+    *mutants_distillation.MUTANTS,
+    *mutants_rows.MUTANTS,
+    *mutants_dense.MUTANTS,
+]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"
 SECTION = "mutations"

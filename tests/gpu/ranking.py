@@ -15,6 +15,7 @@ from unittest import mock
 from vlmkernels.triton import _attention, _attention_bwd, _tiles
 from vlmkernels.triton import _contrastive_distillation_bwd as _distilled_bwd
 from vlmkernels.triton import contrastive_distillation as _distilled
+from vlmkernels.triton import sigmoid_loss as _sigmoid
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -56,10 +57,17 @@ def _sweeps() -> Iterator[Sweep]:
     def pairwise():
         return _tiles.TILES
 
+    for kind, key, block_k in KINDS:
+        for workload, kernel, table, exceptions in (
+            (
+                "info_nce {} of many devices", "info_nce._stats", lambda: _tiles.STATISTICS,
+                lambda: _tiles.STATISTICS_ON,
+            ),
+            ("sigmoid {}", "sigmoid_loss._sweep", lambda: _sigmoid.SWEEP, lambda: _sigmoid.SWEEP_ON),
+        ):  # fmt: skip
+            yield Sweep(workload.format(kind), kernel, table, exceptions, (key, True), _sizes(block_k))
     for workload, kernel, exceptions in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: _tiles.STATISTICS_ON),
-        ("info_nce {}", "info_nce._tile_grads", lambda: _tiles.PRODUCTS_ON),
-        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _tiles.TILES_ON),
+        ("info_nce {}", "_info_nce_bwd._tile_grads", lambda: _tiles.PRODUCTS_ON),
         ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _tiles.PRODUCTS_ON),
     ):
         for kind, key, block_k in KINDS:

@@ -320,7 +320,10 @@ QUERY_GRADS: Tiles = {
 QUERY_GRADS_ON: Exceptions = {
     **{on: {(True, 128, False): Tile(128, 32, 8, 2)} for on in ("sm_80", "sm_86", "sm_89")},
     "sm_90": {(True, 64, False): Tile(128, 32, 8, 2)},
-    "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
+    "sm_120": {
+        (False, 64, True): Tile(32, 32, 4, 1),
+        **{(False, 128, biased): Tile(16, 16, 4, 2) for biased in (False, True)},
+    },
     "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
 KEY_GRADS: Tiles = {
