@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import types
 from unittest import mock
 
 import pytest
@@ -359,6 +360,12 @@ class TestTrying:
             runs(inputs(), intervals.full(40))
             assert calls == ["flash_attention"]
             assert "ModuleNotFoundError" in vlmkernels.info()["providers"]["flash-attn 2"]
+
+    def test_a_module_that_was_put_in_its_place_is_tried(self, monkeypatch):
+        is_installed = _providers._is_installed.__wrapped__
+        assert not is_installed("made_up_flash.interface")
+        monkeypatch.setitem(sys.modules, "made_up_flash", types.ModuleType("made_up_flash"))
+        assert is_installed("made_up_flash.interface")
 
     def test_a_lack_of_memory_says_nothing_about_it(self):
         with on_cuda(FLASH2) as calls:

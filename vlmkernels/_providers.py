@@ -279,7 +279,10 @@ _TRIED: dict[tuple[str, torch.dtype, int, torch.device], str] = {}  # why it is 
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # a module that another put in its place
+        return True
 
 
 SEGMENTS = any(x.name in ALLOWED and x.takes_segments and not x.missing() for x in PROVIDERS)

@@ -86,6 +86,37 @@ def test_torch_takes_the_place_of_a_kernel(mask, deterministic, monkeypatch):
         assert names == [flash, *([f"{flash}_backward"] if deterministic else BACKWARD)]
 
 
+@pytest.mark.parametrize("mask", ["packed", "images"])
+def test_flash_attn_takes_the_place_of_both_and_nothing_is_read_on_the_host(mask, monkeypatch):
+    """Meta tensors have nothing to read: neither intervals nor the bounds of segments."""
+    flash = _providers.Flash2
+
+    def forward(self, call, q, k, v):
+        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=FP32)
+
+    kind = flash.title, BF16, 72, torch.device("meta")
+    for owner, name, value in (
+        (_providers, "ALLOWED", ("flash",)), (_providers, "SEGMENTS", True),
+        (_providers, "_TRIED", {kind: ""}), (_providers, "_is_installed", lambda name: name == flash.module),
+        (flash, "call_forward", forward), (flash, "call_backward", lambda *_: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+
+    def call(*tensors):
+        if mask == "packed":
+            tensors = [x[:1] for x in tensors]
+            whole = intervals.packed(meta(9, dtype=torch.int32), TOKENS)
+        else:
+            whole = intervals.media(meta(8, TOKENS, dtype=torch.int32), TOKENS // 8, 8)
+        built.extend(whole.ends)
+        return interval_attention(*tensors, whole)
+
+    built = []
+    names = launched(call, [attended() for _ in range(3)])
+    assert [x.device.type for x in built] == ["meta"] * 2
+    assert all(name.startswith("aten::") for name in names), names
+
+
 @pytest.mark.parametrize("needed", [(0, 1, 2, 3), (3,), (1, 2, 3)], ids=str)
 def test_a_relative_bias_takes_two_more(needed):
     tensors = [attended(576, grad=i in needed) for i in range(3)]
