@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 import vlmkernels
 from benchmarks.gpu import trace
 from vlmkernels import (
+    _providers,
     info_nce,
     interval_attention,
     intervals,
@@ -21,6 +22,10 @@ from .workloads import BF16, FP16, FP32, heads, meta
 
 TOKENS = 1024
 ROWS = 4096
+FORWARD, *BACKWARD = [
+    "_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._query_ranges",
+    "_attention_bwd._key_grads",
+]  # fmt: skip
 
 
 def launched(call, tensors, *rest) -> list[str]:
@@ -59,6 +64,57 @@ def test_interval_attention_takes_four_at_most(mask, frozen):
     names = launched(lambda *x: interval_attention(*x, return_lse=True), tensors, *BOUNDS[mask])
     ranges = mask != "padding"  # which queries see a block of keys, where they differ
     assert len(names) == (2 if frozen == (1, 2) else 3 + ranges), names
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "padding"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_takes_the_place_of_a_kernel(mask, deterministic, monkeypatch):
+    """SDPA, as it would be chosen on a card; its backward only if that is in order."""
+    torch.use_deterministic_algorithms(deterministic)
+    provider = _providers.SdpaFlash()
+    monkeypatch.setattr(_providers, "ALLOWED", ("sdpa",))
+    monkeypatch.setattr(_providers, "sdpa_backend", lambda call: provider.backend.value)
+    kind = provider.title, BF16, 72, torch.device("meta")
+    monkeypatch.setattr(_providers, "_TRIED", {kind: ""})
+    whole = {**BOUNDS, "full": intervals.full(TOKENS, device="meta")}[mask]
+    tensors = [attended() for _ in range(3)]
+    names = launched(lambda *x: interval_attention(*x), tensors, whole)
+    flash = "aten::_scaled_dot_product_flash_attention"
+    if mask == "padding":
+        assert names == [FORWARD, BACKWARD[0], BACKWARD[2]]
+    else:
+        assert names == [flash, *([f"{flash}_backward"] if deterministic else BACKWARD)]
+
+
+@pytest.mark.parametrize("mask", ["packed", "images"])
+def test_flash_attn_takes_the_place_of_both_and_nothing_is_read_on_the_host(mask, monkeypatch):
+    """Meta tensors have nothing to read: neither intervals nor the bounds of segments."""
+    flash = _providers.Flash2
+
+    def forward(self, call, q, k, v):
+        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=FP32)
+
+    kind = flash.title, BF16, 72, torch.device("meta")
+    for owner, name, value in (
+        (_providers, "ALLOWED", ("flash",)), (_providers, "SEGMENTS", True),
+        (_providers, "_TRIED", {kind: ""}), (_providers, "_is_installed", lambda name: name == flash.module),
+        (flash, "call_forward", forward), (flash, "call_backward", lambda *_: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+
+    def call(*tensors):
+        if mask == "packed":
+            tensors = [x[:1] for x in tensors]
+            whole = intervals.packed(meta(9, dtype=torch.int32), TOKENS)
+        else:
+            whole = intervals.media(meta(8, TOKENS, dtype=torch.int32), TOKENS // 8, 8)
+        built.extend(whole.ends)
+        return interval_attention(*tensors, whole)
+
+    built = []
+    names = launched(call, [attended() for _ in range(3)])
+    assert [x.device.type for x in built] == ["meta"] * 2
+    assert all(name.startswith("aten::") for name in names), names
 
 
 @pytest.mark.parametrize("needed", [(0, 1, 2, 3), (3,), (1, 2, 3)], ids=str)
