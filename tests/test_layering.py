@@ -35,10 +35,7 @@ KERNELS = {
     "gated_mlp": DENSE,
 }
 CUBLAS = {  # ops that run as torch's own on a GPU
-    "linear",
     "linear_distillation",
-    "mlp",
-    "gated_mlp",
 }
 BENCHMARKED = {case.op for case in all_cases()}
 

@@ -163,6 +163,8 @@ def _products(name: str, args: Sequence[Any]) -> dict[str, Any]:
         "aten::mv": 0,
         "aten::dot": 0,
         "aten::addmm": 1,
+        "aten::addmm_": 1,
+        "aten::_addmm_activation": 1,
         "aten::baddbmm": 1,
     }
     if name not in first:

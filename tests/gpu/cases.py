@@ -7,6 +7,7 @@ them. `CASES` maps names to cases; those of a default run have `slow` False.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from unittest import mock
 
 import torch
@@ -29,6 +30,7 @@ from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import interval_attention as attention
 
+from .cases_dense import layers
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
@@ -485,5 +487,5 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, by_attention)
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(layers, each), by_attention)
 CASES = {case.name: case for part in PARTS for case in part()}

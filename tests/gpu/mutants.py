@@ -296,7 +296,7 @@ MUTANTS = [
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "one block of the row summed",
         "gated_linear_residual, wide, bfloat16",
-        "dots += p * tl", "dots = p * tl",
+        "dots += p * y", "dots = p * y",
     ),
     Mutation(
         GATED, "gated_residual", "bound of the rows off by one", "gated_residual, ragged, float32",

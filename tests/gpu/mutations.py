@@ -20,7 +20,7 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_distillation, mutants_pairwise, mutants_rows
+from . import mutants, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
@@ -32,6 +32,7 @@ MUTANTS = [
     *mutants_pairwise.MUTANTS,
     *mutants_distillation.MUTANTS,
     *mutants_rows.MUTANTS,
+    *mutants_dense.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"

@@ -14,10 +14,12 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import vlmkernels.triton
+from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.distillation import DIVERGENCES
 from vlmkernels.triton import (
     _attention,
     _attention_bwd,
+    _dense,
     embedding_distillation,
     gated_residual,
     sigmoid_loss,
@@ -60,6 +62,7 @@ SUMS = {
     "contrastive_distillation._losses",
     "_attention_bwd._query_ranges",
     "_rows._total",
+    "gated_residual._combine",
 }
 ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients"}  # one program
 
@@ -161,6 +164,13 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
     for name in ("gated_residual._forward", "gated_residual._backward"):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, _dense.WIDTH + 1)}
+    assert {launch.config["BLOCK_D"] for launch in launches[0]["_dense._backward"]} == widths
+    for name in ("_dense._forward", "_dense._backward"):
+        for gated in (True, False):
+            made = [x for x in launches[0][name] if (x.arguments["UP"] is not None) == gated]
+            own = ACTIVATIONS if gated else ACTIVATIONS[1:]
+            assert {x.config["ACTIVATION"] for x in made} == set(own), f"{name}, {gated}"
     tiles_of_rows = {
         tuple(embedding_distillation.blocks(depth)[side] for side in ("BLOCK_R", "BLOCK_D"))
         for depth in range(1, 2 * embedding_distillation.HELD)

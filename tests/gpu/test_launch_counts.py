@@ -5,13 +5,27 @@ import torch
 
 pytest.importorskip("triton")
 
+import vlmkernels
 from benchmarks.gpu import trace
-from vlmkernels import info_nce, interval_attention, intervals, perceiver_attention, sigmoid_loss
+from vlmkernels import (
+    _providers,
+    info_nce,
+    interval_attention,
+    intervals,
+    perceiver_attention,
+    reference,
+    sigmoid_loss,
+)
+from vlmkernels.reference._dense import ACTIVATIONS
 
 from .workloads import BF16, FP16, FP32, heads, meta
 
 TOKENS = 1024
 ROWS = 4096
+FORWARD, *BACKWARD = [
+    "_attention._forward", "_attention_bwd._query_grads", "_attention_bwd._query_ranges",
+    "_attention_bwd._key_grads",
+]  # fmt: skip
 
 
 def launched(call, tensors, *rest) -> list[str]:
@@ -50,6 +64,57 @@ def test_interval_attention_takes_four_at_most(mask, frozen):
     names = launched(lambda *x: interval_attention(*x, return_lse=True), tensors, *BOUNDS[mask])
     ranges = mask != "padding"  # which queries see a block of keys, where they differ
     assert len(names) == (2 if frozen == (1, 2) else 3 + ranges), names
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "padding"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_takes_the_place_of_a_kernel(mask, deterministic, monkeypatch):
+    """SDPA, as it would be chosen on a card; its backward only if that is in order."""
+    torch.use_deterministic_algorithms(deterministic)
+    provider = _providers.SdpaFlash()
+    monkeypatch.setattr(_providers, "ALLOWED", ("sdpa",))
+    monkeypatch.setattr(_providers, "sdpa_backend", lambda call: provider.backend.value)
+    kind = provider.title, BF16, 72, torch.device("meta")
+    monkeypatch.setattr(_providers, "_TRIED", {kind: ""})
+    whole = {**BOUNDS, "full": intervals.full(TOKENS, device="meta")}[mask]
+    tensors = [attended() for _ in range(3)]
+    names = launched(lambda *x: interval_attention(*x), tensors, whole)
+    flash = "aten::_scaled_dot_product_flash_attention"
+    if mask == "padding":
+        assert names == [FORWARD, BACKWARD[0], BACKWARD[2]]
+    else:
+        assert names == [flash, *([f"{flash}_backward"] if deterministic else BACKWARD)]
+
+
+@pytest.mark.parametrize("mask", ["packed", "images"])
+def test_flash_attn_takes_the_place_of_both_and_nothing_is_read_on_the_host(mask, monkeypatch):
+    """Meta tensors have nothing to read: neither intervals nor the bounds of segments."""
+    flash = _providers.Flash2
+
+    def forward(self, call, q, k, v):
+        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=FP32)
+
+    kind = flash.title, BF16, 72, torch.device("meta")
+    for owner, name, value in (
+        (_providers, "ALLOWED", ("flash",)), (_providers, "SEGMENTS", True),
+        (_providers, "_TRIED", {kind: ""}), (_providers, "_is_installed", lambda name: name == flash.module),
+        (flash, "call_forward", forward), (flash, "call_backward", lambda *_: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+
+    def call(*tensors):
+        if mask == "packed":
+            tensors = [x[:1] for x in tensors]
+            whole = intervals.packed(meta(9, dtype=torch.int32), TOKENS)
+        else:
+            whole = intervals.media(meta(8, TOKENS, dtype=torch.int32), TOKENS // 8, 8)
+        built.extend(whole.ends)
+        return interval_attention(*tensors, whole)
+
+    built = []
+    names = launched(call, [attended() for _ in range(3)])
+    assert [x.device.type for x in built] == ["meta"] * 2
+    assert all(name.startswith("aten::") for name in names), names
 
 
 @pytest.mark.parametrize("needed", [(0, 1, 2, 3), (3,), (1, 2, 3)], ids=str)
@@ -142,3 +207,74 @@ def test_sigmoid_loss(form):
 def test_sigmoid_loss_in_float16_computes_its_gradients_in_the_backward():
     forward, backward = launched_each_way(sigmoid_loss, [*pairs(FP16), *scalars(2)])
     assert len(forward + backward) == 6, (forward, backward)
+
+
+def layer(op: str, bias: bool, residual: bool, grad: bool) -> tuple[list, dict]:
+    """Arguments and options of a dense layer."""
+    shapes = {"linear": [(64, 48)], "mlp": [(64, 48), (48, 64)], "gated_mlp": [(64, 48), (64, 48), (48, 64)]}
+    x, *weights = (meta(*shape, dtype=BF16).requires_grad_(grad) for shape in ((32, 48), *shapes[op]))
+    biases = [meta(len(weight), dtype=BF16).requires_grad_(grad) if bias else None for weight in weights]
+    options = {"residual": meta(32, len(weights[-1]), dtype=BF16).requires_grad_(grad)} if residual else {}
+    if op == "gated_mlp":
+        names = ("b_gate", "b_up", "b_down")
+        return [x, *weights], options | dict(zip(names, biases, strict=True))
+    return [x, *(t for pair in zip(weights, biases, strict=True) for t in pair)], options
+
+
+def steps(op, arguments, options) -> list[str]:
+    """Of the forward and, where there are gradients, of the backward."""
+    flat = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+    step = trace.Pass()
+    with trace.recording(step, "sm_90"):
+        out = op(*arguments, **options)
+        if flat:
+            torch.autograd.grad(out, flat, out.detach())
+    return [found.name for found in step.steps]
+
+
+PRODUCTS = {"linear": 3, "mlp": 6, "gated_mlp": 9}
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_dense_layer_takes_no_more_than_torch(op, activation, bias, residual):
+    """Beside its products one pass each way; the sums of its biases' gradients; the residual."""
+    arguments, options = layer(op, bias, residual, grad=True)
+    options |= {"activation": activation}
+    ours, theirs = (steps(getattr(of, op), arguments, options) for of in (vlmkernels, reference))
+    passes = 0 if activation == "none" and op != "gated_mlp" else 2
+    added = residual and not (op == "linear" and passes)
+    biases = {"linear": 1, "mlp": 2, "gated_mlp": 3}[op] if bias else 0
+    assert len(ours) == PRODUCTS[op] + passes + added + biases, ours
+    assert len(ours) <= len(theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_dense_layer_without_a_backward_leaves_activations_to_cublas(op):
+    count = {"linear": 1, "mlp": 2, "gated_mlp": 4}[op]
+    for activation in ("relu", "gelu_tanh"):
+        arguments, options = layer(op, True, False, grad=False)
+        names = steps(getattr(vlmkernels, op), arguments, options | {"activation": activation})
+        assert len(names) == count, names
+    for activation in ("gelu", "silu"):
+        names = steps(getattr(vlmkernels, op), arguments, options | {"activation": activation})
+        assert len(names) == count + (op != "gated_mlp"), names
+
+
+@pytest.mark.parametrize("elements", [1, 48])
+def test_gated_residual_takes_five(elements):
+    tensors = [meta(32, 48, dtype=BF16).requires_grad_() for _ in range(2)]
+    names = launched(vlmkernels.gated_residual, [*tensors, meta(elements).requires_grad_()])
+    assert len(names) == 5, names
+
+
+@pytest.mark.parametrize("elements", [1, 48])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gated_linear_residual_takes_seven(elements, frozen):
+    """With the weight's gradient nothing of the size of h is written in float32."""
+    x, h, weight = (meta(*shape, dtype=BF16).requires_grad_() for shape in ((32, 48), (32, 64), (48, 64)))
+    gate = meta(elements).requires_grad_()
+    names = launched(vlmkernels.gated_linear_residual, [x, h, weight.requires_grad_(not frozen), gate])
+    assert len(names) == (6 if frozen and elements == 1 else 7), names

@@ -16,10 +16,13 @@ from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
+from vlmkernels.triton import gated_mlp as gated_layers
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce as nce
 from vlmkernels.triton import interval_attention as interval
+from vlmkernels.triton import linear as one_layer
 from vlmkernels.triton import linear_cross_entropy as cross
+from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import sigmoid_loss
 
@@ -138,6 +141,29 @@ def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=
     linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, (True, weight, True))
 
 
+def layer(n, k, o, dtype, *, activation="gelu", bias=True, residual=None, needs=(True,) * 3):
+    x, w, b = meta(n, k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype) if bias else None
+    out, y = one_layer.linear(x, w, b, meta(n, o, dtype=residual) if residual else None, activation, True)
+    one_layer.linear_bwd(out, x, w, b, y, activation, (*needs[:2], needs[2] and bias))
+
+
+def layers(n, k, h, dtype, *, activation="gelu", bias=True, keep=True):
+    x, w1, w2 = (meta(*shape, dtype=dtype) for shape in ((n, k), (h, k), (k, h)))
+    b1, b2 = (meta(size, dtype=dtype) if bias else None for size in (h, k))
+    out, y = two_layers.mlp(x, w1, b1, w2, b2, None, activation, keep)
+    if keep:
+        two_layers.mlp_bwd(out, x, w1, b1, w2, y, activation, (True, True, bias, True, bias))
+
+
+def gated_layer(n, k, h, dtype, *, activation="silu", bias=False, keep=True, frozen=False):
+    x, w_gate, w_up, w_down = (meta(*shape, dtype=dtype) for shape in ((n, k), (h, k), (h, k), (k, h)))
+    biases = [meta(size, dtype=dtype) if bias else None for size in (h, h, k)]
+    out, *kept = gated_layers.gated_mlp(x, w_gate, w_up, w_down, *biases, None, activation, keep)
+    if keep:
+        needs = (True, *[not frozen] * 3, *[bias] * 3)
+        gated_layers.gated_mlp_bwd(out, x, w_gate, w_up, w_down, *biases[:2], *kept, activation, needs)
+
+
 def heads(b, t, h, d, dtype) -> Tensor:
     """[B, H, T, D] as projections give it."""
     return meta(b, t, h, d, dtype=dtype).transpose(1, 2)
@@ -196,6 +222,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
     _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
     _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
+    _add(f"linear {name}", layer, 8192, 768, 3072, dtype)
+    _add(f"mlp {name}", layers, 8192, 768, 3072, dtype)
+    _add(f"gated_mlp {name}", gated_layer, 8192, 2048, 5632, dtype)
     for width in (64, 128, 256) if dtype == BF16 else (64, 128):
         _add(f"attention {name} {width}", attention, 8, 16, 16, 1024, 1024, width, dtype)
         _add(f"attention {name} {width} biased", attention, 8, 12, 12, 640, 640, width, dtype, grid=(24, 24))
@@ -296,6 +325,23 @@ _add("gated_residual fp64", gated_residual, 8192, 1024, FP64, channels=True)
 _add("gated_linear_residual bf16 ragged", gated_linear_residual, 4097, 1001, 1003, BF16)
 _add("gated_linear_residual bf16 on fp32", gated_linear_residual, 8192, 1024, 1024, BF16, residual=FP32)
 _add("gated_linear_residual tf32", gated_linear_residual, 8192, 4096, 1024, FP32, allow_tf32=True)
+for activation in ("gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"):
+    _add(f"linear bf16 {activation}", layer, 8192, 768, 3072, BF16, activation=activation)
+_add("linear fp16", layer, 8192, 768, 3072, FP16, activation="quick_gelu")
+_add("linear bf16 on fp32", layer, 8192, 768, 3072, BF16, residual=FP32)
+_add("linear bf16 residual", layer, 8192, 768, 768, BF16, residual=BF16)
+_add("linear bf16 ragged", layer, 4097, 768, 1001, BF16)
+_add("linear bf16 frozen bias", layer, 8192, 768, 3072, BF16, bias=False)
+_add("linear bf16 bias alone", layer, 8192, 768, 3072, BF16, needs=(False, False, True))
+_add("linear bf16 one element", layer, 1, 1, 1, BF16)
+_add("mlp bf16 quick_gelu", layers, 8192, 1024, 4096, BF16, activation="quick_gelu")
+_add("mlp bf16 no gradient", layers, 8192, 768, 3072, BF16, keep=False)
+for activation in ("none", "gelu", "gelu_tanh"):
+    _add(f"gated_mlp bf16 {activation}", gated_layer, 8192, 2048, 5632, BF16, activation=activation)
+_add("gated_mlp fp16 bias", gated_layer, 8192, 2048, 5632, FP16, bias=True)
+_add("gated_mlp bf16 frozen", gated_layer, 8192, 2048, 5632, BF16, frozen=True)
+_add("gated_mlp bf16 no gradient", gated_layer, 8192, 2048, 5632, BF16, keep=False)
+_add("gated_linear_residual bf16 frozen", gated_linear_residual, 8192, 1024, 1024, BF16, weight=False)
 for width in (64, 128):
     _add(f"attention tf32 {width}", attention, 8, 16, 16, 1024, 1024, width, FP32, allow_tf32=True)
     _add(

@@ -1,6 +1,6 @@
 """out = x + t (h W^T), t = tanh(gate): a GEMM that adds in its epilogue.
 
-Backward: products with dout in float32; one pass over each gives a gradient and a part of the gate's.
+Backward: the product with dout in float32 that gives a gradient gives the gate's in the pass that scales it.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,7 @@ def _scale_rows(
     Y,  # [n, depth] what the products are the gradient of
     T,  # [1] or [n] float32
     OUT,  # [n, depth] t P, or None
+    SCALED,  # [n, depth] t y, or None
     DOT,  # [n] float32: <P, y>
     stride_y,
     depth,
@@ -75,9 +76,12 @@ def _scale_rows(
     for start in range(0, depth, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         p = tl.load(P + row * depth + cols, mask=cols < depth, other=0.0)
-        dots += p * tl.load(Y + row * stride_y + cols, mask=cols < depth, other=0.0).to(tl.float32)
+        y = tl.load(Y + row * stride_y + cols, mask=cols < depth, other=0.0).to(tl.float32)
+        dots += p * y
         if OUT is not None:
             tl.store(OUT + row * depth + cols, (t * p).to(OUT.dtype.element_ty), mask=cols < depth)
+        if SCALED is not None:
+            tl.store(SCALED + row * depth + cols, (t * y).to(SCALED.dtype.element_ty), mask=cols < depth)
     tl.store(DOT + row, tl.sum(dots, 0))
 
 
@@ -101,11 +105,18 @@ def _kept(x: Tensor, t: Tensor | None, mask: Tensor | None, dtype: torch.dtype) 
     return out
 
 
-def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor, Tensor]:
-    """t P in the dtype of y (size 0 when not needed), and <P, y> of each row."""
-    out, dot = y.new_empty(y.shape if need else 0), products.new_empty(len(y))
+def _scaled(
+    products: Tensor,  # [n, depth] float32
+    y: Tensor,  # [n, depth]
+    t: Tensor,  # [1] or [n]
+    need: bool,
+    need_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t P and t y in the dtype of y (size 0 when not needed), and <P, y> of each row."""
+    out, scaled = y.new_empty(y.shape if need else 0), y.new_empty(y.shape if need_y else 0)
+    dot = products.new_empty(len(y))
     if products.numel() == 0:
-        return out, dot.zero_()
+        return out, scaled, dot.zero_()
     block = max(16, min(triton.next_power_of_2(y.shape[1]), 2048))
     with torch.cuda.device_of(y):
         _scale_rows[(len(y),)](
@@ -113,6 +124,7 @@ def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor,
             y,
             t,
             out if need else None,
+            scaled if need_y else None,
             dot,
             y.stride(0),
             y.shape[1],
@@ -121,7 +133,7 @@ def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor,
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return out, dot
+    return out, scaled, dot
 
 
 def gated_linear_residual(
@@ -167,22 +179,24 @@ def gated_linear_residual_bwd(
     n = dout.shape[:-1].numel()
     shape, (m, depth) = h.shape, weight.shape
     mask = row_mask.contiguous().view(torch.uint8).reshape(n) if row_mask is not None else None
-    dout, weight = dout.reshape(n, m), tiles.rows_contiguous(weight)
-    h = tiles.rows_contiguous(_kept(h.reshape(n, depth), None, mask, h.dtype))
+    dout, h, weight = dout.reshape(n, m), h.reshape(n, depth), tiles.rows_contiguous(weight)
     dh, dweight, dgate = h.new_empty(0), weight.new_empty(0), gate.new_empty(gate.shape if need_gate else 0)
-    from_h = need_h and one  # the products with dout that give dh give dgate too
-    kept = _kept(dout, None, mask, h.dtype) if from_h or need_weight or need_gate else dout
-    total = t.new_empty(0)
-    if need_weight or (need_gate and not from_h):
-        products = t.new_empty((m, depth))
-        tiles.product(kept.T, h, products)
-        dweight, total = _scaled(products, weight, t, need_weight)
-    if from_h:
+    if not (need_weight or need_gate):
+        if need_h:
+            dh = torch.mm(_kept(dout, t, mask, h.dtype), weight).view(shape)
+        return dh, dweight, dgate
+    kept = _kept(dout, None, mask, h.dtype)
+    h = tiles.rows_contiguous(_kept(h, None, mask, h.dtype))
+    if need_h and one and not need_weight:  # no product for the gate alone
         products = t.new_empty((n, depth))
         tiles.product(kept, weight, products)
-        dh, total = _scaled(products, h, t, True)
-    elif need_h:
-        dh = _kept(dout, t, mask, h.dtype) @ weight
+        dh, _, total = _scaled(products, h, t, True)
+    else:
+        products = t.new_empty((m, depth))
+        tiles.product(kept.T, h, products)
+        dweight, scaled, total = _scaled(products, weight, t, need_weight, need_h)
+        if need_h:
+            dh = torch.mm(kept, scaled)
     if need_gate:
-        dgate.copy_(((1 - t * t) * (total.sum() if one else total)).reshape(gate.shape))
-    return dh.reshape(shape) if need_h else dh, dweight, dgate
+        gated.combined(total[:, None] if one else total[None], dgate, t)
+    return dh.view(shape) if need_h else dh, dweight, dgate

@@ -9,6 +9,7 @@ from torch import Tensor
 
 TILE = 2048  # elements of one tile, 8 a thread: 16 bytes of bfloat16
 PROGRAMS = 1024  # about the maximum number of partial sums of the gate's gradient
+COLUMNS, PARTS = 32, 2048  # of the partial sums: columns of a program, and what it adds at once
 WARPS = 8  # of 32 lanes
 
 
@@ -93,11 +94,54 @@ def _backward(
             tl.store(PARTIAL + tl.program_id(0), tl.sum(tl.sum(total.to(tl.float64), 1), 0))
 
 
+@triton.jit
+def _combine(
+    PARTIAL,  # [parts, width]
+    T,  # [width] or None: the sums alone
+    OUT,  # [width] (1 - t^2) sum of the parts
+    parts,
+    width,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float64)
+    for first in range(0, parts, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        inside = (rows < parts)[:, None] & (cols < width)[None, :]
+        at = rows.to(tl.int64)[:, None] * width + cols[None, :]
+        total += tl.load(PARTIAL + at, mask=inside, other=0.0).to(tl.float64)
+    out = tl.sum(total, 0)
+    if T is not None:
+        t = tl.load(T + cols, mask=cols < width, other=0.0).to(tl.float64)
+        out *= 1.0 - t * t
+    if OUT.dtype.element_ty != tl.float64:  # no conversion of its own to types of 16 bits
+        out = out.to(tl.float32)
+    tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=cols < width)
+
+
 def blocks(depth: int) -> dict[str, int]:
     """Tile of the kernels for rows of `depth` elements."""
     block_d = min(triton.next_power_of_2(depth), TILE)
+    return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, **options()}
+
+
+def options() -> dict[str, int]:
     warps = WARPS // 2 if torch.version.hip is not None else WARPS  # AMD's have 64 lanes
-    return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": True}
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def combined(partial: Tensor, out: Tensor, t: Tensor | None = None) -> Tensor:
+    """out = [(1 - t^2)] times the sums of the columns of partial [parts, elements of out], in their order."""
+    parts, width = partial.shape
+    if out.numel() and parts:
+        block_d = min(triton.next_power_of_2(width), COLUMNS)
+        with torch.cuda.device_of(out):
+            _combine[(triton.cdiv(width, block_d),)](
+                partial, t, out, parts, width, PARTS // block_d, block_d, **options()
+            )
+        return out
+    return out.zero_()
 
 
 def _operands(gate: Tensor, row_mask: Tensor | None, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -153,5 +197,5 @@ def gated_residual_bwd(
             dout, y, t, mask, dy if need_y else None, partial, n, depth, per_channel, **tile
         )
     if partial is not None:
-        dgate.copy_(((1 - t * t) * partial.sum(0)).reshape(gate.shape))
+        combined(partial, dgate, t)
     return dy, dgate

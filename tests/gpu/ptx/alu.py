@@ -212,6 +212,7 @@ def _arithmetic():
     yield from _uniform("div.rn", "f64", np.divide, 2)
     yield from _uniform("neg", "s32 f32 f64", np.negative, 1)
     yield from _uniform("abs", "s32 f32 f64", np.abs, 1)
+    yield from _uniform("abs.ftz", "f32", lambda x: flushed(np.abs(x)), 1)
     yield from _uniform("copysign", "f32 f64", lambda sign, x: np.copysign(x, sign), 2)
     yield from _uniform("fma.rn", "f32", fma32, 3)
     yield from _uniform("fma.rn", "f64", fma64, 3)
