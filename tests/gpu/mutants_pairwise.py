@@ -262,8 +262,8 @@ MUTANTS = [
         "element_ty), mask=at < size)", "element_ty), mask=at <= size)",
     ),
     Mutation(
-        SCALE, "_ahead", "blocks of the second tensor counted from the first's", SCALED,
-        "    block -= blocks\n    if X1", "    if X1",
+        SCALE, "_ahead", "size of the first tensor taken for the second's", SCALED,
+        "_scaled(X1, OUT1, factor, block, size1", "_scaled(X1, OUT1, factor, block, size0",
     ),
     Mutation(
         SCALE, "_ahead", "last tensor left out", SCALED,
