@@ -364,7 +364,9 @@ def gated() -> Iterator[Case]:
     yield from each(
         op, "float32 stream", lambda t: Residual(33, 40, FP32, y_dtype=t, **both), HALF, settings=few
     )
-    yield from each(op, "float64", lambda t: Residual(33, 130, t, **both), (torch.float64,), settings=few)
+    yield from each(op, "small gates", lambda t: Residual(33, 40, t, gates=1e-3), quick=(FP32,))
+    make = lambda t: Residual(33, 40, t, gates=10.0, **channels)  # noqa: E731
+    yield from each(op, "large gates", make, quick=(FP32,))
     for power in range(12):  # every tile
         n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power // 3)
         yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))
