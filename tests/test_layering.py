@@ -59,7 +59,8 @@ def test_every_op_has_all_its_parts(op):
 ROOMS = ("vlmkernels/ops/", "vlmkernels/reference/", "vlmkernels/triton/", "csrc/", "python/")
 GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
-    *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
+    *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py"),
+    *(f"vlmkernels/triton/{name}.py" for name in ("_ahead", "_rows", "_tiles")),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),

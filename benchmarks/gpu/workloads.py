@@ -6,6 +6,7 @@ A workload is a case of `benchmarks.cases`; peers are imported when they are cal
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from benchmarks.cases import residual as residual_cases
 from benchmarks.cases import rows as rows_cases
 from benchmarks.cases.attention import IMAGES, bounds
 from benchmarks.cases.case import BF16, F32, Baseline
-from vlmkernels import reference
+from vlmkernels import intervals, reference
 from vlmkernels.reference.interval_attention import visible
 
 TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
@@ -283,6 +284,23 @@ def _flash(mask: str) -> Callable[..., Tensor]:
     return _merged(forms[mask])
 
 
+def _by_provider(mask: str, batch: int, queries: int, keys: int) -> Callable[..., Tensor]:
+    """Our op with the intervals whole, which then chooses flash-attn or SDPA where it can."""
+
+    @functools.cache
+    def seen(device: torch.device) -> intervals.Intervals:
+        if mask == "Flamingo":
+            places = attention_cases.image_places(queries, device).expand(batch, -1)
+            return intervals.media(intervals.text_time(places), keys // IMAGES, IMAGES)
+        return {"full": intervals.full, "causal": intervals.causal}[mask](queries, device=device)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
+        out = vlmkernels.interval_attention(query, key, value, seen(query.device))
+        return attention_cases.side_by_side(out)
+
+    return call
+
+
 def _by_backend(name: str, make: Callable[[], Callable[..., Tensor]]) -> Iterator[Baseline]:
     """SDPA as it chooses, and by each of its fused kernels: cards differ in which one is fastest."""
 
@@ -313,6 +331,9 @@ def _interval_attention(mask: str, form: str, sizes: Mapping[str, int], type: st
         Baseline("FlexAttention", partial(_flex, mask, sizes["queries"], sizes["keys"], device), True),
         Baseline("flash-attn", partial(_flash, mask)),
     )
+    if mask != "prefix-LM":
+        shape = sizes["batch"], sizes["queries"], sizes["keys"]
+        others += (Baseline("vlmkernels by its provider", partial(_by_provider, mask, *shape)),)
     return Workload(
         "interval_attention", form, type, sizes, partial(_heads, mask=mask), attention_cases._ours, others,
         mask,

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -40,6 +41,7 @@ WARPGROUP = {"sm_90": "HGMMA", "sm_100": r"UTC\w*MMA"}
 ASYNC = "LDGSTS|UTMALDG|UBLKCP"
 WIDE = r"(LDG|STG|LDGSTS)\.E\S*\.128|(global|buffer)_(load|store)_dwordx4"
 SPILL = r"LDL|STL|scratch_(load|store)"
+MEMORY = 80 << 30  # bytes of a card
 FEATURES = ("Q", "H")  # what product kernels multiply
 SIZES = ("depth", "width", "value_width", "classes", "size")  # of a row, or of all elements
 
@@ -72,6 +74,7 @@ def on(target: str) -> Iterator[None]:
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
         mock.patch.object(_attention, "architecture", return_value=target),
         mock.patch.object(_tiles, "architecture", return_value=target),
+        mock.patch.object(_tiles, "memory", return_value=MEMORY),
     ):
         yield
 
@@ -198,9 +201,9 @@ def changes(target: str, stored: dict[str, Row], found: dict[str, Row]) -> list[
 
 
 def measured(wanted: Iterable[Entry]) -> list[tuple[Row, list[str]]]:
-    """In two processes."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return pool.map(measure, wanted, chunksize=4)
+    """In two processes; BrokenProcessPool if one of them is killed."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(measure, wanted, chunksize=4))
 
 
 def check(targets: list[str], store: bool, only: str = "") -> int:

@@ -16,7 +16,14 @@ from triton.runtime.jit import JITFunction
 import vlmkernels.triton
 from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.distillation import DIVERGENCES
-from vlmkernels.triton import _attention, _attention_bwd, _dense, embedding_distillation, gated_residual
+from vlmkernels.triton import (
+    _attention,
+    _attention_bwd,
+    _dense,
+    embedding_distillation,
+    gated_residual,
+    sigmoid_loss,
+)
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
@@ -32,9 +39,9 @@ MODULES = [
 TABLES = {
     "contrastive_distillation._stats": distilled.STATS,
     "_contrastive_distillation_bwd._tile_grads": distilled_bwd.GRADS,
-    "_stats": tiles.TILES,
+    "_stats": tiles.STATISTICS,
     "_tile_grads": tiles.TILES,
-    "_sweep": tiles.TILES,
+    "_sweep": sigmoid_loss.SWEEP,
     "gated_linear_residual._forward": tiles.TILES,
     "_attention._forward": _attention.FORWARD,
     "_query_grads": _attention_bwd.QUERY_GRADS,
@@ -46,14 +53,18 @@ EXCEPTIONS = {  # of the architecture of the cases
 }
 # They read no features, so know one dtype
 SUMS = {
-    "info_nce._combine",
+    "_info_nce_bwd._coefficients",
+    "info_nce._join",
+    "info_nce._losses",
+    "info_nce._total",
     "contrastive_distillation._join",
+    "interval_attention._bias_sums",
     "contrastive_distillation._losses",
     "_attention_bwd._query_ranges",
     "_rows._total",
     "gated_residual._combine",
 }
-ALONE = {"_rows._total"}  # one program
+ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients"}  # one program
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],
@@ -88,7 +99,7 @@ def launches():
 
 def features(launch) -> torch.dtype:
     tensors = ((name, x) for name, x in launch.tensors.items() if x.is_floating_point())
-    products = ("ACC", "P", "Z")  # always float32
+    products = ("P", "Z")  # always float32
     return next(x.dtype for name, x in tensors if name not in products)
 
 
@@ -173,7 +184,8 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     assert forms == {(name, long) for name in divergences for long in (True, False)}
     for name in ("interval_attention._bias_grads",):
         assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
-    for name in ("_pairwise.feature_grads", "gated_linear_residual._scale_rows"):
+    finish = ("_info_nce_bwd._finish", "sigmoid_loss._finish")
+    for name in ("_pairwise._norms", *finish, "gated_linear_residual._scale_rows"):
         looped = [
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]
@@ -206,7 +218,7 @@ def test_every_optional_argument_is_given_and_is_absent(launches):
         switches = {
             p.name
             for p in kernel.params
-            if re.match("EVEN_|STEP|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
+            if re.match("EVEN_|STEP|EACH|PAIRS|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
         }
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vlmkernels.triton import _ahead as ahead
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
+from vlmkernels.triton import _info_nce_bwd as nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
@@ -46,27 +48,36 @@ def tf32():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def info_nce(n, m, d, dtype, *, normalize=False, columns=True, query=True, key=True, extra=False, **kwargs):
-    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
-    a, b = (meta(n), meta(m)) if normalize else (None, None)
-    positives, scale = meta(n, dtype=torch.int64), meta()
-    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 0, 1 << 28)
-    row, col = [meta(n) for _ in range(4)], [meta(m if columns else 0) for _ in range(3)]
-    extras = (meta(n, d), meta(m, d)) if extra else (None, None)
-    nce.info_nce_grads(
-        q, k, scale, a, b, positives, row[0], row[1], col[0], col[1], row[2], col[2], row[3], *extras,
-        meta(0, dtype=torch.uint8), 1 << 28, query, key,
-    )  # fmt: skip
+def targets(n, m, form) -> tuple[Tensor | None, Tensor | None]:
+    positives, key_ids = (meta(size, dtype=torch.int64) for size in (n, m))
+    return {"pairs": (None, None), "index": (positives, None), "ids": (positives, key_ids)}[form]
 
 
-def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True, scalars=True, **kwargs):
-    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
-    a, b = (meta(n), meta(m)) if normalize else (None, None)
-    int64 = [meta(size, dtype=torch.int64) for size in (n, n, m)]
-    labels = (None, *int64[1:]) if ids else (int64[0], None, None)
-    sigmoid_loss.sigmoid_sweep(
-        q, k, meta(), meta(), a, b, *labels, meta(n), loss, grads, grads, grads and scalars
-    )
+def info_nce(
+    n, m, d, dtype, *, normalize=False, symmetric=True, form="pairs", smoothing=0.0, weighted=False,
+    reduction="mean", needs=(True, True, True), **kwargs,
+):  # fmt: skip
+    inputs = (features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs), meta(), *targets(n, m, form))
+    weight = meta(n) if weighted else None
+    options = (symmetric, smoothing, normalize, reduction, 1 << 28)
+    loss, *stats = nce.info_nce(*inputs, weight, *options)
+    nce_bwd.info_nce_bwd(loss, *inputs, weight, *stats, *options, needs)
+
+
+def sigmoid(
+    n, m, d, dtype, *, normalize=False, form="pairs", reduction="mean", loss=True, grads=True, scalars=True
+):
+    inputs = (features(n, d, dtype), features(m, d, dtype), meta(), meta(), *targets(n, m, form))
+    options, scalars = (normalize, reduction), grads and scalars
+    if loss:
+        sigmoid_loss.sigmoid_loss(*inputs, *options, grads, grads, scalars)
+    else:
+        dloss = meta(*(n,) if reduction == "none" else ())
+        sigmoid_loss.sigmoid_loss_bwd(dloss, *inputs, *options, (grads, grads, scalars, scalars))
+
+
+def scaled(*grads: Tensor):
+    ahead.scale_grads(meta(), list(grads))
 
 
 def distillation_of_pairs(
@@ -193,7 +204,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"info_nce {name}", info_nce, 4096, 4096, 512, dtype)
     _add(f"info_nce {name} normalized", info_nce, 4096, 4096, 768, dtype, normalize=True)
     _add(f"info_nce {name} small", info_nce, 512, 512, 512, dtype)
-    _add(f"info_nce {name} ragged", info_nce, 4097, 4099, 500, dtype)
+    _add(f"info_nce {name} small normalized", info_nce, 512, 512, 512, dtype, normalize=True)
+    _add(f"info_nce {name} ragged", info_nce, 4099, 4099, 500, dtype)
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
@@ -230,26 +242,30 @@ _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
 for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
-    _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    square = (size[1], size[1])
+    if name == " small":
+        _add("info_nce tf32 small normalized", info_nce, *square, 512, FP32, allow_tf32=True, normalize=True)
+    _add(f"info_nce tf32{name}", info_nce, *square, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     widths = (512, 768) if name != " ragged" else (500, 510)
     _add(f"contrastive_distillation tf32{name}", distillation_of_pairs, *size, *widths, FP32, allow_tf32=True)
-_add("info_nce bf16 of many devices", info_nce, 4096, 65536, 768, BF16, normalize=True)
-_add("info_nce tf32 of many devices", info_nce, 4096, 65536, 768, FP32, allow_tf32=True)
-_add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
+_add("info_nce bf16 of many devices", info_nce, 65536, 65536, 768, BF16, normalize=True)
+_add("info_nce tf32 of many devices", info_nce, 65536, 65536, 768, FP32, allow_tf32=True)
 _add(
-    "info_nce bf16 with gradients of the features",
-    info_nce,
-    4096,
-    4096,
-    512,
-    BF16,
-    normalize=True,
-    extra=True,
-)
+    "info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, form="index", symmetric=False,
+    needs=(True, False, False),
+)  # fmt: skip
+for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+    every = {"form": "ids", "smoothing": 0.1, "weighted": True}
+    _add(f"info_nce {name} by id", info_nce, 4096, 4096, 512, dtype, normalize=True, **every)
+    _add(f"scale_grads {name}", scaled, *(features(4096, 768, dtype) for _ in range(2)), meta(), meta())
+_add("info_nce fp16 small", info_nce, 1024, 1024, 768, FP16, form="ids", smoothing=0.1)
+_add("info_nce bf16 of each row", info_nce, 4096, 4096, 512, BF16, weighted=True, reduction="none")
 _add("info_nce bf16 one pair", info_nce, 1, 1, 1, BF16)
 _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
-_add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
+_add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, form="ids", normalize=True)
+_add("sigmoid bf16 index", sigmoid, 4096, 4096, 768, BF16, form="index")
+_add("sigmoid fp16 of each row", sigmoid, 4096, 4096, 768, FP16, reduction="none", loss=False)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
 _add(
