@@ -107,7 +107,7 @@ CHUNKS = {
     (info_nce, "PARTIAL_TILES"): 1,
     (info_nce, "PARTIAL_BYTES"): 0,
     (info_nce, "LINES"): 32,
-    (info_nce, "PROGRAMS"): 4,
+    (info_nce, "PROGRAMS"): 2,
     (sigmoid_loss, "CHUNK_BYTES"): 0,
 }
 
@@ -227,7 +227,7 @@ def by_teacher() -> Iterator[Case]:
     few = {
         (pairwise, "CHUNK_ROWS"): 70,
         (distilled, "PARTIAL_BYTES"): 0,
-        (distilled, "PROGRAMS"): 4,
+        (distilled, "PROGRAMS"): 2,
         (distilled, "LINES"): 32,
     }
     rows = {"symmetric": False, "divergence": "cross_entropy"}
@@ -364,7 +364,9 @@ def gated() -> Iterator[Case]:
     yield from each(
         op, "float32 stream", lambda t: Residual(33, 40, FP32, y_dtype=t, **both), HALF, settings=few
     )
-    yield from each(op, "float64", lambda t: Residual(33, 130, t, **both), (torch.float64,), settings=few)
+    yield from each(op, "small gates", lambda t: Residual(33, 40, t, gates=1e-3), quick=(FP32,))
+    make = lambda t: Residual(33, 40, t, gates=10.0, **channels)  # noqa: E731
+    yield from each(op, "large gates", make, quick=(FP32,))
     for power in range(12):  # every tile
         n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power // 3)
         yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -200,9 +201,9 @@ def changes(target: str, stored: dict[str, Row], found: dict[str, Row]) -> list[
 
 
 def measured(wanted: Iterable[Entry]) -> list[tuple[Row, list[str]]]:
-    """In two processes."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return pool.map(measure, wanted, chunksize=4)
+    """In two processes; BrokenProcessPool if one of them is killed."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(measure, wanted, chunksize=4))
 
 
 def check(targets: list[str], store: bool, only: str = "") -> int:

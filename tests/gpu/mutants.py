@@ -275,8 +275,8 @@ MUTANTS = [
     Mutation(
         LINEAR, "gated_linear_residual", "gates of the first block for all",
         "gated_linear_residual, channels, bfloat16",
-        "tl.load(T + cols, mask=cols < m, other=0.0)",
-        "tl.load(T + tl.arange(0, BLOCK_N), mask=cols < m, other=0.0)",
+        "tl.load(GATE + cols, mask=cols < m, other=0.0)",
+        "tl.load(GATE + tl.arange(0, BLOCK_N), mask=cols < m, other=0.0)",
     ),
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "row without its tail", "gated_linear_residual, wide, bfloat16",
@@ -285,7 +285,7 @@ MUTANTS = [
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "one gate for all rows",
         "gated_linear_residual, channels, bfloat16",
-        "t = tl.load(T + row if PER_ROW else T)", "t = tl.load(T)",
+        "tl.load(GATE + row if PER_ROW else GATE)", "tl.load(GATE)",
     ),
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "bound of the store off by one",
@@ -354,8 +354,8 @@ MUTANTS = [
         "wide = 2 * grid_cols - 1", "wide = 2 * grid_cols - 2",
     ),
     Mutation(
-        BIAS_SUMS, "interval_attention", "neighbour of a tile left out", BIASED,
-        "tl.where(i < BLOCK, tile_of, tile_of + 1)", "tile_of",
+        BIAS_SUMS, "interval_attention", "neighbours of a diagonal swapped", BIASED,
+        "tl.where(i < BLOCK, tile_of, tile_of + 1)", "tl.where(i < BLOCK, tile_of + 1, tile_of)",
     ),
     Mutation(
         BIAS_SUMS, "interval_attention", "tiles past the last one read", BIASED,

@@ -16,6 +16,8 @@ OF_EACH, LONG, FAR = f"{NCE}, of each row, float32", f"{NCE}, long, bfloat16", f
 ID_CHUNKS, NORMALISED = f"{NCE}, by id, chunks, float16", f"{NCE}, far rows, normalised, bfloat16"
 IDS, OF_ROWS = f"{SIGMOID}, ragged, by ids, float32", f"{SIGMOID}, chunks of each row, float16"
 FEW_ROWS, FEW_FAR = f"{NCE}, few rows, float32", f"{NCE}, few far rows, bfloat16"
+LARGE, HALF = f"{NCE}, large tiles, bfloat16", f"{NCE}, pairs, bfloat16"
+LOW = f"{NCE}, low scale, float32"
 SCALED = "scale_grads, four, float32"
 
 MUTANTS = [
@@ -64,7 +66,7 @@ MUTANTS = [
         "same & row_inside[:, None] & col_inside[None, :]", "same & col_inside[None, :]",
     ),
     Mutation(
-        STATS, NCE, "logits of pairs stored from every tile", PAIRS,
+        STATS, NCE, "logits of pairs stored from every tile", LARGE,
         "row_inside & (rows >= first_col) & (rows < first_col + BLOCK_N)", "row_inside",
     ),
     Mutation(
@@ -94,10 +96,6 @@ MUTANTS = [
     Mutation(
         LOSSES, NCE, "store of a loss not masked", OF_EACH,
         "tl.store(LOSS + at, loss, mask=inside)", "tl.store(LOSS + at, loss)",
-    ),
-    Mutation(
-        LOSSES, NCE, "rows past the end divided by nothing", PAIRS,
-        "total = tl.where(inside, total, 1.0)", "total = tl.where(inside, total, total)",
     ),
     Mutation(
         LOSSES, NCE, "columns' blocks counted from the rows'", CHUNKS,
@@ -161,7 +159,7 @@ MUTANTS = [
         "ones * col_weight, hit, QUERY_IDS is not None)", "ones * col_weight, hit, False)",
     ),
     Mutation(
-        TILE_GRADS, "_tiles", "features read without their mask", CHUNKS,
+        TILE_GRADS, "_tiles", "features read without their mask", HALF,
         "a = tl.load(q, mask=(start + at < depth)[None, :], other=0.0)", "a = tl.load(q)",
     ),
     Mutation(
@@ -169,7 +167,7 @@ MUTANTS = [
         "        tl.debug_barrier()\n        a =", "        a =",
     ),
     Mutation(
-        FINISH, "_pairwise", "barrier before replacing what other warps read dropped", BY_ID,
+        FINISH, "_pairwise", "barrier before replacing what other warps read dropped", LOW,
         "            tl.debug_barrier()  # warps", "            # warps", rung="PTX simulator",
     ),
     Mutation(

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 from unittest import mock
 
@@ -134,12 +135,13 @@ def measure(place: int, candidate: tuple, target: str) -> tuple[str, float, str]
 def rank(targets: list[str], only: str = "", top: int = 6) -> int:
     """Print the sweeps whose name contains `only`; 1 if an entry of a table is out."""
     out = 0
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for (place, sweep), target in itertools.product(enumerate(SWEEPS), targets):
             if only not in f"{sweep.kernel}, {sweep.workload}":
                 continue
             candidates = dict.fromkeys((sweep.chosen(target), *sweep.candidates))
-            results = pool.starmap(measure, [(place, x, target) for x in candidates], chunksize=2)
+            places, on = itertools.repeat(place), itertools.repeat(target)
+            results = list(pool.map(measure, places, candidates, on, chunksize=2))
             current = results[0]
             out |= current[1] == 0
             ordered = sorted(results, key=lambda x: -x[1])

@@ -332,7 +332,7 @@ def test_a_dropped_mask(statistics):
 
 def test_warps_that_hold_the_same_columns():
     """Rows narrower than a block lie in several warps, which must all have read what one of them replaces."""
-    case = CASES["info_nce, by id, float32"]
+    case = CASES["info_nce, low scale, float32"]
     case.run(simulated)
     launch, binary = launched(case.name, "_info_nce_bwd._finish")
     launch.tensors["QUERY_ACC"].normal_()

@@ -221,7 +221,7 @@ rows("add.s32 add.s64 add.f32 add.f64 add.rn.f32 add.rn.f64", "", floats(operato
 rows("sub.s32 sub.s64 sub.f32 sub.f64 sub.rn.f32 sub.rn.f64", "", floats(operator.sub), operands=2)
 rows("mul.f32 mul.f64 mul.rn.f32 mul.rn.f64", "", floats(operator.mul), operands=2)
 rows("add.s16 add.s32 add.s64", "", operator.add, operands=2)
-rows("sub.s32 sub.s64", "", operator.sub, operands=2)
+rows("sub.s16 sub.s32 sub.s64", "", operator.sub, operands=2)
 rows("mul.lo.s32 mul.lo.s64", "", operator.mul, operands=2)
 rows("mad.lo.s32 mad.lo.s64", "", lambda a, b, c: a * b + c, operands=3)
 rows("min.s32 min.s64", "", min, operands=2)

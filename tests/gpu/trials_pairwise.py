@@ -96,7 +96,7 @@ class Problem:
         if form == "index":
             return (self.positives, None), self.positives[:, None] == torch.arange(m)
         query_ids, key_ids = torch.randint(0, 9, (n,)), torch.randint(0, 9, (m,))
-        query_ids[:1] = -1
+        query_ids[3::17], key_ids[5::29] = -1, -2
         return (query_ids, key_ids), query_ids[:, None] == key_ids
 
 

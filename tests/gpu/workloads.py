@@ -26,7 +26,7 @@ from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import sigmoid_loss
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKLOADS: dict[str, Callable[[], None]] = {}
 
 
@@ -321,7 +321,6 @@ _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)
 _add("gated_residual fp32 and bf16", gated_residual, 8192, 1024, FP32, low=BF16)
-_add("gated_residual fp64", gated_residual, 8192, 1024, FP64, channels=True)
 _add("gated_linear_residual bf16 ragged", gated_linear_residual, 4097, 1001, 1003, BF16)
 _add("gated_linear_residual bf16 on fp32", gated_linear_residual, 8192, 1024, 1024, BF16, residual=FP32)
 _add("gated_linear_residual tf32", gated_linear_residual, 8192, 4096, 1024, FP32, allow_tf32=True)

@@ -14,7 +14,7 @@ from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.triton import gated_residual as gated
 
 WIDTH = 256  # columns that a program of the backward sums, 8 of a lane: few sums for the elements it reads
-CHAIN = 16  # float32 numbers that are added one after the other
+CHAIN = 16  # blocks of rows of a program at most: float32 numbers that are added one after the other
 
 
 @triton.jit
@@ -72,54 +72,48 @@ def _backward(
     DY,  # [n, depth] or None
     DUP,  # [n, depth] or None
     HIDDEN,  # [n, depth] act(y), or act(y) * up; or None
-    SUMS,  # [programs, depth] float64: sums of the rows of dy, or None
-    SUMS_UP,  # [programs, depth] float64: of dup, or None
+    SUMS,  # [programs, depth] float32: sums of the rows of dy, or None
+    SUMS_UP,  # [programs, depth] float32: of dup, or None
     n,
     depth,
     ACTIVATION: tl.constexpr,
-    CHAIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     col_blocks = tl.cdiv(depth, BLOCK_D)
     cols = tl.program_id(0) % col_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     program = tl.program_id(0) // col_blocks
-    step = tl.num_programs(0) // col_blocks * BLOCK_R
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float64)
-    total_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float64)
-    for start in range(program * BLOCK_R, n, CHAIN * step):
-        part = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        part_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        for first in range(start, tl.minimum(start + CHAIN * step, n), step):
-            rows = first + tl.arange(0, BLOCK_R)
-            inside = (rows < n)[:, None] & (cols < depth)[None, :]
-            at = rows.to(tl.int64)[:, None] * depth + cols[None, :]
-            dout = tl.load(DOUT + at, mask=inside, other=0.0).to(tl.float32)
-            act, slope = _activation(tl.load(Y + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-            if DUP is not None:
-                tl.store(DUP + at, (dout * act).to(DUP.dtype.element_ty), mask=inside)
-            if SUMS_UP is not None:
-                part_up += dout * act
-            if UP is not None:
-                up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-                act *= up
-                dout *= up
-            if HIDDEN is not None:
-                tl.store(HIDDEN + at, act.to(HIDDEN.dtype.element_ty), mask=inside)
-            dy = dout * slope
-            if ACTIVATION == "relu":
-                dy = tl.where(slope > 0, dout, 0.0)  # even for a gradient that is not finite
-            if DY is not None:
-                tl.store(DY + at, dy.to(DY.dtype.element_ty), mask=inside)
-            if SUMS is not None:
-                part += dy
-        total += part.to(tl.float64)
-        total_up += part_up.to(tl.float64)
+    programs = tl.num_programs(0) // col_blocks
+    sums = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    sums_up = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first in range(program * BLOCK_R, n, programs * BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        inside = (rows < n)[:, None] & (cols < depth)[None, :]
+        at = rows.to(tl.int64)[:, None] * depth + cols[None, :]
+        dout = tl.load(DOUT + at, mask=inside, other=0.0).to(tl.float32)
+        act, slope = _activation(tl.load(Y + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+        if DUP is not None:
+            tl.store(DUP + at, (dout * act).to(DUP.dtype.element_ty), mask=inside)
+        if SUMS_UP is not None:
+            sums_up += dout * act
+        if UP is not None:
+            up = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
+            act *= up
+            dout *= up
+        if HIDDEN is not None:
+            tl.store(HIDDEN + at, act.to(HIDDEN.dtype.element_ty), mask=inside)
+        dy = dout * slope
+        if ACTIVATION == "relu":
+            dy = tl.where(slope > 0, dout, 0.0)  # even for a gradient that is not finite
+        if DY is not None:
+            tl.store(DY + at, dy.to(DY.dtype.element_ty), mask=inside)
+        if SUMS is not None:
+            sums += dy
     at = program.to(tl.int64) * depth + cols
     if SUMS is not None:
-        tl.store(SUMS + at, tl.sum(total, 0), mask=cols < depth)
+        tl.store(SUMS + at, tl.sum(sums.to(tl.float64), 0).to(tl.float32), mask=cols < depth)
     if SUMS_UP is not None:
-        tl.store(SUMS_UP + at, tl.sum(total_up, 0), mask=cols < depth)
+        tl.store(SUMS_UP + at, tl.sum(sums_up.to(tl.float64), 0).to(tl.float32), mask=cols < depth)
 
 
 def is_double(x: Tensor, residual: Tensor | None) -> bool:
@@ -220,13 +214,12 @@ def activated_bwd(
         return [*out, *(x.zero_() for x in sums)]
     tile = gated.blocks(min(depth, WIDTH))
     col_blocks = triton.cdiv(depth, tile["BLOCK_D"])
-    programs = min(triton.cdiv(n, tile["BLOCK_R"]), max(1, gated.PROGRAMS // col_blocks))
-    partial = [y.new_empty((programs, depth), dtype=torch.float64) if need else None for need in needs[3:]]
+    blocks = triton.cdiv(n, tile["BLOCK_R"])
+    programs = max(min(blocks, gated.PROGRAMS // col_blocks), triton.cdiv(blocks, CHAIN))
+    partial = [y.new_empty((programs, depth), dtype=torch.float32) if need else None for need in needs[3:]]
     results = [x if need else None for x, need in zip(out, needs, strict=False)]
     with torch.cuda.device_of(y):
-        _backward[(programs * col_blocks,)](
-            dout, y, up, *results, *partial, n, depth, activation, CHAIN, **tile
-        )
+        _backward[(programs * col_blocks,)](dout, y, up, *results, *partial, n, depth, activation, **tile)
     for parts, total in zip(partial, sums, strict=True):
         if parts is not None:
             gated.combined(parts, total)

@@ -237,6 +237,10 @@ def info_nce_bwd(
     dquery, dkey, dscale = (x.new_empty(x.shape if need else 0) for x, need in given)
     if query.numel() == 0 or not any(needs):
         return dquery.zero_(), dkey.zero_(), dscale.zero_()
+    if rows.shape != (5, query.shape[0]) or cols.shape != (4, key.shape[0] if symmetric else 0):
+        raise ValueError(
+            f"info_nce_bwd: rows must be [5, N] and cols [4, M], got {rows.shape} and {cols.shape}"
+        )
     need_query, need_key, need_scale = needs
     (n, depth), m, by_id, each = query.shape, key.shape[0], positives is not None, reduction == "none"
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)

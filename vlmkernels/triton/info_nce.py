@@ -222,7 +222,6 @@ def _finish_lines(
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < length
     high, total, moment, whole, hits, count = _joined(PARTS, at, inside, parts, length, SMOOTHED, BY_ID)
-    total = tl.where(inside, total, 1.0)
     log = tl.log2(total)
     if BY_ID:
         counted = inside & (count > 0.0)

@@ -196,7 +196,7 @@ def _uniform(names: str, types: str, function: Callable, sources: int):
 
 def _arithmetic():
     yield from _uniform("add", "s16 s32 s64 f32 f64", np.add, 2)
-    yield from _uniform("sub", "s32 s64 f32 f64", np.subtract, 2)
+    yield from _uniform("sub", "s16 s32 s64 f32 f64", np.subtract, 2)
     yield from _uniform("mul", "f32 f64", np.multiply, 2)
     yield from _uniform("mul.lo", "s32 s64", np.multiply, 2)
     yield from _uniform("mad.lo", "s32 s64", lambda a, b, c: a * b + c, 3)
