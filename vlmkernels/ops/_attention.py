@@ -103,7 +103,7 @@ def known_mask(intervals: Bounds | Tensor, query: Tensor, key: Tensor) -> KnownM
         return True, None, None
     if intervals.ends is not None:
         if intervals.made_by == "packed" and query.shape[0] == 1 and queries == keys:
-            return given["causal"], *intervals.ends
+            return bool(given["causal"]), *intervals.ends
         if intervals.made_by == "media" and keys == given["num_media"] * given["tokens_per_media"]:
             return False, *intervals.ends
     return None, None, None
