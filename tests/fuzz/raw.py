@@ -488,3 +488,8 @@ def told(seed: int) -> str:
         for i, (argument, value) in enumerate(zip(arguments, values, strict=True))
     ]
     return "\n".join([f"torch.ops.vlmkernels.{name}", *lines])
+
+
+@arguments
+def scale_grads(draw: Draw) -> list:
+    return [draw.scalar(), *(draw.maybe(draw.floats(draw.size(), draw.size())) for _ in range(4))]

@@ -372,7 +372,7 @@ class Scaled:
         self.dloss = torch.tensor(1.7)
 
     def launch(self):
-        return _ahead.scale_grads(self.dloss, self.grads)
+        return list(_ahead.scale_grads(self.dloss, *self.grads))
 
     def judge(self, got):
         low, exact = (

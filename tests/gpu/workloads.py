@@ -77,7 +77,7 @@ def sigmoid(
 
 
 def scaled(*grads: Tensor):
-    ahead.scale_grads(meta(), list(grads))
+    ahead.scale_grads(meta(), *grads)
 
 
 def distillation_of_pairs(

@@ -37,9 +37,10 @@ def scaled(
     if not torch._C._autograd._get_current_graph_task_keep_graph() and _is_one(dloss):
         return [grad if need else None for grad, need in zip(formed, needs, strict=True)]
     if TRITON and dloss.is_cuda and _is_eager(dloss) and dloss.dtype == torch.float32:
-        products = iter(_scale(dloss, [grad for grad, _ in needed]))
-        return [next(products) if need else None for need in needs]
-    return [(grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
+        products = iter(_scale(dloss, *(grad for grad, _ in needed)))
+    else:
+        products = iter(_each_times(dloss, *(grad for grad, _ in needed)))
+    return [next(products) if need else None for need in needs]
 
 
 def _is_one(x: Tensor) -> bool:
@@ -52,7 +53,16 @@ def _is_eager(x: Tensor) -> bool:
     return type(x) is Tensor and not is_traced() and not is_transformed()
 
 
-_scale = define_part("scale_grads(Tensor dloss, Tensor[] grads) -> Tensor[]", flops=lambda *_, **__: 0)
+def _each_times(dloss: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(dloss.new_empty(0) if x is None else (x * dloss).to(x.dtype) for x in grads)
+
+
+_scale = define_part(
+    "scale_grads(Tensor dloss, Tensor? a=None, Tensor? b=None, Tensor? c=None, Tensor? d=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    flops=lambda *_, **__: 0,
+)
+kernel("scale_grads", "CPU", _each_times, "PyTorch")
 if TRITON:
     from vlmkernels.triton._ahead import scale_grads
 

@@ -56,16 +56,20 @@ def _scale(
         _scaled(X3, OUT3, factor, block, size3, BLOCK)
 
 
-def scale_grads(dloss: Tensor, grads: list[Tensor]) -> list[Tensor]:
-    """Each of at most `MOST` gradients times `dloss`, a scalar."""
-    out = [x.new_empty(x.shape) for x in grads]
-    sizes = [x.numel() for x in grads]
-    none, absent = [None] * (MOST - len(grads)), [0] * (MOST - len(grads))
+def scale_grads(dloss: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """Each of at most `MOST` gradients times `dloss`, a scalar; what is None has size 0."""
+    if dloss.numel() != 1:
+        raise ValueError(f"scale_grads: dloss must be a scalar, got {tuple(dloss.shape)}")
+    sources = [x.contiguous() for x in grads if x is not None]
+    out = [x.new_empty(x.shape) for x in sources]
+    sizes = [x.numel() for x in sources]
+    none, absent = [None] * (MOST - len(sources)), [0] * (MOST - len(sources))
     blocks = sum(tiles.cdiv(size, READ) for size in sizes)
     if blocks:
         with torch.cuda.device_of(dloss):
             _scale[(blocks,)](
-                *grads, *none, dloss, *out, *none, *sizes, *absent, BLOCK=READ, num_warps=4,
+                *sources, *none, dloss, *out, *none, *sizes, *absent, BLOCK=READ, num_warps=4,
                 enable_fp_fusion=True,
             )  # fmt: skip
-    return out
+    results = iter(out)
+    return tuple(dloss.new_empty(0) if x is None else next(results) for x in grads)
