@@ -36,7 +36,6 @@ KERNELS = {
 }
 CUBLAS = {  # ops that run as torch's own on a GPU
     "linear",
-    "linear_distillation",
     "mlp",
     "gated_mlp",
 }
@@ -63,6 +62,7 @@ ROOMS = ("vlmkernels/ops/", "vlmkernels/reference/", "vlmkernels/triton/", "csrc
 GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
+    "vlmkernels/triton/_rows.py",
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
