@@ -21,6 +21,7 @@ READ = 4096  # classes at once
 HELD = 16384  # classes of a row that the JSD keeps in registers until both softmaxes are known
 WRITTEN = 2048  # classes of a program of the backward
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MEANS = ("mean", "batchmean")
 Biases = tuple[Tensor | None, Tensor | None]  # of the student's logits and of the teacher's, [classes]
 
 
@@ -377,29 +378,41 @@ def weights(temperature: float, beta: float, hard_weight: float) -> tuple[float,
     )
 
 
-def mean_of(reduction: str) -> bool:
-    return reduction in ("mean", "batchmean")
-
-
-def checked_total(
+def reduced(
     op: str,
-    like: Tensor,  # on the device
-    n: int,
+    losses: Tensor,  # [n] float32
     target: Tensor | None,  # [n] int64, contiguous
     classes: int,
     ignore_index: int,
     reduction: str,
-    losses: Tensor | None = None,  # [n]; None: 1 for all rows together
-) -> Tensor:  # []
-    """The sum of the losses or their mean over the rows that count. A target that is no class is asserted."""
-    valid = None if target is None else like.new_empty((), dtype=torch.uint8)
+) -> Tensor:  # [] or [n]
+    """The losses, their sum, or their mean over the rows that count. Asserts that each target is a class."""
+    if reduction == "none" and target is None:
+        return losses
+    valid = None if target is None else losses.new_empty((), dtype=torch.uint8)
     total = rows.total(
-        like, n, losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
-        mean=mean_of(reduction),
+        losses, len(losses), losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
+        mean=reduction in MEANS,
     )  # fmt: skip
     if valid is not None and valid.is_cuda:  # there it does not wait
         torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")
-    return total
+    return losses if reduction == "none" else total
+
+
+def share_of(
+    student: Tensor,  # [n, ...]
+    target: Tensor | None,  # [n] int64, contiguous
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[float, Tensor | None]:
+    """Of a row in the result, two factors: the first is known on the host, the second on the device."""
+    n = len(student)
+    if reduction not in MEANS:
+        return 1.0, None
+    if target is None:
+        return 1 / n, None
+    return 1.0, rows.total(student, n, target=target, classes=classes, ignore_index=ignore_index, mean=True)
 
 
 def _of_reference(student: Tensor, teacher: Tensor) -> bool:
@@ -427,12 +440,7 @@ def distillation(
     n, classes = student_logits.shape
     losses, stats = (student_logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, 6)))
     losses_of(student_logits, teacher_logits, target, losses, stats, *options[:-1])
-    loss = losses
-    if reduction != "none" or target is not None:
-        total = checked_total(
-            "distillation", student_logits, n, target, classes, ignore_index, reduction, losses
-        )
-        loss = losses if reduction == "none" else total
+    loss = reduced("distillation", losses, target, classes, ignore_index, reduction)
     dstudent = student_logits.new_empty(0)
     if need_student:
         dstudent = _gradients(None, student_logits, teacher_logits, target, stats, *options)
@@ -465,13 +473,7 @@ def distillation_bwd(
 
 
 def _gradients(dloss, student, teacher, target, stats, *options) -> Tensor:
-    *form, ignore_index, reduction = options
-    n, classes = student.shape
-    share, shares = 1.0, None
-    if mean_of(reduction) and target is None:
-        share = 1 / n
-    elif mean_of(reduction):
-        shares = rows.total(student, n, target=target, classes=classes, ignore_index=ignore_index, mean=True)
     out = student.new_empty(student.shape)
-    gradients_of(dloss, student, teacher, target, stats, out, share, shares, *form, ignore_index)
+    shares = share_of(student, target, student.shape[1], *options[-2:])
+    gradients_of(dloss, student, teacher, target, stats, out, *shares, *options[:-1])
     return out

@@ -94,9 +94,10 @@ def _offline(
     TAKEN += row * k
     logit = tl.full((), 0.0, tl.float32)
     if HARD:
-        logit = tl.load(Z + target, mask=counted, other=0.0)
+        is_class = counted & (target >= 0) & (target < classes)
+        logit = tl.load(Z + target, mask=is_class, other=0.0)
         if BIAS is not None:
-            logit += tl.load(BIAS + target, mask=counted, other=0.0).to(tl.float32)
+            logit += tl.load(BIAS + target, mask=is_class, other=0.0).to(tl.float32)
     high = tl.full((), -float("inf"), tl.float32)
     for first in range(0, named, BLOCK_K):
         at = first + tl.arange(0, BLOCK_K)
@@ -204,7 +205,11 @@ def linear_distillation(*inputs) -> tuple[Tensor, ...]:
     """(loss, dhidden, dweight, dbias); a gradient that is not needed has size 0."""
     if _of_reference(inputs):
         return reference_fwd(*inputs)
-    return _sweep("linear_distillation", None, *(*inputs[:-3], inputs[-3:]))
+    losses, *grads = _sweep("linear_distillation", None, *(*inputs[:-3], inputs[-3:]))
+    weight, target, ignore_index, reduction = inputs[1], inputs[8], *inputs[-5:-3]
+    target = None if target is None else target.contiguous()
+    loss = of_logits.reduced("linear_distillation", losses, target, len(weight), ignore_index, reduction)
+    return loss, *grads
 
 
 def linear_distillation_bwd(dloss: Tensor, *inputs) -> tuple[Tensor, ...]:
@@ -240,16 +245,16 @@ def _sweep(
     reduction: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """(loss, dhidden, dweight, dbias)."""
+    """(losses, dhidden, dweight, dbias); the losses are in any order if they are to be reduced."""
     layers = (hidden, weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
     options = (temperature, divergence, beta, hard_weight, ignore_index)
     check_sizes(op, *layers, log_probs, indices, target, *options, reduction, dloss=dloss)
     (n, classes), formed = (len(hidden), len(weight)), any(needs)
-    share = 1 / n if target is None and of_logits.mean_of(reduction) else 1.0
-    shares = None
     if target is not None:
         target = target.contiguous()
-        shares = of_logits.checked_total(op, hidden, n, target, classes, ignore_index, reduction)
+    share, shares = 1.0, None
+    if formed:
+        share, shares = of_logits.share_of(hidden, target, classes, ignore_index, reduction)
     if hard_weight == 1:  # the teacher is not read
         teacher_hidden = log_probs = None
     online, offline = teacher_hidden is not None, log_probs is not None
@@ -300,14 +305,9 @@ def _sweep(
         torch._assert_async(
             (wrong == 0).all(), f"{op}: the indices of teacher_topk must be in [0, V) and differ in each row"
         )
-    if reduction != "none":
-        loss = rows.total(
-            hidden, n, losses, target=target, classes=classes, ignore_index=ignore_index,
-            mean=of_logits.mean_of(reduction),
-        )  # fmt: skip
-    else:
-        loss = losses if batch.order is None else torch.empty_like(losses).index_copy_(0, batch.order, losses)
-    return loss, *grads.results()
+    if reduction == "none" and batch.order is not None:
+        losses = torch.empty_like(losses).index_copy_(0, batch.order, losses)
+    return losses, *grads.results()
 
 
 class _Layer:
