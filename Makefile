@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # The CPU build of a torch asks for no Triton of its own, and budgets of the kernels are kept for this one.
 TRITON := $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1)
 EXTRAS ?= dev
+# Python compiles what it imports; all 14,000 files of the packages would take it a minute.
+PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
 BUILD := build/cmake
 NATIVE := $(if $(filter 0,$(VLMKERNELS_NATIVE)),,1)
 SOURCES := $(wildcard csrc/*/*.* csrc/include/*/*.h python/*.* python/cuda/*.* cmake/*.*) CMakeLists.txt setup.py
@@ -19,19 +21,19 @@ setup: $(VENV)/$(if $(NATIVE),native,packages)
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlmkernels needs Python 3.10 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
-	VLMKERNELS_NATIVE=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e '.[$(EXTRAS)]' "$(TORCH)" $(TRITON)
-	$(if $(filter dev,$(EXTRAS)),$(BIN)/pip install -q --disable-pip-version-check --no-deps open-flamingo==2.0.1)  # it asks for torch 2.0.1
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
+	VLMKERNELS_NATIVE=0 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]' "$(TORCH)" $(TRITON)
+	$(if $(filter dev,$(EXTRAS)),$(PIP) --no-deps open-flamingo==2.0.1)  # it asks for torch 2.0.1
 	touch $@
 
 $(VENV)/native: $(VENV)/packages $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 # The CUDA compiler from pip where the system has none: tests read its machine code and simulate its PTX.
 $(VENV)/nvcc: $(VENV)/packages
 	command -v nvcc > /dev/null || test "$$(uname)" != Linux || \
-	  $(BIN)/pip install -q --disable-pip-version-check "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"
+	  $(PIP) "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"
 	touch $@
 
 demo: setup

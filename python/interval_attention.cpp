@@ -30,13 +30,22 @@ void need_inputs(const Need& need, const Tensor& query, const Tensor& key, const
   need.countable({need.product({batch, heads}), bias->size(1), bias->size(2)});
 }
 
+// They and `causal` describe the mask to other libraries on CUDA (vlmkernels/_providers.py). Here they are not read.
+void need_ends(const Need& need, const optional<Tensor>& query_ends, const optional<Tensor>& key_ends) {
+  need.tensor("query_ends", query_ends, kAny, at::kInt);
+  need.tensor("key_ends", key_ends, kAny, at::kInt);
+}
+
 std::tuple<Tensor, Tensor> interval_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& start,
                                               const Tensor& end, double scale, const optional<Tensor>& bias, int64_t grid_rows,
-                                              int64_t grid_cols) {
-  need_inputs(Need("interval_attention"), query, key, value, start, end, bias, grid_rows, grid_cols);
+                                              int64_t grid_cols, optional<bool> causal, const optional<Tensor>& query_ends,
+                                              const optional<Tensor>& key_ends) {
+  const Need need("interval_attention");
+  need_inputs(need, query, key, value, start, end, bias, grid_rows, grid_cols);
+  need_ends(need, query_ends, key_ends);
   if (query.size(-1) == 0 || value.size(-1) == 0) {
     const auto [out, lse] = interval_attention(with_width(query), with_width(key), with_width(value), start, end, scale, bias,
-                                               grid_rows, grid_cols);
+                                               grid_rows, grid_cols, causal, query_ends, key_ends);
     return {out.narrow(-1, 0, value.size(-1)), lse};
   }
   return with_operand(query.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor> {
@@ -50,16 +59,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(const Tensor& 
                                                                   const Tensor& query, const Tensor& key, const Tensor& value,
                                                                   const Tensor& start, const Tensor& end, const Tensor& out,
                                                                   const Tensor& lse, double scale, const optional<Tensor>& bias,
-                                                                  int64_t grid_rows, int64_t grid_cols,
-                                                                  std::array<bool, 4> needs) {
+                                                                  int64_t grid_rows, int64_t grid_cols, optional<bool> causal,
+                                                                  const optional<Tensor>& query_ends,
+                                                                  const optional<Tensor>& key_ends, std::array<bool, 4> needs) {
   const Need need("interval_attention_bwd");
   need_inputs(need, query, key, value, start, end, bias, grid_rows, grid_cols);
+  need_ends(need, query_ends, key_ends);
   need_gradient(need, query, value.size(-1), dout, dlse, out, lse);
   need.that(bias || !needs[3], "relative_bias must be given for its gradient");
   if (query.size(-1) == 0 || value.size(-1) == 0) {
     const auto [dq, dk, dv, dbias] =
         interval_attention_bwd(with_width(dout), dlse, with_width(query), with_width(key), with_width(value), start, end,
-                               with_width(out), lse, scale, bias, grid_rows, grid_cols, needs);
+                               with_width(out), lse, scale, bias, grid_rows, grid_cols, causal, query_ends, key_ends, needs);
     const auto narrowed = [](const Tensor& x, const Tensor& like, bool need) {
       return need ? x.narrow(-1, 0, like.size(-1)) : x;
     };

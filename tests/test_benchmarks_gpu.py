@@ -87,7 +87,7 @@ def test_kernels_of_the_extension_are_judged_where_it_has_them(monkeypatch):
     monkeypatch.setitem(KERNELS, ("gated_residual", "CUDA"), "CUDA C++ (80)")
     more = [case for case in trials.cases_for(["gated_residual"], slow=False) if case not in before]
     assert {case.variant for case in more} == set(trials_cuda.CASES)
-    assert trials.cases_for(["info_nce"], slow=False, one_each=True)[0].op == "info_nce_stats"
+    assert trials.cases_for(["info_nce"], slow=False, one_each=True)[0].op == "info_nce"
     for case in more:
         trials.run_named(case.name, "cpu")
     wrong = mock.Mock(wraps=torch.ops.vlmkernels)
@@ -436,3 +436,13 @@ def test_a_prediction_of_other_sizes_is_none():
     assert same["predicted_at"] == "published rates"
     timing.compare(same, stored, CARDS["H100"].measured(MEASURED))
     assert same["predicted_at"] == "measured ceilings"
+
+
+def test_host_time_of_the_losses_is_printed():
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.overhead", "--calls", "2", "--profile"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [
+        line for line in said.splitlines() if line.endswith(tuple("0123456789")) and " us, at best " in line
+    ]
+    assert [row.split(" ")[0] for row in rows] == ["product_sum", "info_nce", "sigmoid_loss"]
+    assert "info_nce_bwd.py" in said

@@ -53,6 +53,32 @@ def test_forward_and_gradients(op, dtype, shape, kind):
     assert_attention_as_good(attention(bounds), OPS[op], tensors)
 
 
+WHOLE = {
+    "full": lambda device: intervals.full(130, device=device),
+    "causal": lambda device: intervals.causal(130, device=device),
+    "packed": lambda device: intervals.packed(torch.tensor([0, 1, 70, 70, 128], device=device), 130),
+    "images": lambda device: intervals.media(
+        intervals.text_time((torch.arange(130, device=device) % 40 == 3)[None]), 26, 5
+    ),
+    "padding": lambda device: intervals.padding(torch.tensor([77], device=device), 130),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("mask", WHOLE)
+def test_intervals_whole(op, dtype, heads, mask):
+    """On a GPU other libraries compute some of them."""
+
+    def on(attention):
+        whole = WHOLE[mask]("cuda" if op == "cuda" and attention is OPS[op] else "cpu")
+        bounds = (whole,) if attention is OPS[op] else tuple(whole)
+        return lambda *tensors: attention(*tensors, *bounds)
+
+    assert_attention_as_good(on, OPS[op], inputs(1, *heads, 130, 130, 64, 64, dtype))
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 def test_scale(scale):
     bounds = random_intervals(2, 40, 70)
@@ -162,11 +188,12 @@ def test_registration(permuted, tq):
     bias = torch.randn(4, 3, 5)
     op, bwd = torch.ops.vlmkernels.interval_attention, torch.ops.vlmkernels.interval_attention_bwd
     leaves = [t.requires_grad_() for t in (query, key, value, bias)]
-    torch.library.opcheck(op.default, (*leaves[:3], *bounds, 0.4, leaves[3], 2, 3))
-    torch.library.opcheck(op.default, (*leaves[:3], *bounds, 0.4, None, 0, 0))
+    unknown, ends = (None, None, None), torch.tensor([0, tq], dtype=torch.int32)
+    torch.library.opcheck(op.default, (*leaves[:3], *bounds, 0.4, leaves[3], 2, 3, *unknown))
+    torch.library.opcheck(op.default, (*leaves[:3], *bounds, 0.4, None, 0, 0, True, ends, ends))
     tensors = [t.detach() for t in leaves]
-    out, lse = op(*tensors[:3], *bounds, 0.4, tensors[3], 2, 3)
-    saved = (*tensors[:3], *bounds, out, lse, 0.4, tensors[3], 2, 3)
+    out, lse = op(*tensors[:3], *bounds, 0.4, tensors[3], 2, 3, *unknown)
+    saved = (*tensors[:3], *bounds, out, lse, 0.4, tensors[3], 2, 3, *unknown)
     dlse = torch.randn_like(lse)
     torch.library.opcheck(bwd.default, (torch.randn_like(out), dlse, *saved, [True] * 4))
     torch.library.opcheck(bwd.default, (torch.randn_like(out), None, *saved, [False, True, False, True]))
@@ -432,6 +459,9 @@ def good():
         ),
         ({"start": torch.zeros(4).int()}, r"\[Tq\] = \(5,\) or \[B, Tq\] = \(2, 5\), got start \(4,\)"),
         ({"end": torch.zeros(5)}, "int32 or int64, got torch.int32 and torch.float32"),
+        ({"end": None}, "end must be a tensor as start is, got None"),
+        ({"start": intervals.causal(5)}, "end must be None where start is both, got a tensor"),
+        ({"start": intervals.causal(4), "end": None}, r"got start \(4,\) and end \(4,\)"),
         ({"relative_bias": torch.zeros(4, 3, 3)}, r"relative_bias needs grid = \(rows, columns\)"),
         ({"relative_bias": torch.zeros(4, 3, 3), "grid": (2, 3)}, r"= \(4, 3, 5\), got \(4, 3, 3\)"),
         ({"grid": (2, 3)}, r"grid \(2, 3\) needs relative_bias"),
@@ -440,6 +470,14 @@ def good():
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         vlmkernels.interval_attention(**{**good(), **change})
+
+
+@pytest.mark.parametrize("start", [3, None, (torch.zeros(5).int(), 3), (torch.zeros(5).int(),)])
+def test_a_start_that_is_neither_a_tensor_nor_both(start):
+    with pytest.raises(
+        TypeError, match=r"start must be Intervals or \(dense Tensor, dense Tensor\) or dense"
+    ):
+        vlmkernels.interval_attention(**{**good(), "start": start, "end": None})
 
 
 def test_all_faults_in_one_error():

@@ -34,11 +34,6 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {  # ops that run as torch's own on a GPU
-    "linear",
-    "mlp",
-    "gated_mlp",
-}
 BENCHMARKED = {case.op for case in all_cases()}
 
 
@@ -52,7 +47,7 @@ def test_every_op_has_all_its_parts(op):
         f"vlmkernels/reference/{op}.py", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
         *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"]),
     ]  # fmt: skip
-    parts += [] if op in CUBLAS else [f"vlmkernels/triton/{op}.py"]
+    parts.append(f"vlmkernels/triton/{op}.py")
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
 
@@ -61,8 +56,8 @@ def test_every_op_has_all_its_parts(op):
 ROOMS = ("vlmkernels/ops/", "vlmkernels/reference/", "vlmkernels/triton/", "csrc/", "python/")
 GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
-    *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py", "vlmkernels/triton/_tiles.py"),
-    "vlmkernels/triton/_rows.py",
+    *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py"),
+    *(f"vlmkernels/triton/{name}.py" for name in ("_ahead", "_rows", "_tiles")),
     *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),

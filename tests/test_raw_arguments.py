@@ -21,7 +21,7 @@ IDS = zeros(4, dtype=torch.int64)
 Q = ones(1, 2, 5, 4)
 LONG = ones(1, 2, 1, 4).expand(1, 2, 2**31, 4)
 BOUNDS = zeros(5, dtype=torch.int32)
-SCALE = 1.0, None, 0, 0
+SCALE, UNKNOWN = (1.0, None, 0, 0, None, None, None), (None, None, None)
 LSE = zeros(1, 2, 5)
 SAVED = Q, None, Q, Q, Q, BOUNDS, BOUNDS, Q
 PAIR = F, F, ones(1), None, None
@@ -85,10 +85,14 @@ CALLS = [  # the op, its arguments, and what the error says
     ("interval_attention", [Q, Q, Q, BOUNDS, BOUNDS[:4], *SCALE], r"end must be .*\[5\] of int32"),
     ("interval_attention", [Q, Q, Q, BOUNDS * 1.0, BOUNDS, *SCALE], r"start must be .*int32"),
     ("interval_attention", [ones(1, 3, 5, 4), Q, Q, BOUNDS, BOUNDS, *SCALE], r"a multiple of those of key"),
-    ("interval_attention", [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**31, 2], r"for 2147483648 rows"),
     (
         "interval_attention",
-        [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**62, 2],
+        [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**31, 2, *UNKNOWN],
+        r"for 2147483648 rows",
+    ),
+    (
+        "interval_attention",
+        [Q, Q, Q, BOUNDS, BOUNDS, 1.0, ones(2, 3, 3), 2**62, 2, *UNKNOWN],
         r"for 4611686018427387904",
     ),
     (

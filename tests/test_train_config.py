@@ -76,7 +76,8 @@ def test_unknown_keys_and_bad_files(tmp_path):
         ValueError, match=r"unknown keys batchsize, learning_rate; known keys are .*batch_size"
     ):
         read_config(path)
-    for content in (b"lr: [1\n", b"lr: \xff\n", b"[" * 20_000, b"epochs: " + b"9" * 5000):
+    recursive = b"model_options: &a {x: *a}\n"
+    for content in (b"lr: [1\n", b"lr: \xff\n", b"[" * 20_000, b"epochs: " + b"9" * 5000, recursive):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"^config: .*c\.yaml is not YAML"):
             read_config(path)

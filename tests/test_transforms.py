@@ -95,6 +95,7 @@ def test_no_raw_op_loses_a_derivative_in_silence():
         lambda q: ops.sigmoid_sweep(
             q, x, scale, scale, None, None, at, None, None, rows, True, True, True, True
         ),
+        lambda q: ops.scale_grads(scale, [q]),
         lambda q: ops.linear_cross_entropy_sweep(q, x, at, None, None, rows, 0.0, True, True, False),
         lambda q: ops.linear_distillation_sweep(
             q, x, x, x, *[None] * 5, rows, 1.0, "jsd", 0.5, 0.0, True, True, False

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from vlmkernels import _calibration, _native
+from vlmkernels import _calibration, _native, _providers
 from vlmkernels._library import KERNELS, OPS, TRITON, WHY_NO_TRITON
 from vlmkernels._version import __version__
 
@@ -19,7 +19,8 @@ class Info(dict):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        facts = {**self["versions"], **self["cpu"], **self["notes"]}
+        providers = {f"attention by {name}": where for name, where in self["providers"].items()}
+        facts = {**self["versions"], **self["cpu"], **self["notes"], **providers}
         return "\n".join([*table, "", *(f"{name}: {value}" for name, value in facts.items() if value)])
 
 
@@ -27,7 +28,8 @@ def info() -> Info:
     """Per op and device the kernel that runs here, why a faster one does not, and on what machine.
 
     Keys: "devices", "ops" (op -> device -> kernel), "versions", "cpu" (instruction set, the provider of tile
-    products and the products of linear layers, threads) and "notes" (the reasons).
+    products and the products of linear layers, threads), "notes" (the reasons) and "providers" (of attention
+    on CUDA: for which dtypes, head widths and cards each library is used so far, or why it is not).
     """
     build = _native.extension.build() if _native.extension is not None else {}
     devices = ("CPU", "CUDA")
@@ -45,4 +47,5 @@ def info() -> Info:
         "products of linear layers": _calibration.summary(),
         "threads": str(torch.get_num_threads()),
     }
-    return Info(devices=devices, ops=ops, versions=versions, cpu=cpu, notes=notes)
+    providers = _providers.summary()
+    return Info(devices=devices, ops=ops, versions=versions, cpu=cpu, notes=notes, providers=providers)

@@ -161,7 +161,25 @@ def define_part(schema: str, *, flops: Callable[..., int]) -> Any:
     `torch.utils.flop_counter.FlopCounterMode` counts for the plain composition in PyTorch: 2 m n k for each
     matrix product and nothing else. Attention counts as scaled dot-product attention of all keys.
     """
-    return getattr(torch.ops.vlmkernels, _declare(schema, flops)).default
+    name = _declare(schema, flops)
+    op = getattr(torch.ops.vlmkernels, name).default
+    if not has_kernel(name, "Autograd"):
+        LIB.impl(name, _without_derivative(op), "Autograd", with_keyset=True)
+    return op
+
+
+def _without_derivative(op: Any) -> Callable:
+    """The kernel above all devices of a part that is in Python alone: as python/internal.cpp refuses it."""
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if recorded or forward_ad._current_level >= 0:
+            which = "forward AD " * (not recorded)
+            raise RuntimeError(f"{which}derivative for vlmkernels::{op._opname} is not implemented")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return autograd
 
 
 def _declare(schema: str, flops: Callable[..., int]) -> str:

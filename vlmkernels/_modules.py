@@ -76,3 +76,11 @@ def is_transformed() -> bool:
 def is_traced() -> bool:
     """Whether the call is traced, so that control flow must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_fused_by_compiler(x: Tensor) -> bool:
+    """Whether a product with elementwise operations is left to a compiler, which fuses them with others.
+
+    An op of the library would be closed to it: on a CPU that is the faster way, on other devices it is not.
+    """
+    return torch.compiler.is_compiling() and x.device.type != "cpu"

@@ -163,6 +163,8 @@ def _products(name: str, args: Sequence[Any]) -> dict[str, Any]:
         "aten::mv": 0,
         "aten::dot": 0,
         "aten::addmm": 1,
+        "aten::addmm_": 1,
+        "aten::_addmm_activation": 1,
         "aten::baddbmm": 1,
     }
     if name not in first:
@@ -215,6 +217,23 @@ def _key_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     return float(sum(turns) * rows * cols), len(set(turns)) == 1
 
 
+def _small_flops(launch: Launch, tile: float) -> float:
+    """Of programs that compute all tiles of their rows, or of their columns, and multiply each once more."""
+    config, arguments = launch.config, launch.arguments
+    tiles = [_blocks(0, arguments[x], config[side]) for x, side in (("n", "BLOCK_M"), ("m", "BLOCK_N"))]
+    sides = sum(arguments[name] is not None for name in ("DQUERY", "DKEY"))
+    parts = _blocks(0, arguments["features"], config["BLOCK_D"])
+    again = 2.0 * config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_D"]
+    return sides * parts * tiles[0] * tiles[1] * (tile + again)
+
+
+def _grid_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
+    """All pairs of the grid, rows of which are padded to blocks; programs of small offsets have most."""
+    block, arguments = launch.config["BLOCK"], launch.arguments
+    across = _blocks(0, arguments["grid_cols"], block) * block
+    return float((arguments["grid_rows"] * across) ** 2), False
+
+
 def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
     """FLOPs of a launch's products, and whether all its programs have the same number."""
     config, arguments, name = launch.config, launch.arguments, launch.name
@@ -228,12 +247,15 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
         if name in ("info_nce._stats", "contrastive_distillation._stats"):
             rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
             return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
+        if name == "_info_nce_small._grads":
+            return _small_flops(launch, tile), True
         return tile * math.prod(launch.grid), True
     d, v = config["BLOCK_D"], config["BLOCK_V"]
     pairs, across = {
         "_attention._forward": (_query_pairs, d + v),
         "_attention_bwd._query_grads": (_query_pairs, 2 * d + v),
         "_attention_bwd._key_grads": (_key_pairs, 2 * d + 2 * v),
+        "interval_attention._bias_grads": (_grid_pairs, d + v),
     }[name]
     if arguments["START"] is None:
         bounds = None
@@ -244,8 +266,9 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
 def _recorded_launch(into: Pass, launch: Launch, bounds: Bounds | None) -> None:
     """Its tensors are read or written, each once; which of the two, the step need not know."""
     tensors = dict(launch.tensors)
-    if launch.name == "_pairwise.feature_grads" and launch.arguments["INDEX"] is None:
-        del tensors["Y"]  # read only for the positives
+    finish = launch.name in ("_info_nce_bwd._finish", "sigmoid_loss._finish")
+    if finish and launch.arguments["A"] is None and not launch.config.get("PAIRS"):
+        del tensors["Q"], tensors["K"]  # read only for norms and positives
     flops, even = _products_of(launch, bounds)
     kind = ""
     if flops:

@@ -20,10 +20,7 @@ from vlmkernels._library import KERNELS
 
 # The ops that a launcher serves
 OPS = {
-    "info_nce_stats": ("info_nce",),
-    "info_nce_grads": ("info_nce",),
-    "sigmoid_sweep": ("sigmoid_loss",),
-    "finish": ("info_nce", "sigmoid_loss"),
+    "scale_grads": ("sigmoid_loss", "linear_cross_entropy", "linear_distillation", "distillation"),
 }
 POISONED = 1 << 28  # in storages up to so many bytes, NaN fills what no view covers
 

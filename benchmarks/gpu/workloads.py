@@ -6,6 +6,7 @@ A workload is a case of `benchmarks.cases`; peers are imported when they are cal
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, linear, log_softmax, logsigmoid
+from torch.nn.functional import cross_entropy, gelu, linear, log_softmax, logsigmoid, silu
 
 import vlmkernels
 from benchmarks import peers
@@ -25,7 +26,7 @@ from benchmarks.cases import residual as residual_cases
 from benchmarks.cases import rows as rows_cases
 from benchmarks.cases.attention import IMAGES, bounds
 from benchmarks.cases.case import BF16, F32, Baseline
-from vlmkernels import reference
+from vlmkernels import intervals, reference
 from vlmkernels.reference.interval_attention import visible
 
 TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
@@ -310,6 +311,23 @@ def _flash(mask: str) -> Callable[..., Tensor]:
     return _merged(forms[mask])
 
 
+def _by_provider(mask: str, batch: int, queries: int, keys: int) -> Callable[..., Tensor]:
+    """Our op with the intervals whole, which then chooses flash-attn or SDPA where it can."""
+
+    @functools.cache
+    def seen(device: torch.device) -> intervals.Intervals:
+        if mask == "Flamingo":
+            places = attention_cases.image_places(queries, device).expand(batch, -1)
+            return intervals.media(intervals.text_time(places), keys // IMAGES, IMAGES)
+        return {"full": intervals.full, "causal": intervals.causal}[mask](queries, device=device)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
+        out = vlmkernels.interval_attention(query, key, value, seen(query.device))
+        return attention_cases.side_by_side(out)
+
+    return call
+
+
 def _by_backend(name: str, make: Callable[[], Callable[..., Tensor]]) -> Iterator[Baseline]:
     """SDPA as it chooses, and by each of its fused kernels: cards differ in which one is fastest."""
 
@@ -340,6 +358,9 @@ def _interval_attention(mask: str, form: str, sizes: Mapping[str, int], type: st
         Baseline("FlexAttention", partial(_flex, mask, sizes["queries"], sizes["keys"], device), True),
         Baseline("flash-attn", partial(_flash, mask)),
     )
+    if mask != "prefix-LM":
+        shape = sizes["batch"], sizes["queries"], sizes["keys"]
+        others += (Baseline("vlmkernels by its provider", partial(_by_provider, mask, *shape)),)
     return Workload(
         "interval_attention", form, type, sizes, partial(_heads, mask=mask), attention_cases._ours, others,
         mask,
@@ -398,6 +419,28 @@ def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Wo
     )  # fmt: skip
 
 
+# Dense layers
+
+
+def _layer(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    def one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return gelu(linear(x, weight, bias))
+
+    def two(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return linear(gelu(linear(x, w1, b1)), w2, b2)
+
+    def gated(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
+
+    make, plain, name = {
+        "linear": (dense_cases._linear, one, "F.gelu(F.linear)"),
+        "mlp": (dense_cases._mlp, two, "F.linear(F.gelu(F.linear))"),
+        "gated_mlp": (dense_cases._gated, gated, "F.linear(F.silu(F.linear) * F.linear)"),
+    }[op]
+    ours = partial(getattr(vlmkernels, op), activation="silu" if op == "gated_mlp" else "gelu")
+    return Workload(op, form, type, sizes, make, ours, _peer(name, lambda: plain))
+
+
 def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     """All of them; `quick` keeps the forms and cuts the sizes, for a CPU."""
 
@@ -440,14 +483,16 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         found.append(_embedding_distillation("l1", cut(rows=65536, width=512), type))
     found.append(_embedding_distillation("cosine", cut(rows=65536, width=1024), "bf16"))
     forms = [
-        ("full", "full", 16, 32, 1024, 1024, ("bf16",)),
-        ("full, 577 patches", "full", 32, 16, 577, 577, ("bf16",)),
-        ("causal", "causal", 8, 16, 2048, 2048, every),
-        ("prefix-LM, a quarter", "prefix-LM", 8, 16, 2048, 2048, ("bf16",)),
-        ("Flamingo, 8 images of 64", "Flamingo", 8, 16, 2048, 512, ("bf16",)),
+        ("full", "full", 16, 32, 1024, 1024, 64, ("bf16",)),
+        ("full, 577 patches", "full", 32, 16, 577, 577, 64, ("bf16",)),
+        ("full, 729 patches", "full", 32, 16, 729, 729, 72, ("bf16",)),
+        ("causal", "causal", 8, 16, 2048, 2048, 64, every),
+        ("causal, wide heads", "causal", 8, 16, 2048, 2048, 128, ("bf16",)),
+        ("prefix-LM, a quarter", "prefix-LM", 8, 16, 2048, 2048, 64, ("bf16",)),
+        ("Flamingo, 8 images of 64", "Flamingo", 8, 16, 2048, 512, 64, ("bf16",)),
     ]
-    for form, mask, batch, heads, queries, keys, types in forms:
-        sizes = cut(batch=batch, heads=heads, queries=queries, keys=keys, width=64)
+    for form, mask, batch, heads, queries, keys, width, types in forms:
+        sizes = cut(batch=batch, heads=heads, queries=queries, keys=keys, width=width)
         found += [_interval_attention(mask, form, sizes, type, device) for type in types]
     for type in every:
         sizes = cut(batch=64, media=256, latents=64)
@@ -458,4 +503,8 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         sizes = cut(rows=16384, width=4096, inner=512)
         found.append(_gated_linear_residual("attention output", sizes, type))
     found.append(_gated_linear_residual("feed-forward", cut(rows=16384, width=4096, inner=16384), "bf16"))
+    for type in ("bf16", "tf32"):
+        sizes = cut(rows=16384, inner=1024, width=4096)
+        found += [_layer(op, "ViT-L", sizes, type) for op in ("linear", "mlp")]
+        found.append(_layer("gated_mlp", "TinyLlama", cut(rows=8192, inner=2048, width=5632), type))
     return found

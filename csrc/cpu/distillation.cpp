@@ -62,7 +62,7 @@ bool counts(const Distillation<T>& g, int64_t row) {
 
 // Adds the sums of one piece of a row; its exponentials, of whole vectors, to `keep_s` and `keep_p` if kKeep.
 template <Divergence kForm, bool kOwn, bool kKeep, class T>
-void add_piece(const acc_t<T>* z, const acc_t<T>* q, int64_t count, acc_t<T> inv_t, const T* next_student,
+void add_piece(const acc_t<T>* z, const acc_t<T>* q, int64_t count, const Temperature<acc_t<T>>& t, const T* next_student,
                const T* next_teacher, acc_t<T>* keep_s, acc_t<T>* keep_p, RowSums<acc_t<T>>& row) {
   using A = acc_t<T>;
   constexpr int64_t lanes = Vectors<A>::lanes;
@@ -74,7 +74,7 @@ void add_piece(const acc_t<T>* z, const acc_t<T>* q, int64_t count, acc_t<T> inv
       __builtin_prefetch(next_student + c);
       Vec<A> teacher{};
       if constexpr (kForm != Divergence::none) __builtin_prefetch(next_teacher + c), teacher = load<Vec<A>>(q + c);
-      const auto e = add_terms<kForm, kOwn, A>(load<Vec<A>>(z + c), teacher, student_shift, teacher_shift, inv_t, part);
+      const auto e = add_terms<kForm, kOwn, A>(load<Vec<A>>(z + c), teacher, student_shift, teacher_shift, t, part);
       if constexpr (kKeep) store(e.student, keep_s + c);
       if constexpr (kKeep && kForm != Divergence::none) store(e.teacher, keep_p + c);
     }
@@ -91,7 +91,7 @@ std::pair<double, double> jsd_parts(const Distillation<T>& g, const T* student, 
   using A = acc_t<T>;
   constexpr int64_t lanes = Vectors<A>::lanes;
   const Mixture<A> mixture(g.beta);
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const A log_sums = static_cast<A>(std::log(row.teacher) - std::log(row.student));
   const A student_shift = shift_of(row.student_top), teacher_shift = shift_of(row.teacher_top);
   const A student_share = (1 - g.beta) / row.student, teacher_share = g.beta / row.teacher;
@@ -104,8 +104,8 @@ std::pair<double, double> jsd_parts(const Distillation<T>& g, const T* student, 
     for (int64_t c0 = 0; c0 < count; c0 += kSumRows * lanes) {
       Vec<A> some_s{}, some_p{};
       for (int64_t c = c0; c < min_(c0 + kSumRows * lanes, count); c += lanes) {
-        add_mixed<A>(load<Vec<A>>(z + c), load<Vec<A>>(q + c), student_shift, teacher_shift, inv_t, student_share,
-                     teacher_share, log_sums, mixture, some_s, some_p);
+        add_mixed<A>(load<Vec<A>>(z + c), load<Vec<A>>(q + c), student_shift, teacher_shift, t, student_share, teacher_share,
+                     log_sums, mixture, some_s, some_p);
       }
       sum_s += some_s, sum_p += some_p;
     }
@@ -127,7 +127,7 @@ std::pair<double, double> kept_jsd_parts(const Distillation<T>& g, const T* stud
   using A = acc_t<T>;
   constexpr int64_t lanes = Vectors<A>::lanes;
   const Mixture<A> mixture(g.beta);
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const A student_shift = shift_of(row.student_top), teacher_shift = shift_of(row.teacher_top);
   const A log_ratio = static_cast<A>(std::log(row.teacher) - std::log(row.student));
   Piece<T> student_piece, teacher_piece;
@@ -136,15 +136,15 @@ std::pair<double, double> kept_jsd_parts(const Distillation<T>& g, const T* stud
     const int64_t count = min_(kPiece, g.classes - first), piece = first / kPiece;
     const A *z = student_piece.read(student + first, count), *q = teacher_piece.read(teacher + first, count);
     A *keep_s = kept.student + first, *keep_p = kept.teacher + first;
-    const A share_s = static_cast<A>((1 - g.beta) / row.student * moved(kept.student_shift[piece], student_shift, inv_t));
-    const A share_p = static_cast<A>(g.beta / row.teacher * moved(kept.teacher_shift[piece], teacher_shift, inv_t));
+    const A share_s = static_cast<A>((1 - g.beta) / row.student * moved(kept.student_shift[piece], student_shift, t.inverse));
+    const A share_p = static_cast<A>(g.beta / row.teacher * moved(kept.teacher_shift[piece], teacher_shift, t.inverse));
     Vec<A> sum_s{}, sum_p{};
     for (int64_t c0 = 0; c0 < count; c0 += kSumRows * lanes) {
       Vec<A> some_s{}, some_p{};
       for (int64_t c = c0; c < min_(c0 + kSumRows * lanes, count); c += lanes) {
-        const Vec<A> x = (load<Vec<A>>(z + c) - student_shift) * inv_t, y = (load<Vec<A>>(q + c) - teacher_shift) * inv_t;
+        const Vec<A> x = load<Vec<A>>(z + c) - student_shift, y = load<Vec<A>>(q + c) - teacher_shift;
         const Vec<A> a = load<Vec<A>>(keep_s + c) * share_s, b = load<Vec<A>>(keep_p + c) * share_p;
-        const Ratios<A> log = mixture.ratios(a, b, (y - x) - log_ratio);
+        const Ratios<A> log = mixture.ratios(a, b, (y - x) * t.inverse - log_ratio);
         some_s += weighted<A>(a, log.s), some_p += weighted<A>(b, log.p);
         store(a, keep_s + c), store(log.s, keep_p + c);
       }
@@ -164,24 +164,24 @@ double row_loss(const Distillation<T>& g, int64_t index, const KeptRow<acc_t<T>>
   for (int64_t i = 0; i < g.kStats; ++i) stats[i] = 0;
   if (!counts(g, index)) return 0;
   const T *student = g.student + index * g.student_stride, *teacher = two ? g.teacher + index * g.teacher_stride : nullptr;
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   Piece<T> student_piece, teacher_piece;
   RowSums<A> row;
   for (int64_t first = 0; first < g.classes; first += kPiece) {
     const int64_t count = min_(kPiece, g.classes - first), whole = (count + lanes - 1) / lanes * lanes;
     const A *z = student_piece.read(student + first, count), *q = two ? teacher_piece.read(teacher + first, count) : nullptr;
-    raise<kForm, kOwn>(row, maximum(z, whole), two ? maximum(q, whole) : kNothing<A>, inv_t);
+    raise<kForm, kOwn>(row, maximum(z, whole), two ? maximum(q, whole) : kNothing<A>, t);
     A *keep_s = nullptr, *keep_p = nullptr;
     if constexpr (kKeep) {
       keep_s = kept->student + first, keep_p = kept->teacher + first;
       kept->student_shift[first / kPiece] = shift_of(row.student_top);
       kept->teacher_shift[first / kPiece] = shift_of(row.teacher_top);
     }
-    add_piece<kForm, kOwn, kKeep, T>(z, q, whole, inv_t, student + first + kPiece, two ? teacher + first + kPiece : nullptr,
-                                     keep_s, keep_p, row);
+    add_piece<kForm, kOwn, kKeep, T>(z, q, whole, t, student + first + kPiece, two ? teacher + first + kPiece : nullptr, keep_s,
+                                     keep_p, row);
   }
   if (!kOwn) row.hard = row.student;
-  double divergence = divergence_of<kForm>(row), mean = kForm == Divergence::reverse_kl ? divergence : 0;
+  double divergence = divergence_of<kForm>(row, t), mean = kForm == Divergence::reverse_kl ? divergence : 0;
   if constexpr (kForm == Divergence::jsd) {
     const auto [of_s, of_p] = kKeep ? kept_jsd_parts(g, student, teacher, row, *kept) : jsd_parts(g, student, teacher, row);
     divergence = of_s + of_p, mean = of_s / (1 - g.beta);
@@ -225,7 +225,7 @@ void row_gradient(const Distillation<T>& g, int64_t index, double u, T* out) {
   constexpr bool two = kForm != Divergence::none;
   if (!counts(g, index)) return no_gradient(g, out);
   const T *student = g.student + index * g.student_stride, *teacher = two ? g.teacher + index * g.teacher_stride : nullptr;
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const Slope<A> row = slope_at(g, index, u);
   const Mixture<A> mixture(g.beta);
   const int64_t target = g.hard_weight > 0 ? g.target[index] : -1;
@@ -238,7 +238,7 @@ void row_gradient(const Distillation<T>& g, int64_t index, double u, T* out) {
       __builtin_prefetch(student + first + kPiece + c);
       Vec<A> taught{};
       if constexpr (two) __builtin_prefetch(teacher + first + kPiece + c), taught = load<Vec<A>>(q + c);
-      store(slope_of<kForm, kOwn, A>(load<Vec<A>>(z + c), taught, row, inv_t, mixture), to + c);
+      store(slope_of<kForm, kOwn, A>(load<Vec<A>>(z + c), taught, row, t, mixture), to + c);
     }
     if (target >= first && target < first + count) to[target - first] -= row.hard;
     out_piece.write(out + first, count);
@@ -253,7 +253,7 @@ void kept_gradient(const Distillation<T>& g, int64_t index, double u, const Kept
   constexpr bool reverse = kForm == Divergence::reverse_kl, jsd = kForm == Divergence::jsd;
   if (!counts(g, index)) return no_gradient(g, out);
   const T *student = g.student + index * g.student_stride, *teacher = reverse ? g.teacher + index * g.teacher_stride : nullptr;
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const Slope<A> row = slope_at(g, index, u);
   const A hard = static_cast<A>(row.hard / (jsd ? 1 - g.beta : 1));
   const int64_t target = g.hard_weight > 0 ? g.target[index] : -1;
@@ -263,16 +263,17 @@ void kept_gradient(const Distillation<T>& g, int64_t index, double u, const Kept
     const A* z = kOwn || reverse ? student_piece.read(student + first, count) : nullptr;
     const A* q = reverse ? teacher_piece.read(teacher + first, count) : nullptr;
     const A *keep_s = kept.student + first, *keep_p = kept.teacher + first;
-    const A by_s = jsd ? A(1) : static_cast<A>(row.student_inverse * moved(kept.student_shift[piece], row.student_top, inv_t));
-    const A by_p = static_cast<A>(row.teacher_inverse * moved(kept.teacher_shift[piece], row.teacher_top, inv_t));
+    const A by_s =
+        jsd ? A(1) : static_cast<A>(row.student_inverse * moved(kept.student_shift[piece], row.student_top, t.inverse));
+    const A by_p = static_cast<A>(row.teacher_inverse * moved(kept.teacher_shift[piece], row.teacher_top, t.inverse));
     A* to = out_piece.to(out + first, count);
     for (int64_t c = 0; c < count; c += lanes) {
       const Vec<A> s = load<Vec<A>>(keep_s + c) * by_s;
       Vec<A> d = row.soft * s;
       if constexpr (kForm == Divergence::forward_kl) d = row.soft * (s - load<Vec<A>>(keep_p + c) * by_p);
       if constexpr (reverse) {
-        const Vec<A> x = (load<Vec<A>>(z + c) - row.student_top) * inv_t, y = (load<Vec<A>>(q + c) - row.teacher_top) * inv_t;
-        d = row.soft * weighted<A>(s, (x - y) + (row.log_sums - row.mean));
+        const Vec<A> x = load<Vec<A>>(z + c) - row.student_top, y = load<Vec<A>>(q + c) - row.teacher_top;
+        d = row.soft * weighted<A>(s, (x - y) * t.inverse + (row.log_sums - row.mean));
       }
       if constexpr (jsd) d = row.soft * weighted<A>(s, load<Vec<A>>(keep_p + c) - row.mean);
       if constexpr (kOwn) {

@@ -75,7 +75,7 @@ void add_up(const Vec<A>& part, double* sums) {
 
 // Adds the sums over the classes of a tile.
 template <Divergence kForm, bool kOwn, class A>
-void add_tile(const A* z, const A* q, int64_t rows, int64_t cols, A inv_t, RowSums<A>* sums) {
+void add_tile(const A* z, const A* q, int64_t rows, int64_t cols, const Temperature<A>& t, RowSums<A>* sums) {
   constexpr int64_t lanes = Vectors<A>::lanes;
   for (int64_t c0 = 0; c0 < cols; c0 += kStrip<A>) {
     A student_shift[kStrip<A>], teacher_shift[kStrip<A>];
@@ -91,7 +91,7 @@ void add_tile(const A* z, const A* q, int64_t rows, int64_t cols, A inv_t, RowSu
           Vec<A> taught{};
           if constexpr (kForm != Divergence::none) taught = load<Vec<A>>(q + at);
           add_terms<kForm, kOwn, A>(load<Vec<A>>(z + at), taught, load<Vec<A>>(student_shift + i * lanes),
-                                    load<Vec<A>>(teacher_shift + i * lanes), inv_t, part[i]);
+                                    load<Vec<A>>(teacher_shift + i * lanes), t, part[i]);
         }
       }
       for (int64_t i = 0; i < kStrips; ++i) {
@@ -120,7 +120,7 @@ void linear_distillation_logits(const LinearDistillation<P>& g, const Pairs<Q>& 
   const Pairs<P>& p = s.pairs;
   const int64_t i0 = jb * kTileCols, cols = cols_of(p, jb), whole = strips_of(p, jb);
   const int64_t ib0 = class_chunk * s.chunk_classes, ib1 = min_(ib0 + s.chunk_classes, p.row_blocks());
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   RowSums<A>* sums = g.sums + class_chunk * g.rows() + i0 - s.first * kTileCols;
   for (int64_t c = 0; c < whole; ++c) sums[c] = {};
   A student_top[kTileCols], teacher_top[kTileCols];
@@ -145,8 +145,8 @@ void linear_distillation_logits(const LinearDistillation<P>& g, const Pairs<Q>& 
         product = kNothing<A>;
       });
       add_bias(s.bias ? s.bias + j0 : nullptr, rows, whole, z, student_top);
-      for (int64_t c = 0; c < whole; ++c) raise<form.value, own.value>(sums[c], student_top[c], teacher_top[c], inv_t);
-      add_tile<form.value, own.value>(z, q, rows, whole, inv_t, sums);
+      for (int64_t c = 0; c < whole; ++c) raise<form.value, own.value>(sums[c], student_top[c], teacher_top[c], t);
+      add_tile<form.value, own.value>(z, q, rows, whole, t, sums);
     }
   });
 }
@@ -155,14 +155,14 @@ namespace {
 
 // The sums of a row over all chunks of classes.
 template <Divergence kForm, bool kOwn, class P>
-RowSums<acc_t<P>> sums_of(const LinearDistillation<P>& g, int64_t row, acc_t<P> inv_t) {
+RowSums<acc_t<P>> sums_of(const LinearDistillation<P>& g, int64_t row, const Temperature<acc_t<P>>& t) {
   using A = acc_t<P>;
   const int64_t chunks = ceil_div(g.student.pairs.row_blocks(), g.student.chunk_classes);
   RowSums<A> all;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     RowSums<A> part = g.sums[chunk * g.rows() + row];
-    raise<kForm, kOwn>(all, part.student_top, part.teacher_top, inv_t);
-    raise<kForm, kOwn>(part, all.student_top, all.teacher_top, inv_t);
+    raise<kForm, kOwn>(all, part.student_top, part.teacher_top, t);
+    raise<kForm, kOwn>(part, all.student_top, all.teacher_top, t);
     all.student += part.student, all.teacher += part.teacher, all.cross += part.cross, all.hard += part.hard;
   }
   return all;
@@ -200,7 +200,7 @@ Offline offline_row(const LinearDistillation<P>& g, int64_t i, const RowSums<acc
   const A* log_probs = g.log_probs + i * g.k;
   A *taken = g.taken + i * g.k, highest = others.student_top;
   for (int64_t e = 0; e < g.k; ++e) highest = max_(taken[e], highest);
-  const double inv_t = inverse_temperature<A>(g.temperature), top = shift_of(highest);
+  const double inv_t = Temperature<A>(g.temperature).inverse, top = shift_of(highest);
   const double moved = shift_of(others.student_top) - top, log_others = std::log(others.student) + moved * inv_t;
   double sum = std::exp(log_others), hard_sum = others.hard == 0 ? 0 : others.hard * std::exp(moved), known = 0;
   for (int64_t e = 0; e < g.k; ++e) {
@@ -233,11 +233,12 @@ void finish_row(const LinearDistillation<P>& g, int64_t i) {
   using A = acc_t<P>;
   const LinearCrossEntropy<P>& student = g.student;
   const int64_t at = i - student.first * kTileCols;
-  const RowSums<A> row = sums_of<kForm, kOwn>(g, at, inverse_temperature<A>(g.temperature));
+  const Temperature<A> t(g.temperature);
+  const RowSums<A> row = sums_of<kForm, kOwn>(g, at, t);
   const double u = student.row_coef[i], hard = u * g.hard_weight;
   const double shift = shift_of(row.student_top);
   double soft = u * (1 - g.hard_weight) * g.temperature, inverse = 1 / row.student;
-  Offline all{divergence_of<kForm>(row), shift, kOwn ? row.hard : row.student, 0};
+  Offline all{divergence_of<kForm>(row, t), shift, kOwn ? row.hard : row.student, 0};
   const double mean = kForm == Divergence::reverse_kl ? all.divergence : 0;
   double hard_inverse = 1 / all.hard;
   if (kForm == Divergence::none && g.k >= 0) {
@@ -285,7 +286,7 @@ void linear_distillation_mix(const LinearDistillation<P>& g, int64_t class_chunk
   const LinearCrossEntropy<P>& s = g.student;
   const int64_t at = (jb - s.first) * kTileCols;
   const int64_t ib0 = class_chunk * s.chunk_classes, ib1 = min_(ib0 + s.chunk_classes, s.pairs.row_blocks());
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const Mixture<A> mixture(g.beta);
   double *of_s = g.mixed + class_chunk * 2 * g.rows() + at, *of_p = of_s + g.rows();
   for (int64_t c = 0; c < kTileCols; ++c) of_s[c] = of_p[c] = 0;
@@ -298,7 +299,7 @@ void linear_distillation_mix(const LinearDistillation<P>& g, int64_t class_chunk
         Vec<A> some_s{}, some_p{};
         for (int64_t r = r0; r < min_(r0 + kSumRows, rows_of(s.pairs, ib)); ++r) {
           add_mixed<A>(load<Vec<A>>(z + r * kTileCols + c), load<Vec<A>>(q + r * kTileCols + c), row.student_top,
-                       row.teacher_top, inv_t, student_share, teacher_share, row.log_sums, mixture, some_s, some_p);
+                       row.teacher_top, t, student_share, teacher_share, row.log_sums, mixture, some_s, some_p);
         }
         add_up<A>(some_s, of_s + c), add_up<A>(some_p, of_p + c);
       }
@@ -328,7 +329,7 @@ void linear_distillation_gradients(const LinearDistillation<P>& g, int64_t class
   using A = acc_t<P>;
   constexpr int64_t lanes = Vectors<A>::lanes;
   const LinearCrossEntropy<P>& s = g.student;
-  const A inv_t = inverse_temperature<A>(g.temperature);
+  const Temperature<A> t(g.temperature);
   const Mixture<A> mixture(g.beta);
   const int64_t ib0 = classes * s.group, ib1 = min_(ib0 + s.group, s.pairs.row_blocks());
   with_form(g, [&](auto form, auto own) {
@@ -344,7 +345,7 @@ void linear_distillation_gradients(const LinearDistillation<P>& g, int64_t class
             A* to = z + r * kTileCols + c;
             Vec<A> taught{};
             if constexpr (form.value != Divergence::none) taught = load<Vec<A>>(q + r * kTileCols + c);
-            store(slope_of<form.value, own.value, A>(load<Vec<A>>(to), taught, row, inv_t, mixture), to);
+            store(slope_of<form.value, own.value, A>(load<Vec<A>>(to), taught, row, t, mixture), to);
           }
         }
         for_entries(g, ib, jb, z, [&](A& gradient, int64_t entry) { gradient += g.taken[entry]; });

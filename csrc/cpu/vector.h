@@ -30,12 +30,12 @@ VLMK_INLINE void store(V v, T* to) {
   __builtin_memcpy(to, &v, sizeof(V));
 }
 
-// exp(x) within 2 ulp and the rounding of x, for x <= 88; 0 below -88, where exp_ stays positive. The polynomial of Cephes'
-// exp2f.
-VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x) {
-  const Vec<float> z = x * 1.44269504088896f;
-  const Vec<float> low = Vec<float>{} - 127.0f, y = z < low ? low : z;
-  const Vec<float> n = y + 12582912.0f, f = y - (n - 12582912.0f);
+// exp(x / T) within 2 ulp and the rounding of x / T, for x / T <= 88; 0 below -88, where exp_ stays positive. `factor` is
+// log2(e) / T, and -127 / factor finite. The polynomial of Cephes' exp2f.
+VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x, float factor) {
+  constexpr float rounding = 12582912.0f;  // a sum with it is rounded to an integer, which is in its low bits
+  const Vec<float> low = Vec<float>{} - 127.0f / factor, y = x < low ? low : x;
+  const Vec<float> n = y * factor + rounding, f = y * factor - (n - rounding);
   Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
@@ -45,6 +45,7 @@ VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x) {
   const IndexVec<float> power = (__builtin_bit_cast(IndexVec<float>, n) << 23) + 0x3f800000;
   return p * __builtin_bit_cast(Vec<float>, power);
 }
+VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x) { return exp_or_zero(x, 1.44269504088896f); }
 VLMK_INLINE Vec<double> exp_or_zero(Vec<double> x) {
   Vec<double> out{};
   for (int i = 0; i < 8; ++i) out[i] = std::exp(x[i]);

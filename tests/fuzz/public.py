@@ -82,7 +82,7 @@ def interval_attention(draw: Draw) -> dict[str, Any]:
     grid = (values["grid_rows"], values["grid_cols"]) if values["relative_bias"] is not None else None
     scale = draw.maybe(values["scale"])
     return {
-        **without(values, "grid_rows", "grid_cols"),
+        **without(values, "grid_rows", "grid_cols", "causal", "query_ends", "key_ends"),
         **{"grid": grid, "scale": scale, "return_lse": draw.flag()},
     }
 

@@ -135,16 +135,20 @@ def interval_attention(draw: Draw) -> list:
     rows, cols = draw.choice(((0, 0), (1, 1), (2, 3), (5, 4)))
     bias = draw.floats(h, 2 * rows - 1, 2 * cols - 1) if rows else None
     scale = draw.choice((1.0, 0.125, -2.0, 0.0))
-    return [*(draw.floats(*shape, dtype=dtype) for shape in shapes), start, end, scale, bias, rows, cols]
+    causal = draw.choice((None, None, False, True))
+    ends = (draw.maybe(torch.tensor([0, tokens], dtype=torch.int32)) for tokens in (b * tq, b * tk))
+    tensors = (draw.floats(*shape, dtype=dtype) for shape in shapes)
+    return [*tensors, start, end, scale, bias, rows, cols, causal, *ends]
 
 
 @arguments
 def interval_attention_bwd(draw: Draw) -> list:
-    query, key, value, start, end, scale, bias, rows, cols = interval_attention(draw)
-    out, lse = ops.interval_attention(query, key, value, start, end, scale, bias, rows, cols)
+    *inputs, scale, bias, rows, cols, causal, query_ends, key_ends = interval_attention(draw)
+    options = scale, bias, rows, cols, causal, query_ends, key_ends
+    out, lse = ops.interval_attention(*inputs, *options)
     dout, dlse = torch.randn(out.shape).to(out.dtype), draw.maybe(torch.randn(lse.shape).to(lse.dtype))
     needs = [*draw.needs(3), bias is not None and draw.flag()]
-    return [dout, dlse, query, key, value, start, end, out, lse, scale, bias, rows, cols, needs]
+    return [dout, dlse, *inputs, out, lse, *options, needs]
 
 
 @arguments

@@ -7,6 +7,7 @@ them. `CASES` maps names to cases; those of a default run have `slow` False.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from unittest import mock
 
 import torch
@@ -23,6 +24,7 @@ from vlmkernels.triton import (
     linear_distillation,
     sigmoid_loss,
 )
+from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _pairwise_classes as classes_of
 from vlmkernels.triton import _rows as rows
@@ -30,11 +32,12 @@ from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import interval_attention as attention
 
+from .cases_dense import layers
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_gated import Linear, Residual
-from .trials_pairwise import CrossEntropy, Distillation, Finish, Grads, Problem, Sigmoid, Stats, TwoModels
+from .trials_pairwise import CrossEntropy, Distillation, InfoNCE, Problem, Scaled, Sigmoid, TwoModels
 from .trials_rows import Features, Logits
 
 FP32, BF16, FP16 = DTYPES
@@ -104,7 +107,9 @@ LARGE = {(tiles, "LARGE"): 0}
 CHUNKS = {
     (pairwise, "CHUNK_ROWS"): 70,
     (info_nce, "PARTIAL_TILES"): 1,
-    (info_nce, "PROGRAMS"): 4,
+    (info_nce, "PARTIAL_BYTES"): 0,
+    (info_nce, "LINES"): 32,
+    (info_nce, "PROGRAMS"): 2,
     (sigmoid_loss, "CHUNK_BYTES"): 0,
 }
 
@@ -119,87 +124,104 @@ def with_far(trial: Trial, *names: str) -> Trial:
 
 
 def by_pairs() -> Iterator[Case]:
-    def ragged(t):
-        return Problem(70, 67, 37, t, normalize=True)
+    def problem(n, m, d, **options):
+        return lambda t: Problem(n, m, d, t, **options)
 
-    def chunks(t):
-        return Problem(135, 133, 24, t)
+    ragged = problem(70, 67, 37, normalize=True)
+    square = problem(70, 70, 37)
+    chunks = problem(135, 135, 24)
+    wide = problem(140, 140, 100, scale_dtype=torch.float64)  # several steps of features, the last one ragged
+    tf32 = problem(140, 140, 100, tf32=True)
+    even = problem(70, 70, 128)
+    long = problem(3, 4, 2100, normalize=True)  # more features than one program holds at once
+    one = problem(1, 1, 1, scale=1.0)  # the rounding of one large logit is luck
+    op = "info_nce"
 
-    def wide(t, tf32=False):  # several steps of features, the last one ragged
-        return Problem(140, 67, 100, t, scale_dtype=torch.float64, tf32=tf32)
+    def nce(make, **options):
+        return lambda t: InfoNCE(make(t), **options)
 
-    def even(t):
-        return Problem(66, 70, 128, t)
+    def many(variant, make, *rest, settings=None, **options):
+        """By the kernels of many rows."""
+        return each(op, variant, make, *rest, settings={(few_rows, "LIMIT"): 0} | (settings or {}), **options)
 
-    def low(t):  # logits so close that their maximum and mean differ by little
-        return Problem(70, 67, 37, t, normalize=True, scale=1e-3)
-
-    def one(t):
-        return Problem(1, 1, 1, t, scale=1.0)  # the rounding of one large logit is luck
-
-    stats, grads, sweep = "info_nce_stats", "info_nce_grads", "sigmoid_sweep"
-    yield from each(stats, "ragged", lambda t: Stats(ragged(t)), quick=(FP32, BF16))
+    every = {"smoothing": 0.1, "weighted": True}
+    rows = {"symmetric": False}
+    yield from many("pairs", nce(square), quick=(FP32, BF16))
+    yield from many("chunks", nce(chunks, store_bytes=0), quick=(FP16,), settings=CHUNKS)
+    by_id = nce(problem(70, 70, 37, normalize=True), form="ids", **every)
+    yield from many("by id", by_id, quick=(FP32, BF16))
+    yield from many(
+        "by id, chunks", nce(problem(135, 133, 24), form="ids", store_bytes=0, smoothing=0.2),
+        quick=(FP16,), settings=CHUNKS,
+    )  # fmt: skip
+    yield from many("by index", nce(ragged, form="index", reduction="sum", **rows), quick=(BF16,))
+    yield from many("by index, both ways", nce(ragged, form="index"))
+    of_each = nce(square, reduction="none", **every)
+    yield from many("of each row", of_each, quick=(FP32,))
+    yield from many("one direction", nce(problem(70, 140, 100), **rows, **every))
+    yield from many("one direction of each row", nce(problem(35, 67, 24), **rows, reduction="none"))
+    yield from many("large tiles", nce(wide), settings=LARGE, quick=(BF16,))
+    yield from many("large tiles, by id", nce(wide, form="ids", **every), settings=LARGE)
+    yield from many("even", nce(even, smoothing=0.1))
+    yield from many("long", nce(long, **rows, weighted=True), quick=(BF16,))
+    yield from many("one", nce(one))
+    low = problem(70, 70, 37, normalize=True, scale=1e-3)  # maximum and mean of the logits differ by little
+    yield from many("low scale", nce(low), quick=(FP32,))
+    yield from many("scale of 0", nce(problem(20, 20, 16, scale=0.0)))
+    for i, name in enumerate(("queries", "keys", "scale")):
+        needs = tuple(i == k for k in range(3))
+        yield from many(f"gradient of the {name}", nce(problem(35, 35, 24), needs=needs))
+    yield from many("tf32", nce(tf32), (FP32,), tf32=True)
+    yield from many("tf32, large tiles", nce(tf32), (FP32,), tf32=True, settings=LARGE)
+    yield from each(op, "few rows", nce(problem(70, 70, 150), smoothing=0.1), quick=(FP32, BF16, FP16))
     yield from each(
-        stats, "chunks", lambda t: Stats(chunks(t), workspace_bytes=0), quick=(FP16,), settings=CHUNKS
+        op,
+        "few rows by id",
+        nce(problem(70, 67, 37), form="ids", weighted=False, smoothing=0.1),
+        quick=(BF16,),
     )
-    yield from each(stats, "wide, no columns", lambda t: Stats(wide(t), columns=False))
-    yield from each(stats, "large tiles", lambda t: Stats(wide(t)), settings=LARGE, quick=(BF16,))
-    yield from each(stats, "even", lambda t: Stats(even(t)))
-    yield from each(stats, "one", lambda t: Stats(one(t)))
-    yield from each(stats, "low scale", lambda t: Stats(low(t)), quick=(FP32,))
-    yield from each(stats, "tf32", lambda t: Stats(wide(t, True)), (FP32,), tf32=True)
-    yield from each(
-        stats, "tf32, large tiles", lambda t: Stats(wide(t, True)), (FP32,), tf32=True, settings=LARGE
-    )
+    yield from each(op, "few rows, one direction", nce(problem(35, 67, 24), **rows, weighted=True))
+    for i, name in enumerate(("queries", "keys", "scale")):
+        needs = tuple(i == k for k in range(3))
+        yield from each(op, f"few rows, gradient of the {name}", nce(problem(35, 35, 64), needs=needs))
+    yield from each(op, "few rows, tf32", nce(tf32), (FP32,), tf32=True)
 
-    yield from each(grads, "ragged", lambda t: Grads(ragged(t), extra=True), quick=(FP32, FP16))
-    yield from each(
-        grads, "chunks", lambda t: Grads(chunks(t), workspace_bytes=0), quick=(BF16,), settings=CHUNKS
-    )
-    yield from each(grads, "wide, no columns", lambda t: Grads(wide(t), columns=False))
-    yield from each(grads, "large tiles", lambda t: Grads(wide(t)), settings=LARGE, quick=(BF16,))
-    yield from each(grads, "even", lambda t: Grads(even(t)))
-    yield from each(grads, "one", lambda t: Grads(one(t)))
-    yield from each(grads, "tf32", lambda t: Grads(wide(t, True)), (FP32,), tf32=True)
-    yield from each(
-        grads, "tf32, large tiles", lambda t: Grads(wide(t, True)), (FP32,), tf32=True, settings=LARGE
-    )
+    op = "sigmoid_loss"
 
-    yield from each(sweep, "ragged, by ids", lambda t: Sigmoid(ragged(t), ids=True), quick=(FP32, FP16))
-    yield from each(sweep, "chunks", lambda t: Sigmoid(chunks(t)), quick=(BF16,), settings=CHUNKS)
-    yield from each(sweep, "wide", lambda t: Sigmoid(wide(t)))
-    yield from each(sweep, "large tiles", lambda t: Sigmoid(wide(t)), settings=LARGE, quick=(BF16,))
-    yield from each(sweep, "even", lambda t: Sigmoid(even(t), bias=3.0))
-    yield from each(sweep, "one", lambda t: Sigmoid(one(t)))
-    yield from each(sweep, "loss alone", lambda t: Sigmoid(ragged(t), needs=(True, False, False, False)))
-    yield from each(sweep, "gradients alone", lambda t: Sigmoid(ragged(t), needs=(False, True, True, False)))
-    yield from each(sweep, "tf32", lambda t: Sigmoid(wide(t, True)), (FP32,), tf32=True)
+    def sigmoid(make, **options):
+        return lambda t: Sigmoid(make(t), **options)
+
+    yield from each(op, "ragged, by ids", sigmoid(ragged, form="ids"), quick=(FP32, FP16))
+    yield from each(op, "chunks", sigmoid(chunks), quick=(BF16,), settings=CHUNKS)
     yield from each(
-        sweep, "tf32, large tiles", lambda t: Sigmoid(wide(t, True)), (FP32,), tf32=True, settings=LARGE
+        op, "chunks of each row", sigmoid(chunks, reduction="none"), quick=(FP16,), settings=CHUNKS
     )
+    yield from each(op, "wide", sigmoid(wide, form="pairs", reduction="sum"))
+    yield from each(op, "large tiles", sigmoid(wide), settings=LARGE, quick=(BF16,))
+    yield from each(op, "even", sigmoid(even, form="pairs", bias=3.0))
+    yield from each(op, "long", sigmoid(long, form="pairs"))
+    yield from each(op, "one", sigmoid(one))
+    yield from each(op, "loss alone", sigmoid(ragged, needs=(False,) * 4))
+    yield from each(op, "gradients alone", sigmoid(ragged, needs=(True, True, False, False)))
+    for i, name in enumerate(("queries", "keys", "scale", "bias")):
+        needs = tuple(i == k for k in range(4))
+        yield from each(op, f"gradient of the {name}", sigmoid(problem(35, 40, 24), needs=needs))
+    yield from each(op, "tf32", sigmoid(tf32), (FP32,), tf32=True)
+    yield from each(op, "tf32, large tiles", sigmoid(tf32), (FP32,), tf32=True, settings=LARGE)
 
     features = ("problem.query", "problem.key")
-    for op, trial in ((stats, Stats), (grads, Grads), (sweep, Sigmoid)):
-        make = lambda t, f=trial: with_far(f(Problem(3, 3, 32, t)), *features)  # noqa: E731
-        yield from each_far(op, "far rows", make)
+    for op, trial in (("info_nce", InfoNCE), ("sigmoid_loss", Sigmoid)):
+        for normalize in (False, True):
+            make = lambda t, f=trial, n=normalize: with_far(f(Problem(3, 3, 32, t, normalize=n)), *features)  # noqa: E731
+            name, many_rows = f"far rows{', normalised' if normalize else ''}", {(few_rows, "LIMIT"): 0}
+            yield from each(op, name, make, (BF16,), quick=(BF16,), far=True, settings=many_rows)
+    make = lambda t: with_far(InfoNCE(Problem(3, 3, 32, t)), *features)  # noqa: E731
+    yield from each_far("info_nce", "few far rows", make)
 
-    finish, depth = "finish", 2100  # more than one program holds at once
-    for by_key in (False, True):
-        side = "key" if by_key else "query"
-        options = {"normalize": True, "by_key": by_key, "extra": by_key, "gain": not by_key}
-        yield from each(
-            finish, f"{side}, normalised", lambda t, o=options: Finish(3, 4, depth, t, **o), quick=(BF16,)
-        )
-        options = {"normalize": False, "by_key": by_key}
-        yield from each(
-            finish, f"{side}, plain", lambda t, o=options: Finish(4, 3, 37, t, **o), quick=(FP32,)
-        )
-    for by_key in (False, True):
-        make = lambda t, k=by_key: with_far(Finish(3, 3, 20, t, normalize=True, by_key=k), "x", "y")  # noqa: E731
-        yield from each_far(finish, f"far rows, by {'key' if by_key else 'query'}", make)
     yield from each(
-        finish, "products alone", lambda t: Finish(3, 3, 48, t, normalize=True, by_key=False, positives=False)
+        "scale_grads", "four", lambda t: Scaled([(70, 67), (3000,), (), (1,)], t), quick=(FP32, BF16, FP16)
     )
+    yield from each("scale_grads", "one", lambda t: Scaled([(5, 3)], t))
 
 
 def by_teacher() -> Iterator[Case]:
@@ -207,7 +229,7 @@ def by_teacher() -> Iterator[Case]:
     few = {
         (pairwise, "CHUNK_ROWS"): 70,
         (distilled, "PARTIAL_BYTES"): 0,
-        (distilled, "PROGRAMS"): 4,
+        (distilled, "PROGRAMS"): 2,
         (distilled, "LINES"): 32,
     }
     rows = {"symmetric": False, "divergence": "cross_entropy"}
@@ -373,7 +395,9 @@ def gated() -> Iterator[Case]:
     yield from each(
         op, "float32 stream", lambda t: Residual(33, 40, FP32, y_dtype=t, **both), HALF, settings=few
     )
-    yield from each(op, "float64", lambda t: Residual(33, 130, t, **both), (torch.float64,), settings=few)
+    yield from each(op, "small gates", lambda t: Residual(33, 40, t, gates=1e-3), quick=(FP32,))
+    make = lambda t: Residual(33, 40, t, gates=10.0, **channels)  # noqa: E731
+    yield from each(op, "large gates", make, quick=(FP32,))
     for power in range(12):  # every tile
         n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power // 3)
         yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))
@@ -496,5 +520,5 @@ def by_attention() -> Iterator[Case]:
         yield from each(op, f"tf32, heads of {width}", make, (FP32,), tf32=True)
 
 
-PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, by_attention)
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(layers, each), by_attention)
 CASES = {case.name: case for part in PARTS for case in part()}

@@ -144,7 +144,7 @@ WORK: dict[str, Callable[[dict, Launch], float]] = {
     **dict.fromkeys(
         (
             "info_nce._stats",
-            "info_nce._tile_grads",
+            "_info_nce_bwd._tile_grads",
             "contrastive_distillation._stats",
             "_contrastive_distillation_bwd._tile_grads",
             "sigmoid_loss._sweep",
@@ -152,6 +152,7 @@ WORK: dict[str, Callable[[dict, Launch], float]] = {
         ),
         lambda c, launch: c["BLOCK_M"] * c["BLOCK_N"] * _depth(launch),
     ),
+    "_info_nce_small._grads": lambda c, launch: c["BLOCK_M"] * c["BLOCK_N"] * (_depth(launch) + c["BLOCK_D"]),
     "_attention._forward": _attention_work(lambda c: c["BLOCK_D"] + c["BLOCK_V"]),
     "_attention_bwd._query_grads": _attention_work(lambda c: 2 * c["BLOCK_D"] + c["BLOCK_V"]),
     "_attention_bwd._key_grads": _attention_work(lambda c: 2 * c["BLOCK_D"] + 2 * c["BLOCK_V"]),

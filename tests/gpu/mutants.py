@@ -4,10 +4,8 @@ import dataclasses
 
 ATTENTION = "_attention._forward"
 ROW_SUMS, QUERY, KEY = "_attention_bwd._row_sums", "_attention_bwd._query_grads", "_attention_bwd._key_grads"
-RANGES, BIAS = "_attention_bwd._query_ranges", "interval_attention._bias_grads"
-FEATURES = "_pairwise.feature_grads"
-STATS, COMBINE, TILE_GRADS = "info_nce._stats", "info_nce._combine", "info_nce._tile_grads"
-SWEEP = "sigmoid_loss._sweep"
+RANGES = "_attention_bwd._query_ranges"
+BIAS, BIAS_SUMS = "interval_attention._bias_grads", "interval_attention._bias_sums"
 LINEAR, SCALE_ROWS = "gated_linear_residual._forward", "gated_linear_residual._scale_rows"
 GATED, GATED_BWD = "gated_residual._forward", "gated_residual._backward"
 
@@ -192,129 +190,6 @@ MUTANTS = [
         "head = key_head * group + member", "head = member",
     ),
     Mutation(
-        FEATURES, "_pairwise", "barrier before reading what other threads stored dropped",
-        "finish, query, normalised, bfloat16", "        tl.debug_barrier()\n        a =", "        a =",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "barrier before replacing what other warps read dropped",
-        "info_nce_grads, ragged, float32", "            tl.debug_barrier()  # warps", "            # warps",
-        rung="PTX simulator",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "positives of the next key counted too", "info_nce_grads, ragged, float32",
-        "tl.load(FIRST + row + 1)):", "tl.load(FIRST + row + 1) + 1):",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "row without a positive reads one", "finish, query, normalised, bfloat16",
-        "mask=inside & (other >= 0)", "mask=inside",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "store not masked", "finish, query, normalised, bfloat16",
-        "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty), mask=inside)",
-        "            tl.store(DX + row * depth + cols, out.to(DX.dtype.element_ty))",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "offset of a row left in int32", "finish, far rows, by query, bfloat16",
-        "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
-    ),
-    Mutation(
-        FEATURES, "_pairwise", "one block of the row summed", "finish, query, normalised, bfloat16",
-        "dots += x * total", "dots = x * total",
-    ),
-    Mutation(
-        STATS, "info_nce", "columns past the end counted", "info_nce_stats, ragged, bfloat16",
-        "s = tl.where((cols < m)[None, :], s, NOTHING)", "s = tl.where((cols < m)[None, :], s, s)",
-    ),
-    Mutation(
-        STATS, "info_nce", "rows past the end counted in the columns", "info_nce_stats, ragged, bfloat16",
-        "s = tl.where(row_inside[:, None], s, NOTHING)", "s = tl.where(row_inside[:, None], s, s)",
-    ),
-    Mutation(
-        STATS, "info_nce", "sums not rescaled to the new maximum", "info_nce_stats, chunks, float16",
-        "_rebase(row_max - new_max, row_sum, row_moment)", "_rebase(new_max - new_max, row_sum, row_moment)",
-    ),
-    Mutation(
-        STATS, "info_nce", "moment shifted without its share of the sum", "info_nce_stats, ragged, bfloat16",
-        "(moment + shift * total) * factor", "moment * factor",
-    ),
-    Mutation(
-        STATS, "info_nce", "splits of the columns store one result", "info_nce_stats, chunks, float16",
-        "at = split.to(tl.int64) * n + rows", "at = rows",
-    ),
-    Mutation(
-        STATS, "info_nce", "columns without their tail", "info_nce_stats, ragged, bfloat16",
-        "tl.cdiv(m, BLOCK_N))\n    for", "m // BLOCK_N)\n    for",
-    ),
-    Mutation(
-        STATS, "_tiles", "offset of a row left in int32", "info_nce_stats, far rows, bfloat16",
-        "tl.minimum(rows, n - 1).to(tl.int64)[:, None]", "tl.minimum(rows, n - 1)[:, None]",
-    ),
-    Mutation(
-        COMBINE, "info_nce", "all parts read the first", "info_nce_stats, chunks, float16",
-        "        offset += length\n", "",
-    ),
-    Mutation(
-        COMBINE, "info_nce", "part not rescaled", "info_nce_stats, chunks, float16",
-        "_rebase(other - new, part_total, part_moment)", "_rebase(new - new, part_total, part_moment)",
-    ),
-    Mutation(
-        COMBINE, "info_nce", "last part left out", "info_nce_stats, chunks, float16",
-        "for _ in range(0, parts):", "for _ in range(0, parts - 1):",
-    ),
-    Mutation(
-        COMBINE, "info_nce", "store not masked", "info_nce_stats, chunks, float16",
-        "tl.store(SUM + at, total, mask=inside)", "tl.store(SUM + at, total)",
-    ),
-    Mutation(
-        TILE_GRADS, "info_nce", "positives kept", "info_nce_grads, ragged, float16",
-        "tl.where(cols[None, :] == target[:, None], 0.0, grads)",
-        "tl.where(cols[None, :] == target[:, None], grads, grads)",
-    ),
-    Mutation(
-        TILE_GRADS, "info_nce", "store masked by rows alone", "info_nce_grads, ragged, float16",
-        "mask=row_inside[:, None] & col_inside[None, :]", "mask=row_inside[:, None]",
-    ),
-    Mutation(
-        TILE_GRADS, "info_nce", "stride of the keys in place of the buffer's",
-        "info_nce_grads, ragged, float16",
-        "* stride_out + cols", "* m + cols",
-    ),
-    Mutation(
-        TILE_GRADS, "info_nce", "chunk stored at the rows of the whole", "info_nce_grads, chunks, bfloat16",
-        "at = (rows - start).to(tl.int64)", "at = rows.to(tl.int64)",
-    ),
-    Mutation(
-        TILE_GRADS, "info_nce", "maximum of the row taken for the column's",
-        "info_nce_grads, ragged, float16",
-        "(s - col_max) - col_log", "(s - row_max) - col_log",
-    ),
-    Mutation(
-        TILE_GRADS, "_tiles", "features read without their mask", "info_nce_grads, ragged, float16",
-        "a = tl.load(q, mask=(start + at < depth)[None, :], other=0.0)", "a = tl.load(q)",
-    ),
-    Mutation(
-        SWEEP, "sigmoid_loss", "loss of columns past the end counted",
-        "sigmoid_sweep, ragged, by ids, float32",
-        "loss = tl.where(col_inside[None, :], tl.maximum(x, 0.0) + _log1p(e), 0.0)",
-        "loss = tl.maximum(x, 0.0) + _log1p(e)",
-    ),
-    Mutation(
-        SWEEP, "sigmoid_loss", "tiles of columns store one sum", "sigmoid_sweep, ragged, by ids, float32",
-        "partial = col_tile.to(tl.int64) * (stop - start) + rows - start", "partial = rows - start",
-    ),
-    Mutation(
-        SWEEP, "sigmoid_loss", "sigmoid of negative logits for all", "sigmoid_sweep, ragged, by ids, float32",
-        "tl.where(x >= 0, 1.0, e) / (1.0 + e)", "e / (1.0 + e)",
-    ),
-    Mutation(
-        SWEEP, "sigmoid_loss", "store masked by rows alone", "sigmoid_sweep, ragged, by ids, float32",
-        "mask=row_inside[:, None] & col_inside[None, :]", "mask=row_inside[:, None]",
-    ),
-    Mutation(
-        SWEEP, "_tiles", "two programs make one tile", "sigmoid_sweep, ragged, by ids, float32",
-        "program % in_group // height", "program // in_group",
-    ),
-    Mutation(
         LINEAR, "gated_linear_residual", "row mask ignored", "gated_linear_residual, ragged, float32",
         "branch = tl.where(kept[:, None], branch, 0.0)", "branch = tl.where(kept[:, None], branch, branch)",
     ),
@@ -331,8 +206,8 @@ MUTANTS = [
     Mutation(
         LINEAR, "gated_linear_residual", "gates of the first block for all",
         "gated_linear_residual, channels, bfloat16",
-        "tl.load(T + cols, mask=cols < m, other=0.0)",
-        "tl.load(T + tl.arange(0, BLOCK_N), mask=cols < m, other=0.0)",
+        "tl.load(GATE + cols, mask=cols < m, other=0.0)",
+        "tl.load(GATE + tl.arange(0, BLOCK_N), mask=cols < m, other=0.0)",
     ),
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "row without its tail", "gated_linear_residual, wide, bfloat16",
@@ -341,7 +216,7 @@ MUTANTS = [
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "one gate for all rows",
         "gated_linear_residual, channels, bfloat16",
-        "t = tl.load(T + row if PER_ROW else T)", "t = tl.load(T)",
+        "tl.load(GATE + row if PER_ROW else GATE)", "tl.load(GATE)",
     ),
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "bound of the store off by one",
@@ -352,7 +227,7 @@ MUTANTS = [
     Mutation(
         SCALE_ROWS, "gated_linear_residual", "one block of the row summed",
         "gated_linear_residual, wide, bfloat16",
-        "dots += p * tl", "dots = p * tl",
+        "dots += p * y", "dots = p * y",
     ),
     Mutation(
         GATED, "gated_residual", "bound of the rows off by one", "gated_residual, ragged, float32",
@@ -408,5 +283,21 @@ MUTANTS = [
     Mutation(
         BIAS, "_attention", "row of the table without its last column", BIASED,
         "wide = 2 * grid_cols - 1", "wide = 2 * grid_cols - 2",
+    ),
+    Mutation(
+        BIAS_SUMS, "interval_attention", "neighbours of a diagonal swapped", BIASED,
+        "tl.where(i < BLOCK, tile_of, tile_of + 1)", "tl.where(i < BLOCK, tile_of + 1, tile_of)",
+    ),
+    Mutation(
+        BIAS_SUMS, "interval_attention", "tiles past the last one read", BIASED,
+        "(at >= 0) & (at < 2 * col_blocks - 1)", "(at >= 0)",
+    ),
+    Mutation(
+        BIAS_SUMS, "interval_attention", "first key of a tile left out", BIASED,
+        "for j in range(0, BLOCK):", "for j in range(1, BLOCK):",
+    ),
+    Mutation(
+        BIAS_SUMS, "interval_attention", "store not masked", BIASED,
+        "total.to(DTABLE.dtype.element_ty), mask=entries < width)", "total.to(DTABLE.dtype.element_ty))",
     ),
 ]  # fmt: skip

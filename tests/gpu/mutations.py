@@ -20,15 +20,21 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_classes, mutants_distillation, mutants_rows
+from . import mutants, mutants_classes, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
 from .sanitizer import Violation
 from .trials import Executor, sanitized
 
-_PARTS = (mutants, mutants_classes, mutants_distillation, mutants_rows)
-MUTANTS = [mutation for part in _PARTS for mutation in part.MUTANTS]
+MUTANTS = [
+    *mutants.MUTANTS,
+    *mutants_pairwise.MUTANTS,
+    *mutants_classes.MUTANTS,
+    *mutants_distillation.MUTANTS,
+    *mutants_rows.MUTANTS,
+    *mutants_dense.MUTANTS,
+]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"
 SECTION = "mutations"

@@ -9,12 +9,14 @@ import itertools
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 from unittest import mock
 
 from vlmkernels.triton import _attention, _attention_bwd, _tiles
 from vlmkernels.triton import _contrastive_distillation_bwd as _distilled_bwd
 from vlmkernels.triton import contrastive_distillation as _distilled
+from vlmkernels.triton import sigmoid_loss as _sigmoid
 
 from .machine_code import TARGETS, machine_code
 from .matrix import faults, launches
@@ -56,10 +58,17 @@ def _sweeps() -> Iterator[Sweep]:
     def pairwise():
         return _tiles.TILES
 
+    for kind, key, block_k in KINDS:
+        for workload, kernel, table, exceptions in (
+            (
+                "info_nce {} of many devices", "info_nce._stats", lambda: _tiles.STATISTICS,
+                lambda: _tiles.STATISTICS_ON,
+            ),
+            ("sigmoid {}", "sigmoid_loss._sweep", lambda: _sigmoid.SWEEP, lambda: _sigmoid.SWEEP_ON),
+        ):  # fmt: skip
+            yield Sweep(workload.format(kind), kernel, table, exceptions, (key, True), _sizes(block_k))
     for workload, kernel, exceptions in (
-        ("info_nce {} of many devices", "info_nce._stats", lambda: _tiles.STATISTICS_ON),
-        ("info_nce {}", "info_nce._tile_grads", lambda: _tiles.PRODUCTS_ON),
-        ("sigmoid {}", "sigmoid_loss._sweep", lambda: _tiles.TILES_ON),
+        ("info_nce {}", "_info_nce_bwd._tile_grads", lambda: _tiles.PRODUCTS_ON),
         ("gated_linear_residual {}", "gated_linear_residual._forward", lambda: _tiles.PRODUCTS_ON),
     ):
         for kind, key, block_k in KINDS:
@@ -126,12 +135,13 @@ def measure(place: int, candidate: tuple, target: str) -> tuple[str, float, str]
 def rank(targets: list[str], only: str = "", top: int = 6) -> int:
     """Print the sweeps whose name contains `only`; 1 if an entry of a table is out."""
     out = 0
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for (place, sweep), target in itertools.product(enumerate(SWEEPS), targets):
             if only not in f"{sweep.kernel}, {sweep.workload}":
                 continue
             candidates = dict.fromkeys((sweep.chosen(target), *sweep.candidates))
-            results = pool.starmap(measure, [(place, x, target) for x in candidates], chunksize=2)
+            places, on = itertools.repeat(place), itertools.repeat(target)
+            results = list(pool.map(measure, places, candidates, on, chunksize=2))
             current = results[0]
             out |= current[1] == 0
             ordered = sorted(results, key=lambda x: -x[1])

@@ -14,8 +14,16 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import vlmkernels.triton
+from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.distillation import DIVERGENCES
-from vlmkernels.triton import _attention, _attention_bwd, embedding_distillation, gated_residual
+from vlmkernels.triton import (
+    _attention,
+    _attention_bwd,
+    _dense,
+    embedding_distillation,
+    gated_residual,
+    sigmoid_loss,
+)
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
@@ -31,9 +39,9 @@ MODULES = [
 TABLES = {
     "contrastive_distillation._stats": distilled.STATS,
     "_contrastive_distillation_bwd._tile_grads": distilled_bwd.GRADS,
-    "_stats": tiles.TILES,
+    "_stats": tiles.STATISTICS,
     "_tile_grads": tiles.TILES,
-    "_sweep": tiles.TILES,
+    "_sweep": sigmoid_loss.SWEEP,
     "gated_linear_residual._forward": tiles.TILES,
     "_attention._forward": _attention.FORWARD,
     "_query_grads": _attention_bwd.QUERY_GRADS,
@@ -45,13 +53,18 @@ EXCEPTIONS = {  # of the architecture of the cases
 }
 # They read no features, so know one dtype
 SUMS = {
-    "info_nce._combine",
+    "_info_nce_bwd._coefficients",
+    "info_nce._join",
+    "info_nce._losses",
+    "info_nce._total",
     "contrastive_distillation._join",
+    "interval_attention._bias_sums",
     "contrastive_distillation._losses",
     "_attention_bwd._query_ranges",
     "_rows._total",
+    "gated_residual._combine",
 }
-ALONE = {"_rows._total"}  # one program
+ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients"}  # one program
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],
@@ -86,7 +99,7 @@ def launches():
 
 def features(launch) -> torch.dtype:
     tensors = ((name, x) for name, x in launch.tensors.items() if x.is_floating_point())
-    products = ("ACC", "P", "Z")  # always float32
+    products = ("P", "Z")  # always float32
     return next(x.dtype for name, x in tensors if name not in products)
 
 
@@ -151,6 +164,13 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
     for name in ("gated_residual._forward", "gated_residual._backward"):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, _dense.WIDTH + 1)}
+    assert {launch.config["BLOCK_D"] for launch in launches[0]["_dense._backward"]} == widths
+    for name in ("_dense._forward", "_dense._backward"):
+        for gated in (True, False):
+            made = [x for x in launches[0][name] if (x.arguments["UP"] is not None) == gated]
+            own = ACTIVATIONS if gated else ACTIVATIONS[1:]
+            assert {x.config["ACTIVATION"] for x in made} == set(own), f"{name}, {gated}"
     tiles_of_rows = {
         tuple(embedding_distillation.blocks(depth)[side] for side in ("BLOCK_R", "BLOCK_D"))
         for depth in range(1, 2 * embedding_distillation.HELD)
@@ -164,7 +184,8 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     assert forms == {(name, long) for name in divergences for long in (True, False)}
     for name in ("interval_attention._bias_grads",):
         assert {launch.config["BLOCK"] for launch in launches[0][name]} == {16, 32}
-    for name in ("_pairwise.feature_grads", "gated_linear_residual._scale_rows"):
+    finish = ("_info_nce_bwd._finish", "sigmoid_loss._finish")
+    for name in ("_pairwise._norms", *finish, "gated_linear_residual._scale_rows"):
         looped = [
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]
@@ -202,7 +223,9 @@ def test_every_optional_argument_is_given_and_is_absent(launches):
         switches = {
             p.name
             for p in kernel.params
-            if re.match("EVEN_|STEP|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|JSD|TAIL|NORMALIZE", p.name)
+            if re.match(
+                "EVEN_|STEP|EACH|PAIRS|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|JSD|TAIL|NORMALIZE", p.name
+            )
         }
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}

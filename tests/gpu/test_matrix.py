@@ -252,7 +252,7 @@ def test_tile_follows_type_size_and_precision():
     [
         ("sm_120", "interval_attention, bias, heads of 80, float32"),
         ("sm_120", "interval_attention, bias, heads of 16, bfloat16"),
-        ("sm_90", "info_nce_grads, large tiles, bfloat16"),
+        ("sm_90", "info_nce, large tiles, bfloat16"),
         ("sm_90", "contrastive_distillation, large tiles, bfloat16"),
         ("sm_90", "gated_linear_residual, large tiles, bfloat16"),
         pytest.param("gfx942", "interval_attention, heads of 256, bfloat16", marks=pytest.mark.slow),

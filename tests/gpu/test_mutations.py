@@ -62,7 +62,7 @@ def test_a_text_that_does_not_occur_is_an_error():
         pass
     with pytest.raises(ValueError, match="occurs 2 times, not 1"):
         patched(gone, "no such text, no such text")
-    assert patched(dataclasses.replace(gone, old="def combine"), text).count("def combine") == 0
+    assert patched(dataclasses.replace(gone, old="def _join("), text).count("def _join(") == 0
 
 
 def test_a_change_that_is_no_fault_is_not_seen():

@@ -29,7 +29,7 @@ def small_chunks(monkeypatch):
     """Rows of one tile at a time, whose columns are read by several programs."""
     monkeypatch.setattr(pairwise, "CHUNK_ROWS", 70)
     monkeypatch.setattr(launcher, "PARTIAL_BYTES", 0)
-    monkeypatch.setattr(launcher, "PROGRAMS", 6)
+    monkeypatch.setattr(launcher, "PROGRAMS", 2)
     monkeypatch.setattr(launcher, "LINES", 32)
     monkeypatch.setattr(launcher_bwd, "READ", 8)
 

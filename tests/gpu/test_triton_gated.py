@@ -79,3 +79,25 @@ def test_float64_runs_the_reference(wide):
         linear.gated_linear_residual_bwd(*saved), gated_linear_residual_bwd(*saved), strict=True
     ):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_float32_products_are_of_the_size_of_the_weight(per_channel, monkeypatch):
+    """Of the size of h only where the gate's gradient needs a product and the weight is frozen."""
+    made, product = [], linear.tiles.product
+
+    def record(a, b, into, **options):
+        made.append(tuple(into.shape))
+        product(a, b, into, **options)
+
+    monkeypatch.setattr(linear.tiles, "product", record)
+    for needs, expected in (
+        ((True, True, True), [(6, 5)]),
+        ((True, True, False), [(6, 5)]),
+        ((False, False, True), [(6, 5)]),
+        ((True, False, True), [(6, 5) if per_channel else (40, 5)]),
+        ((True, False, False), []),
+    ):
+        made.clear()
+        check(Linear(40, 6, 5, torch.bfloat16, per_channel=per_channel, needs=needs))
+        assert made == expected, needs

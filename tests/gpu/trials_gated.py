@@ -14,9 +14,11 @@ from .trials import judge, strided, widened
 class Residual:
     """gated_residual and its backward; masked rows of y hold NaN."""
 
-    def __init__(self, n, d, dtype, *, y_dtype=None, per_channel=False, masked=False, needs=(True, True)):
+    def __init__(
+        self, n, d, dtype, *, y_dtype=None, per_channel=False, masked=False, needs=(True, True), gates=1.0
+    ):
         self.x, self.y = torch.randn(n, d, dtype=dtype), torch.randn(n, d, dtype=y_dtype or dtype)
-        self.gate = torch.randn(1, 1, d if per_channel else 1)
+        self.gate = torch.randn(1, 1, d if per_channel else 1) * gates
         self.mask = torch.rand(n) > 0.4 if masked else None
         if masked:
             self.y = torch.where(self.mask[:, None], self.y, float("nan"))

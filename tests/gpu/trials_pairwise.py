@@ -6,10 +6,10 @@ from torch.nn.functional import cross_entropy, softplus
 from vlmkernels.ops._pairwise import inverse_norms
 from vlmkernels.reference.linear_distillation import linear_distillation_bwd, linear_distillation_fwd
 from vlmkernels.testing import unit_features
+from vlmkernels.triton import _ahead, info_nce, linear_cross_entropy, linear_distillation, sigmoid_loss
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
-from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _info_nce_bwd as info_nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
-from vlmkernels.triton import info_nce, linear_cross_entropy, linear_distillation, sigmoid_loss
 
 from .trials import judge, strided, widened
 
@@ -35,179 +35,186 @@ class Problem:
             query, key = query * torch.rand(n, 1).add(0.5) * 3, key * torch.rand(m, 1).add(0.5) * 3
         self.query, self.key = strided((query + offset).to(dtype)), (key - offset).to(dtype)
         self.scale = torch.tensor(scale, dtype=scale_dtype)
-        self.a = inverse_norms(self.query, normalize)
-        self.b = inverse_norms(self.key, normalize)
+        self.normalize = normalize
         self.positives = torch.randint(0, m, (n,))
-        self.positives[::5] = -1
+        self.positives[::5] = -100
         self.dtype = dtype
         self.tf32 = tf32
         self.work = torch.promote_types(dtype, torch.float32)
 
+    def inverse(self, x, work):  # [rows, 1]
+        """Inverse norms, or None."""
+        norms = inverse_norms(x.to(work), self.normalize)
+        return None if norms is None else norms[:, None]
+
     def features(self, work):
+        a, b = (self.inverse(x, work) for x in (self.query, self.key))
         q, k = self.query.to(work), self.key.to(work)
-        return (q, k) if self.a is None else (q * self.a.to(work)[:, None], k * self.b.to(work)[:, None])
+        return (q, k) if a is None else (q * a, k * b)
 
     def rounded(self, x, work, gain=1.0):
         """What enters a product: the dtype of the features, unless `work` is for the truth."""
         return x if work == torch.float64 else (x * gain).to(self.dtype).to(work) / gain
 
-    def cosines(self, work):
-        """The products of the kernels, which under TF32 read ten bits of each mantissa."""
-        q, k = self.query.to(work), self.key.to(work)
+    def cosines(self, work, order=slice(None)):
+        """The products of the kernels, which under TF32 read ten bits of each mantissa.
+
+        With the features in another order, which rounds otherwise.
+        """
+        q, k = self.query.to(work)[:, order], self.key.to(work)[:, order]
         if self.tf32 and work == torch.float32:
             q, k = ((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (q, k))
-        s = q @ k.T
-        return s if self.a is None else s * self.a.to(work)[:, None] * self.b.to(work)
+        a, b = (self.inverse(x, work) for x in (self.query, self.key))
+        return q @ k.T if a is None else (q @ k.T) * a * b.T
 
     def logits(self, work):
         return self.scale.to(work) * self.cosines(work)
 
-    def stats(self, work):
-        s = self.logits(work)
-        positive = s.gather(1, self.positives.clamp_min(0)[:, None])[:, 0]
-        out = [positive[self.positives >= 0]]
-        for dim in (1, 0):
-            below = s - s.amax(dim, keepdim=True)
-            out += [s.logsumexp(dim), s.amax(dim), (s.softmax(dim) * below).sum(dim)]
-        return out
+    def orders(self):
+        """Of the features, the first as they are."""
+        return [slice(None), *(torch.randperm(self.query.shape[1]) for _ in range(7))]
 
-    def feature_grad(self, total, x, inv, work):
-        x, inv = x.to(work), None if inv is None else inv.to(work)[:, None]
-        dot = (x * total).sum(1)
-        scale = self.scale.to(work)
-        grad = scale * total if inv is None else scale * inv * (total - inv * inv * dot[:, None] * x)
-        return (grad if work == torch.float64 else grad.to(self.dtype)), dot
+    def feature_grad(self, total, x, work):
+        x, scale, inv = x.to(work), self.scale.to(work), self.inverse(x, work)
+        dot = (x * total).sum(1)[:, None]
+        grad = scale * total if inv is None else scale * inv * (total - inv * inv * dot * x)
+        return grad if work == torch.float64 else grad.to(self.dtype)
 
-    def grads(self, work, row_max, row_log, col_max, col_log, u, v, w, query_extra, key_extra):
+    def feature_grads(self, g, kept, unit, work):
+        """From gradients of logits, which round at `unit`, and those that are kept out of products."""
         q, k = self.features(work)
-        s = self.logits(work)
-        g = u.to(work)[:, None] * (s - row_max.to(work)[:, None] - row_log.to(work)[:, None]).exp()
-        if v.numel():
-            g = g + v.to(work) * (s - col_max.to(work) - col_log.to(work)).exp()
-        hit = self.positives[:, None] == torch.arange(len(k))
-        gain = (
-            2.0**14 / max(u.abs().max(), v.abs().max() if v.numel() else 0)
-            if self.dtype == torch.float16
-            else 1.0
-        )
-        g = self.rounded(g.masked_fill(hit, 0), work, gain)
-        weights = hit * w.to(work)[:, None]
-        out = []
-        for extra, x, inv, products, positives in (
-            (query_extra, self.query, self.a, g @ self.rounded(k, work), weights @ k),
-            (key_extra, self.key, self.b, g.T @ self.rounded(q, work), weights.T @ q),
-        ):
-            total = products + positives + (0 if extra is None else extra.to(work))
-            out.extend(self.feature_grad(total, x, inv, work))
-        return out[0], out[2], out[1], out[3]
+        unit = torch.where(unit > 0, unit, 1)
+        low = unit * self.rounded(g / unit, work, 2.0**14 if self.dtype == torch.float16 else 1.0)
+        dquery = low @ self.rounded(k, work) + kept @ k
+        dkey = low.T @ self.rounded(q, work) + kept.T @ q
+        return self.feature_grad(dquery, self.query, work), self.feature_grad(dkey, self.key, work)
 
-    def sigmoid(self, work, bias, same, u):
-        q, k = self.features(work)
-        cosine = self.cosines(work)
-        z = self.scale.to(work) * cosine + bias.to(work)
-        x = torch.where(same, -z, z)
-        g = torch.where(same, -u.to(work)[:, None], u.to(work)[:, None]) * x.sigmoid()
-        gain = 2.0**14 / u.abs().max() if self.dtype == torch.float16 else 1.0
-        low = self.rounded(g, work, gain)
-        dquery = self.feature_grad(low @ self.rounded(k, work), self.query, self.a, work)[0]
-        dkey = self.feature_grad(low.T @ self.rounded(q, work), self.key, self.b, work)[0]
-        return softplus(x, threshold=1e9).sum(1), dquery, dkey, (g * cosine).sum(1), g.sum(1)
+    def positive(self, form):
+        """The arguments `positives` and `key_ids`, and which pairs they name."""
+        n, m = len(self.query), len(self.key)
+        if form == "pairs":
+            return (None, None), torch.eye(n, m, dtype=torch.bool)
+        if form == "index":
+            return (self.positives, None), self.positives[:, None] == torch.arange(m)
+        query_ids, key_ids = torch.randint(0, 9, (n,)), torch.randint(0, 9, (m,))
+        query_ids[3::17], key_ids[5::29] = -1, -2
+        return (query_ids, key_ids), query_ids[:, None] == key_ids
 
 
-class Stats:
-    """info_nce_stats."""
+def judge_with_scalars(names, got, lows, exact, needs):
+    """The result with the features in each order counts for a scalar, the first for all others."""
+    low = [list(of_each) if of_each[0].dim() == 0 else of_each[0] for of_each in zip(*lows, strict=True)]
+    got = [
+        x.reshape(()).to(lows[0][0].dtype) if need and truth.dim() == 0 else x
+        for x, truth, need in zip(got, exact, needs, strict=True)
+    ]
+    judge(names, got, low, exact, needs)
 
-    def __init__(self, problem: Problem, *, columns=True, workspace_bytes=1 << 28):
-        self.problem, self.options = problem, (columns, 0, workspace_bytes)
+
+class InfoNCE:
+    """info_nce and its backward."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        form="pairs",
+        symmetric=True,
+        smoothing=0.0,
+        weighted=False,
+        reduction="mean",
+        store_bytes=1 << 28,
+        needs=(True, True, True),
+    ):
+        self.problem, self.needs, n = problem, needs, len(problem.query)
+        self.pairs, self.hit = problem.positive(form)
+        self.kept = form == "pairs"
+        self.weight = torch.rand(n).index_fill(0, torch.arange(0, n, 7), 0) if weighted else None
+        self.dloss = torch.randn(n if reduction == "none" else (), dtype=problem.work)
+        self.options = (symmetric, smoothing, problem.normalize, reduction, store_bytes)
 
     def launch(self):
         p = self.problem
-        return info_nce.info_nce_stats(p.query, p.key, p.scale, p.a, p.b, p.positives, *self.options)
+        inputs = (p.query, p.key, p.scale, *self.pairs, self.weight)
+        loss, *stats = info_nce.info_nce(*inputs, *self.options)
+        return loss, *info_nce_bwd.info_nce_bwd(self.dloss, *inputs, *stats, *self.options, self.needs)
 
-    def finished(self, got):
-        """Positives, then log-sum-exp, maximum and mean below the maximum of rows and of columns."""
-        *rows, positive, col_max, col_sum, col_moment, store = got
-        p, columns = self.problem, self.options[0]
-        assert store.numel() == 0
-        assert (positive[p.positives < 0] == -float("inf")).all()
-        assert columns or col_max.numel() == col_sum.numel() == col_moment.numel() == 0
-        out = [positive[p.positives >= 0]]
-        for high, total, moment in (rows, (col_max, col_sum, col_moment))[: 1 + columns]:
-            out += [high + total.log(), high, moment / total]
-        return out
-
-    def judge(self, got):
-        p, got = self.problem, self.finished(got)
-        names = ("positive", "row lse", "row max", "row mean", "col lse", "col max", "col mean")
-        low, exact = p.stats(p.work), p.stats(torch.float64)
-        count = len(got)
-        judge(names[:count], got, low[:count], exact[:count])
-
-
-class Grads:
-    """info_nce_grads."""
-
-    def __init__(
-        self, problem: Problem, *, columns=True, workspace_bytes=1 << 28, extra=False, needs=(True, True)
-    ):
-        self.problem = p = problem
-        n, m, work = len(p.query), len(p.key), p.work
-        _, row_lse, row_max, _, col_lse, col_max, _ = p.stats(torch.float64)
-        stats = [x.to(work) for x in (row_max, row_lse - row_max, col_max, col_lse - col_max)]
-        u, v, w = (
-            x / n for x in (torch.rand(n, dtype=work), torch.rand(m, dtype=work), torch.randn(n, dtype=work))
-        )
-        if not columns:
-            stats[2], stats[3], v = stats[2][:0], stats[3][:0], v[:0]
-        extras = [torch.randn(x.shape, dtype=work) / n if extra else None for x in (p.query, p.key)]
-        self.arguments = (*stats, u, v, w, *extras)
-        self.workspace_bytes, self.needs = workspace_bytes, needs
-
-    def launch(self):
-        p, store = self.problem, torch.empty(0, dtype=torch.uint8)
-        return info_nce.info_nce_grads(
-            p.query, p.key, p.scale, p.a, p.b, p.positives, *self.arguments, store, self.workspace_bytes,
-            *self.needs,
-        )  # fmt: skip
+    def exact(self, work, order=slice(None)):
+        symmetric, smoothing, _, reduction, _ = self.options
+        p, dloss = self.problem, self.dloss.to(work)
+        cosine = p.cosines(work, order)
+        s = p.scale.to(work) * cosine
+        loss, g, unit = 0, torch.zeros_like(s), 0
+        for dim in (1, 0)[: 1 + symmetric]:
+            count = self.hit.sum(dim, keepdim=True).to(work)
+            target = (1 - smoothing) * self.hit / count.clamp_min(1) + smoothing / s.shape[dim]
+            target = torch.where(count > 0, target, 0)
+            weight = (count > 0).to(work).squeeze(dim)
+            weight = weight if self.weight is None else weight * self.weight.to(work)
+            mass = weight.sum() if reduction == "mean" and weight.sum() > 0 else 1.0
+            share = (0.5 if symmetric else 1.0) / mass
+            each = share * weight * -(target * s.log_softmax(dim)).sum(dim)
+            loss = loss + (each if reduction == "none" else each.sum())
+            u = share * weight * dloss
+            g += u.unsqueeze(dim) * (s.softmax(dim) - target)
+            unit += u.abs().max()
+        kept = g * (self.hit & self.kept)
+        return loss, *p.feature_grads(g - kept, kept, unit, work), (g * cosine).sum()
 
     def judge(self, got):
-        low, exact = (
-            self.problem.grads(work, *self.arguments) for work in (self.problem.work, torch.float64)
-        )
-        judge(("dquery", "dkey", "query_dot", "key_dot"), got, low, exact, self.needs * 2)
+        p = self.problem
+        assert got[3].dtype == p.scale.dtype
+        lows = [self.exact(p.work, order) for order in p.orders()]
+        names = ("loss", "dquery", "dkey", "dscale")
+        judge_with_scalars(names, got, lows, self.exact(torch.float64), (True, *self.needs))
 
 
 class Sigmoid:
-    """sigmoid_sweep, with the positives by index or by equal ids."""
+    """sigmoid_loss with the gradients that it forms ahead, and its backward."""
 
-    def __init__(self, problem: Problem, *, bias=-1.0, ids=False, needs=(True, True, True, True)):
+    def __init__(
+        self, problem: Problem, *, bias=-1.0, form="index", reduction="mean", needs=(True, True, True, True)
+    ):
         self.problem, self.needs = problem, needs
-        n, m = len(problem.query), len(problem.key)
         self.bias = torch.tensor([bias], dtype=problem.work)
-        self.u = torch.rand(n, dtype=problem.work) / n
-        if ids:
-            query_ids, key_ids = torch.randint(0, 9, (n,)), torch.randint(0, 9, (m,))
-            self.pairs, self.same = (None, query_ids, key_ids), query_ids[:, None] == key_ids
-        else:
-            self.pairs = (problem.positives, None, None)
-            self.same = problem.positives[:, None] == torch.arange(m)
+        self.pairs, self.same = problem.positive(form)
+        self.options = (problem.normalize, reduction)
+        self.dloss = torch.randn(len(problem.query) if reduction == "none" else (), dtype=problem.work)
 
     def launch(self):
         p = self.problem
-        return sigmoid_loss.sigmoid_sweep(
-            p.query, p.key, p.scale, self.bias, p.a, p.b, *self.pairs, self.u, *self.needs
-        )
+        inputs = (p.query, p.key, p.scale, self.bias, *self.pairs, *self.options)
+        ahead = (*self.needs[:2], self.needs[2] or self.needs[3])
+        loss, *formed = sigmoid_loss.sigmoid_loss(*inputs, *ahead)
+        return loss, *formed, *sigmoid_loss.sigmoid_loss_bwd(self.dloss, *inputs, self.needs)
+
+    def exact(self, work, order=slice(None)):
+        p = self.problem
+        cosine = p.cosines(work, order)
+        z = p.scale.to(work) * cosine + self.bias.to(work)
+        x = torch.where(self.same, -z, z)
+        losses = softplus(x, threshold=1e9).sum(1)
+        share, each = (1 / len(z) if self.options[1] == "mean" else 1.0), self.options[1] == "none"
+        out = [losses if each else share * losses.sum()]
+        for dloss in (torch.ones(()), self.dloss):
+            u = share * dloss.to(work).expand(len(z))[:, None]
+            g = torch.where(self.same, -u, u) * x.sigmoid()
+            unit = torch.ones(()) if dloss.dim() and p.dtype != torch.float16 else u.abs().max()
+            out += [
+                *p.feature_grads(g, torch.zeros_like(g), unit.to(work), work),
+                (g * cosine).sum(),
+                g.sum(),
+            ]
+        return out
 
     def judge(self, got):
-        p, rest = self.problem, (self.bias, self.same, self.u)
-        names = ("loss", "dquery", "dkey", "dscale", "dbias")
-        judge(
-            names,
-            got,
-            p.sigmoid(p.work, *rest),
-            p.sigmoid(torch.float64, *rest),
-            (*self.needs, self.needs[3]),
-        )
+        p = self.problem
+        lows = [self.exact(p.work, order) for order in p.orders()]
+        names = ("dquery", "dkey", "dscale", "dbias")
+        both = self.needs[2] or self.needs[3]
+        needs = (True, *self.needs[:2], both, both, *self.needs)
+        names = ("loss", *(f"{name} formed ahead" for name in names), *names)
+        judge_with_scalars(names, got, lows, self.exact(torch.float64), needs)
 
 
 class Distillation:
@@ -448,53 +455,21 @@ class TwoModels:
         judge(("loss", "dhidden", "dweight", "dbias"), got, low, exact, (True, *self.needs))
 
 
-class Finish:
-    """finish, the last step of a gradient, for features wider than one program holds at once."""
+class Scaled:
+    """scale_grads, for tensors of which the first two are of the dtype."""
 
-    def __init__(
-        self, rows, others, depth, dtype, *, normalize, by_key, extra=False, gain=False, positives=True
-    ):
-        self.x, self.y = strided(torch.randn(rows, depth).to(dtype)), torch.randn(others, depth).to(dtype)
-        self.a, self.b = (torch.rand(len(x)) + 0.5 if normalize else None for x in (self.x, self.y))
-        self.acc, self.scale = torch.randn(rows, depth), torch.tensor(3.0)
-        self.extra = torch.randn(rows, depth) if extra else None
-        self.inv_gain = torch.tensor(0.25) if gain else None
-        pairs = torch.randint(-1, rows if by_key else others, (others if by_key else rows,))
-        pairs[0] = -1
-        self.hit = (
-            (pairs == torch.arange(rows)[:, None]) if by_key else pairs[:, None] == torch.arange(others)
-        )
-        self.coef, self.index, self.first = torch.randn(len(pairs)), pairs, None
-        self.by_key, self.positives = by_key, positives
-        if by_key:
-            ordered, self.index = pairs.sort(stable=True)
-            self.first = torch.searchsorted(ordered, torch.arange(rows + 1))
-        if not positives:
-            self.coef = self.index = self.first = None
+    def __init__(self, shapes, dtype):
+        self.grads = [
+            torch.randn(shape).to(dtype if i < 2 else torch.float32) for i, shape in enumerate(shapes)
+        ]
+        self.dloss = torch.tensor(1.7)
 
     def launch(self):
-        return pairwise.finish(
-            self.acc.clone(), self.inv_gain, self.extra, self.x, self.y, self.scale, self.a, self.b,
-            self.coef, self.index, self.first,
-        )  # fmt: skip
-
-    def exact(self, work):
-        x, y, acc = (t.to(work) for t in (self.x, self.y, self.acc))
-        a, b = (
-            torch.ones(len(t), dtype=work) if w is None else w.to(work) for t, w in ((x, self.a), (y, self.b))
-        )
-        total = acc * (1 if self.inv_gain is None else self.inv_gain.to(work))
-        if self.extra is not None:
-            total = total + self.extra.to(work)
-        if self.positives:
-            coef = self.coef.to(work)
-            total = total + (self.hit * (coef if self.by_key else coef[:, None]) * b) @ y
-        dot = (x * total).sum(1)
-        if self.a is None:
-            return self.scale.to(work) * total, dot
-        a = a[:, None]
-        return self.scale.to(work) * a * (total - a * a * dot[:, None] * x), dot
+        return _ahead.scale_grads(self.dloss, self.grads)
 
     def judge(self, got):
-        low, exact = self.exact(torch.float32), self.exact(torch.float64)
-        judge(("dx", "dot"), got, (low[0].to(self.x.dtype), low[1]), exact)
+        low, exact = (
+            [(self.dloss.to(work) * x.to(work)) for x in self.grads]
+            for work in (torch.float32, torch.float64)
+        )
+        judge(("grad",) * len(got), got, [x.to(y.dtype) for x, y in zip(low, self.grads, strict=True)], exact)

@@ -9,20 +9,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vlmkernels.triton import _ahead as ahead
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
+from vlmkernels.triton import _info_nce_bwd as nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
+from vlmkernels.triton import gated_mlp as gated_layers
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce as nce
 from vlmkernels.triton import interval_attention as interval
+from vlmkernels.triton import linear as one_layer
 from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import linear_distillation as linear_distil
+from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import sigmoid_loss
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKLOADS: dict[str, Callable[[], None]] = {}
 
 
@@ -44,27 +49,36 @@ def tf32():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def info_nce(n, m, d, dtype, *, normalize=False, columns=True, query=True, key=True, extra=False, **kwargs):
-    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
-    a, b = (meta(n), meta(m)) if normalize else (None, None)
-    positives, scale = meta(n, dtype=torch.int64), meta()
-    nce.info_nce_stats(q, k, scale, a, b, positives, columns, 0, 1 << 28)
-    row, col = [meta(n) for _ in range(4)], [meta(m if columns else 0) for _ in range(3)]
-    extras = (meta(n, d), meta(m, d)) if extra else (None, None)
-    nce.info_nce_grads(
-        q, k, scale, a, b, positives, row[0], row[1], col[0], col[1], row[2], col[2], row[3], *extras,
-        meta(0, dtype=torch.uint8), 1 << 28, query, key,
-    )  # fmt: skip
+def targets(n, m, form) -> tuple[Tensor | None, Tensor | None]:
+    positives, key_ids = (meta(size, dtype=torch.int64) for size in (n, m))
+    return {"pairs": (None, None), "index": (positives, None), "ids": (positives, key_ids)}[form]
 
 
-def sigmoid(n, m, d, dtype, *, normalize=False, ids=False, loss=True, grads=True, scalars=True, **kwargs):
-    q, k = features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs)
-    a, b = (meta(n), meta(m)) if normalize else (None, None)
-    int64 = [meta(size, dtype=torch.int64) for size in (n, n, m)]
-    labels = (None, *int64[1:]) if ids else (int64[0], None, None)
-    sigmoid_loss.sigmoid_sweep(
-        q, k, meta(), meta(), a, b, *labels, meta(n), loss, grads, grads, grads and scalars
-    )
+def info_nce(
+    n, m, d, dtype, *, normalize=False, symmetric=True, form="pairs", smoothing=0.0, weighted=False,
+    reduction="mean", needs=(True, True, True), **kwargs,
+):  # fmt: skip
+    inputs = (features(n, d, dtype, **kwargs), features(m, d, dtype, **kwargs), meta(), *targets(n, m, form))
+    weight = meta(n) if weighted else None
+    options = (symmetric, smoothing, normalize, reduction, 1 << 28)
+    loss, *stats = nce.info_nce(*inputs, weight, *options)
+    nce_bwd.info_nce_bwd(loss, *inputs, weight, *stats, *options, needs)
+
+
+def sigmoid(
+    n, m, d, dtype, *, normalize=False, form="pairs", reduction="mean", loss=True, grads=True, scalars=True
+):
+    inputs = (features(n, d, dtype), features(m, d, dtype), meta(), meta(), *targets(n, m, form))
+    options, scalars = (normalize, reduction), grads and scalars
+    if loss:
+        sigmoid_loss.sigmoid_loss(*inputs, *options, grads, grads, scalars)
+    else:
+        dloss = meta(*(n,) if reduction == "none" else ())
+        sigmoid_loss.sigmoid_loss_bwd(dloss, *inputs, *options, (grads, grads, scalars, scalars))
+
+
+def scaled(*grads: Tensor):
+    ahead.scale_grads(meta(), list(grads))
 
 
 def distillation_of_pairs(
@@ -140,6 +154,29 @@ def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=
     linear.gated_linear_residual_bwd(meta(n, d, dtype=out.dtype), h, w, gate, row_mask, (True, weight, True))
 
 
+def layer(n, k, o, dtype, *, activation="gelu", bias=True, residual=None, needs=(True,) * 3):
+    x, w, b = meta(n, k, dtype=dtype), meta(o, k, dtype=dtype), meta(o, dtype=dtype) if bias else None
+    out, y = one_layer.linear(x, w, b, meta(n, o, dtype=residual) if residual else None, activation, True)
+    one_layer.linear_bwd(out, x, w, b, y, activation, (*needs[:2], needs[2] and bias))
+
+
+def layers(n, k, h, dtype, *, activation="gelu", bias=True, keep=True):
+    x, w1, w2 = (meta(*shape, dtype=dtype) for shape in ((n, k), (h, k), (k, h)))
+    b1, b2 = (meta(size, dtype=dtype) if bias else None for size in (h, k))
+    out, y = two_layers.mlp(x, w1, b1, w2, b2, None, activation, keep)
+    if keep:
+        two_layers.mlp_bwd(out, x, w1, b1, w2, y, activation, (True, True, bias, True, bias))
+
+
+def gated_layer(n, k, h, dtype, *, activation="silu", bias=False, keep=True, frozen=False):
+    x, w_gate, w_up, w_down = (meta(*shape, dtype=dtype) for shape in ((n, k), (h, k), (h, k), (k, h)))
+    biases = [meta(size, dtype=dtype) if bias else None for size in (h, h, k)]
+    out, *kept = gated_layers.gated_mlp(x, w_gate, w_up, w_down, *biases, None, activation, keep)
+    if keep:
+        needs = (True, *[not frozen] * 3, *[bias] * 3)
+        gated_layers.gated_mlp_bwd(out, x, w_gate, w_up, w_down, *biases[:2], *kept, activation, needs)
+
+
 def heads(b, t, h, d, dtype) -> Tensor:
     """[B, H, T, D] as projections give it."""
     return meta(b, t, h, d, dtype=dtype).transpose(1, 2)
@@ -180,7 +217,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"info_nce {name}", info_nce, 4096, 4096, 512, dtype)
     _add(f"info_nce {name} normalized", info_nce, 4096, 4096, 768, dtype, normalize=True)
     _add(f"info_nce {name} small", info_nce, 512, 512, 512, dtype)
-    _add(f"info_nce {name} ragged", info_nce, 4097, 4099, 500, dtype)
+    _add(f"info_nce {name} small normalized", info_nce, 512, 512, 512, dtype, normalize=True)
+    _add(f"info_nce {name} ragged", info_nce, 4099, 4099, 500, dtype)
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
@@ -200,6 +238,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
     _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
     _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
+    _add(f"linear {name}", layer, 8192, 768, 3072, dtype)
+    _add(f"mlp {name}", layers, 8192, 768, 3072, dtype)
+    _add(f"gated_mlp {name}", gated_layer, 8192, 2048, 5632, dtype)
     for width in (64, 128, 256) if dtype == BF16 else (64, 128):
         _add(f"attention {name} {width}", attention, 8, 16, 16, 1024, 1024, width, dtype)
         _add(f"attention {name} {width} biased", attention, 8, 12, 12, 640, 640, width, dtype, grid=(24, 24))
@@ -219,26 +260,30 @@ _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
 for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
-    _add(f"info_nce tf32{name}", info_nce, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    square = (size[1], size[1])
+    if name == " small":
+        _add("info_nce tf32 small normalized", info_nce, *square, 512, FP32, allow_tf32=True, normalize=True)
+    _add(f"info_nce tf32{name}", info_nce, *square, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     widths = (512, 768) if name != " ragged" else (500, 510)
     _add(f"contrastive_distillation tf32{name}", distillation_of_pairs, *size, *widths, FP32, allow_tf32=True)
-_add("info_nce bf16 of many devices", info_nce, 4096, 65536, 768, BF16, normalize=True)
-_add("info_nce tf32 of many devices", info_nce, 4096, 65536, 768, FP32, allow_tf32=True)
-_add("info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, columns=False, key=False)
+_add("info_nce bf16 of many devices", info_nce, 65536, 65536, 768, BF16, normalize=True)
+_add("info_nce tf32 of many devices", info_nce, 65536, 65536, 768, FP32, allow_tf32=True)
 _add(
-    "info_nce bf16 with gradients of the features",
-    info_nce,
-    4096,
-    4096,
-    512,
-    BF16,
-    normalize=True,
-    extra=True,
-)
+    "info_nce bf16 one direction", info_nce, 1024, 8192, 768, BF16, form="index", symmetric=False,
+    needs=(True, False, False),
+)  # fmt: skip
+for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+    every = {"form": "ids", "smoothing": 0.1, "weighted": True}
+    _add(f"info_nce {name} by id", info_nce, 4096, 4096, 512, dtype, normalize=True, **every)
+    _add(f"scale_grads {name}", scaled, *(features(4096, 768, dtype) for _ in range(2)), meta(), meta())
+_add("info_nce fp16 small", info_nce, 1024, 1024, 768, FP16, form="ids", smoothing=0.1)
+_add("info_nce bf16 of each row", info_nce, 4096, 4096, 512, BF16, weighted=True, reduction="none")
 _add("info_nce bf16 one pair", info_nce, 1, 1, 1, BF16)
 _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
-_add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, ids=True, normalize=True)
+_add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, form="ids", normalize=True)
+_add("sigmoid bf16 index", sigmoid, 4096, 4096, 768, BF16, form="index")
+_add("sigmoid fp16 of each row", sigmoid, 4096, 4096, 768, FP16, reduction="none", loss=False)
 _add("sigmoid bf16 loss alone", sigmoid, 4096, 4096, 768, BF16, grads=False)
 _add("sigmoid bf16 frozen scale", sigmoid, 4096, 4096, 768, BF16, loss=False, scalars=False)
 _add(
@@ -303,10 +348,26 @@ _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)
 _add("gated_residual fp32 and bf16", gated_residual, 8192, 1024, FP32, low=BF16)
-_add("gated_residual fp64", gated_residual, 8192, 1024, FP64, channels=True)
 _add("gated_linear_residual bf16 ragged", gated_linear_residual, 4097, 1001, 1003, BF16)
 _add("gated_linear_residual bf16 on fp32", gated_linear_residual, 8192, 1024, 1024, BF16, residual=FP32)
 _add("gated_linear_residual tf32", gated_linear_residual, 8192, 4096, 1024, FP32, allow_tf32=True)
+for activation in ("gelu_tanh", "quick_gelu", "silu", "relu", "squared_relu"):
+    _add(f"linear bf16 {activation}", layer, 8192, 768, 3072, BF16, activation=activation)
+_add("linear fp16", layer, 8192, 768, 3072, FP16, activation="quick_gelu")
+_add("linear bf16 on fp32", layer, 8192, 768, 3072, BF16, residual=FP32)
+_add("linear bf16 residual", layer, 8192, 768, 768, BF16, residual=BF16)
+_add("linear bf16 ragged", layer, 4097, 768, 1001, BF16)
+_add("linear bf16 frozen bias", layer, 8192, 768, 3072, BF16, bias=False)
+_add("linear bf16 bias alone", layer, 8192, 768, 3072, BF16, needs=(False, False, True))
+_add("linear bf16 one element", layer, 1, 1, 1, BF16)
+_add("mlp bf16 quick_gelu", layers, 8192, 1024, 4096, BF16, activation="quick_gelu")
+_add("mlp bf16 no gradient", layers, 8192, 768, 3072, BF16, keep=False)
+for activation in ("none", "gelu", "gelu_tanh"):
+    _add(f"gated_mlp bf16 {activation}", gated_layer, 8192, 2048, 5632, BF16, activation=activation)
+_add("gated_mlp fp16 bias", gated_layer, 8192, 2048, 5632, FP16, bias=True)
+_add("gated_mlp bf16 frozen", gated_layer, 8192, 2048, 5632, BF16, frozen=True)
+_add("gated_mlp bf16 no gradient", gated_layer, 8192, 2048, 5632, BF16, keep=False)
+_add("gated_linear_residual bf16 frozen", gated_linear_residual, 8192, 1024, 1024, BF16, weight=False)
 for width in (64, 128):
     _add(f"attention tf32 {width}", attention, 8, 16, 16, 1024, 1024, width, FP32, allow_tf32=True)
     _add(

@@ -83,11 +83,11 @@ def _read(
     if not intervals.are_runs(whole, start, end):
         return None
     first, last = (x.expand(-1, queries) for x in (start, end))
-    return (first, last) if len(mask) > 1 else (first[0], last[0])
+    return Intervals(first, last) if len(mask) > 1 else Intervals(first[0], last[0])
 
 
 def both(a: Intervals | None, b: Intervals | None) -> Intervals | None:
     """The intersection of two masks; None is a mask that masks out nothing."""
     if a is None or b is None:
         return a or b
-    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+    return Intervals(torch.maximum(a.start, b.start), torch.minimum(a.end, b.end))

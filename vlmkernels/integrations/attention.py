@@ -39,7 +39,7 @@ def attend(
             seen = intervals.causal(query.shape[2], device=query.device)
         else:
             seen = intervals.full(query.shape[2], key.shape[2], device=query.device)
-    return vlmkernels.interval_attention(query, key, value, *seen, scale=scale)
+    return vlmkernels.interval_attention(query, key, value, seen, scale=scale)
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, scale: Any = None) -> bool:

@@ -80,9 +80,11 @@ class FlamingoCrossAttention(_Named):
         else:
             time = intervals.text_time(media_locations)
         attend_to = "immediate" if self.only_attend_immediate_media else "all_previous"
-        start, end = intervals.media(time, media.shape[2], media.shape[1], attend=attend_to)
-        out = attend(query, key, value, (start, end), scale=self.scale)
-        uniform = (end <= start) & (time > 0 if self.only_attend_immediate_media else True)  # [B, T]
+        seen = intervals.media(time, media.shape[2], media.shape[1], attend=attend_to)
+        out = attend(query, key, value, seen, scale=self.scale)
+        uniform = seen.end <= seen.start  # [B, T]
+        if self.only_attend_immediate_media:
+            uniform = uniform & (time > 0)
         mean = value.mean(2, keepdim=True).to(out.dtype)
         return self.to_out(_merged(torch.where(uniform[:, None, :, None], mean, out)))
 

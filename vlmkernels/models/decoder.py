@@ -209,17 +209,17 @@ class CausalLM(Pretrained):
             raise ValueError("CausalLM: " + "; ".join(faults))
         if use_cache and past_key_values is None:
             past_key_values = KVCache()
-        start, end = intervals.causal(length - past, past, device=input_ids.device)  # [T]
+        seen = intervals.causal(length - past, past, device=input_ids.device)  # [T] each
         positions = torch.arange(past, length, device=input_ids.device)
         if attention_mask is not None:
             first, last = (x[:, None] for x in intervals.runs(attention_mask.bool()))  # [B, 1]
-            start, end = torch.maximum(start, first), torch.minimum(end, last)  # [B, T]
+            seen = Intervals(torch.maximum(seen.start, first), torch.minimum(seen.end, last))  # [B, T] each
             positions = (positions - first).clamp_min(0)
         x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)  # [B, T, D]
         hidden = [x]
         for index, layer in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             keep = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
-            x = layer(x, (start, end), keep=keep)
+            x = layer(x, seen, keep=keep)
             if output_hidden_states:
                 hidden.append(x)
         if logits_to_keep and not output_hidden_states and labels is None:

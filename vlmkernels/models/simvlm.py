@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels import intervals
 from vlmkernels._modules import is_traced
+from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts.attention import CrossAttention, Keep, MultiheadSelfAttention
 from vlmkernels.models.parts.generation import StepOutput, generate
 from vlmkernels.models.parts.pretrained import Pretrained, below
@@ -336,7 +337,7 @@ class SimVLM(Pretrained):
         interval = intervals.packed(bounds, y.shape[1])
         sample = kept.nonzero()[:, 0]  # [R]
         start = sample * memory.shape[1]
-        memory_interval = start, start + memory_length[sample]
+        memory_interval = Intervals(start, start + memory_length[sample])
         memory = memory.flatten(0, 1)[None]
         for block in _blocks(self.decoder):
             y = block(y, interval, memory=(memory, memory_interval))

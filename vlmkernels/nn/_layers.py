@@ -19,8 +19,15 @@ from torch.autograd.function import once_differentiable
 import vlmkernels
 from vlmkernels import _activations as activations
 from vlmkernels._arguments import product_dtype
-from vlmkernels._modules import can_be_fused, is_exactly, is_transformed, must_be_called
+from vlmkernels._modules import (
+    can_be_fused,
+    is_exactly,
+    is_fused_by_compiler,
+    is_transformed,
+    must_be_called,
+)
 from vlmkernels.reference._dense import activate
+from vlmkernels.reference.linear import linear_bwd, linear_fwd
 
 
 class SwiGLU(nn.Module):
@@ -173,7 +180,8 @@ def _linear(
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """act(x W^T) and, with an activation, x W^T."""
-    return torch.ops.vlmkernels.linear(x, weight, None, None, activation, activation != "none")
+    op = linear_fwd if is_fused_by_compiler(x) else torch.ops.vlmkernels.linear
+    return op(x, weight, None, None, activation, activation != "none")
 
 
 def _linear_grads(
@@ -186,7 +194,8 @@ def _linear_grads(
     activation: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight in act(x W^T), None where not needed."""
-    dx, dweight, _ = torch.ops.vlmkernels.linear_bwd(
+    op = linear_bwd if is_fused_by_compiler(dout) else torch.ops.vlmkernels.linear_bwd
+    dx, dweight, _ = op(
         dout.to(weight.dtype), x, weight, None, preactivation, activation, [need_x, need_weight, False]
     )
     return dx if need_x else None, dweight if need_weight else None

@@ -19,7 +19,7 @@ import vlmkernels
 from vlmkernels import intervals as build
 from vlmkernels._arguments import product_dtype
 from vlmkernels._modules import is_exactly, must_be_called
-from vlmkernels.intervals import Intervals
+from vlmkernels.intervals import Bounds
 from vlmkernels.nn import _layers as layers
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class MaskedCrossAttention(nn.Module):
         use_cached_media: bool = False,
         *,
         num_media: Tensor | None = None,  # [B]
-        intervals: Intervals | None = None,  # two [B, T] or [T]
+        intervals: Bounds | None = None,  # two [B, T] or [T]
         mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
         cache: MediaCache | None = None,
     ) -> Tensor:  # [B, T, D]
@@ -119,7 +119,7 @@ class MaskedCrossAttention(nn.Module):
         use_cached_media: bool,
         *,
         num_media: Tensor | None,
-        intervals: Intervals | None,
+        intervals: Bounds | None,
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # [B, T, H Dh], [B, T] or [T]
@@ -148,7 +148,7 @@ class MaskedCrossAttention(nn.Module):
         use_cached_media: bool,
         *,
         num_media: Tensor | None,
-        intervals: Intervals | None,
+        intervals: Bounds | None,
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> Tensor | None:  # [B, T] or [T]
@@ -169,10 +169,10 @@ class MaskedCrossAttention(nn.Module):
         media_locations: Tensor | None,
         use_cached_media: bool,
         num_media: Tensor | None,
-        intervals: Intervals | None,
+        intervals: Bounds | None,
         mask: Tensor | None,
         cache: MediaCache | None,
-    ) -> Intervals | None:
+    ) -> Bounds | None:
         """The intervals that the rows attend to; None with a mask, or if they attend to all media."""
         if cache is not None and intervals is None and mask is None:
             return cache.intervals_for(x)
@@ -185,19 +185,17 @@ class MaskedCrossAttention(nn.Module):
         return build.media(time, media.shape[2], most, attend=self.attend)
 
     def _by_intervals(
-        self, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals | None
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Bounds | None
     ) -> tuple[Tensor, Tensor | None]:
         tokens = key.shape[2]
-        empty = _empty(intervals, tokens)
-        if intervals is None:
-            start, end = build.full(query.shape[2], tokens, device=query.device)
-        else:
-            start, end = intervals
-            if empty is not None and self.empty_row == "all":
-                start, end = start.where(~empty, 0), end.where(~empty, tokens)
-        out = vlmkernels.interval_attention(query, key, value, start, end)
+        empty = _empty(seen, tokens)
+        if seen is None:
+            seen = build.full(query.shape[2], tokens, device=query.device)
+        elif empty is not None and self.empty_row == "all":
+            seen = seen[0].where(~empty, 0), seen[1].where(~empty, tokens)
+        out = vlmkernels.interval_attention(query, key, value, seen)
         if empty is not None and self.empty_row == "uniform":
-            rows = empty & (start > 0) if self.only_attend_immediate_media else empty
+            rows = empty & (seen[0] > 0) if self.only_attend_immediate_media else empty
             out = torch.where(rows[..., None, :, None], self._mean(value, out), out)
         return out, empty
 
@@ -230,7 +228,7 @@ class MaskedCrossAttention(nn.Module):
         media_locations: Tensor | None,
         use_cached_media: bool,
         num_media: Tensor | None,
-        intervals: Intervals | None,
+        intervals: Bounds | None,
         mask: Tensor | None,
         cache: MediaCache | None,
     ) -> None:
@@ -271,7 +269,7 @@ class MaskedCrossAttention(nn.Module):
             raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
 
 
-def _empty(seen: Intervals | None, tokens: int) -> Tensor | None:
+def _empty(seen: Bounds | None, tokens: int) -> Tensor | None:
     """Which rows attend to none of the tokens; None: every row attends to all of them."""
     return None if seen is None else seen[1].clamp_max(tokens) <= seen[0].clamp_min(0)
 
@@ -342,7 +340,7 @@ class GatedCrossAttentionBlock(nn.Module):
         use_cached_media: bool = False,
         *,
         num_media: Tensor | None = None,  # [B]
-        intervals: Intervals | None = None,  # two [B, T] or [T]
+        intervals: Bounds | None = None,  # two [B, T] or [T]
         mask: Tensor | None = None,  # [B, T, M] or [B, T, M n] bool
         cache: MediaCache | None = None,
     ) -> Tensor:  # [B, T, D]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vlmkernels import _arguments as arguments
+from vlmkernels._library import TRITON, define_part, kernel
 from vlmkernels._modules import is_traced, is_transformed
 
 
@@ -35,10 +36,24 @@ def scaled(
         return None
     if not torch._C._autograd._get_current_graph_task_keep_graph() and _is_one(dloss):
         return [grad if need else None for grad, need in zip(formed, needs, strict=True)]
+    if TRITON and dloss.is_cuda and _is_eager(dloss) and dloss.dtype == torch.float32:
+        products = iter(_scale(dloss, [grad for grad, _ in needed]))
+        return [next(products) if need else None for need in needs]
     return [(grad * dloss).to(grad.dtype) if need else None for grad, need in zip(formed, needs, strict=True)]
 
 
 def _is_one(x: Tensor) -> bool:
     """Whether a scalar is 1, if that is known without waiting for a device or fixing a graph to it."""
-    real = type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode()
-    return real and not is_traced() and not is_transformed() and x.item() == 1
+    known = x.device.type == "cpu" and not _get_current_dispatch_mode()
+    return known and _is_eager(x) and x.item() == 1
+
+
+def _is_eager(x: Tensor) -> bool:
+    return type(x) is Tensor and not is_traced() and not is_transformed()
+
+
+_scale = define_part("scale_grads(Tensor dloss, Tensor[] grads) -> Tensor[]", flops=lambda *_, **__: 0)
+if TRITON:
+    from vlmkernels.triton._ahead import scale_grads
+
+    kernel("scale_grads", "CUDA", scale_grads, "Triton")

@@ -1,12 +1,18 @@
 """Shared by the attention ops: checks of the arguments, FLOPs."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
+from vlmkernels import _providers
+from vlmkernels.intervals import Bounds, Intervals
 from vlmkernels.reference._attention import empty_heads_merged
+
+# Whether a known mask is causal, and where its segments end (None without segments); None for other masks
+KnownMask = tuple[bool | None, Tensor | None, Tensor | None]
 
 
 def flops(query: torch.Size, keys: int, dv: int) -> int:
@@ -76,6 +82,31 @@ def scale_of(scale: float | None, query: Tensor) -> float:
     if not arguments.is_number(scale):  # float() takes tensors, whose gradient would be lost
         raise TypeError("scale must be a number")
     return float(scale)
+
+
+def bounds_of(start: Bounds | Tensor, end: Tensor | None) -> tuple[Any, list[str]]:
+    """(start, end), also where the first is both, and errors."""
+    if isinstance(start, Tensor):
+        return (start, end), [] if end is not None else ["end must be a tensor as start is, got None"]
+    first, last = start
+    return (first, last), [] if end is None else ["end must be None where start is both, got a tensor"]
+
+
+def known_mask(intervals: Bounds | Tensor, query: Tensor, key: Tensor) -> KnownMask:
+    """What other libraries may know as a mask of theirs, on CUDA, where they may be called."""
+    if not isinstance(intervals, Intervals) or not _providers.may_run_on(query) or torch.jit.is_tracing():
+        return None, None, None  # a trace would keep the answer for other sizes
+    given, queries, keys = intervals.given, query.shape[2], key.shape[2]
+    if intervals.made_by == "full" and given["keys"] >= keys:
+        return False, None, None
+    if intervals.made_by == "causal" and given["offset"] == keys - queries:
+        return True, None, None
+    if intervals.ends is not None:
+        if intervals.made_by == "packed" and query.shape[0] == 1 and queries == keys:
+            return bool(given["causal"]), *intervals.ends
+        if intervals.made_by == "media" and keys == given["num_media"] * given["tokens_per_media"]:
+            return False, *intervals.ends
+    return None, None, None
 
 
 def interval_faults(query: Tensor, start: Tensor, end: Tensor) -> list[str]:

@@ -54,11 +54,9 @@ def forward(
     n, m = query.shape[0], key.shape[0]
     work = torch.promote_types(query.dtype, torch.float32)
     if n == 0:  # no loss, and columns without a maximum
-        rows = [query.new_zeros(0, dtype=work) for _ in range(5)]
-        cols = [query.new_zeros(m if symmetric else 0, dtype=work) for _ in range(3)]
         loss = query.new_zeros((0,) if reduction == "none" else (), dtype=work)
         store = query.new_zeros(0, dtype=torch.uint8)
-        return loss, *rows[:2], *cols[:2], *rows[2:], cols[2], store
+        return loss, loss.new_zeros(5, 0), loss.new_zeros(4, m if symmetric else 0), store
     queries, keys, positive = targets.sides(query, key, normalize, positives, key_ids, symmetric)
     row_max, row_sum, row_moment, positive_logit, col_max, col_sum, col_moment, store = _stats(
         queries.x, keys.x, scale, queries.inv_norm, keys.inv_norm, positive, symmetric, store_size,
@@ -89,17 +87,19 @@ def forward(
         col_loss, col_slope = direction(keys, queries, col_max, col_log, col_moment / col_sum)
         col_gap = targets.at(positive, col_max) - positive_logit + targets.at(positive, col_log)
         loss = (loss + col_loss) * 0.5
-    return loss, row_max, row_log, col_max, col_log, row_gap, col_gap, row_slope, col_slope, store
+    rows = torch.stack((row_max, row_log, row_slope, row_gap, col_gap if symmetric else row_gap))
+    return loss, rows, torch.stack((col_max, col_log, col_slope, col_slope)), store
 
 
 def backward(
-    dloss, query, key, scale, positives, key_ids, weight, row_max, row_log, col_max, col_log,
-    row_gap, col_gap, row_slope, col_slope, store, symmetric, smoothing, normalize, reduction, store_bytes,
-    needs,
+    dloss, query, key, scale, positives, key_ids, weight, rows, cols, store, symmetric, smoothing, normalize,
+    reduction, store_bytes, needs,
 ):  # fmt: skip
     check_features("info_nce_bwd", query, key)
     if query.numel() == 0:  # no queries, or features of width 0
         return tuple(grad.zero_() for grad in empty_grads((query, key, scale), needs))
+    row_max, row_log, row_slope, row_gap, col_gap = rows
+    col_max, col_log, col_slope, _ = cols
     queries, keys, positive = targets.sides(query, key, normalize, positives, key_ids, symmetric)
     share = (0.5 if symmetric else 1.0) * dloss.to(row_max.dtype)
     u = share * _mean_weight(queries.weights(weight), reduction)  # [N]
@@ -153,7 +153,7 @@ def _mass(weight: Tensor) -> Tensor:
 
 
 if TRITON:
-    from vlmkernels.triton import info_nce as _cuda
+    from vlmkernels.triton import _pairwise_chunked as _chunked
 
-    kernel("info_nce_stats", "CUDA", _cuda.info_nce_stats, "Triton")
-    kernel("info_nce_grads", "CUDA", _cuda.info_nce_grads, "Triton")
+    kernel("info_nce_stats", "CUDA", _chunked.info_nce_stats, "PyTorch")
+    kernel("info_nce_grads", "CUDA", _chunked.info_nce_grads, "PyTorch")

@@ -76,6 +76,6 @@ def _sweep(
 
 
 if TRITON:
-    from vlmkernels.triton.sigmoid_loss import sigmoid_sweep as _cuda_sweep
+    from vlmkernels.triton import _pairwise_chunked as _chunked
 
-    kernel("sigmoid_sweep", "CUDA", _cuda_sweep, "Triton")
+    kernel("sigmoid_sweep", "CUDA", _chunked.sigmoid_sweep, "PyTorch")

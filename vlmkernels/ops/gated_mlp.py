@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import gated_mlp as composition
@@ -42,7 +42,8 @@ def gated_mlp(
     Returns:
         A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
         float64 inputs). The backward keeps ``x`` and the two products before the activation, in the dtype of
-        ``x``; without a backward they exist for some rows at a time. Autocast casts all but ``residual``.
+        ``x``; without a backward they exist for some rows at a time on a CPU. Autocast casts all but
+        ``residual``.
 
     On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
 
@@ -59,7 +60,7 @@ def gated_mlp(
         residual,
         outputs,
     )
-    if not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual):
         return composition(
             x, w_gate, w_up, w_down, b_gate=b_gate, b_up=b_up, b_down=b_down, activation=activation,
             residual=residual,
@@ -112,6 +113,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, w_gate, w_up, w_down, b_gate, b_up, _, residual, activation, keep = inputs
     _, gate, up = output
     ctx.mark_non_differentiable(gate, up)
+    ctx.set_materialize_grads(False)
     # Layers that are not trained save no input for the backward.
     x = x if any(ctx.needs_input_grad[1:3]) or not keep else None
     kept = (gate, up) if keep else (None, None)
@@ -145,3 +147,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=_flops_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import gated_mlp as _cuda
+
+    kernel("gated_mlp", "CUDA", _cuda.gated_mlp, "cuBLAS, Triton")
+    kernel("gated_mlp_bwd", "CUDA", _cuda.gated_mlp_bwd, "cuBLAS, Triton")

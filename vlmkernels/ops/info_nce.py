@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels._library import TRITON, define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _info_nce_sweeps as sweeps
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
@@ -102,8 +102,8 @@ def info_nce(
 
 def _reference(*args):
     """The results that only kernels read are 0, and the store is not filled; graphs always contain both."""
-    _, *stats, store = _fake(*args)
-    return info_nce_fwd(*args[:-1]), *(x.zero_() for x in stats), store
+    _, rows, cols, store = _fake(*args)
+    return info_nce_fwd(*args[:-1]), rows.zero_(), cols.zero_(), store
 
 
 def _reference_bwd(dloss, query, key, scale, positives, key_ids, weight, *rest):
@@ -122,12 +122,8 @@ def _fake(
     stats = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     return (
         stats.new_empty((n,) if reduction == "none" else ()),
-        *(stats.new_empty(n) for _ in range(2)),
-        *(stats.new_empty(m if symmetric else 0) for _ in range(2)),
-        stats.new_empty(n),
-        stats.new_empty(n if symmetric else 0),
-        stats.new_empty(n),
-        stats.new_empty(m if symmetric else 0),
+        stats.new_empty((5, n)),
+        stats.new_empty((4, m if symmetric else 0)),
         query.new_empty(pairwise.store_size(query, key, store_bytes), dtype=torch.uint8),
     )
 
@@ -152,8 +148,7 @@ def _backward(ctx, needs, dloss, *unused):
 
 _TENSORS = "Tensor query, Tensor key, Tensor scale, Tensor? positives, Tensor? key_ids, Tensor? weight"
 _OPTIONS = "bool symmetric, float label_smoothing, bool normalize, str reduction, SymInt store_bytes"
-_STATS = "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, Tensor row_gap, Tensor col_gap,"
-_STATS += " Tensor row_slope, Tensor col_slope, Tensor store"
+_STATS = "Tensor rows, Tensor cols, Tensor store"  # for the backward of the same kernel
 
 _op = define(
     f"info_nce({_TENSORS}, {_OPTIONS}) -> (Tensor loss, {_STATS})",
@@ -171,7 +166,21 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
-for _device in ("CPU", "CUDA"):
-    if has_kernel("info_nce_stats", _device):
-        kernel("info_nce", _device, sweeps.forward, pairwise.label(_device))
-        kernel("info_nce_bwd", _device, sweeps.backward, pairwise.label(_device))
+if has_kernel("info_nce_stats", "CPU"):
+    kernel("info_nce", "CPU", sweeps.forward, pairwise.label("CPU"))
+    kernel("info_nce_bwd", "CPU", sweeps.backward, pairwise.label("CPU"))
+
+if TRITON:
+    from vlmkernels.triton import _info_nce_bwd as _cuda_bwd
+    from vlmkernels.triton import info_nce as _cuda
+
+    def _on_gpu(query, *rest):
+        """Triton does not multiply float64 on every GPU."""
+        return (sweeps.forward if query.dtype == torch.float64 else _cuda.info_nce)(query, *rest)
+
+    def _bwd_on_gpu(dloss, query, *rest):
+        run = sweeps.backward if query.dtype == torch.float64 else _cuda_bwd.info_nce_bwd
+        return run(dloss, query, *rest)
+
+    kernel("info_nce", "CUDA", _on_gpu, "Triton")
+    kernel("info_nce_bwd", "CUDA", _bwd_on_gpu, "Triton")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import linear as composition
@@ -51,7 +51,7 @@ def linear(
         residual,
         outputs,
     )
-    if not are_plain(x, weight, bias, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, weight, bias, residual):
         return composition(x, weight, bias, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
         out = packed_linear(x, weight, bias, activation, residual)
@@ -87,6 +87,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, residual, activation, keep = inputs
     _, y = output
     ctx.mark_non_differentiable(y)
+    ctx.set_materialize_grads(False)
     formed = keep and activation != "none"
     again = activation != "none" and not keep
     # A layer that is not trained saves no input for the backward.
@@ -118,3 +119,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=_flops_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import linear as _cuda
+
+    kernel("linear", "CUDA", _cuda.linear, "cuBLAS, Triton")
+    kernel("linear_bwd", "CUDA", _cuda.linear_bwd, "cuBLAS, Triton")

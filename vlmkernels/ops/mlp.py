@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
-from vlmkernels._modules import are_plain
+from vlmkernels._library import TRITON, define, kernel
+from vlmkernels._modules import are_plain, is_fused_by_compiler
 from vlmkernels._packed import PACKED, by_rows, packed_linear
 from vlmkernels.ops import _dense as dense
 from vlmkernels.reference import mlp as composition
@@ -37,7 +37,8 @@ def mlp(
     Returns:
         A new tensor of dtype ``promote_types(x, residual)``. Products are summed in float32 (float64 for
         float64 inputs). The backward keeps ``x`` and ``x @ w1.T + b1`` in the dtype of ``x``; without a
-        backward the hidden layer exists for some rows at a time. Autocast casts all but ``residual``.
+        backward the hidden layer exists for some rows at a time on a CPU. Autocast casts all but
+        ``residual``.
 
     On subclasses of Tensor (distributed, quantized weights) the operations of torch run, as they define them.
 
@@ -54,7 +55,7 @@ def mlp(
         residual,
         outputs,
     )
-    if not are_plain(x, w1, b1, w2, b2, residual):
+    if is_fused_by_compiler(x) or not are_plain(x, w1, b1, w2, b2, residual):
         return composition(x, w1, b1, w2, b2, activation=activation, residual=residual)
     if PACKED and not torch.is_grad_enabled():
 
@@ -98,6 +99,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, w1, b1, w2, _, residual, activation, keep = inputs
     _, y = output
     ctx.mark_non_differentiable(y)
+    ctx.set_materialize_grads(False)
     # A layer that is not trained saves no input for the backward.
     x = x if ctx.needs_input_grad[1] or not keep else None
     ctx.save_for_backward(x, w1, b1, w2, y if keep else None)
@@ -126,3 +128,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=_flops_bwd,
 )
+
+if TRITON:
+    from vlmkernels.triton import mlp as _cuda
+
+    kernel("mlp", "CUDA", _cuda.mlp, "cuBLAS, Triton")
+    kernel("mlp_bwd", "CUDA", _cuda.mlp_bwd, "cuBLAS, Triton")

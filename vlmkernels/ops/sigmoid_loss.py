@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels._library import TRITON, define, empty_grads, has_kernel, kernel
 from vlmkernels.ops import _ahead as ahead
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_small
@@ -127,7 +127,20 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda dloss, query, key, *rest, **_: pairwise.flops(query, key, sum(rest[-1][:2])),
 )
-for _device in ("CPU", "CUDA"):
-    if has_kernel("sigmoid_sweep", _device):
-        kernel("sigmoid_loss", _device, sweep.forward, pairwise.label(_device))
-        kernel("sigmoid_loss_bwd", _device, sweep.backward, pairwise.label(_device))
+if has_kernel("sigmoid_sweep", "CPU"):
+    kernel("sigmoid_loss", "CPU", sweep.forward, pairwise.label("CPU"))
+    kernel("sigmoid_loss_bwd", "CPU", sweep.backward, pairwise.label("CPU"))
+
+if TRITON:
+    from vlmkernels.triton import sigmoid_loss as _cuda
+
+    def _on_gpu(query, *rest):
+        """Triton does not multiply float64 on every GPU."""
+        return (sweep.forward if query.dtype == torch.float64 else _cuda.sigmoid_loss)(query, *rest)
+
+    def _bwd_on_gpu(dloss, query, *rest):
+        run = sweep.backward if query.dtype == torch.float64 else _cuda.sigmoid_loss_bwd
+        return run(dloss, query, *rest)
+
+    kernel("sigmoid_loss", "CUDA", _on_gpu, "Triton")
+    kernel("sigmoid_loss_bwd", "CUDA", _bwd_on_gpu, "Triton")

@@ -21,7 +21,8 @@ def activate(y: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(y)
     if activation == "squared_relu":
-        return F.relu(y).square()
+        y = F.relu(y)
+        return y * y  # a power becomes float32 under autocast
     _check(activation)
     return y
 

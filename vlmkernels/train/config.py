@@ -26,6 +26,13 @@ YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError)  # deep nesting, inte
 SEEDS = 2**31  # numpy allows 32 bits, and each process adds its number
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses an alias within what it names: values of a file are trees."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)
+
+
 def option(default: Any, help: str, *, least: int | None = None) -> Any:
     """A field that is a key of the YAML file and a flag of ``vlmkernels train``.
 
@@ -223,7 +230,7 @@ def _convert(value: Any, hint: Any) -> Any:
         parsed = value
         if isinstance(value, str):
             with contextlib.suppress(*YAML_ERRORS):
-                parsed = yaml.safe_load(value)
+                parsed = yaml.load(value, _Loader)
         if isinstance(parsed, Mapping):
             return dict(parsed)
         raise ValueError(f"must be a mapping such as {{name: value}}, got {reprlib.repr(value):.200}")
@@ -263,7 +270,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
             + ", ".join(shipped_configs())
         )
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except YAML_ERRORS as error:
         raise ValueError(f"config: {source!s} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._tiles import architecture, rows_contiguous, tf32_allowed
@@ -261,6 +262,10 @@ FORWARD: Tiles = {
 FORWARD_ON: Exceptions = {
     "sm_90": {(True, width, False): Tile(128, 128, 8, 2) for width in (64, 128)},
 }
+# Pipelines of Triton 3.6 prefetch vectors number by number, at the price of registers
+PIPELINES_NUMBERS = TorchVersion(triton.__version__) < (3, 7)  # type: ignore[operator]
+if PIPELINES_NUMBERS:
+    FORWARD_ON |= {on: {(True, 64, True): Tile(128, 64, 8, 1)} for on in ("sm_80", "sm_86", "sm_89")}
 
 
 def factor(scale: float, log_e: float) -> float:

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from vlmkernels.reference._attention import empty_heads_merged
 from vlmkernels.triton._attention import (
+    PIPELINES_NUMBERS,
     Exceptions,
     Source,
     Tile,
@@ -320,7 +320,10 @@ QUERY_GRADS: Tiles = {
 QUERY_GRADS_ON: Exceptions = {
     **{on: {(True, 128, False): Tile(128, 32, 8, 2)} for on in ("sm_80", "sm_86", "sm_89")},
     "sm_90": {(True, 64, False): Tile(128, 32, 8, 2)},
-    "sm_120": {(False, 128, False): Tile(16, 16, 4, 2), (False, 128, True): Tile(16, 16, 4, 2)},
+    "sm_120": {
+        (False, 64, True): Tile(32, 32, 4, 1),
+        **{(False, 128, biased): Tile(16, 16, 4, 2) for biased in (False, True)},
+    },
     "gfx942": {(True, 256, False): Tile(32, 32, 8, 2)},
 }
 KEY_GRADS: Tiles = {
@@ -336,12 +339,14 @@ KEY_GRADS_ON: Exceptions = {
     "sm_120": {(True, 64, True): Tile(32, 64, 8, 2)},
     "gfx942": {(True, 256, False): Tile(16, 32, 8, 1)},
 }
-# Pipelines of Triton 3.6 prefetch lse and delta number by number, at the price of registers
-if TorchVersion(triton.__version__) < (3, 7):  # type: ignore[operator]
+KEY_GRADS_STEPPED_ON: Exceptions = {}  # of these, where rows are read 16 bytes at a time
+if PIPELINES_NUMBERS:  # such as lse and delta
     KEY_GRADS_ON |= {
         **{on: {(True, 64, True): Tile(32, 128, 8, 1)} for on in ("sm_80", "sm_86", "sm_89")},
-        "sm_90": {(True, 64, False): Tile(32, 128, 4, 1), (True, 128, False): Tile(16, 128, 8, 1)},
+        "sm_90": {(True, 64, False): Tile(32, 128, 8, 1), (True, 128, False): Tile(16, 128, 8, 1)},
     }
+    four_warps = {(True, 64, False): Tile(32, 128, 4, 1)}
+    KEY_GRADS_STEPPED_ON |= {"sm_90": KEY_GRADS_ON["sm_90"] | four_warps}
 
 
 def row_delta(
@@ -419,9 +424,11 @@ def key_gradients(
         return dk, dv
     b, h, tq, width = query.shape
     hkv, tk, value_width = value.shape[1:]
-    options = launch_options(KEY_GRADS, query, value, tq, tk, table is not None, KEY_GRADS_ON)
-    blocks, ranges, stride_rb = cdiv(tk, options["BLOCK_N"]), None, 0
     tensors = (query, key, value, dout, *(x for x in (dk, dv) if x.numel()))
+    elements = step(*tensors)
+    exceptions = KEY_GRADS_ON | (KEY_GRADS_STEPPED_ON if elements > 1 else {})
+    options = launch_options(KEY_GRADS, query, value, tq, tk, table is not None, exceptions)
+    blocks, ranges, stride_rb = cdiv(tk, options["BLOCK_N"]), None, 0
     with torch.cuda.device_of(query):
         if any(bound is not None and bound.stride(1) for bound in (start, end)):
             shared = all(bound is None or bound.stride(0) == 0 for bound in (start, end))
@@ -437,6 +444,6 @@ def key_gradients(
             *query.stride()[:3], *source.strides(), *dout.stride()[:3],
             *(dk.stride()[:3] if dk.numel() else (0, 0, 0)), *(dv.stride()[:3] if dv.numel() else (0, 0, 0)),
             *source.interval_strides(), stride_rb, h, h // hkv, tq, tk, width, value_width,
-            grid_rows, grid_cols, scale, factor(scale, options["LOG_E"]), STEP=step(*tensors), **options,
+            grid_rows, grid_cols, scale, factor(scale, options["LOG_E"]), STEP=elements, **options,
         )  # fmt: skip
     return dk, dv

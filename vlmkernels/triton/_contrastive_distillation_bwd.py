@@ -206,7 +206,7 @@ def contrastive_distillation_bwd(
         if (of_each := pairwise.gain_for(q.dtype, coef)) is not None:
             coef, factor = coef * of_each, of_each.reciprocal()
     products = need_query or need_key
-    held = pairwise.chunk_rows(n, m, q.element_size(), store_bytes) if products else n
+    held = pairwise.chunk_rows(n, m, q.element_size(), store_bytes, tiles.memory(q)) if products else n
     buffer = pairwise.chunk_buffer(q, held if products else 0, m)
     query_acc, key_acc = (
         (x if x.dtype == torch.float32 else x.new_empty(x.shape, dtype=torch.float32)) if need else None

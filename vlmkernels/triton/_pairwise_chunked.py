@@ -26,7 +26,9 @@ def _feature_grad(total: Tensor, x: Tensor, inv_norm: Tensor | None, scale: Tens
     ), dot
 
 
-def info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, columns):
+def info_nce_stats(
+    query, key, scale, query_inv_norm, key_inv_norm, positives, columns, store_size, workspace_bytes
+):
     n, m = len(query), len(key)
     q, k, scale = _unit(query, query_inv_norm), _unit(key, key_inv_norm), scale.to(query.dtype).reshape(())
     row_max, positive = (query.new_full((n,), -float("inf")) for _ in range(2))
@@ -53,7 +55,7 @@ def info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, c
 
 def info_nce_grads(
     query, key, scale, query_inv_norm, key_inv_norm, positives, row_max, row_log, col_max, col_log,
-    row_coef, col_coef, positive_coef, query_extra, key_extra, need_query, need_key,
+    row_coef, col_coef, positive_coef, query_extra, key_extra, store, workspace_bytes, need_query, need_key,
 ):  # fmt: skip
     q, k, scale = _unit(query, query_inv_norm), _unit(key, key_inv_norm), scale.to(query.dtype).reshape(())
     query_total = query.new_zeros(query.shape) if query_extra is None else query_extra.clone()

@@ -64,7 +64,9 @@ class Tile(NamedTuple):
 
     def options(self, depth: int, precision: str, fuse: bool) -> dict:
         """Keyword arguments of a launch for features of width `depth`; see `launch_options`."""
-        block_k = max(16, min(self.block_k, triton.next_power_of_2(max(depth, 1))))
+        block_k = self.block_k
+        if depth < block_k:
+            block_k = max(16, triton.next_power_of_2(max(depth, 1)))
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -100,12 +102,20 @@ TILES_ON: dict[str, Tiles] = {
 }
 # Smaller tiles are limited by the bandwidth of L2 there. Kernels that sum over a tile lack the registers.
 PRODUCTS_ON = TILES_ON | {on: {("half", True): Tile(128, 256, 64, 8, 3)} for on in ("sm_90", "sm_100")}
-# Four sums for each row and column: four warps spill them in code of Triton 3.6
+# Three sums for each row and column: four warps spill them, but where a warpgroup has the registers
+STATISTICS: Tiles = TILES | {
+    ("half", True): Tile(128, 64, 64, 8, 3),
+    ("tf32", True): Tile(128, 64, 32, 8, 3),
+}
 STATISTICS_ON = TILES_ON | {
-    on: {("half", True): Tile(128, 64, 64, 8, 3), ("tf32", True): Tile(128, 64, 32, 8, 3)}
-    for on in ("sm_100", "sm_120")
+    "sm_90": {("half", True): TILES["half", True], ("tf32", True): TILES["tf32", True]}
 }
 LARGE = 256  # tiles
+
+
+def cdiv(a: int, b: int) -> int:
+    """As triton.cdiv, whose call takes a host microseconds."""
+    return -(-a // b)
 
 
 def tf32_allowed() -> bool:
@@ -124,6 +134,11 @@ def architecture(x: Tensor) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
 
 
+def memory(x: Tensor) -> int:
+    """Bytes of the card that has the tensor; 0 without a GPU."""
+    return torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
+
+
 def launch_options(
     query: Tensor,
     key: Tensor,
@@ -131,8 +146,9 @@ def launch_options(
     fuse: bool,
     table: Tiles = TILES,
     exceptions: dict[str, Tiles] = TILES_ON,
+    large: bool = True,
 ) -> dict:
-    """The tile for a problem, from the table.
+    """The tile for a problem, from the table: a large one only if `large`.
 
     `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not use it: a logit
     has to be the same number when its maximum is computed and when the maximum is subtracted.
@@ -140,7 +156,7 @@ def launch_options(
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
     tiles = table | exceptions.get(architecture(query), {})
     tile = tiles[kind, True]
-    if query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
+    if not large or query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
         tile = tiles[kind, False]
     return tile.options(query.shape[1], "tf32" if kind == "tf32" else "ieee", fuse)
 

@@ -309,9 +309,9 @@ def contrastive_distillation(
     q, k, teacher_q, teacher_k = operands
     options, kl = options_of(q, k, teacher_q, STATS, STATS_ON), divergence == "kl"
     height, col_tiles = options["BLOCK_M"], triton.cdiv(m, options["BLOCK_N"])
-    tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, height)))
-    splits = triton.cdiv(col_tiles, tiles_per_split)
     held = max(1, PARTIAL_BYTES // (SUMS * 4 * m)) * height if symmetric else n
+    tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(min(held, n), height)))
+    splits = triton.cdiv(col_tiles, tiles_per_split)
     row_parts, col_parts = stats.new_empty((SUMS, splits, n)), None
     joined = stats.new_empty((SUMS, triton.cdiv(n, held), m)) if n > held else None
     lines = {"BLOCK": LINES, "num_warps": 4, "enable_fp_fusion": True}

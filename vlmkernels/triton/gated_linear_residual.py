@@ -1,6 +1,6 @@
 """out = x + t (h W^T), t = tanh(gate): a GEMM that adds in its epilogue.
 
-Backward: products with dout in float32; one pass over each gives a gradient and a part of the gate's.
+Backward: the product with dout in float32 that gives a gradient gives the gate's in the pass that scales it.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from vlmkernels.reference.gated_linear_residual import gated_linear_residual_fwd
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton._tiles import grouped_tile, similarities
+from vlmkernels.triton.gated_residual import tanh
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _forward(
     H,  # [n, depth]
     W,  # [m, depth]
     X,  # [n, m]
-    T,  # [1] or [m] float32
+    GATE,  # [1] or [m]
     MASK,  # [n] uint8 or None
     OUT,  # [n, m]
     stride_h,
@@ -45,9 +46,9 @@ def _forward(
         H, W, rows, cols, stride_h, stride_w, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
     if PER_CHANNEL:
-        branch *= tl.load(T + cols, mask=cols < m, other=0.0)[None, :]
+        branch *= tanh(tl.load(GATE + cols, mask=cols < m, other=0.0).to(tl.float32))[None, :]
     else:
-        branch *= tl.load(T)
+        branch *= tanh(tl.load(GATE).to(tl.float32))
     if MASK is not None:
         kept = tl.load(MASK + rows, mask=rows < n, other=0) != 0
         branch = tl.where(kept[:, None], branch, 0.0)
@@ -61,8 +62,9 @@ def _forward(
 def _scale_rows(
     P,  # [n, depth] float32
     Y,  # [n, depth] what the products are the gradient of
-    T,  # [1] or [n] float32
-    OUT,  # [n, depth] t P, or None
+    GATE,  # [1] or [n]
+    OUT,  # [n, depth] t P, t = tanh(gate), or None
+    SCALED,  # [n, depth] t y, or None
     DOT,  # [n] float32: <P, y>
     stride_y,
     depth,
@@ -70,58 +72,65 @@ def _scale_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    t = tl.load(T + row if PER_ROW else T)
+    t = tanh(tl.load(GATE + row if PER_ROW else GATE).to(tl.float32))
     dots = tl.zeros([BLOCK], tl.float32)
     for start in range(0, depth, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         p = tl.load(P + row * depth + cols, mask=cols < depth, other=0.0)
-        dots += p * tl.load(Y + row * stride_y + cols, mask=cols < depth, other=0.0).to(tl.float32)
+        y = tl.load(Y + row * stride_y + cols, mask=cols < depth, other=0.0).to(tl.float32)
+        dots += p * y
         if OUT is not None:
             tl.store(OUT + row * depth + cols, (t * p).to(OUT.dtype.element_ty), mask=cols < depth)
+        if SCALED is not None:
+            tl.store(SCALED + row * depth + cols, (t * y).to(SCALED.dtype.element_ty), mask=cols < depth)
     tl.store(DOT + row, tl.sum(dots, 0))
 
 
-def _tanh(gate: Tensor) -> Tensor:
-    return gate.float().reshape(-1).tanh()
-
-
-def _kept(x: Tensor, t: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:  # [n, D]
-    """t x in `dtype`, 0 in rows that the mask drops, even for NaN; x itself if nothing changes."""
-    if t is None and mask is None and x.dtype == dtype:
+def _kept(x: Tensor, gate: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:  # [n, D]
+    """tanh(gate) x in `dtype`, 0 in rows that the mask drops, even for NaN; x itself if nothing changes."""
+    if gate is None and mask is None and x.dtype == dtype:
         return x
     x = x.contiguous()
     out = x.new_empty(x.shape, dtype=dtype)
     n, depth = x.shape
     if out.numel():
-        t = t if t is not None else x.new_ones(1, dtype=torch.float32)
+        per_channel = gate is not None and gate.numel() > 1
         tile = gated.blocks(depth)
         grid = (triton.cdiv(n, tile["BLOCK_R"]) * triton.cdiv(depth, tile["BLOCK_D"]),)
         with torch.cuda.device_of(x):
-            gated._backward[grid](x, None, t, mask, out, None, n, depth, t.numel() > 1, **tile)
+            gated._backward[grid](x, None, gate, mask, out, None, n, depth, per_channel, **tile)
     return out
 
 
-def _scaled(products: Tensor, y: Tensor, t: Tensor, need: bool) -> tuple[Tensor, Tensor]:
-    """t P in the dtype of y (size 0 when not needed), and <P, y> of each row."""
-    out, dot = y.new_empty(y.shape if need else 0), products.new_empty(len(y))
+def _scaled(
+    products: Tensor,  # [n, depth] float32
+    y: Tensor,  # [n, depth]
+    gate: Tensor,  # [1] or [n]
+    need: bool,
+    need_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t P and t y in the dtype of y (size 0 when not needed), t = tanh(gate), and <P, y> of each row."""
+    out, scaled = y.new_empty(y.shape if need else 0), y.new_empty(y.shape if need_y else 0)
+    dot = products.new_empty(len(y))
     if products.numel() == 0:
-        return out, dot.zero_()
+        return out, scaled, dot.zero_()
     block = max(16, min(triton.next_power_of_2(y.shape[1]), 2048))
     with torch.cuda.device_of(y):
         _scale_rows[(len(y),)](
             products,
             y,
-            t,
+            gate,
             out if need else None,
+            scaled if need_y else None,
             dot,
             y.stride(0),
             y.shape[1],
-            t.numel() > 1,
+            gate.numel() > 1,
             block,
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return out, dot
+    return out, scaled, dot
 
 
 def gated_linear_residual(
@@ -137,14 +146,13 @@ def gated_linear_residual(
     out = x.new_empty(x.shape, dtype=dtype)
     if out.numel() == 0:
         return out
-    x, t = x.contiguous(), _tanh(gate)
-    mask = row_mask.contiguous().view(torch.uint8) if row_mask is not None else None
+    x, (gate, mask) = x.contiguous(), gated.operands(gate, row_mask)
     n, m = x.numel() // x.shape[-1], x.shape[-1]
     h, weight = tiles.operand(h.reshape(n, h.shape[-1])), tiles.operand(weight)
     options = tiles.launch_options(h, weight, fuse=True, exceptions=tiles.PRODUCTS_ON)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)](
-            h, weight, x, t, mask, out, h.stride(0), weight.stride(0), n, m, h.shape[1], t.numel() > 1,
+            h, weight, x, gate, mask, out, h.stride(0), weight.stride(0), n, m, h.shape[1], gate.numel() > 1,
             tiles.GROUP, **options,
         )  # fmt: skip
     return out
@@ -162,27 +170,27 @@ def gated_linear_residual_bwd(
     if torch.promote_types(dout.dtype, h.dtype) == torch.float64:
         return reference_bwd(dout, h, weight, gate, row_mask, needs)
     need_h, need_weight, need_gate = needs
-    t = _tanh(gate)
-    one = t.numel() == 1
-    n = dout.shape[:-1].numel()
+    n, one = dout.shape[:-1].numel(), gate.numel() == 1
     shape, (m, depth) = h.shape, weight.shape
-    mask = row_mask.contiguous().view(torch.uint8).reshape(n) if row_mask is not None else None
-    dout, weight = dout.reshape(n, m), tiles.rows_contiguous(weight)
-    h = tiles.rows_contiguous(_kept(h.reshape(n, depth), None, mask, h.dtype))
+    dout, h, weight = dout.reshape(n, m), h.reshape(n, depth), tiles.rows_contiguous(weight)
     dh, dweight, dgate = h.new_empty(0), weight.new_empty(0), gate.new_empty(gate.shape if need_gate else 0)
-    from_h = need_h and one  # the products with dout that give dh give dgate too
-    kept = _kept(dout, None, mask, h.dtype) if from_h or need_weight or need_gate else dout
-    total = t.new_empty(0)
-    if need_weight or (need_gate and not from_h):
-        products = t.new_empty((m, depth))
-        tiles.product(kept.T, h, products)
-        dweight, total = _scaled(products, weight, t, need_weight)
-    if from_h:
-        products = t.new_empty((n, depth))
+    gate, mask = gated.operands(gate, row_mask)
+    if not (need_weight or need_gate):
+        if need_h:
+            dh = torch.mm(_kept(dout, gate, mask, h.dtype), weight).view(shape)
+        return dh, dweight, dgate
+    kept = _kept(dout, None, mask, h.dtype)
+    h = tiles.rows_contiguous(_kept(h, None, mask, h.dtype))
+    if need_h and one and not need_weight:  # no product for the gate alone
+        products = h.new_empty((n, depth), dtype=torch.float32)
         tiles.product(kept, weight, products)
-        dh, total = _scaled(products, h, t, True)
-    elif need_h:
-        dh = _kept(dout, t, mask, h.dtype) @ weight
+        dh, _, total = _scaled(products, h, gate, True)
+    else:
+        products = h.new_empty((m, depth), dtype=torch.float32)
+        tiles.product(kept.T, h, products)
+        dweight, scaled, total = _scaled(products, weight, gate, need_weight, need_h)
+        if need_h:
+            dh = torch.mm(kept, scaled)
     if need_gate:
-        dgate.copy_(((1 - t * t) * (total.sum() if one else total)).reshape(gate.shape))
-    return dh.reshape(shape) if need_h else dh, dweight, dgate
+        gated.combined(total[:, None] if one else total[None], dgate, gate)
+    return dh.view(shape) if need_h else dh, dweight, dgate

@@ -1,8 +1,10 @@
-"""info_nce_stats and info_nce_grads (contracts in ops/_info_nce_sweeps.py): two GEMMs with an epilogue.
+"""info_nce: a GEMM whose epilogue is the statistics of the softmaxes along rows and columns.
 
-The exponentials of the first are not kept for the second: at the usual widths of features, recomputing
-them costs a GPU no more than writing and reading them.
+Logits are in powers of two. They are computed in both passes: at the usual widths of features, that costs a
+GPU no more than writing and reading them.
 """
+
+import math
 
 import torch
 import triton
@@ -10,20 +12,58 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.triton import _pairwise as pairwise
-from vlmkernels.triton import _pairwise_chunked as chunked
 from vlmkernels.triton import _tiles as tiles
-from vlmkernels.triton._tiles import grouped_tile, similarities
+from vlmkernels.triton._tiles import similarities
 
-PROGRAMS = 1024  # the columns are split until the first sweep has about so many programs
-PARTIAL_TILES = 256  # row tiles of a launch, more if their column statistics fit in `workspace_bytes`
+PROGRAMS = 1024  # the columns are split until the sweep has about so many programs
+PARTIAL_TILES = 64  # row tiles of a launch, more if the sums over their columns fit in PARTIAL_BYTES
+PARTIAL_BYTES = 1 << 28
+LINES = 128  # rows or columns of a program that joins their sums
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # a logit without weight, finite so that products with 0 are 0
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+NO_SCALE: tl.constexpr = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def slope_of(SCALE):
+    """What turns similarities into logits in powers of two.
+
+    A scale of 0 counts as one so small that all softmaxes are uniform, and by which slopes can be divided.
+    """
+    slope = tl.load(SCALE).to(tl.float32) * LOG2E
+    return tl.where(slope == 0, NO_SCALE, slope)
+
+
+@triton.jit
+def row_factors(SCALE, A, rows, inside, BLOCK: tl.constexpr):
+    """What the similarities of each row are multiplied by; `A` has inverse norms or is None."""
+    factor = tl.full([BLOCK], 1.0, tl.float32) * slope_of(SCALE)
+    if A is not None:
+        factor *= tl.load(A + rows, mask=inside, other=0.0)
+    return factor
 
 
 @triton.jit
 def _rebase(shift, total, moment):
-    """Sums of e^x and x e^x below a maximum that is higher by -shift."""
-    factor = tl.exp(shift)
+    """Sums of 2^x and x 2^x below a maximum that is higher by -shift."""
+    factor = tl.exp2(shift)
     return total * factor, (moment + shift * total) * factor
+
+
+@triton.jit
+def _store(
+    SUMS, at, plane, high, total, moment, whole, hits, count, inside, SMOOTHED: tl.constexpr,
+    BY_ID: tl.constexpr,
+):  # fmt: skip
+    """Of rows or columns: maximum, sums of 2^x and x 2^x below it; of all logits; those of positives."""
+    tl.store(SUMS + at, high, mask=inside)
+    tl.store(SUMS + plane + at, total, mask=inside)
+    tl.store(SUMS + 2 * plane + at, moment, mask=inside)
+    if SMOOTHED:
+        tl.store(SUMS + 3 * plane + at, whole, mask=inside)
+    if BY_ID:
+        tl.store(SUMS + (3 + SMOOTHED) * plane + at, hits, mask=inside)
+        tl.store(SUMS + (4 + SMOOTHED) * plane + at, count, mask=inside)
 
 
 @triton.jit
@@ -33,14 +73,11 @@ def _stats(
     SCALE,  # [1]
     A,  # [n] or None
     B,  # [m] or None
-    POSITIVES,  # [n] int64
-    ROW_MAX,  # [splits, n]
-    ROW_SUM,  # [splits, n]
-    ROW_MOMENT,  # [splits, n]
-    POSITIVE,  # [splits, n]
-    COL_MAX,  # [row tiles, m] or None
-    COL_SUM,  # [row tiles, m] or None
-    COL_MOMENT,  # [row tiles, m] or None
+    QUERY_IDS,  # [n] int64 or None: the pairs (i, i) are positive
+    KEY_IDS,  # [m] int64 or None: those of the queries are indices of keys
+    ROWS,  # [planes, splits, n] see `_store`
+    COLS,  # [planes, row tiles, m] or None
+    POSITIVE,  # [n] logits of the pairs (i, i), or None
     stride_q,
     stride_k,
     start,  # rows start <= i < stop are in this launch
@@ -48,288 +85,305 @@ def _stats(
     n,
     m,
     depth,
+    splits,
     tiles_per_split,
+    SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    BY_ID: tl.constexpr = POSITIVE is None
     row_tiles = tl.cdiv(stop - start, BLOCK_M)
     row_tile = tl.program_id(0) % row_tiles
     split = tl.program_id(0) // row_tiles
-    rows = start + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = start + row_tile * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     row_inside = rows < stop
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32)
-    if A is not None:
-        factor *= tl.load(A + rows, mask=row_inside, other=0.0)
-    target = tl.load(POSITIVES + rows, mask=row_inside, other=-1).to(tl.int32)
+    factor = row_factors(SCALE, A, rows, row_inside, BLOCK_M)
     row_max = tl.full([BLOCK_M], NOTHING, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_moment = tl.zeros([BLOCK_M], tl.float32)
-    positive = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_whole = tl.zeros([BLOCK_M], tl.float32)
+    row_hits = tl.zeros([BLOCK_M], tl.float32)
+    row_count = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(m, BLOCK_N))
     for col_tile in range(split * tiles_per_split, last):
-        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_col = col_tile * BLOCK_N
+        cols = first_col + tl.arange(0, BLOCK_N)
+        col_inside = cols < m
         s = similarities(
             Q, K, rows, cols, stride_q, stride_k, stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
         )
         s *= factor[:, None]
         if B is not None:
-            s *= tl.load(B + cols, mask=cols < m, other=0.0)[None, :]
-        here = (target >= col_tile * BLOCK_N) & (target < (col_tile + 1) * BLOCK_N)
-        if tl.max(here.to(tl.int32), 0) > 0:
-            logit = tl.sum(tl.where(cols[None, :] == target[:, None], s, 0.0), 1)
-            positive = tl.where(here, logit, positive)
-        s = tl.where((cols < m)[None, :], s, NOTHING)
+            s *= tl.load(B + cols, mask=col_inside, other=0.0)[None, :]
+        whole = tl.zeros([BLOCK_N], tl.float32)
+        hits = tl.zeros([BLOCK_N], tl.float32)
+        count = tl.zeros([BLOCK_N], tl.float32)
+        if SMOOTHED:
+            row_whole += tl.sum(tl.where(col_inside[None, :], s, 0.0), 1)
+            whole = tl.sum(tl.where(row_inside[:, None], s, 0.0), 0)
+        if BY_ID:
+            same = pairwise.is_positive(QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside)
+            same = same & row_inside[:, None] & col_inside[None, :]
+            matched, ones = tl.where(same, s, 0.0), tl.where(same, 1.0, 0.0)
+            row_hits += tl.sum(matched, 1)
+            row_count += tl.sum(ones, 1)
+            hits, count = tl.sum(matched, 0), tl.sum(ones, 0)
+        elif (first_col < first_row + BLOCK_M) & (first_row < first_col + BLOCK_N):
+            logit = tl.sum(tl.where(cols[None, :] == rows[:, None], s, 0.0), 1)
+            here = row_inside & (rows >= first_col) & (rows < first_col + BLOCK_N)
+            tl.store(POSITIVE + rows, logit, mask=here)
+        s = tl.where(col_inside[None, :], s, NOTHING)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         below = s - new_max[:, None]
-        e = tl.exp(below)
+        e = tl.exp2(below)
         row_sum, row_moment = _rebase(row_max - new_max, row_sum, row_moment)
         row_sum += tl.sum(e, 1)
         row_moment += tl.sum(e * below, 1)
         row_max = new_max
-        if COL_MAX is not None:
+        if COLS is not None:
             s = tl.where(row_inside[:, None], s, NOTHING)
             col_max = tl.max(s, 0)
             below = s - col_max[None, :]
-            e = tl.exp(below)
-            at = row_tile.to(tl.int64) * m + cols
-            tl.store(COL_MAX + at, col_max, mask=cols < m)
-            tl.store(COL_SUM + at, tl.sum(e, 0), mask=cols < m)
-            tl.store(COL_MOMENT + at, tl.sum(e * below, 0), mask=cols < m)
-    at = split.to(tl.int64) * n + rows
-    tl.store(ROW_MAX + at, row_max, mask=row_inside)
-    tl.store(ROW_SUM + at, row_sum, mask=row_inside)
-    tl.store(ROW_MOMENT + at, row_moment, mask=row_inside)
-    tl.store(POSITIVE + at, positive, mask=row_inside)
+            e = tl.exp2(below)
+            plane = tl.cast(row_tiles, tl.int64) * m
+            _store(
+                COLS, row_tile.to(tl.int64) * m + cols, plane, col_max, tl.sum(e, 0), tl.sum(e * below, 0),
+                whole, hits, count, col_inside, SMOOTHED, BY_ID,
+            )  # fmt: skip
+    plane = tl.cast(splits, tl.int64) * n
+    _store(
+        ROWS, split.to(tl.int64) * n + rows, plane, row_max, row_sum, row_moment, row_whole, row_hits,
+        row_count, row_inside, SMOOTHED, BY_ID,
+    )  # fmt: skip
 
 
 @triton.jit
-def _combine(
-    PART_MAX,  # [parts, length]
-    PART_SUM,  # [parts, length]
-    PART_MOMENT,  # [parts, length]
-    MAX,  # [length]
-    SUM,  # [length]
-    MOMENT,  # [length]
-    parts,
-    length,
-    BLOCK: tl.constexpr,
-):
-    """The maximum and the sums below it, from those of the parts, in their order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < length
-    high = tl.full([BLOCK], NOTHING, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    moment = tl.zeros([BLOCK], tl.float32)
+def _joined(SUMS, at, inside, parts, length, SMOOTHED: tl.constexpr, BY_ID: tl.constexpr):
+    """What `_store` stored of the parts, for the whole: in their order."""
+    high = tl.full(at.shape, NOTHING, tl.float32)
+    total = tl.zeros(at.shape, tl.float32)
+    moment = tl.zeros(at.shape, tl.float32)
+    whole = tl.zeros(at.shape, tl.float32)
+    hits = tl.zeros(at.shape, tl.float32)
+    count = tl.zeros(at.shape, tl.float32)
+    plane = tl.cast(parts, tl.int64) * length
     offset = at.to(tl.int64)
     for _ in range(0, parts):
-        other = tl.load(PART_MAX + offset, mask=inside, other=0.0)
-        part_total = tl.load(PART_SUM + offset, mask=inside, other=0.0)
-        part_moment = tl.load(PART_MOMENT + offset, mask=inside, other=0.0)
+        other = tl.load(SUMS + offset, mask=inside, other=0.0)
+        part_total = tl.load(SUMS + plane + offset, mask=inside, other=0.0)
+        part_moment = tl.load(SUMS + 2 * plane + offset, mask=inside, other=0.0)
         new = tl.maximum(high, other)
         total, moment = _rebase(high - new, total, moment)
         part_total, part_moment = _rebase(other - new, part_total, part_moment)
         total += part_total
         moment += part_moment
+        if SMOOTHED:
+            whole += tl.load(SUMS + 3 * plane + offset, mask=inside, other=0.0)
+        if BY_ID:
+            hits += tl.load(SUMS + (3 + SMOOTHED) * plane + offset, mask=inside, other=0.0)
+            count += tl.load(SUMS + (4 + SMOOTHED) * plane + offset, mask=inside, other=0.0)
         high = new
         offset += length
-    tl.store(MAX + at, high, mask=inside)
-    tl.store(SUM + at, total, mask=inside)
-    tl.store(MOMENT + at, moment, mask=inside)
+    return high, total, moment, whole, hits, count
 
 
 @triton.jit
-def _tile_grads(
-    Q,  # [n, depth]
-    K,  # [m, depth]
-    SCALE,  # [1]
-    A,  # [n] or None
-    B,  # [m] or None
-    POSITIVES,  # [n] int64
-    ROW_MAX,  # [n]
-    ROW_LOG,  # [n]
-    COL_MAX,  # [m] or None
-    COL_LOG,  # [m] or None
-    ROW_COEF,  # [n]
-    COL_COEF,  # [m] or None
-    OUT,  # [stop - start, m]
-    stride_q,
-    stride_k,
-    stride_out,
-    start,
-    stop,
-    m,
-    depth,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _join(
+    PARTS,  # [planes, parts, length]
+    OUT,  # [planes, length], `plane` apart
+    parts,
+    length,
+    plane,
+    SMOOTHED: tl.constexpr,
+    BY_ID: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """u_i e^{S_ij - r_i} + v_j e^{S_ij - c_j}, 0 on the positives; r = ROW_MAX + ROW_LOG, c likewise."""
-    row_tiles, col_tiles = tl.cdiv(stop - start, BLOCK_M), tl.cdiv(m, BLOCK_N)
-    row_tile, col_tile = grouped_tile(tl.program_id(0), row_tiles, col_tiles, GROUP)
-    rows = start + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside, col_inside = rows < stop, cols < m
-    s = similarities(
-        Q, K, rows, cols, stride_q, stride_k, stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32)
-    if A is not None:
-        factor *= tl.load(A + rows, mask=row_inside, other=0.0)
-    s *= factor[:, None]
-    if B is not None:
-        s *= tl.load(B + cols, mask=col_inside, other=0.0)[None, :]
-    row_max = tl.load(ROW_MAX + rows, mask=row_inside, other=0.0)[:, None]
-    row_log = tl.load(ROW_LOG + rows, mask=row_inside, other=0.0)[:, None]
-    row_coef = tl.load(ROW_COEF + rows, mask=row_inside, other=0.0)[:, None]
-    grads = row_coef * tl.exp((s - row_max) - row_log)
-    if COL_COEF is not None:
-        col_max = tl.load(COL_MAX + cols, mask=col_inside, other=0.0)[None, :]
-        col_log = tl.load(COL_LOG + cols, mask=col_inside, other=0.0)[None, :]
-        col_coef = tl.load(COL_COEF + cols, mask=col_inside, other=0.0)[None, :]
-        grads += col_coef * tl.exp((s - col_max) - col_log)
-    target = tl.load(POSITIVES + rows, mask=row_inside, other=-1).to(tl.int32)
-    grads = tl.where(cols[None, :] == target[:, None], 0.0, grads)
-    at = (rows - start).to(tl.int64)[:, None] * stride_out + cols[None, :]
-    tl.store(OUT + at, grads.to(OUT.dtype.element_ty), mask=row_inside[:, None] & col_inside[None, :])
+    """The sums of several parts as one."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length
+    high, total, moment, whole, hits, count = _joined(PARTS, at, inside, parts, length, SMOOTHED, BY_ID)
+    _store(
+        OUT, at.to(tl.int64), tl.cast(plane, tl.int64), high, total, moment, whole, hits, count, inside,
+        SMOOTHED, BY_ID,
+    )  # fmt: skip
 
 
-def combine(parts: Tensor) -> Tensor:  # [3, parts, length] -> [3, length]
-    """Maxima, sums and moments of the whole."""
-    count, length = parts.shape[1:]
-    if count == 1:
-        return parts[:, 0]
-    out = parts.new_empty((3, length))
-    options = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
-    _combine[(triton.cdiv(length, 128),)](*parts, *out, count, length, **options)
-    return out
+@triton.jit
+def _finish_lines(
+    PARTS, POSITIVE, WEIGHT, STATS, EXTRA, LOSS, TOTALS, block, parts, length, others, share, smoothing,
+    SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a block of rows, or of columns: their losses, weighted, and what the backward needs."""
+    BY_ID: tl.constexpr = POSITIVE is None
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length
+    high, total, moment, whole, hits, count = _joined(PARTS, at, inside, parts, length, SMOOTHED, BY_ID)
+    log = tl.log2(total)
+    if BY_ID:
+        counted = inside & (count > 0.0)
+        short = high - hits / tl.maximum(count, 1.0)
+        extra = count
+    else:
+        counted = inside
+        short = high - tl.load(POSITIVE + at, mask=inside, other=0.0)
+        extra = short + log
+    if SMOOTHED:
+        short = (1.0 - smoothing) * short + smoothing * (high - whole / others)
+    weight = tl.where(counted, 1.0, 0.0)
+    if WEIGHT is not None:
+        weight *= tl.load(WEIGHT + at, mask=inside, other=0).to(tl.float32)
+    loss = (share / LOG2E) * weight * tl.where(counted, short + log, 0.0)
+    tl.store(STATS + at, high, mask=inside)
+    tl.store(STATS + length + at, log, mask=inside)
+    tl.store(STATS + 2 * length + at, tl.where(counted, short + moment / total, 0.0), mask=inside)
+    tl.store(EXTRA + at, extra, mask=inside)
+    if LOSS is not None:
+        tl.store(LOSS + at, loss, mask=inside)
+    if TOTALS is not None:
+        tl.store(TOTALS + tl.program_id(0), tl.sum(loss, 0))
+        tl.store(TOTALS + tl.num_programs(0) + tl.program_id(0), tl.sum(weight, 0))
 
 
-def info_nce_stats(
+@triton.jit
+def _losses(
+    ROWS,  # [planes, row parts, n]
+    COLS,  # [planes, col parts, m] or None
+    POSITIVE,  # [n] or None: positives by id
+    WEIGHT,  # [n] or None
+    ROW_STATS,  # [5, n] maximum; logarithm of the sum of 2^x below it; mean logit under the softmax less that
+    # of the targets; number of positives, or what pair (i, i) is short of the log-sum-exp of row and column
+    COL_STATS,  # [4, m] likewise, without what pairs are short of; or None
+    ROW_LOSS,  # [n] or None
+    COL_LOSS,  # [m] or None
+    TOTALS,  # [2, programs] losses and weights of a program, or None
+    row_parts,
+    col_parts,
+    n,
+    m,
+    share,
+    smoothing,
+    SMOOTHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    row_blocks = tl.cdiv(n, BLOCK)
+    if block < row_blocks:
+        _finish_lines(
+            ROWS, POSITIVE, WEIGHT, ROW_STATS, ROW_STATS + 3 * n, ROW_LOSS, TOTALS, block, row_parts, n, m,
+            share, smoothing, SMOOTHED, BLOCK,
+        )  # fmt: skip
+    elif COLS is not None:
+        EXTRA = COL_STATS + 3 * m if POSITIVE is None else ROW_STATS + 4 * n
+        _finish_lines(
+            COLS, POSITIVE, WEIGHT, COL_STATS, EXTRA, COL_LOSS, TOTALS, block - row_blocks, col_parts, m, n,
+            share, smoothing, SMOOTHED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _total(
+    TOTALS,  # [2, blocks]
+    OUT,  # [1]
+    row_blocks,
+    blocks,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of the losses of rows and of columns, each over its weights if it is a mean, in one program."""
+    rows = pairwise.sum_of(TOTALS, None, row_blocks, BLOCK)
+    cols = pairwise.sum_of(TOTALS + row_blocks, None, blocks - row_blocks, BLOCK)
+    if MEAN:
+        row_mass = pairwise.sum_of(TOTALS + blocks, None, row_blocks, BLOCK)
+        col_mass = pairwise.sum_of(TOTALS + blocks + row_blocks, None, blocks - row_blocks, BLOCK)
+        rows /= tl.where(row_mass > 0.0, row_mass, 1.0)
+        cols /= tl.where(col_mass > 0.0, col_mass, 1.0)
+    tl.store(OUT, (rows + cols).to(tl.float32))
+
+
+def check(op: str, query: Tensor, key: Tensor, positives, key_ids, weight, symmetric: bool) -> None:
+    """The raw ops accept any tensors, and the kernels read what the sizes say."""
+    pairwise.check(op, query, key, positives, key_ids, weight)
+    n, m = query.shape[0], key.shape[0]
+    if n and (m == 0 or (symmetric and n != m and (positives is None or weight is not None))):
+        raise ValueError(f"{op}: key must have rows for all queries, got N = {n} and M = {m}")
+
+
+def info_nce(
     query: Tensor,  # [N, D]
     key: Tensor,  # [M, D]
     scale: Tensor,
-    query_inv_norm: Tensor | None,  # [N]
-    key_inv_norm: Tensor | None,  # [M]
-    positives: Tensor,  # [N] int64
-    columns: bool,
-    store_size: int,
-    workspace_bytes: int,
+    positives: Tensor | None,  # [N] int64
+    key_ids: Tensor | None,  # [M] int64
+    weight: Tensor | None,  # [N]
+    symmetric: bool,
+    smoothing: float,
+    normalize: bool,
+    reduction: str,
+    store_bytes: int,
 ) -> tuple[Tensor, ...]:
-    """(row_max [N], row_sum, row_moment, positive_logit, col_max [M], col_sum, col_moment, empty store)."""
-    if query.dtype == torch.float64:  # Triton does not multiply it on every GPU
-        return chunked.info_nce_stats(query, key, scale, query_inv_norm, key_inv_norm, positives, columns)
-    n, m = query.shape[0], key.shape[0]
-    store, stats = query.new_empty(0, dtype=torch.uint8), query.new_empty(0, dtype=torch.float32)
-    if n == 0 or m == 0:
-        rows, cols = (stats.new_zeros((3, length)) for length in (n, m if columns else 0))
-        rows[0], cols[0] = -float("inf"), -float("inf")
-        return *rows, stats.new_full((n,), -float("inf")), *cols, store
+    """(loss, rows [5, N], cols [4, M], empty store); see `_losses` for what the rows are."""
+    check("info_nce", query, key, positives, key_ids, weight, symmetric)
+    n, m, by_id, each = query.shape[0], key.shape[0], positives is not None, reduction == "none"
+    rows, store = query.new_empty((5, n), dtype=torch.float32), query.new_empty(0, dtype=torch.uint8)
+    cols_m = m if symmetric else 0
+    cols = rows.new_empty((4, cols_m))
+    if n == 0:
+        return rows.new_zeros((0,) if each else ()), rows, cols.zero_(), store
+    if positives is not None and key_ids is None:
+        pairwise.check_positives("info_nce", positives, m)
     query, key = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(query, key, fuse=False, exceptions=tiles.STATISTICS_ON)
-    col_tiles = triton.cdiv(m, options["BLOCK_N"])
-    tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, options["BLOCK_M"])))
-    splits = triton.cdiv(col_tiles, tiles_per_split)
-    rows, positive = stats.new_empty((3, splits, n)), stats.new_empty((splits, n))
-    held = max(PARTIAL_TILES, workspace_bytes // (12 * m)) * options["BLOCK_M"] if columns else n
-    col_parts = []
+    weight, positives, key_ids = (None if x is None else x.contiguous() for x in (weight, positives, key_ids))
+    a, b = pairwise.norms(query, key, False, False)[:2] if normalize else (None, None)
+    smoothed, planes = smoothing > 0, 3 + (smoothing > 0) + 2 * by_id
+    options = tiles.launch_options(
+        query, key, fuse=False, table=tiles.STATISTICS, exceptions=tiles.STATISTICS_ON, large=planes == 3
+    )
+    if planes > 3:  # sums over positives, or over all logits, take more registers
+        options["num_warps"] = 8
+    height, col_tiles = options["BLOCK_M"], tiles.cdiv(m, options["BLOCK_N"])
+    held = max(PARTIAL_TILES, PARTIAL_BYTES // (4 * planes * m)) * height if symmetric else n
+    tiles_per_split = tiles.cdiv(col_tiles, tiles.cdiv(PROGRAMS, tiles.cdiv(min(held, n), height)))
+    splits = tiles.cdiv(col_tiles, tiles_per_split)
+    row_parts, col_parts = rows.new_empty((planes, splits, n)), None
+    joined = rows.new_empty((planes, tiles.cdiv(n, held), m)) if n > held else None
+    positive = None if by_id else rows.new_empty(n)
+    lines = {"BLOCK": LINES, "num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(query):
-        for start in range(0, n, held):
+        for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            row_tiles = triton.cdiv(stop - start, options["BLOCK_M"])
-            cols = stats.new_empty((3, row_tiles if columns else 0, m))
+            row_tiles = tiles.cdiv(stop - start, height)
+            if symmetric:
+                col_parts = rows.new_empty((planes, row_tiles, m))
             _stats[(row_tiles * splits,)](
-                query, key, scale, query_inv_norm, key_inv_norm, positives, *rows, positive,
-                *(cols if columns else (None, None, None)),
-                query.stride(0), key.stride(0), start, stop, n, m, query.shape[1], tiles_per_split, **options,
+                query, key, scale, a, b, positives, key_ids, row_parts, col_parts, positive, query.stride(0),
+                key.stride(0), start, stop, n, m, query.shape[1], splits, tiles_per_split, smoothed,
+                **options,
             )  # fmt: skip
-            if columns:
-                col_parts.append(combine(cols))
-        by_row = combine(rows)
-        by_col = combine(torch.stack(col_parts, 1)) if columns else stats.new_empty((3, 0))
-    return *by_row, positive.amax(0), *by_col, store
-
-
-def info_nce_grads(
-    query: Tensor,  # [N, D]
-    key: Tensor,  # [M, D]
-    scale: Tensor,
-    query_inv_norm: Tensor | None,  # [N]
-    key_inv_norm: Tensor | None,  # [M]
-    positives: Tensor,  # [N] int64
-    row_max: Tensor,  # [N]
-    row_log: Tensor,  # [N]
-    col_max: Tensor,  # [M], size 0 when one-directional
-    col_log: Tensor,  # [M], size 0 when one-directional
-    row_coef: Tensor,  # [N]
-    col_coef: Tensor,  # [M], size 0 when one-directional
-    positive_coef: Tensor,  # [N]
-    query_extra: Tensor | None,  # [N, D]
-    key_extra: Tensor | None,  # [M, D]
-    store: Tensor,
-    workspace_bytes: int,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dquery [N, D], dkey [M, D], query_dot [N], key_dot [M]); size 0 where not needed."""
-    if query.dtype == torch.float64:
-        return chunked.info_nce_grads(
-            query, key, scale, query_inv_norm, key_inv_norm, positives, row_max, row_log, col_max, col_log,
-            row_coef, col_coef, positive_coef, query_extra, key_extra, need_query, need_key,
+            if joined is not None:
+                one = joined[:, i]
+                _join[(tiles.cdiv(m, LINES),)](
+                    col_parts, one, row_tiles, m, one.stride(0), smoothed, by_id, **lines
+                )
+        col_parts = col_parts if joined is None else joined
+        row_blocks = tiles.cdiv(n, LINES)
+        blocks = row_blocks + tiles.cdiv(cols_m, LINES)
+        losses = [rows.new_empty(size) for size in (n, cols_m)] if each else []
+        totals = None if each else rows.new_empty((2, blocks))
+        _losses[(blocks,)](
+            row_parts, col_parts, positive, weight, rows, cols if symmetric else None,
+            *(losses if each else (None, None)), totals, splits,
+            0 if col_parts is None else col_parts.shape[1], n, m, 0.5 if symmetric else 1.0, smoothing,
+            smoothed, **lines,
         )  # fmt: skip
-    n, m = query.shape[0], key.shape[0]
-    none = query.new_empty(0)
-    out = [none, none.clone(), row_coef.new_empty(0), row_coef.new_empty(0)]
-    if n == 0 or m == 0:
-        for side, x, need in ((0, query, need_query), (1, key, need_key)):
-            if need:
-                out[side], out[side + 2] = x.new_zeros(x.shape), row_coef.new_zeros(x.shape[0])
-        return out[0], out[1], out[2], out[3]
-    query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    q, k = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(q, k, fuse=False, exceptions=tiles.PRODUCTS_ON)
-    columns = col_coef.numel() > 0
-    gain = pairwise.gain_for(query.dtype, row_coef, col_coef)
-    inv_gain = None
-    if gain is not None:
-        row_coef, col_coef, inv_gain = row_coef * gain, col_coef * gain, gain.reciprocal()
-    unit_query = pairwise.unit(query, query_inv_norm) if need_key else query
-    unit_key = pairwise.unit(key, key_inv_norm) if need_query else key
-    query_acc = row_coef.new_empty(query.shape) if need_query else None
-    key_acc = row_coef.new_empty(key.shape) if need_key else None
-    held = pairwise.chunk_rows(n, m, query.element_size(), workspace_bytes)
-    buffer = pairwise.chunk_buffer(query, held, m)
-    with torch.cuda.device_of(query):
-        for start in range(0, n, held):
-            stop = min(start + held, n)
-            grads = buffer[: stop - start]
-            grid = (triton.cdiv(stop - start, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)
-            _tile_grads[grid](
-                q, k, scale, query_inv_norm, key_inv_norm, positives,
-                row_max, row_log, *((col_max, col_log) if columns else (None, None)),
-                row_coef, col_coef if columns else None, grads,
-                q.stride(0), k.stride(0), grads.stride(0), start, stop, m, q.shape[1],
-                tiles.GROUP, **options,
-            )  # fmt: skip
-            if query_acc is not None:
-                tiles.product(grads, unit_key, query_acc[start:stop])
-            if key_acc is not None:
-                tiles.product(grads.T, unit_query[start:stop], key_acc, add=start > 0)
-    if query_acc is not None:
-        out[0], out[2] = pairwise.finish(
-            query_acc, inv_gain, query_extra, query, key, scale, query_inv_norm, key_inv_norm,
-            positive_coef, positives, None,
+        if each:
+            return losses[0] + losses[1] if symmetric else losses[0], rows, cols, store
+        loss = rows.new_empty(())
+        _total[(1,)](
+            totals, loss, row_blocks, blocks, reduction == "mean", BLOCK=1024, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
-    if key_acc is not None:
-        ordered, order = positives.sort(stable=True)
-        first = torch.searchsorted(ordered, torch.arange(m + 1, device=key.device))
-        out[1], out[3] = pairwise.finish(
-            key_acc, inv_gain, key_extra, key, query, scale, key_inv_norm, query_inv_norm,
-            positive_coef, order, first,
-        )  # fmt: skip
-    return out[0], out[1], out[2], out[3]
+    return loss, rows, cols, store

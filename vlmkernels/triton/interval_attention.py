@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vlmkernels.reference.interval_attention import interval_attention_bwd as reference_bwd
 from vlmkernels.reference.interval_attention import interval_attention_fwd as reference_fwd
@@ -18,6 +17,7 @@ from vlmkernels.triton._attention import Source, grid_bias, intervals, step, til
 from vlmkernels.triton._tiles import rows_contiguous
 
 BIAS_PROGRAMS = 1024  # the batch is split until there are about so many programs
+ENTRIES = 32  # of the bias that a program adds up
 
 
 @triton.jit
@@ -82,6 +82,35 @@ def _bias_grads(
     tl.store(PARTS + at, total)
 
 
+@triton.jit
+def _bias_sums(
+    PARTS,  # [splits, heads, 2 grid_rows - 1, 2 col_blocks - 1, BLOCK, BLOCK] float32
+    DTABLE,  # [heads, 2 grid_rows - 1, 2 grid_cols - 1]
+    splits,
+    lines,  # heads (2 grid_rows - 1)
+    grid_cols,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Entries of a line: the sums of the diagonals of tiles, each of which lies in two neighbours."""
+    width, col_blocks = 2 * grid_cols - 1, tl.cdiv(grid_cols, BLOCK)
+    blocks = tl.cdiv(width, ENTRIES)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    entries = tl.program_id(0) % blocks * ENTRIES + tl.arange(0, ENTRIES)
+    offset = entries + 1 - grid_cols + col_blocks * BLOCK  # from the tile before the first
+    tile_of, shift = offset // BLOCK - 1, offset % BLOCK
+    total = tl.zeros([ENTRIES], tl.float64)
+    for split in range(0, splits):
+        first = (split * lines + line) * (2 * col_blocks - 1)
+        for j in range(0, BLOCK):
+            i = j + shift
+            at = tl.where(i < BLOCK, tile_of, tile_of + 1)
+            inside = (entries < width) & (at >= 0) & (at < 2 * col_blocks - 1)
+            part = tl.load(PARTS + ((first + at) * BLOCK + i % BLOCK) * BLOCK + j, mask=inside, other=0.0)
+            total += part.to(tl.float64)
+    tl.store(DTABLE + line * width + entries, total.to(DTABLE.dtype.element_ty), mask=entries < width)
+
+
 def bias_options(query: Tensor, value: Tensor, grid_cols: int) -> dict:
     """Keyword arguments of a launch of _bias_grads."""
     options = attention.launch_options(attention_bwd.KEY_GRADS, query, value, 1, 1, True)
@@ -104,6 +133,7 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
     blocks = triton.cdiv(grid_cols, side)
     offsets = h * (2 * grid_rows - 1) * (2 * blocks - 1)
     splits = min(b, triton.cdiv(BIAS_PROGRAMS, offsets))
+    dtable = table.new_empty(table.shape)
     parts = lse.new_empty((splits, h, 2 * grid_rows - 1, 2 * blocks - 1, side, side))
     with torch.cuda.device_of(query):
         _bias_grads[(splits * offsets,)](
@@ -112,12 +142,11 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
             b, splits, h, h // source.key.shape[1], tq, tk, width, value_width, grid_rows, grid_cols,
             scale, STEP=step(query, *source[:2], dout), **options,
         )  # fmt: skip
-    # Rows one element shorter than they are stored slant the diagonals of a tile into columns
-    slanted = pad(parts.sum(0).flip(-1), (0, side)).flatten(-2)[..., : side * (2 * side - 1)]
-    diagonals = pad(slanted.unflatten(-1, (side, 2 * side - 1)).sum(-2), (0, 1)).unflatten(-1, (2, side))
-    total = pad(diagonals[..., 0, :], (0, 0, 0, 1)) + pad(diagonals[..., 1, :], (0, 0, 1, 0))
-    first = blocks * side - grid_cols
-    return total.flatten(-2)[..., first : first + 2 * grid_cols - 1].to(table.dtype).contiguous()
+        lines = h * (2 * grid_rows - 1)
+        _bias_sums[(lines * triton.cdiv(2 * grid_cols - 1, ENTRIES),)](
+            parts, dtable, splits, lines, grid_cols, side, ENTRIES, num_warps=1, enable_fp_fusion=True
+        )
+    return dtable
 
 
 def _source(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor) -> Source:

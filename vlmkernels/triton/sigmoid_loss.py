@@ -1,4 +1,11 @@
-"""sigmoid_sweep (contract in ops/_sigmoid_loss_sweep.py): one GEMM with loss and gradient in the epilogue."""
+"""sigmoid_loss and its backward: one GEMM with loss and gradient in the epilogue.
+
+Logits are in powers of two. The gradients of a chunk of logits are written in the dtype of the features and
+multiplied by cuBLAS.
+"""
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -6,25 +13,30 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.triton import _pairwise as pairwise
-from vlmkernels.triton import _pairwise_chunked as chunked
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._tiles import grouped_tile, similarities
 
-CHUNK_BYTES = 1 << 28  # gradients of the logits in memory at once
+CHUNK_BYTES = 1 << 28  # gradients of the logits in memory at once, more on a card that has much
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+NOTHING: tl.constexpr = tl.constexpr(-3e38)  # a logit without loss or gradient
+SWEEP: tiles.Tiles = tiles.TILES | {("half", True): tiles.Tile(128, 128, 64, 8, 3)}
+SWEEP_ON: dict[str, tiles.Tiles] = {
+    "gfx942": tiles.TILES_ON["gfx942"] | {("half", True): tiles.Tile(128, 128, 64, 8, 2)},
+}
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for 0 <= e <= 1 to 1.6e-7 relative, also where 1 + e rounds."""
-    p = -0.00317605701 * e + 0.0195425272
-    p = p * e - 0.0563736128
-    p = p * e + 0.105436238
-    p = p * e - 0.152696671
-    p = p * e + 0.196632743
-    p = p * e - 0.249516163
-    p = p * e + 0.333297105
-    p = p * e - 0.499998926
-    return (p * e + 1.0) * e
+def _log2_1p(e):
+    """log2(1 + e) for 0 <= e <= 1 to 2e-7 relative, also where 1 + e rounds."""
+    p = -0.0045820817 * e + 0.0281939071
+    p = p * e - 0.0813299316
+    p = p * e + 0.152112338
+    p = p * e - 0.22029473
+    p = p * e + 0.283681083
+    p = p * e - 0.359975731
+    p = p * e + 0.480846081
+    p = p * e - 0.721345971
+    return (p * e + LOG2E) * e
 
 
 @triton.jit
@@ -35,15 +47,13 @@ def _sweep(
     BIAS,  # [1]
     A,  # [n] or None
     B,  # [m] or None
-    POSITIVES,  # [n] int64 or None
-    QUERY_IDS,  # [n] int64 or None
-    KEY_IDS,  # [m] int64 or None
-    COEF,  # [n]
-    GAIN,  # [1] or None
+    QUERY_IDS,  # [n] int64 or None: the pairs (i, i) are positive
+    KEY_IDS,  # [m] int64 or None: those of the queries are indices of keys
+    COEF,  # [n] of the gradients of each row, or None: 1
     OUT,  # [stop - start, m] or None
-    LOSS,  # [column tiles, stop - start] or None
-    DSCALE,  # [column tiles, stop - start] or None
-    DBIAS,  # [column tiles, stop - start] or None
+    LOSS,  # [programs] or, of each row, [column tiles, stop - start]; or None
+    DSCALE,  # [programs] or None
+    DBIAS,  # [programs] or None
     stride_q,
     stride_k,
     stride_out,
@@ -51,6 +61,8 @@ def _sweep(
     stop,
     m,
     depth,
+    EACH: tl.constexpr,
+    GAIN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,10 +71,12 @@ def _sweep(
     PRECISION: tl.constexpr,
 ):
     row_tiles, col_tiles = tl.cdiv(stop - start, BLOCK_M), tl.cdiv(m, BLOCK_N)
-    row_tile, col_tile = grouped_tile(tl.program_id(0), row_tiles, col_tiles, GROUP)
+    program = tl.program_id(0)
+    row_tile, col_tile = grouped_tile(program, row_tiles, col_tiles, GROUP)
     rows = start + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, col_inside = rows < stop, cols < m
+    inside = row_inside[:, None] & col_inside[None, :]
     cosine = similarities(
         Q, K, rows, cols, stride_q, stride_k, stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
@@ -70,98 +84,199 @@ def _sweep(
         cosine *= tl.load(A + rows, mask=row_inside, other=0.0)[:, None]
     if B is not None:
         cosine *= tl.load(B + cols, mask=col_inside, other=0.0)[None, :]
-    z = cosine * tl.load(SCALE).to(tl.float32) + tl.load(BIAS).to(tl.float32)
-    if POSITIVES is not None:
-        target = tl.load(POSITIVES + rows, mask=row_inside, other=-1).to(tl.int32)
-        same = cols[None, :] == target[:, None]
-    else:
-        query_ids = tl.load(QUERY_IDS + rows, mask=row_inside, other=0)
-        same = query_ids[:, None] == tl.load(KEY_IDS + cols, mask=col_inside, other=0)[None, :]
+    z = cosine * (LOG2E * tl.load(SCALE).to(tl.float32)) + LOG2E * tl.load(BIAS).to(tl.float32)
+    same = pairwise.is_positive(QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside)
     x = tl.where(same, -z, z)  # the loss of a pair is softplus(x), its derivative by x sigmoid(x)
-    e = tl.exp(-tl.abs(x))
-    partial = col_tile.to(tl.int64) * (stop - start) + rows - start
+    x = tl.where(inside, x, NOTHING)
+    log = _log2_1p(tl.exp2(-tl.abs(x)))
     if LOSS is not None:
-        loss = tl.where(col_inside[None, :], tl.maximum(x, 0.0) + _log1p(e), 0.0)
-        tl.store(LOSS + partial, tl.sum(loss, 1), mask=row_inside)
+        loss = tl.maximum(x, 0.0) + log
+        if EACH:
+            at = col_tile.to(tl.int64) * (stop - start) + rows - start
+            tl.store(LOSS + at, tl.sum(loss, 1) / LOG2E, mask=row_inside)
+        else:
+            tl.store(LOSS + program, tl.sum(loss) / LOG2E)
     if OUT is not None or DSCALE is not None:
-        sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-        coef = tl.load(COEF + rows, mask=row_inside, other=0.0)[:, None]
-        grads = tl.where(col_inside[None, :], tl.where(same, -coef, coef) * sigmoid, 0.0)
+        grads = tl.exp2(tl.minimum(x, 0.0) - log)
+        if COEF is not None:
+            grads *= tl.load(COEF + rows, mask=row_inside, other=0.0)[:, None]
+        grads = tl.where(same, -grads, grads)
         if DSCALE is not None:
-            tl.store(DSCALE + partial, tl.sum(grads * cosine, 1), mask=row_inside)
-            tl.store(DBIAS + partial, tl.sum(grads, 1), mask=row_inside)
+            tl.store(DSCALE + program, tl.sum(grads * cosine))
+            tl.store(DBIAS + program, tl.sum(grads))
         if OUT is not None:
-            if GAIN is not None:
-                grads *= tl.load(GAIN)
             at = (rows - start).to(tl.int64)[:, None] * stride_out + cols[None, :]
-            tl.store(OUT + at, grads.to(OUT.dtype.element_ty), mask=row_inside[:, None] & col_inside[None, :])
+            tl.store(OUT + at, (GAIN * grads).to(OUT.dtype.element_ty), mask=inside)
 
 
-def sigmoid_sweep(
+@triton.jit
+def _put_sum(OUT, PARTS, parts, factor, BLOCK: tl.constexpr):
+    total = factor * pairwise.sum_of(PARTS, None, parts, BLOCK).to(tl.float32)
+    tl.store(OUT, total.to(OUT.dtype.element_ty))
+
+
+@triton.jit
+def _finish(
+    Q,  # [n, depth]
+    K,  # [m, depth]
+    QUERY_ACC,  # [n, depth] float32: the products with the gradients of the tiles; or None
+    KEY_ACC,  # [m, depth] float32 or None
+    A,  # [n] or None
+    B,  # [m] or None
+    LOSS_PARTS,  # [parts] or None
+    DSCALE_PARTS,  # [parts] or None
+    DBIAS_PARTS,  # [parts] or None
+    SCALE,  # [1]
+    FACTOR,  # [1] of all results, or None
+    DQUERY,  # [n, depth] or None
+    DKEY,  # [m, depth] or None
+    LOSS,  # [1] or None
+    DSCALE,  # [1] or None
+    DBIAS,  # [1] or None
+    stride_q,
+    stride_k,
+    n,
+    m,
+    depth,
+    parts,
+    factor,
+    inv_gain,  # of the products
+    BLOCK: tl.constexpr,
+):
+    """The gradient of a query or of a key; in the last two programs, what is a sum over all pairs."""
+    if FACTOR is not None:
+        factor *= tl.load(FACTOR).to(tl.float32)
+    scale = factor * tl.load(SCALE).to(tl.float32)
+    program = tl.program_id(0)
+    queries = n if DQUERY is not None else 0
+    keys = m if DKEY is not None else 0
+    if program < queries:
+        if DQUERY is not None:
+            pairwise.feature_grads(
+                QUERY_ACC, Q, K, A, B, DQUERY, program, scale, inv_gain, 0.0, False, stride_q, stride_k,
+                depth, False, BLOCK,
+            )  # fmt: skip
+    elif program < queries + keys:
+        if DKEY is not None:
+            pairwise.feature_grads(
+                KEY_ACC, K, Q, B, A, DKEY, program - queries, scale, inv_gain, 0.0, False, stride_k, stride_q,
+                depth, False, BLOCK,
+            )  # fmt: skip
+    elif program == queries + keys:
+        if LOSS is not None:
+            _put_sum(LOSS, LOSS_PARTS, parts, factor, BLOCK)
+        if DBIAS is not None:
+            _put_sum(DBIAS, DBIAS_PARTS, parts, factor, BLOCK)
+    elif DSCALE is not None:
+        _put_sum(DSCALE, DSCALE_PARTS, parts, factor, BLOCK)
+
+
+def sigmoid_loss(
     query: Tensor,  # [N, D]
     key: Tensor,  # [M, D]
     scale: Tensor,
     bias: Tensor,
-    query_inv_norm: Tensor | None,  # [N]
-    key_inv_norm: Tensor | None,  # [M]
     positives: Tensor | None,  # [N] int64
-    query_ids: Tensor | None,  # [N] int64
     key_ids: Tensor | None,  # [M] int64
-    row_coef: Tensor,  # [N]
-    need_loss: bool,
+    normalize: bool,
+    reduction: str,
     need_query: bool,
     need_key: bool,
     need_scalars: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_loss [N], dquery [N, D], dkey [M, D], row_dscale [N], row_dbias [N]); size 0 where not needed."""
-    if query.dtype == torch.float64:
-        return chunked.sigmoid_sweep(
-            query, key, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids, row_coef,
-            need_loss, need_query, need_key, need_scalars,
-        )  # fmt: skip
-    n, m = query.shape[0], key.shape[0]
-    rows = [row_coef.new_empty(n if need else 0) for need in (need_loss, need_scalars, need_scalars)]
-    dquery, dkey = (x.new_empty(x.shape if need else 0) for x, need in ((query, need_query), (key, need_key)))
+) -> tuple[Tensor, ...]:
+    """(loss, dquery [N, D], dkey [M, D], dscale, dbias): gradients have size 0 where not needed."""
+    needs = (need_query, need_key, need_scalars, need_scalars)
+    return _run(
+        "sigmoid_loss", None, query, key, scale, bias, positives, key_ids, normalize, reduction, needs
+    )
+
+
+def sigmoid_loss_bwd(
+    dloss: Tensor,
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    scale: Tensor,
+    bias: Tensor,
+    positives: Tensor | None,  # [N] int64
+    key_ids: Tensor | None,  # [M] int64
+    normalize: bool,
+    reduction: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """(dquery [N, D], dkey [M, D], dscale, dbias), of size 0 where not needed."""
+    inputs = (dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs)
+    return _run("sigmoid_loss_bwd", *inputs)[1:]
+
+
+def _run(op, dloss, query, key, scale, bias, positives, key_ids, normalize, reduction, needs):
+    """The loss, without which a gradient comes in, and the gradients."""
+    pairwise.check(op, query, key, positives, key_ids, None)
+    (n, depth), m = query.shape, key.shape[0]
+    stats = query.new_empty(0, dtype=torch.float32)
+    each = reduction == "none"
+    loss = stats.new_empty((n,) if each else ())
+    given = zip((query, key, scale, bias), needs, strict=True)
+    dquery, dkey, dscale, dbias = grads = [x.new_empty(x.shape if need else 0) for x, need in given]
     if n == 0 or m == 0:
-        for x in (*rows, dquery, dkey):
-            x.zero_()
-        return rows[0], dquery, dkey, rows[1], rows[2]
+        return loss.zero_(), *(grad.zero_() for grad in grads)
+    if positives is not None and key_ids is None:
+        pairwise.check_positives(op, positives, m)
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
+    positives, key_ids = (None if x is None else x.contiguous() for x in (positives, key_ids))
+    need_query, need_key, need_scale, need_bias = needs
+    need_loss, products, scalars = dloss is None, need_query or need_key, need_scale or need_bias
+    # Products are of gradients of 1 at most, of 2^14 in float16; the results are these times `factor`
+    factor, gain = 1 / n if reduction == "mean" else 1.0, 2.0**14 if query.dtype == torch.float16 else 1.0
+    coef, of_all = None, dloss
+    if each and dloss is not None:
+        coef, of_all, gain = dloss.to(torch.float32).contiguous(), None, 1.0
+        if (of_each := pairwise.gain_for(query.dtype, coef)) is not None:
+            coef, of_all = coef * of_each, of_each.reciprocal()
+    a = b = None
+    unit_query, unit_key = query, key
+    if normalize:
+        a, b, unit_query, unit_key = pairwise.norms(query, key, need_key, need_query)
     q, k = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(q, k, fuse=True)
-    col_tiles = triton.cdiv(m, options["BLOCK_N"])
-    gain = pairwise.gain_for(query.dtype, row_coef)
-    inv_gain = gain.reciprocal() if gain is not None else None
-    unit_query = pairwise.unit(query, query_inv_norm) if need_key else query
-    unit_key = pairwise.unit(key, key_inv_norm) if need_query else key
-    query_acc = row_coef.new_empty(query.shape) if need_query else None
-    key_acc = row_coef.new_empty(key.shape) if need_key else None
-    held = pairwise.chunk_rows(n, m, query.element_size(), CHUNK_BYTES)
-    buffer = pairwise.chunk_buffer(query, held, m) if need_query or need_key else None
+    options = tiles.launch_options(q, k, fuse=True, table=SWEEP, exceptions=SWEEP_ON)
+    query_acc, key_acc = (
+        stats.new_empty(x.shape) if need else None for x, need in ((query, need_query), (key, need_key))
+    )
+    held = pairwise.chunk_rows(n, m, query.element_size(), CHUNK_BYTES, tiles.memory(query))
+    buffer = pairwise.chunk_buffer(query, held, m) if products else None
+    col_tiles = tiles.cdiv(m, options["BLOCK_N"])
+    programs = [
+        tiles.cdiv(min(held, n - start), options["BLOCK_M"]) * col_tiles for start in range(0, n, held)
+    ]
+    wanted = (need_loss and not each, scalars, scalars)
+    parts = [stats.new_empty(sum(programs)) if want else None for want in wanted]
     with torch.cuda.device_of(query):
-        for start in range(0, n, held):
+        for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            grads = buffer[: stop - start] if buffer is not None else None
-            partial = [x.new_empty((col_tiles, stop - start)) if x.numel() else None for x in rows]
-            _sweep[(triton.cdiv(stop - start, options["BLOCK_M"]) * col_tiles,)](
-                q, k, scale, bias, query_inv_norm, key_inv_norm, positives, query_ids, key_ids,
-                row_coef, gain, grads, *partial, q.stride(0), k.stride(0),
-                0 if grads is None else grads.stride(0), start, stop, m, q.shape[1], tiles.GROUP,
-                **options,
+            tile_grads = buffer[: stop - start] if buffer is not None else None
+            first = i * programs[0]
+            partial = [None if x is None else x[first:] for x in parts]
+            if need_loss and each:
+                partial[0] = stats.new_empty((col_tiles, stop - start))
+            _sweep[(programs[i],)](
+                q, k, scale, bias, a, b, positives, key_ids, coef, tile_grads, *partial, q.stride(0),
+                k.stride(0), 0 if tile_grads is None else tile_grads.stride(0), start, stop, m, q.shape[1],
+                each, gain, tiles.GROUP, **options,
             )  # fmt: skip
-            for x, parts in zip(rows, partial, strict=True):
-                if parts is not None:
-                    torch.sum(parts, 0, out=x[start:stop])
-            if grads is not None and query_acc is not None:
-                tiles.product(grads, unit_key, query_acc[start:stop])
-            if grads is not None and key_acc is not None:
-                tiles.product(grads.T, unit_query[start:stop], key_acc, add=start > 0)
-    if query_acc is not None:
-        dquery, _ = pairwise.finish(
-            query_acc, inv_gain, None, query, key, scale, query_inv_norm, key_inv_norm, None, None, None
-        )
-    if key_acc is not None:
-        dkey, _ = pairwise.finish(
-            key_acc, inv_gain, None, key, query, scale, key_inv_norm, query_inv_norm, None, None, None
-        )
-    return rows[0], dquery, dkey, rows[1], rows[2]
+            if need_loss and each:
+                torch.sum(partial[0], 0, out=loss[start:stop])
+            if query_acc is not None:
+                tiles.product(tile_grads, unit_key, query_acc[start:stop])
+            if key_acc is not None:
+                tiles.product(tile_grads.T, unit_query[start:stop], key_acc, add=start > 0)
+        last = n * need_query + m * need_key
+        if last or any(wanted):
+            results = zip(
+                (dquery, dkey, loss, dscale, dbias), (*needs[:2], wanted[0], *needs[2:]), strict=True
+            )
+            _finish[(last + (any(wanted) + need_scale),)](
+                query, key, query_acc, key_acc, a, b, *parts, scale, of_all,
+                *(x if need else None for x, need in results),
+                query.stride(0), key.stride(0), n, m, depth, sum(programs), factor, 1.0 / gain,
+                **pairwise.row_options(depth),
+            )  # fmt: skip
+    return loss, dquery, dkey, dscale, dbias

@@ -7,8 +7,8 @@ namespace vlmk {
 
 enum class Divergence { none, forward_kl, reverse_kl, jsd };
 
-// Of one row, relative to its maxima so far: the sums of the exponentials at T, of exp(x) (x - y), x being the first argument
-// of KL and x and y (logit - maximum) / T, and of the student's exponentials at T = 1 where they are others.
+// Of one row, relative to its maxima so far: the sums of the exponentials at T, of exp(x / T) (x - y), x being the first
+// argument of KL and x and y logit - maximum, and of the student's exponentials at T = 1 where they are others.
 template <class A>
 struct RowSums {
   A student_top = -__builtin_inf(), teacher_top = -__builtin_inf();

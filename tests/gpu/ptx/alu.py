@@ -201,8 +201,8 @@ def _uniform(names: str, types: str, function: Callable, sources: int):
 
 
 def _arithmetic():
-    yield from _uniform("add", "s32 s64 f32 f64", np.add, 2)
-    yield from _uniform("sub", "s32 s64 f32 f64", np.subtract, 2)
+    yield from _uniform("add", "s16 s32 s64 f32 f64", np.add, 2)
+    yield from _uniform("sub", "s16 s32 s64 f32 f64", np.subtract, 2)
     yield from _uniform("mul", "f32 f64", np.multiply, 2)
     yield from _uniform("mul.lo", "s32 s64", np.multiply, 2)
     yield from _uniform("mad.lo", "s32 s64", lambda a, b, c: a * b + c, 3)
@@ -218,6 +218,7 @@ def _arithmetic():
     yield from _uniform("div.rn", "f64", np.divide, 2)
     yield from _uniform("neg", "s32 f32 f64", np.negative, 1)
     yield from _uniform("abs", "s32 f32 f64", np.abs, 1)
+    yield from _uniform("abs.ftz", "f32", lambda x: flushed(np.abs(x)), 1)
     yield from _uniform("copysign", "f32 f64", lambda sign, x: np.copysign(x, sign), 2)
     yield from _uniform("fma.rn", "f32", fma32, 3)
     yield from _uniform("fma.rn", "f64", fma64, 3)

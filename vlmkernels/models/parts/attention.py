@@ -41,7 +41,7 @@ def attend(
         allowed = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
     else:
-        out = cast(Tensor, vlmkernels.interval_attention(query, key, value, *seen, **relative))
+        out = cast(Tensor, vlmkernels.interval_attention(query, key, value, seen, **relative))
     return out.transpose(1, 2).flatten(2)
 
 
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module, abc.ABC):
         query, key, value = self.project(x, wanted)
         if wanted is not None and seen is not None:
             start, end = (bound.expand(x.shape[0], -1).gather(1, wanted) for bound in seen)
-            seen = start, end
+            seen = Intervals(start, end)
         if keep is not None:
             key, value = keep(key, value)
         return attend(query, key, value, seen, **options)

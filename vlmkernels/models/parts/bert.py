@@ -39,7 +39,7 @@ class BertAttention(SelfAttention):
         self,
         x: Tensor,  # [B, L, D]
         mask: Tensor,  # [B, L] bool
-        seen: Intervals | None,  # [B, L] each: the mask, where it is one run of tokens in each row
+        seen: Intervals | None,  # [B, L] or [L] each: the mask, where it is one run of tokens in each row
         wanted: Tensor | None,  # [B, n] int64
     ) -> Tensor:  # [B, n or L, D]
         p = self.dropout if self.training else 0.0
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # [B, L, D]
         mask: Tensor,  # [B, L] bool
-        seen: Intervals | None,  # [B, L] each
+        seen: Intervals | None,  # [B, L] or [L] each
         wanted: Tensor | None,  # [B, n] int64
     ) -> Tensor:  # [B, n or L, D]
         *layers, last = self.layer
@@ -133,7 +133,7 @@ def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     start, end = intervals.runs(mask)
     if not intervals.are_runs(mask, start, end) or not bool((end > start).all()):
         return None
-    return start[:, None].expand_as(mask), end[:, None].expand_as(mask)
+    return Intervals(start[:, None].expand_as(mask), end[:, None].expand_as(mask))
 
 
 class Bert(nn.Module):
@@ -230,6 +230,6 @@ class Bert(nn.Module):
             first = torch.zeros(tokens.shape[0], 1, dtype=torch.int64, device=tokens.device)
             return self._encode(tokens, mask, seen, first)[:, 0]
         tokens, positions, bounds = padding.drop(tokens, seen[1][:, 0])
-        start, end = intervals.packed(bounds, tokens.shape[1], causal=False)
+        seen = intervals.packed(bounds, tokens.shape[1], causal=False)
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        return self._encode(tokens, mask, (start[None], end[None]), bounds[None, :-1], positions)[0]
+        return self._encode(tokens, mask, seen, bounds[None, :-1], positions)[0]
