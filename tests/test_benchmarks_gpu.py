@@ -200,6 +200,16 @@ class LigerJSD:
         return reference.distillation(log_q, log_p, divergence="jsd", beta=self.beta)
 
 
+class LigerFusedLinearJSD:
+    def __init__(self, jsd_beta=0.5, ignore_index=-100, temperature=1.0):
+        self.options = {"divergence": "jsd", "beta": jsd_beta}
+        self.temperature = temperature
+
+    def __call__(self, student_input, student_weight, teacher_input, teacher_weight, shift_labels=None):
+        logits = student_input @ student_weight.T, teacher_input @ teacher_weight.T
+        return reference.distillation(*(x.float() / self.temperature for x in logits), **self.options)
+
+
 def fused_siglip_loss(image, text, log_temperature, bias):
     return reference.sigmoid_loss(image, text, log_temperature.exp(), bias).to(image.dtype)
 
@@ -209,6 +219,7 @@ STAND_INS = {
     "memeff": {"MemoryEfficientCLIPLoss": Memeff},
     "liger_kernel.transformers": {
         "LigerFusedLinearCrossEntropyLoss": Liger,
+        "LigerFusedLinearJSD": LigerFusedLinearJSD,
         "LigerJSD": LigerJSD,
         "LigerKLDIVLoss": LigerKLDIVLoss,
     },

@@ -17,7 +17,7 @@ from tests.gpu.launches import intercepting
 from tests.gpu.matrix import on
 from vlmkernels import intervals
 from vlmkernels._library import KERNELS
-from vlmkernels.triton import _pairwise, _tiles, linear_cross_entropy
+from vlmkernels.triton import _pairwise, _pairwise_classes, _tiles
 
 
 class OnCard(TorchDispatchMode):
@@ -201,6 +201,9 @@ def test_no_op_is_missing():
     assert {op_of(name) for name in calls(torch.float32)} == set(vlmkernels.ops.__all__)
 
 
+FORMED = {"linear_distillation"}  # whose forward forms the gradients, by itself
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", calls(torch.float32))
 def test_an_op_does_not_wait(name, dtype):
@@ -211,8 +214,8 @@ def test_an_op_does_not_wait(name, dtype):
     with on_a_card() as card:
         step(op, tensors, options)
     assert card.ran[0] == op_of(name)
-    of_torch = (op_of(name), "CUDA") not in KERNELS  # which may form the gradients in the forward
-    assert len(card.ran) > 1 or of_torch
+    of_torch = (op_of(name), "CUDA") not in KERNELS
+    assert len(card.ran) > 1 or of_torch or op_of(name) in FORMED
 
 
 WAITS = {
@@ -257,7 +260,9 @@ def test_a_graph_repeats_an_op(name, dtype):
 def test_a_graph_repeats_a_call_that_leaves_chunks_out(counted, dtype, monkeypatch):
     """The graph multiplies them: it does not know which rows count."""
     monkeypatch.setattr(_pairwise, "CHUNK_ROWS", 64)
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(_pairwise_classes, "CHUNK_BYTES", 0)
     target = torch.where(torch.arange(300) < 300 - counted, -100, torch.arange(300))
     tensors = random(300, 50, dtype=dtype), random(400, 50, dtype=dtype)
     assert all(repeats(vlmkernels.linear_cross_entropy, tensors, {"target": target}))
+    taught = {f"teacher_{name}": x.detach() for name, x in zip(("hidden", "weight"), tensors, strict=True)}
+    assert all(repeats(vlmkernels.linear_distillation, tensors, taught | {"target": target}))

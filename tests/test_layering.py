@@ -34,9 +34,6 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-CUBLAS = {  # ops that run as torch's own on a GPU
-    "linear_distillation",
-}
 BENCHMARKED = {case.op for case in all_cases()}
 
 
@@ -50,7 +47,7 @@ def test_every_op_has_all_its_parts(op):
         f"vlmkernels/reference/{op}.py", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
         *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"]),
     ]  # fmt: skip
-    parts += [] if op in CUBLAS else [f"vlmkernels/triton/{op}.py"]
+    parts.append(f"vlmkernels/triton/{op}.py")
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
 

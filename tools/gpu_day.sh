@@ -19,8 +19,8 @@ day() {
   day --take benchmarks/results/gpu # what earlier commands brought home is not measured again
   case $part in
   1) day --only ceilings --only tests --minutes 7 "$@" ;;
-  2) day info_nce sigmoid_loss contrastive_distillation linear_cross_entropy distillation embedding_distillation gated_residual \
-    gated_linear_residual --only timing --minutes 7 "$@" ;;
+  2) day info_nce sigmoid_loss contrastive_distillation linear_cross_entropy distillation linear_distillation \
+    embedding_distillation gated_residual gated_linear_residual --only timing --minutes 7 "$@" ;;
   3) day interval_attention perceiver_attention --only timing --minutes 7 "$@" ;;
   4)
     day sweep --minutes 3.5 "$@"

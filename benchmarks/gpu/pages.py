@@ -26,6 +26,7 @@ SHAPES = {
     "contrastive_distillation": "D={d}, teacher {e}",
     "linear_cross_entropy": "[{n}, {d}] x {v} classes",
     "distillation": "[{rows}, {classes}]",
+    "linear_distillation": "[{n}, {d}] of [{n}, {e}] x {v} classes",
     "embedding_distillation": "[{rows}, {width}]",
     "interval_attention": "{batch} x {heads} heads of {width}, {queries} x {keys}",
     "perceiver_attention": "{batch} x 8 heads of 64",

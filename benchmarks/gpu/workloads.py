@@ -220,6 +220,33 @@ def _distillation(form: str, sizes: Mapping[str, int], type: str, **options: obj
     )
 
 
+def _liger_linear_distillation() -> Callable[..., Tensor]:
+    t = pairwise_cases.T
+    loss_of = peers.load("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=0.5, temperature=t)
+
+    def loss(
+        student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
+        return t * t * loss_of(student_hidden, student_weight, teacher_hidden, teacher_weight)
+
+    return loss
+
+
+def _linear_distillation(
+    form: str, sizes: Mapping[str, int], type: str, divergence: str = "forward_kl", k: int = 0
+) -> Workload:
+    options = {"temperature": pairwise_cases.T, "divergence": divergence}
+    of = partial(pairwise_cases._offline if k else partial, **options)
+    if k or divergence != "forward_kl":
+        others = _peer("reference", lambda: of(reference.linear_distillation))
+    else:
+        others = _peer("F.linear, F.kl_div of F.log_softmax", lambda: pairwise_cases._eager_distillation)
+    if divergence == "jsd" and not k:
+        others += (Baseline("Liger fused linear JSD", _liger_linear_distillation),)
+    make, ours = partial(pairwise_cases._two_models, k=k), of(vlmkernels.linear_distillation)
+    return Workload("linear_distillation", form, type, sizes, make, ours, others)
+
+
 def _embedding_distillation(distance: str, sizes: Mapping[str, int], type: str) -> Workload:
     plain, name = {
         "l1": (rows_cases._l1, "F.l1_loss of F.normalize"),
@@ -446,6 +473,12 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     found.append(_distillation("JSD, a row read twice", sizes, "bf16", divergence="jsd"))
     sizes = cut(rows=8192, classes=16384)
     found.append(_distillation("JSD, a row read once", sizes, "bf16", divergence="jsd"))
+    for type in every:
+        sizes = cut(n=8192, d=768, e=1600, v=50257)
+        found.append(_linear_distillation("GPT-2 of GPT-2 XL", sizes, type))
+    found.append(_linear_distillation("GPT-2 of GPT-2 XL, top 64", sizes, "bf16", k=64))
+    sizes = cut(n=8192, d=2048, e=4096, v=32000)
+    found.append(_linear_distillation("TinyLlama of Llama 2, JSD", sizes, "bf16", "jsd"))
     for type in ("bf16", "fp32"):
         found.append(_embedding_distillation("l1", cut(rows=65536, width=512), type))
     found.append(_embedding_distillation("cosine", cut(rows=65536, width=1024), "bf16"))

@@ -21,10 +21,12 @@ from vlmkernels.triton import (
     gated_residual,
     info_nce,
     linear_cross_entropy,
+    linear_distillation,
     sigmoid_loss,
 )
 from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_classes as classes_of
 from vlmkernels.triton import _rows as rows
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
@@ -35,7 +37,7 @@ from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_attention import Interval, Perceiver, any_intervals, problem
 from .trials_gated import Linear, Residual
-from .trials_pairwise import CrossEntropy, Distillation, InfoNCE, Problem, Scaled, Sigmoid
+from .trials_pairwise import CrossEntropy, Distillation, InfoNCE, Problem, Scaled, Sigmoid, TwoModels
 from .trials_rows import Features, Logits
 
 FP32, BF16, FP16 = DTYPES
@@ -269,11 +271,8 @@ def by_teacher() -> Iterator[Case]:
 
 def by_classes() -> Iterator[Case]:
     op = "linear_cross_entropy"
-    few = {
-        (pairwise, "CHUNK_ROWS"): 7,
-        (linear_cross_entropy, "CHUNK_BYTES"): 0,
-        (linear_cross_entropy, "READ"): 64,
-    }
+    seven = {(pairwise, "CHUNK_ROWS"): 7, (classes_of, "CHUNK_BYTES"): 0}
+    few = seven | {(linear_cross_entropy, "READ"): 64}
     every = {"bias": True, "column_scale": True, "smoothing": 0.1, "spread": 5.0}
 
     def case(n, classes, d, **options):
@@ -291,6 +290,38 @@ def by_classes() -> Iterator[Case]:
         needs = tuple(i == k for k in range(3))
         yield from each(op, f"gradient of the {name}", case(9, 70, 20, bias=True, needs=needs))
     yield from each_far(op, "far rows", lambda t: with_far(CrossEntropy(3, 5, 32, t), "hidden", "weight"))
+
+    op = "linear_distillation"
+    few = seven | {(distillation, name): 64 for name in ("READ", "HELD", "WRITTEN")}
+    few |= {(linear_distillation, "READ"): 64, (linear_distillation, "NAMED"): 16, (rows, "TOTAL"): 4}
+    mixed = {"hard_weight": 0.4, "biases": True}
+
+    def taught(n, classes, d, **options):
+        return lambda t: TwoModels(n, classes, d, t, **options)
+
+    yield from each(op, "ragged", taught(9, 70, 37, reduction="mean", **mixed), quick=(FP32, FP16))
+    jsd = mixed | {"divergence": "jsd"}
+    yield from each(op, "chunks", taught(16, 150, 20, **jsd), settings=few, quick=(BF16,))
+    yield from each(op, "chunks left out", taught(30, 150, 20, ignored=0.8), settings=few)
+    every = {"targets": False, "reduction": "batchmean", "ahead": True}
+    make = taught(9, 150, 20, divergence="reverse_kl", **every)
+    yield from each(op, "all rows", make, settings=few, quick=(BF16,))
+    yield from each(op, "targets alone", taught(9, 70, 20, hard_weight=1.0), settings=few)
+    yield from each(op, "one", taught(1, 1, 1, width=1, targets=False))
+    yield from each(op, "no row counts", taught(8, 20, 5, ignored=1.0, reduction="mean"), settings=few)
+    yield from each(op, "float32 teacher", taught(9, 70, 20, teacher=FP32, **jsd), HALF)
+    yield from each(op, "offline", taught(9, 70, 37, k=5, reduction="mean", **mixed), quick=(FP32, FP16))
+    make = taught(16, 150, 20, k=37, **jsd)
+    yield from each(op, "offline, chunks", make, settings=few, quick=(BF16,))
+    yield from each(op, "offline, all rows", taught(9, 70, 20, k=20, **every), quick=(FP32,))
+    yield from each(op, "offline, all classes", taught(9, 37, 20, k=37, divergence="jsd"), quick=(BF16,))
+    yield from each(op, "offline, no classes", taught(9, 37, 20, k=0, divergence="jsd", hard_weight=0.4))
+    yield from each(op, "offline, wide", taught(4, 2100, 20, k=9, **mixed), quick=(BF16,))
+    for i, name in enumerate(("hidden states", "weight", "bias")):
+        needs = tuple(i == k for k in range(3))
+        yield from each(op, f"gradient of the {name}", taught(9, 70, 20, biases=True, needs=needs))
+    tensors = ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    yield from each_far(op, "far rows", lambda t: with_far(TwoModels(3, 40, 32, t, ignored=0.0), *tensors))
 
 
 def by_rows() -> Iterator[Case]:

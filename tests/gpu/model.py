@@ -187,6 +187,7 @@ def _places(launch: Launch, code: Code) -> dict[int, float]:
 TURNS: dict[str, Callable[[dict], int]] = {
     "distillation._forward": lambda x: triton.cdiv(x["classes"], x["BLOCK"]),
     "distillation._backward": lambda x: 1,
+    "linear_distillation._offline": lambda x: triton.cdiv(x["classes"], x["BLOCK"]),
     "embedding_distillation._forward": lambda x: triton.cdiv(x["depth"], x["BLOCK_D"]) - 1,
     "embedding_distillation._backward": lambda x: triton.cdiv(x["depth"], x["BLOCK_D"]) - 1,
 }

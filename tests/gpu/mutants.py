@@ -6,7 +6,6 @@ ATTENTION = "_attention._forward"
 ROW_SUMS, QUERY, KEY = "_attention_bwd._row_sums", "_attention_bwd._query_grads", "_attention_bwd._key_grads"
 RANGES = "_attention_bwd._query_ranges"
 BIAS, BIAS_SUMS = "interval_attention._bias_grads", "interval_attention._bias_sums"
-MOVE, LOSSES = "linear_cross_entropy._move_rows", "linear_cross_entropy._row_losses"
 LINEAR, SCALE_ROWS = "gated_linear_residual._forward", "gated_linear_residual._scale_rows"
 GATED, GATED_BWD = "gated_residual._forward", "gated_residual._backward"
 
@@ -17,8 +16,6 @@ BIASED = "interval_attention, bias, batches together, float32"
 FAR = "interval_attention, far rows, bfloat16"
 NEGATIVE = "interval_attention, negative scale, bfloat16"
 PADDED, FROZEN = "interval_attention, padding, bfloat16", "interval_attention, frozen queries, float32"
-CLASSES, CHUNKED = "linear_cross_entropy, ragged, float32", "linear_cross_entropy, chunks, bfloat16"
-WIDE = "linear_cross_entropy, wide, bfloat16"
 ALL = "perceiver_attention, all, bfloat16"
 
 
@@ -191,72 +188,6 @@ MUTANTS = [
     Mutation(
         KEY, "_attention_bwd", "heads of queries of another head of keys", SEVERAL,
         "head = key_head * group + member", "head = member",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "row that does not count read", CLASSES,
-        "mask=(cols < depth) & counted, other=0.0)", "mask=cols < depth, other=0.0)",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "row without its tail", WIDE,
-        "range(0, depth, BLOCK)", "range(0, depth - BLOCK + 1, BLOCK)",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "put where it is in the chunk", CHUNKED,
-        "OUT += place * depth", "OUT += row * depth",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "bound of the store off by one", CLASSES,
-        "x.to(OUT.dtype.element_ty), mask=cols < depth)", "x.to(OUT.dtype.element_ty), mask=cols <= depth)",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "factor forgotten", "linear_cross_entropy, ragged, float16",
-        "x *= tl.load(FACTOR)", "x *= 1.0",
-    ),
-    Mutation(
-        MOVE, "linear_cross_entropy", "offset of a row left in int32",
-        "linear_cross_entropy, far rows, bfloat16",
-        "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", count=2,
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "columns past the last class counted", CLASSES,
-        'return tl.where(cols < classes, z, -float("inf"))', "return z",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "sum not rescaled to the new maximum", CHUNKED,
-        "total * e + 1.0", "total + 1.0",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "sums of the lanes added below their own maxima", CLASSES,
-        "tl.sum(total * tl.exp(top - high), 0)", "tl.sum(total, 0)",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "mean over the padded row", CHUNKED,
-        "tl.sum(logits, 0) / classes", "tl.sum(logits, 0) / padded",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "coefficient of the row of the chunk", CHUNKED,
-        "coef = tl.load(COEF + place)", "coef = tl.load(COEF + row)",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "scale of the classes forgotten in the gradient", CHUNKED,
-        "g *= tl.load(SCALE + cols, mask=cols < classes, other=0.0).to(tl.float32)", "g *= 1.0",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "row that does not count gets a gradient", CLASSES,
-        "tl.where(counted & (cols < classes), g, 0.0)", "tl.where(cols < classes, g, 0.0)",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "stride of the logits for the gradients", WIDE,
-        "DZ += row * stride_dz", "DZ += row * stride_z",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "store past the padded row", CLASSES,
-        "mask=cols < padded)\n\n\ndef", "mask=cols <= padded)\n\n\ndef",
-    ),
-    Mutation(
-        LOSSES, "linear_cross_entropy", "barrier before replacing logits that other warps read dropped", WIDE,
-        "            tl.debug_barrier()  # not wider", "            # not wider",
-        rung="PTX simulator",
     ),
     Mutation(
         LINEAR, "gated_linear_residual", "row mask ignored", "gated_linear_residual, ragged, float32",

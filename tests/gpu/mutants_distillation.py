@@ -1,4 +1,4 @@
-"""Seeded faults of the kernels of the distillation losses; the others are in mutants.py."""
+"""Seeded faults of the kernels of contrastive_distillation."""
 
 from .mutants import Mutation
 

@@ -20,7 +20,7 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
+from . import mutants, mutants_classes, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
@@ -30,6 +30,7 @@ from .trials import Executor, sanitized
 MUTANTS = [
     *mutants.MUTANTS,
     *mutants_pairwise.MUTANTS,
+    *mutants_classes.MUTANTS,
     *mutants_distillation.MUTANTS,
     *mutants_rows.MUTANTS,
     *mutants_dense.MUTANTS,

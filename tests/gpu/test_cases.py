@@ -190,10 +190,15 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
             launch for launch in launches[0][name] if launch.arguments["depth"] > launch.config["BLOCK"]
         ]
         assert looped, f"{name}: no row is wider than a block"
-    for name, size in (("_move_rows", "depth"), ("_row_losses", "classes")):
-        made = launches[0][f"linear_cross_entropy.{name}"]
-        looped = {launch.arguments[size] > launch.config["BLOCK"] for launch in made}
-        assert looped == {True, False}, name
+    for name, size in (
+        ("_pairwise_classes._move_rows", "depth"),
+        ("linear_cross_entropy._row_losses", "classes"),
+        ("linear_distillation._offline", "classes"),
+        ("linear_distillation._offline", "k"),
+    ):
+        made, block = launches[0][name], "BLOCK_K" if size == "k" else "BLOCK"
+        looped = {launch.arguments[size] > launch.config[block] for launch in made}
+        assert looped == {True, False}, (name, size)
 
 
 def test_float32_products_of_attention_run_in_both_precisions(launches):
@@ -218,7 +223,9 @@ def test_every_optional_argument_is_given_and_is_absent(launches):
         switches = {
             p.name
             for p in kernel.params
-            if re.match("EVEN_|STEP|EACH|PAIRS|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|NORMALIZE", p.name)
+            if re.match(
+                "EVEN_|STEP|EACH|PAIRS|PER_|PUT|SMOOTHED|KL|MEAN|LONG|OWN|HARD|JSD|TAIL|NORMALIZE", p.name
+            )
         }
         for argument in optional:
             given = {launch.arguments[argument] is not None for launch in launches[0][name]}

@@ -9,9 +9,13 @@ import vlmkernels
 from benchmarks.gpu import trace
 from vlmkernels import (
     _providers,
+    contrastive_distillation,
+    distillation,
+    embedding_distillation,
     info_nce,
     interval_attention,
     intervals,
+    linear_distillation,
     perceiver_attention,
     reference,
     sigmoid_loss,
@@ -279,3 +283,52 @@ def test_gated_linear_residual_takes_five(elements, frozen):
     gate = meta(elements, dtype=BF16).requires_grad_()
     names = launched(vlmkernels.gated_linear_residual, [x, h, weight.requires_grad_(not frozen), gate])
     assert len(names) == (4 if frozen and elements == 1 else 5), names
+
+
+FEW, CLASSES = 512, 32000
+
+
+def pair(rows=FEW, width=512):
+    """Of the student and of the teacher."""
+    return meta(rows, width, dtype=BF16).requires_grad_(), meta(rows, width, dtype=BF16)
+
+
+@pytest.mark.parametrize(("targets", "count"), [(False, 3), (True, 4)])
+def test_distillation(targets, count):
+    student, teacher = pair(FEW, CLASSES)
+    options = {"target": meta(FEW, dtype=torch.int64), "hard_weight": 0.5} if targets else {}
+    names = launched(lambda x: distillation(x, teacher, temperature=2.0, **options), [student])
+    assert len(names) == count, names
+
+
+@pytest.mark.parametrize(("weighted", "count"), [(False, 3), (True, 4)])
+def test_embedding_distillation(weighted, count):
+    student, teacher = pair()
+    weight = meta(FEW) if weighted else None
+    names = launched(lambda x: embedding_distillation(x, teacher, weight=weight), [student])
+    assert len(names) == count, names
+
+
+def test_contrastive_distillation_takes_seven():
+    (query, taught), (key, taught_key) = pair(), pair()
+    scale = meta().requires_grad_()
+    teacher = taught, taught_key, meta()
+    names = launched(lambda *x: contrastive_distillation(*x, *teacher), [query, key, scale])
+    assert len(names) == 7, names
+
+
+@pytest.mark.parametrize(
+    ("k", "targets", "count"), [(None, False, 9), (None, True, 12), (64, False, 9), (64, True, 11)]
+)
+def test_linear_distillation_of_a_chunk(k, targets, count):
+    """Products, kernels of rows and sums, and one product with the incoming gradient."""
+    (hidden, taught), (weight, teacher_weight) = pair(), pair(CLASSES)
+    options = {"target": meta(FEW, dtype=torch.int64), "hard_weight": 0.5} if targets else {}
+    teacher = {"teacher_hidden": taught, "teacher_weight": teacher_weight}
+    if k is not None:
+        teacher = {"teacher_topk": (meta(FEW, k), meta(FEW, k, dtype=torch.int64))}
+    names = launched(lambda *x: linear_distillation(*x, **teacher, **options), [hidden, weight])
+    assert len(names) == count, names
+    rows = 1 if k is not None else 2
+    assert sum("distillation." in name for name in names) == rows, names
+    assert names.count("cuBLAS") == 3 + (k is None), names

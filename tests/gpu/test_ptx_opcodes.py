@@ -256,6 +256,7 @@ for b in (16, 32, 64):
 rows("bfe.s32", "s32 u32 u32", bfe(True))
 rows("bfe.u32", "u32 u32 u32", bfe(False))
 rows("prmt.b32", "", prmt, operands=3)
+rows("shf.l.wrap.b32", "", lambda low, high, n: (high << 32 | low) << n % 32 >> 32, operands=3)
 for kind in ("b16", "b32", "b64", "s32", "f32", "f64"):
     rows(f"selp.{kind}", f"{kind} {kind} pred", lambda a, b, p: a if p else b)
 for name in ("eq", "ne", "lt", "le", "gt", "ge"):

@@ -10,6 +10,7 @@ from vlmkernels import reference
 from vlmkernels.ops import _linear_cross_entropy_sweep as sweep
 from vlmkernels.testing import assert_as_good
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_classes as layer
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import linear_cross_entropy as launcher
 
@@ -26,7 +27,7 @@ ALL = (True, True, True)
 def seven_rows(monkeypatch):
     """Chunks of seven rows, whose classes are read 64 at once."""
     monkeypatch.setattr(pairwise, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(launcher, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(layer, "CHUNK_BYTES", 0)
     monkeypatch.setattr(launcher, "READ", 64)
 
 
@@ -61,7 +62,7 @@ def test_chunks_in_which_no_row_counts_are_left_out(rows, chunks, dtype, monkeyp
         trial.launch()
     assert sum("_row_losses" in launch.name for launch in launches) == chunks
     few = check(trial)
-    monkeypatch.setattr(launcher, "_counted", lambda target: lambda: len(target))
+    monkeypatch.setattr(layer, "_count", lambda counted: lambda: len(counted))
     with recording() as launches:
         trial.launch()
     assert sum("_row_losses" in launch.name for launch in launches) == 5
@@ -106,21 +107,21 @@ def test_products_of_16_bits_add_up_in_float32(adds, monkeypatch):
 
 def test_the_host_asks_for_the_rows_while_the_first_chunk_is_at_work():
     asked = []
-    chunks = launcher._chunks(20, 8, lambda: asked.append(True) or 9)
+    chunks = layer._chunks(20, 8, lambda: asked.append(True) or 9)
     assert next(chunks) == (0, 8)
     assert not asked
     assert list(chunks) == [(8, 16)]
     assert asked == [True]
     asked.clear()
-    assert list(launcher._chunks(8, 8, lambda: asked.append(True) or 8)) == [(0, 8)]
-    assert list(launcher._chunks(0, 1, lambda: asked.append(True) or 0)) == []
+    assert list(layer._chunks(8, 8, lambda: asked.append(True) or 8)) == [(0, 8)]
+    assert list(layer._chunks(0, 1, lambda: asked.append(True) or 0)) == []
     assert not asked
 
 
 def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert launcher._counted(torch.empty(5, dtype=torch.int64, device="meta"))() == 5
-    assert launcher._counted(torch.tensor([3, -1, 0]))() == 2
+    assert layer._count(torch.empty(5, dtype=torch.bool, device="meta"))() == 5
+    assert layer._count(torch.tensor([True, False, True]))() == 2
 
 
 def test_logits_are_chunks_in_memory():
@@ -129,7 +130,7 @@ def test_logits_are_chunks_in_memory():
     with recording() as launches:
         trial.launch()
     (*_, last) = [launch.tensors for launch in launches if "_row_losses" in launch.name]
-    assert last["Z"].untyped_storage().nbytes() == 256 * 150_000 * 4 <= launcher.CHUNK_BYTES
+    assert last["Z"].untyped_storage().nbytes() == 256 * 150_000 * 4 <= layer.CHUNK_BYTES
     assert last["DZ"].untyped_storage().data_ptr() == last["Z"].untyped_storage().data_ptr()
 
 

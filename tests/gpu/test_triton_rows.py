@@ -307,6 +307,16 @@ def test_a_forward_may_form_the_gradient():
     assert torch.equal(formed, later)
 
 
+@pytest.mark.parametrize("formed", [False, True])
+def test_arguments_of_distillation_are_checked_once(formed, monkeypatch):
+    checked = []
+    monkeypatch.setattr(distillation, "check", lambda op, *inputs, **more: checked.append(op))
+    of = Logits(6, 40, torch.float32, reduction="mean")
+    with recording():
+        distillation.distillation(of.student, of.teacher, of.target, *of.options, formed)
+    assert checked == ["distillation"]
+
+
 VIEWS = {
     "cut": lambda x: torch.nn.functional.pad(x, (0, 7))[:, :50],
     "columns": lambda x: x.T.contiguous().T,

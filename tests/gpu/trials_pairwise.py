@@ -4,13 +4,14 @@ import torch
 from torch.nn.functional import cross_entropy, softplus
 
 from vlmkernels.ops._pairwise import inverse_norms
+from vlmkernels.reference.linear_distillation import linear_distillation_bwd, linear_distillation_fwd
 from vlmkernels.testing import unit_features
-from vlmkernels.triton import _ahead, info_nce, linear_cross_entropy, sigmoid_loss
+from vlmkernels.triton import _ahead, info_nce, linear_cross_entropy, linear_distillation, sigmoid_loss
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _info_nce_bwd as info_nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
 
-from .trials import judge, strided
+from .trials import judge, strided, widened
 
 
 class Problem:
@@ -359,6 +360,98 @@ class CrossEntropy:
 
     def judge(self, got):
         low, exact = self.exact(self.u.dtype), self.exact(torch.float64)
+        judge(("loss", "dhidden", "dweight", "dbias"), got, low, exact, (True, *self.needs))
+
+
+class TwoModels:
+    """linear_distillation and its backward; rows that do not count hold NaN."""
+
+    IGNORED = 2  # the target of rows that do not count, although it is a class
+
+    def __init__(
+        self,
+        n,
+        classes,
+        d,
+        dtype,
+        *,
+        width=12,
+        k=None,  # of an offline teacher
+        teacher=None,
+        divergence="forward_kl",
+        temperature=2.0,
+        beta=0.3,
+        targets=True,
+        hard_weight=0.0,
+        ignored=0.3,
+        reduction="none",
+        std=2.0,
+        biases=False,
+        needs=(True, True, True),
+        ahead=False,  # the forward forms the gradients
+    ):
+        def layer(depth, dtype):
+            hidden = strided(torch.randn(n, depth).to(dtype))
+            weight = (std * torch.randn(classes, depth) / depth**0.5).to(dtype)
+            return hidden, weight, torch.randn(classes, 2).to(dtype)[:, 0] if biases else None
+
+        self.hidden, self.weight, self.bias = layer(d, dtype)
+        self.teacher_hidden, self.teacher_weight, self.teacher_bias = layer(width, teacher or dtype)
+        self.log_probs = self.indices = self.target = None
+        if k is not None:
+            self.teacher_hidden = self.teacher_weight = self.teacher_bias = None
+            p = (std * torch.randn(n, classes) / temperature).log_softmax(1)
+            self.log_probs, self.indices = p.topk(k)
+        if targets:
+            self.target = torch.randint(0, classes - 1, (n,))
+            self.target += self.target >= self.IGNORED
+            if k:
+                self.target[::2] = self.indices[::2, 0]
+            self.target[torch.rand(n) < ignored] = self.IGNORED
+            self.indices = None if k is None else self.indices.where(self.counted()[:, None], -1)
+            for x in (self.hidden, self.teacher_hidden, self.log_probs):
+                if x is not None:
+                    x[~self.counted()] = float("nan")
+        self.options = (temperature, divergence, beta, hard_weight, self.IGNORED, reduction)
+        self.dloss = torch.rand(n, 2)[:, 0] + 0.5 if reduction == "none" else torch.tensor(0.75)
+        self.needs, self.ahead = needs, ahead
+        if ahead:
+            self.dloss = torch.tensor(1.0)
+
+    def counted(self):
+        if self.target is None:
+            return torch.ones(len(self.hidden), dtype=torch.bool)
+        return self.target != self.IGNORED
+
+    def inputs(self):
+        layers = self.hidden, self.weight, self.teacher_hidden, self.teacher_weight
+        biases = self.bias, self.teacher_bias
+        return *layers, *biases, self.log_probs, self.indices, self.target, *self.options
+
+    def launch(self):
+        needs = self.needs if self.ahead else (False, False, False)
+        loss, *grads = linear_distillation.linear_distillation(*self.inputs(), *needs)
+        if self.ahead:
+            return loss, *grads
+        return loss, *linear_distillation.linear_distillation_bwd(self.dloss, *self.inputs(), self.needs)
+
+    def exact(self, work):
+        h, w, taught, teacher_weight, *biases, log_probs = widened(self.inputs()[:7], work)
+        h, eye = h.where(self.counted()[:, None], 0), torch.eye(len(w), dtype=work)
+        of_teacher = (None, None) if taught is None else (taught @ teacher_weight.T, eye)
+        of_rows = (*biases, log_probs, self.indices, self.target)
+        inputs = (h @ w.T, eye, *of_teacher, *of_rows, *self.options)
+        loss, *_ = linear_distillation_fwd(*inputs, False, False, False)
+        g, *_ = linear_distillation_bwd(self.dloss.to(work), *inputs, (True, False, False))
+        dtype = self.hidden.dtype
+        if work != torch.float64:  # what enters a product
+            gain = 2.0**14 / g.abs().max() if dtype == torch.float16 and g.any() else 1.0
+            g = (g * gain).to(dtype).to(work) / gain
+        grads = (g @ w, g.T @ h, g.sum(0))
+        return loss, *(grads if work == torch.float64 else (x.to(dtype) for x in grads))
+
+    def judge(self, got):
+        low, exact = self.exact(torch.float32), self.exact(torch.float64)
         judge(("loss", "dhidden", "dweight", "dbias"), got, low, exact, (True, *self.needs))
 
 

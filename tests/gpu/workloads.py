@@ -22,6 +22,7 @@ from vlmkernels.triton import info_nce as nce
 from vlmkernels.triton import interval_attention as interval
 from vlmkernels.triton import linear as one_layer
 from vlmkernels.triton import linear_cross_entropy as cross
+from vlmkernels.triton import linear_distillation as linear_distil
 from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import sigmoid_loss
@@ -116,6 +117,18 @@ def distillation(
     _, stats, _ = distil.distillation(z, q, target, *options, False)
     dloss = meta(*(n,) if reduction == "none" else ())
     distil.distillation_bwd(dloss, z, q, target, stats, *options, [True])
+
+
+def two_models(
+    n, d, e, v, dtype, *, k=None, divergence="forward_kl", hard=0.0, biases=False, grads=True,
+):  # fmt: skip
+    bias, target = meta(v, dtype=dtype) if biases else None, meta(n, dtype=torch.int64) if hard else None
+    taught = (features(n, e, dtype), features(v, e, dtype)) if k is None else (None, None)
+    topk = (None, None) if k is None else (meta(n, k), meta(n, k, dtype=torch.int64))
+    linear_distil.linear_distillation(
+        features(n, d, dtype), features(v, d, dtype), *taught, bias, bias if k is None else None, *topk,
+        target, 2.0, divergence, 0.5, hard, -100, "mean", grads, grads, grads and biases,
+    )  # fmt: skip
 
 
 def embedding_distillation(n, d, dtype, *, distance="l1", normalize=True, weighted=False, reduction="mean"):
@@ -216,6 +229,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"cross_entropy {name} small", cross_entropy, 64, 256, 1000, dtype)
     _add(f"distillation {name}", distillation, 8192, 32768, dtype)
     _add(f"distillation {name} JSD", distillation, 8192, 128256, dtype, divergence="jsd")
+    _add(f"linear_distillation {name}", two_models, 8192, 768, 1600, 50257, dtype)
+    _add(f"linear_distillation {name} small", two_models, 64, 256, 512, 1000, dtype)
+    _add(f"linear_distillation {name} offline", two_models, 8192, 768, 0, 50257, dtype, k=64)
     _add(f"embedding {name}", embedding_distillation, 8192, 512, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
@@ -234,6 +250,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
 _add("info_nce fp16 normalized", info_nce, 4096, 4096, 768, FP16, normalize=True)
 _add("sigmoid fp16", sigmoid, 4096, 4096, 768, FP16)
 _add("contrastive_distillation fp16", distillation_of_pairs, 4096, 4096, 512, 768, FP16)
+_add("linear_distillation fp16", two_models, 8192, 768, 1600, 32000, FP16, divergence="reverse_kl")
+_add("linear_distillation fp16 offline", two_models, 8192, 768, 0, 32000, FP16, k=64)
 _add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
 _add("distillation fp16", distillation, 8192, 32768, FP16, hard=0.3, reduction="sum")
 _add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
@@ -307,6 +325,15 @@ _add("cross_entropy bf16 options", cross_entropy, 4096, 768, 30522, BF16, option
 _add("cross_entropy bf16 ragged", cross_entropy, 4097, 500, 50257, BF16)
 _add("cross_entropy bf16 loss alone", cross_entropy, 8192, 4096, 128256, BF16, grads=False)
 _add("cross_entropy bf16 one row", cross_entropy, 1, 1, 1, BF16)
+_add("linear_distillation bf16 JSD", two_models, 8192, 2048, 4096, 32000, BF16, divergence="jsd", hard=0.5)
+_add(
+    "linear_distillation bf16 targets alone", two_models, 8192, 768, 1600, 50257, BF16, hard=1.0, biases=True
+)
+_add("linear_distillation bf16 loss alone", two_models, 8192, 768, 1600, 50257, BF16, grads=False)
+_add("linear_distillation bf16 one row", two_models, 1, 1, 1, 1, BF16)
+for name, k in (("", None), (" offline", 100)):
+    options = {"divergence": "jsd", "hard": 0.5, "biases": True, "k": k}
+    _add(f"linear_distillation bf16{name} ragged", two_models, 4097, 500, 510, 50257, BF16, **options)
 _add("distillation bf16 of 1000 classes", distillation, 8192, 1000, BF16, hard=0.5)
 _add("distillation bf16 reverse", distillation, 8192, 50304, BF16, divergence="reverse_kl", target=True)
 _add("distillation bf16 JSD in registers", distillation, 8192, 16384, BF16, divergence="jsd")

@@ -12,7 +12,7 @@ from vlmkernels.ops import _sums as sums
 from vlmkernels.reference.linear_cross_entropy import check
 
 # z_ij = (<h_i, w_j> + bias_j) column_scale_j; u = row_coef; t = target. On a CPU every row counts; elsewhere
-# a row with t < 0 does not: it has loss 0 and no gradient, and no product if the kernel can avoid it.
+# a row with t = -1 does not: it has loss 0 and no gradient, and no product if the kernel can avoid it.
 #   e = label_smoothing
 #   row_loss_i = logsumexp_j z_ij - (1 - e) z_i,t_i - (e / V) sum_j z_ij
 #   g_ij = u_i column_scale_j (softmax(z_i)_j - (1 - e) [j = t_i] - e / V)

@@ -1,4 +1,4 @@
-"""linear_distillation from one sweep over chunks of rows, on every device that has a kernel for it.
+"""linear_distillation on a CPU, from one sweep over chunks of rows.
 
 The softmaxes of a row are complete once its logits are there, so loss and gradients come from one look at
 them.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, empty_grads, has_kernel, kernel
+from vlmkernels._library import TRITON, define, empty_grads, has_kernel, kernel
 from vlmkernels._modules import are_plain
 from vlmkernels.ops import _ahead as ahead
 from vlmkernels.ops import _linear_distillation_sweep as sweep
@@ -196,7 +196,11 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda dloss, hidden, weight, *rest, **_: pairwise.flops(hidden, weight, sum(rest[-1][:2])),
 )
-for _device in ("CPU", "CUDA"):
-    if has_kernel("linear_distillation_sweep", _device):
-        kernel("linear_distillation", _device, sweep.forward, pairwise.label(_device))
-        kernel("linear_distillation_bwd", _device, sweep.backward, pairwise.label(_device))
+if has_kernel("linear_distillation_sweep", "CPU"):
+    kernel("linear_distillation", "CPU", sweep.forward, pairwise.label("CPU"))
+    kernel("linear_distillation_bwd", "CPU", sweep.backward, pairwise.label("CPU"))
+if TRITON:
+    from vlmkernels.triton import linear_distillation as _triton
+
+    kernel("linear_distillation", "CUDA", _triton.linear_distillation, "Triton")
+    kernel("linear_distillation_bwd", "CUDA", _triton.linear_distillation_bwd, "Triton")

@@ -302,24 +302,32 @@ def _layer_faults(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 def check(op: str, *inputs, dloss: Tensor | None = None) -> None:
     """The raw ops get any tensors."""
+    check_sizes(op, *inputs, dloss=dloss)
+    classes, indices, target = len(inputs[1]), *inputs[7:9]
+    hard_weight, ignore_index = inputs[-3:-1]
+    check_targets(op, target, classes, ignore_index)
+    _check_indices(op, indices, target, classes, hard_weight, ignore_index)
+
+
+def check_sizes(op: str, *inputs, dloss: Tensor | None = None) -> None:
+    """Of all arguments, and options: what is known without reading a tensor."""
     faults = input_faults(*inputs)
-    student_hidden, student_weight, *_, indices, target = inputs[:9]
-    hard_weight, ignore_index, reduction = inputs[-3:]
-    n = student_hidden.shape[0] if student_hidden.dim() else 0
-    wanted = (n,) if reduction == "none" else ()
+    n = inputs[0].shape[0] if inputs[0].dim() else 0
+    wanted = (n,) if inputs[-1] == "none" else ()
     if dloss is not None and dloss.shape != wanted:
         faults.append(f"dloss must be {list(wanted)}, got {list(dloss.shape)}")
     if faults:
         raise ValueError(f"{op}: " + "; ".join(faults))
-    v = student_weight.shape[0]
+
+
+def _check_indices(
+    op: str, indices: Tensor | None, target: Tensor | None, v: int, hard_weight: float, ignore_index: int
+) -> None:
+    """Each in [0, V), and none twice in a row that counts; nothing where the teacher is not read."""
+    if indices is None or hard_weight == 1:
+        return
     if target is not None:
-        check_targets(op, target, v, ignore_index)
-    if indices is not None and hard_weight < 1:
-        _check_indices(op, indices if target is None else _classes(indices, target != ignore_index), v)
-
-
-def _check_indices(op: str, indices: Tensor, v: int) -> None:
-    """Each in [0, V), and none twice in a row."""
+        indices = _classes(indices, target != ignore_index)
     inside = (indices >= 0) & (indices < v)
     ordered = indices.sort(1).values
     twice = ordered[:, 1:] == ordered[:, :-1]

@@ -21,15 +21,21 @@ READ = 4096  # classes at once
 HELD = 16384  # classes of a row that the JSD keeps in registers until both softmaxes are known
 WRITTEN = 2048  # classes of a program of the backward
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MEANS = ("mean", "batchmean")
+Biases = tuple[Tensor | None, Tensor | None]  # of the student's logits and of the teacher's, [classes]
 
 
 @triton.jit
-def _both(STUDENT, TEACHER, cols, end):
+def _both(STUDENT, STUDENT_BIAS, TEACHER, TEACHER_BIAS, cols, end):
     """Logits of some classes; -inf past the end."""
     z = tl.load(STUDENT + cols, mask=cols < end, other=-float("inf")).to(tl.float32)
+    if STUDENT_BIAS is not None:
+        z += tl.load(STUDENT_BIAS + cols, mask=cols < end, other=0.0).to(tl.float32)
     q = z
     if TEACHER is not None:
         q = tl.load(TEACHER + cols, mask=cols < end, other=-float("inf")).to(tl.float32)
+        if TEACHER_BIAS is not None:
+            q += tl.load(TEACHER_BIAS + cols, mask=cols < end, other=0.0).to(tl.float32)
     return z, q
 
 
@@ -119,7 +125,9 @@ def _jsd_sums(z, q, top_s, top_p, inv_t, offset, log_rest, log_beta):
 @triton.jit
 def _forward(
     STUDENT,  # [n, classes]
+    STUDENT_BIAS,  # [classes] or None
     TEACHER,  # [n, classes] or None: no divergence
+    TEACHER_BIAS,  # [classes] or None
     TARGET,  # [n] int64 or None
     LOSS,  # [n] float32
     STATS,  # [n, 6] float32
@@ -157,12 +165,12 @@ def _forward(
     top_p, sum_p, cross, hard = top_s, sum_s, sum_s, sum_s
     if LONG:
         for first in range(0, end, BLOCK):
-            z, q = _both(STUDENT, TEACHER, first + cols, end)
+            z, q = _both(STUDENT, STUDENT_BIAS, TEACHER, TEACHER_BIAS, first + cols, end)
             top_s, sum_s, top_p, sum_p, cross, hard = _take_in(
                 z, q, top_s, sum_s, top_p, sum_p, cross, hard, inv_t, DIVERGENCE, OWN
             )
     else:
-        z, q = _both(STUDENT, TEACHER, cols, end)
+        z, q = _both(STUDENT, STUDENT_BIAS, TEACHER, TEACHER_BIAS, cols, end)
         top_s, sum_s, top_p, sum_p, cross, hard = _take_in(
             z, q, top_s, sum_s, top_p, sum_p, cross, hard, inv_t, DIVERGENCE, OWN
         )
@@ -181,7 +189,7 @@ def _forward(
         of_p = of_s
         if LONG:
             for first in range(0, end, BLOCK):
-                z, q = _both(STUDENT, TEACHER, first + cols, end)
+                z, q = _both(STUDENT, STUDENT_BIAS, TEACHER, TEACHER_BIAS, first + cols, end)
                 more_s, more_p = _jsd_sums(z, q, top_s, top_p, inv_t, offset, log_rest, log_beta)
                 of_s += more_s
                 of_p += more_p
@@ -194,6 +202,8 @@ def _forward(
     if HARD:
         is_class = (target >= 0) & (target < end)
         logit = tl.load(STUDENT + target, mask=is_class, other=0.0).to(tl.float32)
+        if STUDENT_BIAS is not None:
+            logit += tl.load(STUDENT_BIAS + target, mask=is_class, other=0.0).to(tl.float32)
         loss += hard_weight * (tl.log(hard) - (logit - top_s))
     tl.store(LOSS + row, tl.where(counted, loss, 0.0))
     STATS += row * 6
@@ -208,10 +218,12 @@ def _forward(
 @triton.jit
 def _backward(
     STUDENT,  # [n, classes]
+    STUDENT_BIAS,  # [classes] or None
     TEACHER,  # [n, classes] or None: no divergence
+    TEACHER_BIAS,  # [classes] or None
     TARGET,  # [n] int64 or None
     STATS,  # [n, 6]
-    DLOSS,  # [1] or [n]
+    DLOSS,  # [1] or [n]; or None: 1
     SHARE,  # [1] float32: of a row in the mean; or None
     OUT,  # [n, classes]
     stride_dloss,
@@ -244,10 +256,12 @@ def _backward(
     STUDENT += row * (stride_s // GRAIN * GRAIN)
     if TEACHER is not None:
         TEACHER += row * (stride_t // GRAIN * GRAIN)
-    z, q = _both(STUDENT, TEACHER, cols, tl.where(counted, classes, 0))
+    z, q = _both(STUDENT, STUDENT_BIAS, TEACHER, TEACHER_BIAS, cols, tl.where(counted, classes, 0))
     STATS += row * 6
     top_s, sum_s = tl.load(STATS).to(tl.float32), tl.load(STATS + 1).to(tl.float32)
-    u = tl.load(DLOSS + row * stride_dloss).to(tl.float32) * share
+    u = share
+    if DLOSS is not None:
+        u *= tl.load(DLOSS + row * stride_dloss).to(tl.float32)
     if SHARE is not None:
         u *= tl.load(SHARE)
     above = z - top_s
@@ -278,9 +292,55 @@ def _backward(
     tl.store(OUT + row * classes + cols, g.to(OUT.dtype.element_ty), mask=cols < classes)
 
 
+def losses_of(
+    student: Tensor,  # [n, classes]
+    teacher: Tensor | None,  # [n, classes]; None if hard_weight is 1
+    target: Tensor | None,  # [n] int64, contiguous
+    losses: Tensor,  # [n] float32
+    stats: Tensor,  # [n, 6] float32
+    *options,  # from temperature to ignore_index
+    biases: Biases = (None, None),
+) -> None:
+    """Writes the losses of the rows and what their gradients need."""
+    student, teacher, temperature, form = _form(student, teacher, *options)
+    classes = student.shape[1]
+    block = triton.next_power_of_2(classes)
+    if block > (HELD if form[-4] == "jsd" else READ):
+        block = READ
+    with torch.cuda.device_of(student):
+        _forward[(len(student),)](
+            student, biases[0], teacher, biases[1], target, losses, stats, temperature, *form,
+            classes > block, block, **rows.options(block),
+        )  # fmt: skip
+
+
+def gradients_of(
+    dloss: Tensor | None,  # [] or [n]; None: 1
+    student: Tensor,  # [n, classes]
+    teacher: Tensor | None,  # [n, classes]; None if hard_weight is 1
+    target: Tensor | None,  # [n] int64, contiguous
+    stats: Tensor,  # [n, 6]
+    out: Tensor,  # [n, classes], contiguous
+    share: float,  # by which the gradient of the loss is multiplied
+    shares: Tensor | None,  # [], likewise
+    *options,  # from temperature to ignore_index
+    biases: Biases = (None, None),
+) -> None:
+    """Writes the gradients by the student's logits."""
+    student, teacher, _, form = _form(student, teacher, *options)
+    n, classes = student.shape
+    block = min(triton.next_power_of_2(classes), WRITTEN)
+    with torch.cuda.device_of(student):
+        _backward[(n * triton.cdiv(classes, block),)](
+            student, biases[0], teacher, biases[1], target, stats, dloss, shares, out,
+            dloss.stride(0) if dloss is not None and dloss.dim() else 0, share, *form, block,
+            **rows.options(block),
+        )  # fmt: skip
+
+
 def _form(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     temperature: float,
     divergence: str,
     beta: float,
@@ -288,21 +348,75 @@ def _form(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor | None, float, tuple]:
     """Student, teacher and temperature as the kernels take them, and the arguments that both kernels have."""
-    student, teacher = tiles.rows_contiguous(student), tiles.rows_contiguous(teacher)
-    strides, classes = (student.stride(0), teacher.stride(0)), student.shape[1]
+    student = tiles.rows_contiguous(student)
+    teacher = None if teacher is None or hard_weight == 1 else tiles.rows_contiguous(teacher)
+    strides, classes = [(student if x is None else x).stride(0) for x in (student, teacher)], student.shape[1]
     own = 0 < hard_weight < 1 and temperature != 1
-    if hard_weight == 1:
+    if teacher is None:
         divergence, temperature = "none", 1.0
     return (
         student,
-        teacher if hard_weight < 1 else None,
+        teacher,
         temperature,
         (
             *strides, classes, ignore_index, min(1 / temperature, 2.0**127),
-            (1 - hard_weight) * temperature, hard_weight, beta, 1 - beta, math.log(beta), math.log1p(-beta),
-            divergence, hard_weight > 0, own, rows.grain(classes, *strides),
+            *weights(temperature, beta, hard_weight), divergence, hard_weight > 0, own,
+            rows.grain(classes, *strides),
         ),
     )  # fmt: skip
+
+
+def weights(temperature: float, beta: float, hard_weight: float) -> tuple[float, ...]:
+    """The kernels' soft, hard_weight, beta, rest, log_beta and log_rest."""
+    return (
+        (1 - hard_weight) * temperature,
+        hard_weight,
+        beta,
+        1 - beta,
+        math.log(beta),
+        math.log1p(-beta),
+    )
+
+
+def reduced(
+    op: str,
+    losses: Tensor,  # [n] float32
+    target: Tensor | None,  # [n] int64, contiguous
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:  # [] or [n]
+    """The losses, their sum, or their mean over the rows that count. Asserts that each target is a class."""
+    if reduction == "none" and target is None:
+        return losses
+    valid = None if target is None else losses.new_empty((), dtype=torch.uint8)
+    total = rows.total(
+        losses, len(losses), losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
+        mean=reduction in MEANS,
+    )  # fmt: skip
+    if valid is not None and valid.is_cuda:  # there it does not wait
+        torch._assert_async(valid, f"{op}: target must be in [0, V) or ignore_index")
+    return losses if reduction == "none" else total
+
+
+def share_of(
+    student: Tensor,  # [n, ...]
+    target: Tensor | None,  # [n] int64, contiguous
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[float, Tensor | None]:
+    """Of a row in the result, two factors: the first is known on the host, the second on the device."""
+    n = len(student)
+    if reduction not in MEANS:
+        return 1.0, None
+    if target is None:
+        return 1 / n, None
+    return 1.0, rows.total(student, n, target=target, classes=classes, ignore_index=ignore_index, mean=True)
+
+
+def _of_reference(student: Tensor, teacher: Tensor) -> bool:
+    return torch.float64 in (student.dtype, teacher.dtype) or student.numel() == 0
 
 
 def distillation(
@@ -319,34 +433,18 @@ def distillation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; what the backward needs of the rows, [N, 6]; and dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
-    if torch.float64 in (student_logits.dtype, teacher_logits.dtype) or student_logits.numel() == 0:
+    if _of_reference(student_logits, teacher_logits):
         return reference_fwd(student_logits, teacher_logits, target, *options, need_student)
     check("distillation", student_logits, teacher_logits, target, *options)
-    student, teacher, temperature, form = _form(student_logits, teacher_logits, *options[:-1])
     target = target if target is None else target.contiguous()
-    n, classes = student.shape
-    losses, stats = (student.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, 6)))
-    block = triton.next_power_of_2(classes)
-    if block > (HELD if form[-4] == "jsd" else READ):
-        block = READ
-    with torch.cuda.device_of(student):
-        _forward[(n,)](
-            student, teacher, target, losses, stats, temperature, *form, classes > block, block,
-            **rows.options(block),
-        )  # fmt: skip
-    loss = losses
-    if reduction != "none" or target is not None:
-        valid = None if target is None else student.new_empty((), dtype=torch.uint8)
-        total = rows.total(
-            student, n, losses, target=target, classes=classes, ignore_index=ignore_index, valid=valid,
-            mean=reduction in ("mean", "batchmean"),
-        )  # fmt: skip
-        if valid is not None and valid.is_cuda:  # there it does not wait
-            torch._assert_async(valid, "distillation: target must be in [0, V) or ignore_index")
-        loss = losses if reduction == "none" else total
-    one = loss.new_ones(loss.shape) if need_student else loss
-    saved = (student_logits, teacher_logits, target, stats)
-    return loss, stats, distillation_bwd(one, *saved, *options, [need_student])  # type: ignore[arg-type]
+    n, classes = student_logits.shape
+    losses, stats = (student_logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, 6)))
+    losses_of(student_logits, teacher_logits, target, losses, stats, *options[:-1])
+    loss = reduced("distillation", losses, target, classes, ignore_index, reduction)
+    dstudent = student_logits.new_empty(0)
+    if need_student:
+        dstudent = _gradients(None, student_logits, teacher_logits, target, stats, *options)
+    return loss, stats, dstudent
 
 
 def distillation_bwd(
@@ -365,27 +463,17 @@ def distillation_bwd(
 ) -> Tensor:
     """dstudent, of size 0 if it is not needed."""
     options = (temperature, divergence, beta, hard_weight, ignore_index, reduction)
-    if torch.float64 in (student_logits.dtype, teacher_logits.dtype) or student_logits.numel() == 0:
+    if _of_reference(student_logits, teacher_logits):
         return reference_bwd(dloss, student_logits, teacher_logits, target, stats, *options, needs)
     check("distillation_bwd", student_logits, teacher_logits, target, *options, stats=stats, dloss=dloss)
     if not needs[0]:
         return student_logits.new_empty(0)
-    student, teacher, _, form = _form(student_logits, teacher_logits, *options[:-1])
     target = target if target is None else target.contiguous()
-    n, classes = student.shape
-    share, factor = None, 1.0
-    if reduction in ("mean", "batchmean"):
-        if target is None:
-            factor = 1 / n
-        else:
-            share = rows.total(
-                student, n, target=target, classes=classes, ignore_index=ignore_index, mean=True
-            )
+    return _gradients(dloss, student_logits, teacher_logits, target, stats.contiguous(), *options)
+
+
+def _gradients(dloss, student, teacher, target, stats, *options) -> Tensor:
     out = student.new_empty(student.shape)
-    block = min(triton.next_power_of_2(classes), WRITTEN)
-    with torch.cuda.device_of(student):
-        _backward[(n * triton.cdiv(classes, block),)](
-            student, teacher, target, stats.contiguous(), dloss, share, out,
-            dloss.stride(0) if dloss.dim() else 0, factor, *form, block, **rows.options(block),
-        )  # fmt: skip
+    shares = share_of(student, target, student.shape[1], *options[-2:])
+    gradients_of(dloss, student, teacher, target, stats, out, *shares, *options[:-1])
     return out

@@ -4,8 +4,6 @@ Of a chunk of rows: a product gives their logits in float32; one kernel reads th
 them by their gradient, in the dtype of the features; further products give the gradients of the operands.
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -13,44 +11,11 @@ from torch import Tensor
 
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _pairwise_chunked as chunked
+from vlmkernels.triton import _pairwise_classes as layer
 from vlmkernels.triton import _tiles as tiles
 
-CHUNK_BYTES = 1 << 28  # of logits in memory at once, or those of `pairwise.CHUNK_ROWS` rows
 READ = 2048  # classes of a row at once
 NOTHING: tl.constexpr = tl.constexpr(-3e38)  # less than any logit; -inf minus it is no NaN
-
-
-@triton.jit
-def _move_rows(
-    X,  # [rows, depth]
-    FACTOR,  # [1] or None
-    TARGET,  # [n] int64, negative for a row that does not count
-    ORDER,  # [n] int64, rows that count come first; or None: rows are where they are
-    OUT,  # [rows, depth]
-    stride_x,
-    start,  # of the chunk, in that order
-    depth,
-    PUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A row of a chunk, taken from its place or put there, times the factor; 0 if it does not count."""
-    row = tl.program_id(0).to(tl.int64)
-    place = start + row
-    if ORDER is not None:
-        place = tl.load(ORDER + place)
-    counted = tl.load(TARGET + place) >= 0
-    if PUT:
-        X += row * stride_x
-        OUT += place * depth
-    else:
-        X += place * stride_x
-        OUT += row * depth
-    for first in range(0, depth, BLOCK):
-        cols = first + tl.arange(0, BLOCK)
-        x = tl.load(X + cols, mask=(cols < depth) & counted, other=0.0)
-        if FACTOR is not None:
-            x *= tl.load(FACTOR)
-        tl.store(OUT + cols, x.to(OUT.dtype.element_ty), mask=cols < depth)
 
 
 @triton.jit
@@ -68,7 +33,7 @@ def _logits(Z, BIAS, SCALE, cols, classes, padded):
 def _row_losses(
     Z,  # [rows, padded] float32: <h_i, w_j>
     DZ,  # [rows, padded] in the memory of Z: GAIN times the gradient of the loss by Z; or None
-    TARGET,  # [n] int64, negative for a row that does not count
+    TARGET,  # [n] int64, -1 for a row that does not count
     ORDER,  # [n] int64, rows that count come first; or None: rows are where they are
     BIAS,  # [classes] or None
     SCALE,  # [classes] or None
@@ -133,50 +98,16 @@ def _row_losses(
             tl.store(DZ + cols, g.to(DZ.dtype.element_ty), mask=cols < padded)
 
 
-def _move_options(depth: int) -> dict:
-    """The launch of `_move_rows`: 8 elements of a lane make a wide access of 16-bit types."""
-    block = max(16, min(triton.next_power_of_2(depth), 2048))
-    return {"BLOCK": block, "num_warps": max(1, min(block // 256, 8)), "enable_fp_fusion": True}
-
-
 def _loss_options(classes: int) -> dict:
     """The launch of `_row_losses`, without fusing a product and a sum: see `tiles.launch_options`."""
     block = max(16, min(triton.next_power_of_2(classes), READ))
     return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4, "enable_fp_fusion": False}
 
 
-def _counted(target: Tensor) -> Callable[[], int]:
-    """How many rows count. The host waits when it asks, for what was queued before this call and no longer.
-
-    It cannot wait while a CUDA graph is captured, which then has to do for all of them.
-    """
-    if target.device.type == "cpu":
-        return lambda: int((target >= 0).sum())
-    if torch.cuda.is_current_stream_capturing():
-        return lambda: len(target)
-    count, copied = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-    count.copy_((target >= 0).sum(), non_blocking=True)
-    copied.record()
-
-    def wait() -> int:
-        copied.synchronize()
-        return int(count)
-
-    return wait
-
-
-def _chunks(n: int, held: int, counted: Callable[[], int]) -> Iterator[tuple[int, int]]:
-    """Where the chunks begin and end; the first one is at work when the host asks how many there are."""
-    if n:
-        yield 0, min(held, n)
-    for start in range(held, counted() if n > held else 0, held):
-        yield start, min(start + held, n)
-
-
 def linear_cross_entropy_sweep(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    target: Tensor,  # [N] int64, negative for a row that does not count
+    target: Tensor,  # [N] int64, -1 for a row that does not count
     bias: Tensor | None,  # [V]
     column_scale: Tensor | None,  # [V]
     row_coef: Tensor,  # [N]
@@ -195,54 +126,28 @@ def linear_cross_entropy_sweep(
     hidden, weight = tiles.rows_contiguous(hidden), tiles.rows_contiguous(weight)
     target, row_coef = target.contiguous(), row_coef.contiguous()
     bias, column_scale = (x if x is None else x.contiguous() for x in (bias, column_scale))
-    held, padded = pairwise.chunk_rows(n, classes, 4, CHUNK_BYTES), triton.cdiv(classes, 16) * 16
+    held, padded = pairwise.chunk_rows(n, classes, 4, layer.CHUNK_BYTES), triton.cdiv(classes, 16) * 16
     buffer = row_coef.new_empty((held, padded))
     if padded > classes:
         buffer[:, classes:] = 0
-    gain = inv_gain = None
+    gain = None
     if any(needs) and n:
         peak = row_coef if column_scale is None else row_coef * column_scale.abs().amax()
         gain = pairwise.gain_for(hidden.dtype, peak)
-        inv_gain = gain.reciprocal() if gain is not None else None
-    make = torch.Tensor.new_zeros if n > held else torch.Tensor.new_empty  # a chunk left out writes nothing
-    loss, dhidden = make(row_coef, (n,)), make(hidden, hidden.shape if need_hidden else (0,))
-    sums = row_coef.new_empty if n else row_coef.new_zeros
-    weight_sums = sums(weight.shape if need_weight else 0)
-    bias_sums, ones = sums(classes if need_bias else 0), hidden.new_ones((1, held if need_bias else 0))
-    taken, products = hidden.new_empty((held, depth)), row_coef.new_empty((held, depth if need_hidden else 0))
-    move = _move_options(depth)
-    order, counted = None, lambda: n
+    taken = hidden.new_empty((held, depth))
     with torch.cuda.device_of(hidden):
-        if n > held:
-            order, counted = (target < 0).byte().argsort(stable=True), _counted(target)
-        for start, stop in _chunks(n, held, counted):
-            size, add = stop - start, start > 0
-            h, z = taken[:size], buffer[:size]
+        rows = layer.Rows(n, held, target, -1)
+        loss = rows.empty(row_coef, (n,))
+        grads = layer.LayerGrads(rows, hidden, weight, bias, needs, gain)
+        for start, stop in rows.chunks():
+            h, z = rows.take(hidden, start, stop, taken), buffer[: stop - start]
             dz = z.view(hidden.dtype)[:, :padded] if any(needs) else None
-            _move_rows[(size,)](
-                hidden, None, target, order, h, hidden.stride(0), start, depth, PUT=False, **move
-            )
             tiles.product(h, weight.T, z[:, :classes])
-            _row_losses[(size,)](
-                z, dz, target, order, bias, column_scale, row_coef, gain, loss, z.stride(0),
+            _row_losses[(stop - start,)](
+                z, dz, target, rows.order, bias, column_scale, row_coef, gain, loss, z.stride(0),
                 0 if dz is None else dz.stride(0), start, classes, label_smoothing,
                 SMOOTHED=label_smoothing > 0, **_loss_options(classes),
             )  # fmt: skip
-            if dz is None:
-                continue
-            g = dz[:, :classes]
-            if need_hidden:
-                out = products[:size]
-                tiles.product(g, weight, out)
-                _move_rows[(size,)](
-                    out, inv_gain, target, order, dhidden, depth, start, depth, PUT=True, **move
-                )
-            if need_weight:
-                tiles.product(g.T, h, weight_sums, add=add)
-            if need_bias:
-                tiles.product(ones[:, :size], g, bias_sums[None], add=add)
-    if inv_gain is not None:
-        for x in (weight_sums, bias_sums):
-            x *= inv_gain
-    dbias = bias_sums.to(weight.dtype if bias is None else bias.dtype)
-    return loss, dhidden, weight_sums.to(weight.dtype), dbias
+            if dz is not None:
+                grads.add(dz[:, :classes], h, start)
+    return loss, *grads.results()

@@ -151,6 +151,12 @@ def permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out
 
 
+def funnel_left(low: np.ndarray, high: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """shf.l.wrap: the upper half of {high, low} after a shift by n modulo 32."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    return (both << (n & 31).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of integers, towards zero."""
     if a.dtype.kind == "u":
@@ -245,6 +251,7 @@ def _logic():
     for kind in ("s32", "u32"):
         yield f"bfe.{kind}", Op(kind, (kind, "u32", "u32"), extract)
     yield "prmt.b32", Op("b32", ("b32",) * 3, permute)
+    yield "shf.l.wrap.b32", Op("b32", ("b32",) * 3, funnel_left)
 
 
 def _choice():
