@@ -15,8 +15,7 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from benchmarks import peers
-from benchmarks.gpu import ceilings, day, predict, sanitizer, timing, trials
-from benchmarks.gpu import workloads as declared
+from benchmarks.gpu import attention_peers, ceilings, day, predict, sanitizer, timing, trials
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS
 from benchmarks.gpu.predict import TRAINING
@@ -240,7 +239,9 @@ def test_a_peer_is_called_as_it_wants_to_be_and_agrees(name, monkeypatch):
     """Peers that need a GPU have stand-ins with their signatures."""
     of, peer = CALLED[name]
     monkeypatch.setattr(peers, "_reasons", {})
-    monkeypatch.setattr(declared, "sdpa_kernel", lambda backend: nullcontext())  # a CPU has one of them
+    monkeypatch.setattr(
+        attention_peers, "sdpa_kernel", lambda backend: nullcontext()
+    )  # a CPU has one of them
     for module, members in STAND_INS.items():
         monkeypatch.setitem(peers._loaded, module, types.SimpleNamespace(**members))
     try:
@@ -255,16 +256,18 @@ def test_a_peer_is_called_as_it_wants_to_be_and_agrees(name, monkeypatch):
 
 def test_each_kernel_of_sdpa_is_a_row_of_its_own(monkeypatch):
     held_to = []
-    monkeypatch.setattr(declared, "sdpa_kernel", lambda backend: held_to.append(backend) or nullcontext())
+    monkeypatch.setattr(
+        attention_peers, "sdpa_kernel", lambda backend: held_to.append(backend) or nullcontext()
+    )
     of = next(w for w in workloads(quick=True) if w.name == "interval_attention, causal, bf16")
     own, *others = [peer for peer in of.peers if peer.name.startswith("SDPA")]
-    assert [peer.name for peer in others] == [f"{own.name}, {name}" for name in declared.BACKENDS]
+    assert [peer.name for peer in others] == [f"{own.name}, {name}" for name in attention_peers.BACKENDS]
     tensors = of.tensors("cpu")
     expected = own.make()(**tensors)
     assert not held_to
     for peer in others:
         assert torch.equal(peer.make()(**tensors), expected)
-    assert held_to == list(declared.BACKENDS.values())
+    assert held_to == list(attention_peers.BACKENDS.values())
 
 
 def test_an_absent_peer_has_a_reason(monkeypatch):

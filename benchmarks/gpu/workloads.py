@@ -6,7 +6,6 @@ A workload is a case of `benchmarks.cases`; peers are imported when they are cal
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, gelu, linear, log_softmax, logsigmoid, silu
 
 import vlmkernels
@@ -24,18 +22,14 @@ from benchmarks.cases import dense as dense_cases
 from benchmarks.cases import pairwise as pairwise_cases
 from benchmarks.cases import residual as residual_cases
 from benchmarks.cases import rows as rows_cases
-from benchmarks.cases.attention import IMAGES, bounds
+from benchmarks.cases.attention import bounds
 from benchmarks.cases.case import BF16, F32, Baseline
-from vlmkernels import intervals, reference
+from benchmarks.gpu import attention_peers
+from vlmkernels import reference
 from vlmkernels.reference.interval_attention import visible
 
 TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
 SCALE = 1 / 0.07  # where CLIP begins
-BACKENDS = {
-    "FlashAttention": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 QUICK = 64  # what --quick cuts every size to
 
 
@@ -274,77 +268,6 @@ def _heads(
     return tensors
 
 
-def _merged(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of a function of [B, T, H, D] tensors."""
-
-    def call(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
-        return attend(*(x.transpose(1, 2) for x in (query, key, value))).flatten(2)
-
-    return call
-
-
-def _flash(mask: str) -> Callable[..., Tensor]:
-    """What FlashAttention needs of each mask: segments and prefixes known on the host."""
-    flash = peers.load("flash_attn")
-
-    def by_image(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, sides = query.shape[0], (query.shape[1] // IMAGES, key.shape[1] // IMAGES)
-        ends = [
-            torch.arange(batch * IMAGES + 1, device=query.device, dtype=torch.int32) * side for side in sides
-        ]
-        out = flash.flash_attn_varlen_func(
-            query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *ends, *sides
-        )
-        return out.unflatten(0, (batch, -1))
-
-    def by_prefix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        p = key.shape[1] // 4
-        prefix = flash.flash_attn_func(query[:, :p], key[:, :p], value[:, :p])
-        return torch.cat([prefix, flash.flash_attn_func(query[:, p:], key, value, causal=True)], 1)
-
-    forms = {
-        "full": flash.flash_attn_func,
-        "causal": partial(flash.flash_attn_func, causal=True),
-        "Flamingo": by_image,
-        "prefix-LM": by_prefix,
-    }
-    return _merged(forms[mask])
-
-
-def _by_provider(mask: str, batch: int, queries: int, keys: int) -> Callable[..., Tensor]:
-    """Our op with the intervals whole, which then chooses flash-attn or SDPA where it can."""
-
-    @functools.cache
-    def seen(device: torch.device) -> intervals.Intervals:
-        if mask == "Flamingo":
-            places = attention_cases.image_places(queries, device).expand(batch, -1)
-            return intervals.media(intervals.text_time(places), keys // IMAGES, IMAGES)
-        return {"full": intervals.full, "causal": intervals.causal}[mask](queries, device=device)
-
-    def call(query: Tensor, key: Tensor, value: Tensor, **_: Tensor) -> Tensor:
-        out = vlmkernels.interval_attention(query, key, value, seen(query.device))
-        return attention_cases.side_by_side(out)
-
-    return call
-
-
-def _by_backend(name: str, make: Callable[[], Callable[..., Tensor]]) -> Iterator[Baseline]:
-    """SDPA as it chooses, and by each of its fused kernels: cards differ in which one is fastest."""
-
-    def held_to(backend: SDPBackend) -> Callable[..., Tensor]:
-        attend = make()
-
-        def call(**tensors: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return attend(**tensors)
-
-        return call
-
-    yield Baseline(name, make)
-    for backend, of in BACKENDS.items():
-        yield Baseline(f"{name}, {backend}", partial(held_to, of))
-
-
 def _flex(mask: str, queries: int, keys: int, device: str) -> Callable[..., Tensor]:
     return attention_cases._flex(mask, queries, keys, device)
 
@@ -354,13 +277,15 @@ def _interval_attention(mask: str, form: str, sizes: Mapping[str, int], type: st
         mask, ("SDPA with the mask", {})
     )
     others = (
-        *_by_backend(name, partial(attention_cases._sdpa, **options)),
+        *attention_peers.by_backend(name, partial(attention_cases._sdpa, **options)),
         Baseline("FlexAttention", partial(_flex, mask, sizes["queries"], sizes["keys"], device), True),
-        Baseline("flash-attn", partial(_flash, mask)),
+        Baseline("flash-attn", partial(attention_peers.flash, mask)),
     )
     if mask != "prefix-LM":
         shape = sizes["batch"], sizes["queries"], sizes["keys"]
-        others += (Baseline("vlmkernels by its provider", partial(_by_provider, mask, *shape)),)
+        others += (
+            Baseline("vlmkernels by its provider", partial(attention_peers.by_provider, mask, *shape)),
+        )
     return Workload(
         "interval_attention", form, type, sizes, partial(_heads, mask=mask), attention_cases._ours, others,
         mask,
@@ -378,7 +303,7 @@ def _perceiver_attention(form: str, sizes: Mapping[str, int], type: str) -> Work
         return joined
 
     others = (
-        *_by_backend("SDPA on the concatenation", attention_cases._concatenated),
+        *attention_peers.by_backend("SDPA on the concatenation", attention_cases._concatenated),
         Baseline("flash-attn on the concatenation", flash),
     )
     return Workload(
