@@ -105,7 +105,7 @@ def spread(median, around=0.01):
         (
             {"Tile(128, 64, 64, 4, 3)": spread(2e-3), "Tile(64, 64, 64, 4, 2)": spread(1e-3)},
             """2 of 2 tiles ran
---- vlmkernels/triton/_tiles.py: TILES
+--- vlmkernels/triton/_tiles.py: STATISTICS_ON
 +++ on sm_90
 -    ("half", True): Tile(128, 64, 64, 4, 3),  # 2 ms
 +    ("half", True): Tile(64, 64, 64, 4, 2),  # 1 ms""",

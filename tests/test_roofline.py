@@ -26,6 +26,7 @@ from tests.gpu.ptx import counted
 from tests.gpu.ptx.counters import SECTOR, Counters
 from vlmkernels._library import KERNELS
 from vlmkernels.ops import _pairwise_small
+from vlmkernels.triton import _info_nce_small
 
 TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
@@ -115,6 +116,7 @@ def test_a_product_of_cublas_reads_its_factors_and_writes_its_result():
     assert first.flops == second.flops == 2 * 4 * 6 * 8
 
 
+SCALE = "_ahead._scale"
 ONE_TILE = [  # or few: then hardly an operand is read by two programs
     workload("gated_residual", batch=1, tokens=64, width=256),
     workload("info_nce", "N=4096", n=64, m=64, d=256),
@@ -129,8 +131,9 @@ ONE_TILE = [  # or few: then hardly an operand is read by two programs
 
 
 @pytest.mark.parametrize("of", ONE_TILE, ids=lambda of: of.op)
-def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of):
+def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of, monkeypatch):
     """In the simulator of PTX: sectors of 32 bytes, and multiply-adds issued to tensor cores."""
+    monkeypatch.setattr(_info_nce_small, "LIMIT", 0)  # each of its programs reads all features of the others
     counts: list[tuple[Launch, Counters]] = []
     with counted(counts)(), trace.OnTriton():
         tensors = of.tensors("cpu")
@@ -138,10 +141,12 @@ def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of):
         torch.autograd.grad(out, [x for x in tensors.values() if x.requires_grad], torch.ones_like(out))
     passes = predict.traced(of, "sm_80", TRAINING)
     steps = [step for this in passes for step in this.steps if step.launch is not None]
+    steps = [step for step in steps if step.name != SCALE]  # a CPU sees that the incoming gradient is 1
     assert [step.name for step in steps] == [launch.name for launch, _ in counts]
     for step, (_, found) in zip(steps, counts, strict=True):
         moved = SECTOR * (found.global_loads.sectors + found.global_stores.sectors)
-        assert step.bytes <= moved <= 1.4 * step.bytes + 2048, step.name
+        # of an operand of several planes, which counts as a whole, a kernel may leave one out
+        assert 0.98 * step.bytes <= moved <= 1.4 * step.bytes + 2048, step.name
         # 64 queries are too few for its warps, which multiply twice
         again = 2 if step.name == TWICE and of.op == "perceiver_attention" else 1
         assert 2 * found.tensor_fma == again * step.flops, step.name

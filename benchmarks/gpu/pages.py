@@ -32,6 +32,9 @@ SHAPES = {
     "perceiver_attention": "{batch} x 8 heads of 64",
     "gated_residual": "[{batch}, {tokens}, {width}]",
     "gated_linear_residual": "[{rows}, {inner}] -> {width}",
+    "linear": "[{rows}, {inner}] -> {width}",
+    "mlp": "[{rows}, {inner}] -> {width} -> {inner}",
+    "gated_mlp": "[{rows}, {inner}] -> {width} -> {inner}",
 }
 LABEL = "**Model, not measured.**"
 
