@@ -1,5 +1,8 @@
 """Shared by the pairwise ops: checks of features and scalars, norms, FLOPs."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,3 +101,12 @@ def inverse_norms(x: Tensor, normalize: bool) -> Tensor | None:
 def label(device: str) -> str:
     """What info() shows for an op composed of the streaming sweeps."""
     return "C++ sweeps" if device == "CPU" else "Triton sweeps"
+
+
+def unless_float64(place: int, fused: Callable, sweeps: Callable) -> Callable:
+    """`fused`, or `sweeps` for float64 in this place: Triton does not multiply it on every GPU."""
+
+    def kernel(*args: Any) -> Any:
+        return (sweeps if args[place].dtype == torch.float64 else fused)(*args)
+
+    return kernel

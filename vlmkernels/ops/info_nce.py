@@ -174,13 +174,6 @@ if TRITON:
     from vlmkernels.triton import _info_nce_bwd as _cuda_bwd
     from vlmkernels.triton import info_nce as _cuda
 
-    def _on_gpu(query, *rest):
-        """Triton does not multiply float64 on every GPU."""
-        return (sweeps.forward if query.dtype == torch.float64 else _cuda.info_nce)(query, *rest)
-
-    def _bwd_on_gpu(dloss, query, *rest):
-        run = sweeps.backward if query.dtype == torch.float64 else _cuda_bwd.info_nce_bwd
-        return run(dloss, query, *rest)
-
-    kernel("info_nce", "CUDA", _on_gpu, "Triton")
+    kernel("info_nce", "CUDA", pairwise.unless_float64(0, _cuda.info_nce, sweeps.forward), "Triton")
+    _bwd_on_gpu = pairwise.unless_float64(1, _cuda_bwd.info_nce_bwd, sweeps.backward)
     kernel("info_nce_bwd", "CUDA", _bwd_on_gpu, "Triton")

@@ -134,13 +134,6 @@ if has_kernel("sigmoid_sweep", "CPU"):
 if TRITON:
     from vlmkernels.triton import sigmoid_loss as _cuda
 
-    def _on_gpu(query, *rest):
-        """Triton does not multiply float64 on every GPU."""
-        return (sweep.forward if query.dtype == torch.float64 else _cuda.sigmoid_loss)(query, *rest)
-
-    def _bwd_on_gpu(dloss, query, *rest):
-        run = sweep.backward if query.dtype == torch.float64 else _cuda.sigmoid_loss_bwd
-        return run(dloss, query, *rest)
-
-    kernel("sigmoid_loss", "CUDA", _on_gpu, "Triton")
+    kernel("sigmoid_loss", "CUDA", pairwise.unless_float64(0, _cuda.sigmoid_loss, sweep.forward), "Triton")
+    _bwd_on_gpu = pairwise.unless_float64(1, _cuda.sigmoid_loss_bwd, sweep.backward)
     kernel("sigmoid_loss_bwd", "CUDA", _bwd_on_gpu, "Triton")
