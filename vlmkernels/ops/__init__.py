@@ -14,6 +14,7 @@ from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
+from vlmkernels.ops.srau import srau
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -26,7 +27,7 @@ FAMILIES = {
         "linear_distillation",
         "sigmoid_loss",
     ),
-    "residual": ("gated_residual",),
+    "residual": ("gated_residual", "srau"),
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -45,4 +46,5 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",
+    "srau",
 ]
