@@ -32,7 +32,7 @@ def _place(n, depth, MASK, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
 def _weights(logits, tau, rest_of_tau, SIGN: tl.constexpr):
     """sigmoid, its complement, and both with what the threshold cuts set to 0."""
     z = logits.to(tl.float32) * SIGN
-    e = tl.exp(-tl.abs(z))
+    e = tl.exp(tl.where(z < 0, z, 0.0 - z))
     large = 1.0 / (1.0 + e)
     small = e * large
     alpha = tl.where(z < 0, small, large)
