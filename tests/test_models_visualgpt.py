@@ -16,7 +16,7 @@ from vlmkernels.models.visualgpt import CONFIGS, VisualDecoding, VisualGPT, Visu
 close = torch.testing.assert_close
 REGIONS = VisualGPTConfig(
     region_width=10, width=24, encoder_layers=3, encoder_mlp_width=32, layers=2, heads=3, context_length=12,
-    vocab_size=31, bos_id=1, eos_id=2, pad_id=0, dropout=0.0, cross_dropout=0.0,
+    vocab_size=31, start_id=1, end_id=2, pad_id=0, dropout=0.0, cross_dropout=0.0,
 )  # fmt: skip
 PIXELS = dataclasses.replace(
     REGIONS, image_size=16, conv_blocks=(1, 1), conv_width=4, conv_pool=False, encoder_layers=2
@@ -164,7 +164,7 @@ def test_state_dict_of_the_authors_both_ways(tmp_path):
     assert original["decoder.transformer.h.0.attn.c_attn.weight"].shape == (24, 72)
     assert original["decoder.transformer.h.1.fc_alpha3.weight"].shape == (24, 48)
     assert original["decoder.transformer.h.1.attn.bias"].shape == (1, 1, 60, 60)
-    fields = {"heads": 3, "bos_id": 1, "eos_id": 2, "pad_id": 0, "dropout": 0.0, "cross_dropout": 0.0}
+    fields = {"heads": 3, "start_id": 1, "end_id": 2, "pad_id": 0, "dropout": 0.0, "cross_dropout": 0.0}
     again = VisualGPT.from_original_state_dict(original, **fields)
     assert again.config == model.config
     close(dict(again.state_dict()), {name: tensor.float() for name, tensor in model.state_dict().items()})
@@ -192,7 +192,7 @@ def test_with_open_gates_it_is_gpt2():
     randomize(theirs)
     language = CausalLM.from_hf_state_dict(theirs.state_dict(), heads=3)
     model = VisualGPT.from_language_model(
-        language, region_width=10, encoder_layers=1, bos_id=1, eos_id=2, pad_id=0
+        language, region_width=10, encoder_layers=1, start_id=1, end_id=2, pad_id=0
     )
     for block in model.blocks:
         torch.nn.init.zeros_(block.gate_text.weight)
@@ -249,7 +249,7 @@ def test_several_texts_of_an_image_are_read_as_with_the_image_each():
 
 
 def test_beam_search_finds_what_an_exhaustive_search_finds():
-    model = tiny(vocab_size=5, pad_id=2, bos_id=1, eos_id=2)
+    model = tiny(vocab_size=5, pad_id=2, start_id=1, end_id=2)
     images = batch(rows=2)[0][:2]
     got = model.generate(images, max_new_tokens=3, num_beams=60, length_penalty=0.0)
     words = (0, 1, 3, 4)

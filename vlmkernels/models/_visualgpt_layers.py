@@ -39,7 +39,8 @@ class VisualGPTConfig:
     those of the GPT-2, `activation` is that of its MLPs. `tau` and `orientation`: see `vlmkernels.srau`.
     `fusion="residual"` is plain cross-attention for comparison: r = a + sum_l e_l / sqrt(L), without gates.
     `dropout` acts on the results of self-attention and MLP and in the encoder, `cross_dropout` on the
-    probabilities of cross-attention. `strict_compat` repeats two habits of the authors' code: the padding of
+    probabilities of cross-attention. `start_id` and `end_id` are the tokens around a caption; the authors take
+    `<?` and `<|endoftext|>` of GPT-2's vocabulary, and `+=` as padding. `strict_compat` repeats two habits of the authors' code: the padding of
     regions is found in their normalised features, whose sums are 0 up to rounding, and a text of an image
     without regions attends to the padding evenly.
     """
@@ -58,8 +59,8 @@ class VisualGPTConfig:
     mlp_ratio: int = 4
     activation: str = "gelu_tanh"
     vocab_size: int = 50257
-    bos_id: int = 50256
-    eos_id: int = 50256
+    start_id: int = 50256
+    end_id: int = 50256
     pad_id: int = 47932
     tau: float = 0.2
     orientation: str = "code"
@@ -87,7 +88,7 @@ class VisualGPTConfig:
             faults.append(f"orientation must be 'code' or 'paper', got {self.orientation!r}")
         if not 0 <= self.tau <= 0.5:
             faults.append(f"tau must be in [0, 0.5], got {self.tau}")
-        for name in ("bos_id", "eos_id", "pad_id"):
+        for name in ("start_id", "end_id", "pad_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 faults.append(f"{name} must be an id below {self.vocab_size}, got {getattr(self, name)}")
         for name in ("dropout", "cross_dropout"):

@@ -192,7 +192,7 @@ class VisualGPT(Pretrained):
             session.step,
             session.reorder,
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.config.eos_id if eos_token_id is None else eos_token_id,
+            eos_token_id=self.config.end_id if eos_token_id is None else eos_token_id,
             pad_token_id=self.config.pad_id,
             **decoding,
         )
@@ -253,7 +253,7 @@ class VisualDecoding:
         self.cache = KVCache()
         self.image = torch.arange(len(images), device=images.device)  # [N], of each text
         if prompts is None:
-            prompts = torch.full((len(images), 1), model.config.bos_id, device=images.device)
+            prompts = torch.full((len(images), 1), model.config.start_id, device=images.device)
         if prompts.dim() != 2 or len(prompts) != len(images) or prompts.dtype != torch.int64:
             wanted, got = f"int64 [{len(images)}, P]", f"{prompts.dtype} {list(prompts.shape)}"
             raise ValueError(f"VisualGPT: prompts must be {wanted}, got {got}")
@@ -303,8 +303,8 @@ CONFIGS: dict[str, VisualGPTConfig] = {
         heads=4,
         context_length=32,
         vocab_size=4098,
-        bos_id=4096,
-        eos_id=4097,
+        start_id=4096,
+        end_id=4097,
         pad_id=0,
         dropout=0.0,
         cross_dropout=0.0,

@@ -86,7 +86,7 @@ class VisualGPT(CaptionKind):
         return super().new_tokenizer(config, source) if folder is None else read_tokenizer(Path(folder))
 
     def token_ids(self, tokenizer: CaptionTokenizer) -> dict[str, int]:
-        own = {"bos_id": tokenizer.image_id, "eos_id": tokenizer.endofchunk_id}
+        own = {"start_id": tokenizer.image_id, "end_id": tokenizer.endofchunk_id}
         return {**super().token_ids(tokenizer), **own}
 
     def new_model(self, config: TrainConfig, tokenizer: CaptionTokenizer) -> visualgpt.VisualGPT:
