@@ -39,10 +39,10 @@ class VisualGPTConfig:
     those of the GPT-2, `activation` is that of its MLPs. `tau` and `orientation`: see `vlmkernels.srau`.
     `fusion="residual"` is plain cross-attention for comparison: r = a + sum_l e_l / sqrt(L), without gates.
     `dropout` acts on the results of self-attention and MLP and in the encoder, `cross_dropout` on the
-    probabilities of cross-attention. `start_id` and `end_id` are the tokens around a caption; the authors take
-    `<?` and `<|endoftext|>` of GPT-2's vocabulary, and `+=` as padding. `strict_compat` repeats two habits of the authors' code: the padding of
-    regions is found in their normalised features, whose sums are 0 up to rounding, and a text of an image
-    without regions attends to the padding evenly.
+    probabilities of cross-attention. `start_id` and `end_id` are the tokens around a caption; the authors
+    take `<?` and `<|endoftext|>` of GPT-2's vocabulary, and `+=` as padding. `strict_compat` repeats two
+    habits of the authors' code: the padding of regions is found in their normalised features, whose sums are
+    0 up to rounding, and a text of an image without regions attends to the padding evenly.
     """
 
     image_size: int | None = None

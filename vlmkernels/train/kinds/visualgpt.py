@@ -95,12 +95,10 @@ class VisualGPT(CaptionKind):
             model: Any = super().new_model(config, tokenizer)
             return model
         language: Any = load_bundle(folder).model
-        base, sizes = self.configs[config.model], self.sizes(config)
+        sizes = self.sizes(config)
         fixed = {name: getattr(language.config, name) for name in visualgpt.SHARED}
         asked = {name: getattr(sizes, name) for name in visualgpt.SHARED if name in config.model_options}
         fields = {**dataclasses.asdict(sizes), **fixed, **asked, **self.token_ids(tokenizer)}
-        if "encoder_mlp_width" not in config.model_options:
-            fields["encoder_mlp_width"] = 2 * fixed["width"] if base.image_size else base.encoder_mlp_width
         return visualgpt.VisualGPT.from_language_model(language, **fields)
 
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Captioning:
