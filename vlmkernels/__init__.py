@@ -19,6 +19,7 @@ from vlmkernels.ops import (
     mlp,
     perceiver_attention,
     sigmoid_loss,
+    topk_similarity,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "perceiver_attention",
     "prepare_for_inference",
     "sigmoid_loss",
+    "topk_similarity",
 ]
