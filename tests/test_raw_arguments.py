@@ -13,6 +13,7 @@ from .fuzz import raw
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
 COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
+COMPOSED |= set(FAMILIES["retrieval"])
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)

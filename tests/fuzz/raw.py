@@ -461,6 +461,19 @@ def srau_bwd(draw: Draw) -> list:
     return [draw.floats(*inputs[0].shape), *inputs, draw.needs(3)]
 
 
+def keys(draw: Draw, m: int, d: int) -> list:
+    """key and key_scale."""
+    if draw.flag():
+        return [draw.floats(m, d), None]
+    return [torch.randint(-127, 128, (m, d), dtype=torch.int8), draw.floats(m)]
+
+
+@arguments
+def topk_similarity(draw: Draw) -> list:
+    n, m, d = draw.size(), draw.size(), draw.size()
+    return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -15,6 +15,7 @@ from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.srau import srau
+from vlmkernels.ops.topk_similarity import topk_similarity
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -28,6 +29,7 @@ FAMILIES = {
         "sigmoid_loss",
     ),
     "residual": ("gated_residual", "srau"),
+    "retrieval": ("topk_similarity",),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -47,4 +49,5 @@ __all__ = [
     "perceiver_attention",
     "sigmoid_loss",
     "srau",
+    "topk_similarity",
 ]
