@@ -249,11 +249,9 @@ class VisualBlock(nn.Module):
     ) -> Tensor:  # [B k, T, D]
         rate = self.config.dropout if self.training else 0.0
         a = _drop(add(x, self.attn, self.ln_1(x), seen, None, keep), rate)
-        images, rows = len(memory[0]), len(x) * x.shape[1]
-        together = self.ln_1(a).reshape(
-            images, rows // max(images, 1), -1
-        )  # the texts of an image in one row
-        e = self.cross(together, memory, regions)
+        images = len(memory[0])
+        rows = len(a) * a.shape[1] // max(images, 1)  # of the texts of an image together
+        e = self.cross(self.ln_1(a).reshape(images, rows, a.shape[-1]), memory, regions)
         e = e.reshape(len(e), *a.shape)  # [L, B k, T, D]
         r = self.fused(a, e, row_mask)
         y = _drop(add(r, self.mlp, self.ln_2(r)), rate)
