@@ -84,7 +84,7 @@ class CaptionKind(Kind):
 class Captioning:
     """The task: the loss is the mean over the counted tokens of all processes."""
 
-    scores = ("perplexity", "token_accuracy")
+    scores: tuple[str, ...] = ("perplexity", "token_accuracy")
 
     def __init__(
         self, kind: CaptionKind, tokenizer: CaptionTokenizer, collate: CaptionCollate, seed: int
