@@ -54,6 +54,7 @@ OPS = {
         {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
     ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
+    "srau": (((2, 3, 5), (4, 2, 3, 5), (4, 2, 3, 5)), {"tau": 0.2}),
 }
 
 

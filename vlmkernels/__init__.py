@@ -20,6 +20,7 @@ from vlmkernels.ops import (
     perceiver_attention,
     sigmoid_loss,
     topk_similarity,
+    srau,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "prepare_for_inference",
     "sigmoid_loss",
     "topk_similarity",
+    "srau",
 ]

@@ -15,6 +15,7 @@ from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.topk_similarity import topk_similarity
+from vlmkernels.ops.srau import srau
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -29,6 +30,7 @@ FAMILIES = {
     ),
     "residual": ("gated_residual",),
     "retrieval": ("topk_similarity",),  # no gradients
+    "residual": ("gated_residual", "srau"),
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -48,4 +50,5 @@ __all__ = [
     "perceiver_attention",
     "sigmoid_loss",
     "topk_similarity",
+    "srau",
 ]

@@ -15,6 +15,7 @@ from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 from vlmkernels.reference.topk_similarity import topk_similarity
+from vlmkernels.reference.srau import srau
 
 __all__ = [
     "contrastive_distillation",
@@ -32,4 +33,5 @@ __all__ = [
     "perceiver_attention",
     "sigmoid_loss",
     "topk_similarity",
+    "srau",
 ]
