@@ -145,6 +145,9 @@ def topk_similarity(draw: Draw) -> dict[str, Any]:
     values = named("topk_similarity", raw.topk_similarity(draw))
     rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
     return {**values, "rescore": rescore}
+
+
+@arguments
 def srau(draw: Draw) -> dict[str, Any]:
     return named("srau", raw.srau(draw))
 

@@ -458,6 +458,8 @@ def keys(draw: Draw, m: int, d: int) -> list:
 def topk_similarity(draw: Draw) -> list:
     n, m, d = draw.size(), draw.size(), draw.size()
     return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
+
+
 @arguments
 def srau(draw: Draw) -> list:
     shape, levels = (*draw.lead(), draw.size()), draw.choice(((), (1,), (2,), (3,)))
