@@ -188,7 +188,7 @@ class CsvPairs(Dataset[Sample]):
         key, text = self._rows[index]
         rng = sample_rng(self.seed, self._epoch.get(), index)
         try:
-            image = transformed(self.transform, read_image(self._locate(key)), rng)
+            image, text = transformed(self.transform, read_image(self._locate(key)), text, rng)
         except BrokenImageError as error:
             self._skip_log.add(key, str(error))
             raise BrokenImageError(f"{key} cannot be read, {error}", key) from error
