@@ -41,7 +41,7 @@ ROWS = {
     "bicaptioning": "captions, both directions",
 }
 PROBED, JUDGED = 2000, 1000  # scenes to train the probe on, and to test it on
-SHORTENED = ("--epochs", "3")
+SHORTENED = ("--epochs", "2", "--batch-size", "32")
 
 
 def run_seed(seed: int, out: Path, quick: bool) -> dict[str, Any]:
