@@ -47,13 +47,18 @@ def sample_rng(*parts: object) -> random.Random:
     return random.Random("/".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
 
 
-def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random | None) -> Any:
-    """`transform(image)`; an `ImageTransform` or `ImageViews` takes its random numbers from `rng`."""
+def apply_transform(
+    transform: Transform | None, image: Image.Image, text: str, rng: random.Random | None
+) -> tuple[Any, str]:
+    """`transform(image)` and the caption of its result.
+
+    An `ImageTransform` or `ImageViews` takes its random numbers from `rng` and may change the caption.
+    """
     if transform is None:
-        return image
+        return image, text
     if isinstance(transform, (ImageTransform, ImageViews)):
-        return transform(image, rng)
-    return transform(image)
+        return transform.pair(image, text, rng)
+    return transform(image), text
 
 
 class Epoch:
