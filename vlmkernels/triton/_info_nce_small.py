@@ -164,7 +164,7 @@ def gradients(
     block_k = min(block_k, options["BLOCK_K"])
     options |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "EVEN_K": q.shape[1] % block_k == 0}
     warps = warps if positives is None else 8  # ids take more registers
-    options |= {"num_warps": warps, "BLOCK_D": max(16, min(block_d, triton.next_power_of_2(depth)))}
+    options |= {"num_warps": warps, "BLOCK_D": max(16, min(block_d, tiles.next_power_of_2(depth)))}
     parts, tiles_of = tiles.cdiv(depth, options["BLOCK_D"]), (tiles.cdiv(n, 64), tiles.cdiv(m, 64))
     programs = sum(parts * count for count, x in zip(tiles_of, grads[:2], strict=True) if x is not None)
     with torch.cuda.device_of(query):
