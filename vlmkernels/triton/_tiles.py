@@ -177,6 +177,11 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """The rows start <= i < stop: x itself if these are all."""
+    return x if stop - start == len(x) else x[start:stop]
+
+
 def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
     """Rows as `similarities` reads them fastest: aligned and zero-padded to multiples of 16 elements.
 
