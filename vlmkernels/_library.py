@@ -76,10 +76,12 @@ def define(
         for device, language, what in (("CPU", "C++", "isa"), ("CUDA", "CUDA C++", "cuda")):
             if has_kernel(name, device):
                 KERNELS[name, device] = f"{language} ({build[what]})"
-    for device in ("CPU", "CUDA") if autocast is not None else ():
-        operands = [names.index(operand) for operand in autocast or ()]
+    if autocast is None:
+        return _eager(op, recorded)
+    operands = [names.index(operand) for operand in autocast]
+    for device in ("CPU", "CUDA"):
         LIB.impl(name, _under_autocast(op, device, operands), f"Autocast{device}")
-    return _eager(op, recorded, [names.index(operand) for operand in autocast])
+    return _eager(op, recorded, operands)
 
 
 def _recorded(
@@ -131,7 +133,7 @@ def _differentiable(op: Any, recorded: type[torch.autograd.Function]) -> Callabl
 
 
 def _eager(
-    op: Any, recorded: type[torch.autograd.Function] | None = None, operands: Sequence[int] = ()
+    op: Any, recorded: type[torch.autograd.Function] | None = None, operands: Sequence[int] | None = None
 ) -> Any:
     """Calls `op`, or what the dispatcher would call if it has nothing to do but to choose the device.
 
@@ -154,7 +156,7 @@ def _eager(
         device = None if at is None or under_autocast is None else _device_of(args, at)
         if device is None:
             return op(*args)
-        if operands and device in under_autocast:
+        if device in under_autocast and operands is not None:
             return under[device](*args)
         run = IN_PYTHON.get((name, device), op)
         if torch.is_grad_enabled():
@@ -165,7 +167,7 @@ def _eager(
         with _below_autograd():
             return run(*args)
 
-    under = {device: _under_autocast(call, device, operands) for device in ("CPU", "CUDA")}
+    under = {device: _under_autocast(call, device, operands or ()) for device in ("CPU", "CUDA")}
     return call
 
 
