@@ -66,9 +66,10 @@ def test_learns_the_captions(values, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_run_resumes_bit_for_bit(values, tmp_path, monkeypatch, kind):
-    """Prefixes of simvlm, which are drawn in each step, and dropout included."""
+    """Prefixes of simvlm, which are drawn in each step, dropout and the contrastive term of lm included."""
     options = {"form": "prefix_lm", "dropout": 0.1} if kind == "simvlm" else {}
-    common = {"model_options": {**TINY[kind], **options}, "ema_decay": 0.9 if kind == "lm" else 0.0}
+    own = {"ema_decay": 0.9, "contrastive_weight": 1.0} if kind == "lm" else {}
+    common = {"model_options": {**TINY[kind], **options}, **own}
     train(kind, TrainConfig(**values(kind, "whole", **common)))
     train(kind, TrainConfig(**values(kind, "again", **common, num_workers=1)))
     assert_same_run(tmp_path / "whole", tmp_path / "again")

@@ -4,11 +4,13 @@ from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
+from vlmkernels.models.magic import MAGIC
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 
 __all__ = [
     "ALIGN",
     "CLIP",
+    "MAGIC",
     "AlignConfig",
     "CausalLM",
     "ClipConfig",
