@@ -133,9 +133,8 @@ class EncoderLayer(nn.Module):
         self.dropout, self.strict = config.dropout, config.strict_compat
         self.attn = MultiheadSelfAttention(width, config.heads)
         self.norm_1 = LayerNorm(width)
-        parts: list[tuple[str, nn.Module]] = [("c_fc", Linear(width, hidden)), ("relu", nn.ReLU())]
-        parts += [("dropout", nn.Dropout(config.dropout))] if config.dropout else []
-        self.mlp = MLP(OrderedDict([*parts, ("c_proj", Linear(hidden, width))]))
+        self.mlp = MLP(OrderedDict(c_fc=Linear(width, hidden), relu=nn.ReLU(), c_proj=Linear(hidden, width)))
+        self.mlp.dropout = config.dropout
         self.norm_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, D], [B, N] bool -> [B, N, D]
