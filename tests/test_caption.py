@@ -256,11 +256,11 @@ def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypa
     [
         (
             ["caption", "--model", "{clip}", "{table}"],
-            "must be of type flamingo or simvlm or virtex, got clip",
+            "must be of type flamingo or simvlm or virtex or visualgpt, got clip",
         ),
         (
             ["caption", "--model", "{lm}", "{table}"],
-            "must be of type flamingo or simvlm or virtex, got decoder",
+            "must be of type flamingo or simvlm or virtex or visualgpt, got decoder",
         ),
         (["search", "--model", "{simvlm}", "red", "{folder}"], "must be of type clip or align, got simvlm"),
         (

@@ -65,6 +65,18 @@ TINY_VIRTEX = {
     "context_length": 24,
     "vocab_size": 602,
 }
+TINY_VISUALGPT = {
+    "image_size": 16,
+    "conv_blocks": [1, 1],
+    "conv_width": 4,
+    "width": 16,
+    "encoder_layers": 2,
+    "encoder_mlp_width": 32,
+    "layers": 2,
+    "heads": 2,
+    "context_length": 24,
+    "vocab_size": 602,
+}
 TINY = {
     "clip": TINY_CLIP,
     "siglip": TINY_CLIP,
@@ -73,6 +85,7 @@ TINY = {
     "flamingo": TINY_FLAMINGO,
     "simvlm": TINY_SIMVLM,
     "virtex": TINY_VIRTEX,
+    "visualgpt": TINY_VISUALGPT,
 }
 WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
 

@@ -6,6 +6,7 @@ from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 from vlmkernels.models.virtex import VirTex, VirTexConfig
+from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
     "ALIGN",
@@ -20,4 +21,6 @@ __all__ = [
     "SimVLMConfig",
     "VirTex",
     "VirTexConfig",
+    "VisualGPT",
+    "VisualGPTConfig",
 ]

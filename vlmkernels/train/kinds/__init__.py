@@ -23,6 +23,7 @@ KINDS = {
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
     "virtex": "vlmkernels.train.kinds.virtex:VirTex",
+    "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
 }
 
 
