@@ -43,7 +43,7 @@ def step(kind, config, parts, shard, wrap=lambda model: model):
 
 def run_values(table, out, kind, parts):
     """23 pairs in joint batches of 7, 7, 7 and 2 with plain SGD."""
-    own = parts if kind == "flamingo" else {}
+    own = {"flamingo": parts, "lm": {"contrastive_weight": 0.7}}.get(kind, {})
     return tiny_values(
         table, out, kind, batch_size=7, epochs=2, optimizer="sgd", lr=0.05, device="cpu", **own
     )

@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic."""
 
 from __future__ import annotations
 
@@ -270,6 +270,46 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     from vlmkernels.use.caption import caption as run
 
     done = run(folder, inputs, **options)
+    _count_skipped(done.skipped)
+    if done.captions:
+        click.echo(done)
+
+
+@commands.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--language-model",
+    required=True,
+    metavar="FOLDER",
+    help="RUN/final of a trained language model, or a folder of Hugging Face's GPT-2.",
+)
+@click.option(
+    "--scorer", required=True, metavar="RUN/final", help="A trained model that embeds images and texts."
+)
+@click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
+@click.option(
+    "--alpha", default=0.1, show_default=True, metavar="X", help="Weight of the penalty for repetition."
+)
+@click.option(
+    "--beta",
+    default=2.0,
+    show_default=True,
+    metavar="X",
+    help="Weight of the image; 0: contrastive search.",
+)
+@click.option(
+    "--k", default=45, show_default=True, metavar="N", help="Candidates for each token, the N likeliest."
+)
+@click.option("--length", default=15, show_default=True, metavar="N", help="Maximum number of tokens.")
+@click.option("--batch-size", default=16, show_default=True, metavar="N", help="Images at once.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+def magic(inputs: tuple[str, ...], language_model: str, scorer: str, **options: Any) -> None:
+    """Write a caption for each image with a language model that was trained on texts only (MAGIC): a scorer
+    says which of its candidates fit the image. INPUTS are files, and folders with all below them.
+    """
+    from vlmkernels.use.magic import magic as run
+
+    done = run(inputs, language_model, scorer, **options)
     _count_skipped(done.skipped)
     if done.captions:
         click.echo(done)

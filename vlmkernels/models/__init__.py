@@ -4,6 +4,7 @@ from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
+from vlmkernels.models.magic import MAGIC
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 from vlmkernels.models.virtex import VirTex, VirTexConfig
 from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
@@ -11,6 +12,7 @@ from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 __all__ = [
     "ALIGN",
     "CLIP",
+    "MAGIC",
     "AlignConfig",
     "CausalLM",
     "ClipConfig",
