@@ -26,7 +26,7 @@ OPS = sorted(
 # Their similarities and positives are those of the losses over pairs.
 BUILT_ON = {"retrieval": "pairwise"}
 # So far on the reference alone.
-WITHOUT_KERNELS = {"topk_similarity"}
+WITHOUT_KERNELS = {"mine_hard_negatives", "retrieval_ranks", "topk_similarity"}
 
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 # Ops whose kernels are those of their family: one streaming softmax, products of dense layers.

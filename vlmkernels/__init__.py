@@ -16,8 +16,10 @@ from vlmkernels.ops import (
     linear,
     linear_cross_entropy,
     linear_distillation,
+    mine_hard_negatives,
     mlp,
     perceiver_attention,
+    retrieval_ranks,
     sigmoid_loss,
     topk_similarity,
 )
@@ -37,9 +39,11 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "mine_hard_negatives",
     "mlp",
     "perceiver_attention",
     "prepare_for_inference",
+    "retrieval_ranks",
     "sigmoid_loss",
     "topk_similarity",
 ]
