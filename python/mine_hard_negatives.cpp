@@ -17,7 +17,7 @@ Tensor mine_hard_negatives(const Tensor& query_, const Tensor& key_, const optio
   const Need need("mine_hard_negatives");
   need_keys(need, query_, key_, {});
   const Tensor query = with_width(query_), key = with_width(key_);
-  const Matches matches(need, query, key, positives, key_ids);
+  const Matches matches("mine_hard_negatives", need, query, key, positives, key_ids);
   const int64_t n = query.size(0), m = key.size(0), most = std::min(k, m);
   need.tensor("query_groups", query_groups, n, at::kLong);
   need.tensor("key_groups", key_groups, m, at::kLong);

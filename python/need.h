@@ -101,7 +101,6 @@ class Need {
   [[noreturn]] C10_NOINLINE void refuse(const Words&... words) const {
     C10_THROW_ERROR(ValueError, c10::str(op_, ": ", words...));
   }
-  const char* op() const { return op_; }
 
  private:
   static bool has_sizes(at::IntArrayRef got, at::IntArrayRef wanted) {

@@ -172,8 +172,8 @@ struct Matches {
   at::Tensor query, key;
   Labels labels;
 
-  Matches(const Need& need, const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& positives,
-          const std::optional<at::Tensor>& key_ids) {
+  Matches(const char* op, const Need& need, const at::Tensor& q, const at::Tensor& k,
+          const std::optional<at::Tensor>& positives, const std::optional<at::Tensor>& key_ids) {
     const int64_t n = q.size(0), m = k.size(0);
     need.tensor("positives", positives, n, at::kLong);
     need.tensor("key_ids", key_ids, m, at::kLong);
@@ -185,7 +185,7 @@ struct Matches {
     if (!positives || key_ids) return;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = labels.query[i];
-      TORCH_CHECK_INDEX(at == -100 || (at >= 0 && at < m), need.op(), ": positives must be in [0, M = ", m,
+      TORCH_CHECK_INDEX(at == -100 || (at >= 0 && at < m), op, ": positives must be in [0, M = ", m,
                         ") or -100, got values from ", query.min().item<int64_t>(), " to ", query.max().item<int64_t>());
     }
   }

@@ -16,7 +16,7 @@ auto retrieval_ranks(const Tensor& query_, const Tensor& key_, const optional<Te
   const Need need("retrieval_ranks");
   need_keys(need, query_, key_, {});
   const Tensor query = with_width(query_), key = with_width(key_);
-  const Matches matches(need, query, key, positives, key_ids);
+  const Matches matches("retrieval_ranks", need, query, key, positives, key_ids);
   const int64_t n = query.size(0), m = key.size(0);
   const Tensor query_ranks = at::full({n}, m + 1, at::kLong), key_ranks = at::full({m}, n + 1, at::kLong);
   const auto results = std::tuple(query_ranks, key_ranks);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops._retrieval import no_gradients, pair_faults
@@ -76,3 +76,8 @@ _op = define(
     setup_context=no_gradients,
     autocast=(),
 )
+
+if TRITON:
+    from vlmkernels.triton import mine_hard_negatives as _triton
+
+    kernel("mine_hard_negatives", "CUDA", _triton.mine_hard_negatives, "Triton")

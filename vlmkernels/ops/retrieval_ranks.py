@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops import _pairwise_targets as targets
 from vlmkernels.ops._retrieval import no_gradients, pair_faults
@@ -21,8 +21,8 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor]:
     """The rank, from 1, of each query's best match among the keys, and of each key's among the queries.
 
-    Only keys that do not match are counted, so that R@k is the fraction of ranks up to k. One with the score of
-    the best match is counted as better, and so is a NaN: a model with one embedding for everything has no
+    Only keys that do not match are counted, so that R@k is the fraction of ranks up to k. One with the score
+    of the best match is counted as better, and so is a NaN: a model with one embedding for everything has no
     R@1. The similarities, inner products, are never materialised.
 
     Args:
@@ -61,3 +61,8 @@ _op = define(
     setup_context=no_gradients,
     autocast=(),
 )
+
+if TRITON:
+    from vlmkernels.triton import retrieval_ranks as _triton
+
+    kernel("retrieval_ranks", "CUDA", _triton.retrieval_ranks, "Triton")
