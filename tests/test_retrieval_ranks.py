@@ -39,7 +39,7 @@ def drawn(form, n, m):
     if form == "diagonal":
         return None, torch.eye(n, m, dtype=torch.bool)
     if form == "index":
-        index = torch.randint(0, m, (n,)).where(torch.rand(n) < 0.8, -100)
+        index = torch.randint(0, max(m, 1), (n,)).where(torch.rand(n) < 0.8, -100)
         return index, index[:, None] == torch.arange(m)
     ids = torch.randint(0, n + 3, (n,)), torch.randint(0, n + 3, (m,))
     return ids, ids[0][:, None] == ids[1]

@@ -3,10 +3,12 @@
 #include <type_traits>
 
 #include "pack.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
+
+constexpr int64_t kFewAtOnce = 8;  // keys that stay in the first cache while queries go by
 
 VLMK_INLINE float to_acc(int8_t x) { return x; }
 
@@ -26,30 +28,65 @@ double square(const S* x, int64_t count) {
   return sum;
 }
 
-// The products of some rows x and y, `d` apart, of which four are formed at a time: sums[i][j] = <x_i, y_j>.
+// Vectors of one register, of which the compiler keeps as many as there are.
+#if defined(__AVX512F__)
+constexpr int64_t kRegister = 64;
+#elif defined(__AVX__)
+constexpr int64_t kRegister = 32;
+#else
+constexpr int64_t kRegister = 16;
+#endif
+template <class A>
+struct Registers {
+  static constexpr int64_t lanes = kRegister / sizeof(A);
+  typedef A type __attribute__((vector_size(kRegister)));
+};
+template <class A>
+using Register = typename Registers<A>::type;
+
+template <class A>
+A dot_of_rest(const A* x, const A* y, int64_t count) {
+  A sum = 0;
+  for (int64_t c = 0; c < count; ++c) sum += x[c] * y[c];
+  return sum;
+}
+
+// Four products of X rows x and Y rows y, all `d` apart, formed at a time: sums[i][j] = <x_i, y_j>. Eight sums that do not wait
+// for one another.
 template <int X, int Y, class A>
 __attribute__((noinline)) void four_dots(const A* x, const A* y, int64_t d, A* sums) {
   static_assert(X * Y == 4);
-  constexpr int64_t lanes = Vectors<A>::lanes, part = kSumDepth * lanes;
+  constexpr int64_t lanes = Registers<A>::lanes, step = 2 * lanes, part = kSumDepth * step;
   for (int i = 0; i < 4; ++i) sums[i] = 0;
   for (int64_t c0 = 0; c0 < d; c0 += part) {
-    const int64_t end = min_(c0 + part, d), whole = c0 + (end - c0) / lanes * lanes;
-    Vec<A> some[4] = {};
-    for (int64_t c = c0; c < whole; c += lanes) {
-      Vec<A> v[Y];
-      for (int j = 0; j < Y; ++j) v[j] = load<Vec<A>>(y + j * d + c);
-      for (int i = 0; i < X; ++i) {
-        const Vec<A> u = load<Vec<A>>(x + i * d + c);
-        for (int j = 0; j < Y; ++j) some[i * Y + j] += u * v[j];
+    const int64_t end = min_(c0 + part, d), whole = c0 + (end - c0) / step * step;
+    Register<A> some[2][X][Y] = {};
+    for (int64_t c = c0; c < whole; c += step) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = c + half * lanes;
+        Register<A> v[X];
+#pragma GCC unroll 4
+        for (int i = 0; i < X; ++i) __builtin_memcpy(&v[i], x + i * d + at, kRegister);
+#pragma GCC unroll 4
+        for (int j = 0; j < Y; ++j) {
+          Register<A> w;
+          __builtin_memcpy(&w, y + j * d + at, kRegister);
+#pragma GCC unroll 4
+          for (int i = 0; i < X; ++i) some[half][i][j] += v[i] * w;
+        }
       }
     }
-    A totals[4];
-    sums_of(some, totals);
+#pragma GCC unroll 4
     for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
       for (int j = 0; j < Y; ++j) {
-        A rest = 0;
-        for (int64_t c = whole; c < end; ++c) rest += x[i * d + c] * y[j * d + c];
-        sums[i * Y + j] += totals[i * Y + j] + rest;
+        const Register<A> both = some[0][i][j] + some[1][i][j];
+        A lane[lanes], total = 0;
+        __builtin_memcpy(lane, &both, kRegister);
+#pragma omp simd reduction(+ : total)
+        for (int64_t l = 0; l < lanes; ++l) total += lane[l];
+        sums[i * Y + j] += total + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);
       }
     }
   }
@@ -96,6 +133,26 @@ void dots_of_one(const A* x, const S* y, int64_t count, int64_t d, A* out) {
       four_dots_of(x, y + j * d, d, sums);
     }
     for (int i = 0; i < 4; ++i) out[j + i] = sums[i];
+  }
+}
+
+// out[i][j] = <x_i, y_j>, two rows by two.
+template <class A>
+void dots_of_few(const A* x, int64_t n, const A* y, int64_t count, int64_t d, A* out, int64_t ldo) {
+  for (int64_t i = 0; i < n; i += 2) {
+    const A* row = x + i * d;
+    if (i + 1 == n) return dots_of_one(row, y, count, d, out + i * ldo);
+    const int64_t pairs = count / 2 * 2;
+    for (int64_t j = 0; j < pairs; j += 2) {
+      A sums[4];
+      four_dots<2, 2>(row, y + j * d, d, sums);
+      for (int u = 0; u < 2; ++u) {
+        for (int v = 0; v < 2; ++v) out[(i + u) * ldo + j + v] = sums[2 * u + v];
+      }
+    }
+    for (int64_t u = 0; pairs < count && u < 2; ++u) {
+      dots_of_one(row + u * d, y + pairs * d, 1, d, out + (i + u) * ldo + pairs);
+    }
   }
 }
 
@@ -146,30 +203,20 @@ void retrieval_tile(const Similarities<P>& g, int64_t block, const P* keys, int6
 template <class S, class A>
 void retrieval_few(const A* queries, int64_t n, const S* keys, int64_t count, int64_t d, const A* a, const A* b, A* widened,
                    A* out, int64_t ldo) {
-  if constexpr (std::is_same_v<S, A>) {
-    for (int64_t i = 0; i < n; i += 2) {
-      if (i + 1 == n) {
-        dots_of_one(queries + i * d, keys, count, d, out + i * ldo);
-        break;
-      }
-      A sums[4];
-      int64_t j = 0;
-      for (; j + 2 <= count; j += 2) {
-        four_dots<2, 2>(queries + i * d, keys + j * d, d, sums);
-        out[i * ldo + j] = sums[0], out[i * ldo + j + 1] = sums[1];
-        out[(i + 1) * ldo + j] = sums[2], out[(i + 1) * ldo + j + 1] = sums[3];
-      }
-      for (int64_t u = i; j < count && u < i + 2; ++u) dots_of_one(queries + u * d, keys + j * d, 1, d, out + u * ldo + j);
-    }
+  constexpr bool same = std::is_same_v<S, A>, in_registers = same || std::is_same_v<A, float>;
+  if (in_registers && n == 1) {
+    if constexpr (in_registers) dots_of_one(queries, keys, count, d, out);
   } else {
-    bool done = false;
-    if constexpr (std::is_same_v<A, float>) {
-      done = n == 1;
-      if (done) dots_of_one(queries, keys, count, d, out);
-    }
-    if (!done) {
-      retrieval_rows(keys, count, d, count, d, widened);
-      return retrieval_few(queries, n, widened, count, d, a, b, widened, out, ldo);
+    for (int64_t j0 = 0; j0 < count; j0 += kFewAtOnce) {
+      const int64_t some = min_(kFewAtOnce, count - j0);
+      const A* rows;
+      if constexpr (same) {
+        rows = keys + j0 * d;
+      } else {
+        retrieval_rows(keys + j0 * d, some, d, some, d, widened);
+        rows = widened;
+      }
+      dots_of_few(queries, n, rows, some, d, out + j0, ldo);
     }
   }
   for (int64_t i = 0; (a || b) && i < n; ++i) {

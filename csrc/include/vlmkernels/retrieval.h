@@ -59,7 +59,7 @@ VLMK_PER_ISA(
     template <class P>
     void retrieval_tile(const Similarities<P>&, int64_t block, const P* keys, int64_t rows, const acc_t<P>* b, acc_t<P>* tile);
     // out [n][ldo]: the similarities of n queries [n, d] to `count` keys [count, d], multiplied by a: [n] or null, and by
-    // b: [count] or null. widened: kFewKeys * d unless S is A.
+    // b: [count] or null. widened: kFewKeys * d.
     template <class S, class A> void retrieval_few(const A* queries, int64_t n, const S* keys, int64_t count, int64_t d,
                                                    const A* a, const A* b, A* widened, A* out, int64_t ldo);
     // Whether a query in [i0, i0 + cols) and a key in [j0, j0 + rows) match.
