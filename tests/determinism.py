@@ -55,6 +55,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_losses, PAIRS),
         (_hidden, PAIRS),
         (_of_rows, ROWS),
+        (_retrieval, PAIRS),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -164,6 +165,28 @@ def _of_rows(dtype, n, v) -> Iterator[Case]:
         options = {"distance": distance, "normalize": normalize, "weight": torch.rand(n)}
         op = _with(vlmkernels.embedding_distillation, **options)
         yield "embedding_distillation", op, [student, teacher.detach()]
+
+
+def _retrieval(dtype, n, m, d) -> Iterator[Case]:
+    """Results as numbers: values and indices, ranks, indices."""
+    features, ids = unit_features(n, m, d, dtype=dtype), (torch.arange(n) % 7, torch.arange(m) % 7)
+
+    def joined(op, *args, **options):
+        def results(*tensors):
+            found = op(*tensors, *args, **options)
+            return torch.cat([x.double().flatten() for x in (found if isinstance(found, tuple) else [found])])
+
+        return results
+
+    for options in ({}, {"normalize": True}, {"both": True}):
+        yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **options), [*features]
+    scales = {"key_scale": torch.rand(m)}
+    quantised = [features[0], (127 * features[1]).to(torch.int8)]
+    yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **scales), quantised
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks), [*features]
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks, ids), [*features]
+    for options in ({"normalize": True}, {"positives": ids, "groups": ids, "margin": 0.1}):
+        yield "mine_hard_negatives", joined(vlmkernels.mine_hard_negatives, 20, **options), [*features]
 
 
 Found = dict[str, dict[str, list[int]]]

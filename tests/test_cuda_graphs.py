@@ -177,6 +177,12 @@ def retrieval(dtype):
     yield "topk_similarity both ways", vlmkernels.topk_similarity, (query, key, 5), {"both": True}
     rescored = quantised[1] | {"rescore": key, "return_sorted": False}
     yield "topk_similarity rescored", vlmkernels.topk_similarity, (query, quantised[0], 5), rescored
+    by_id = {"positives": (ids(60), ids(70))}
+    yield "retrieval_ranks", vlmkernels.retrieval_ranks, (query, key), {}
+    yield "retrieval_ranks by id", vlmkernels.retrieval_ranks, (query, key), by_id
+    yield "mine_hard_negatives", vlmkernels.mine_hard_negatives, (query, key, 5), {"positives": ids(60)}
+    filtered = by_id | {"groups": (ids(60), ids(70)), "margin": 0.1}
+    yield "mine_hard_negatives filtered", vlmkernels.mine_hard_negatives, (query, key, 5), filtered
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -203,8 +209,8 @@ def moved(value, device):
 def step(op, tensors, options):
     """The result and the gradients of a call; the results, where there are no gradients."""
     out = op(*tensors, **options)
-    if isinstance(out, tuple):
-        return out
+    if not any(x.requires_grad for x in tensors if isinstance(x, torch.Tensor)):
+        return out if isinstance(out, tuple) else (out,)
     return out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
 
 

@@ -474,6 +474,27 @@ def topk_similarity(draw: Draw) -> list:
     return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
 
 
+def two_sides(draw: Draw) -> list:
+    """query, key, positives and key_ids."""
+    n, d = draw.size(), draw.size()
+    m = n + draw.choice((0, 0, 3, 100))
+    query, key = draw.floats(n, d), draw.floats(m, d)
+    return [query, key, *targets(draw, query, key)]
+
+
+@arguments
+def retrieval_ranks(draw: Draw) -> list:
+    return two_sides(draw)
+
+
+@arguments
+def mine_hard_negatives(draw: Draw) -> list:
+    query, key, *ids = two_sides(draw)
+    groups = [draw.ids(len(x), 4) for x in (query, key)] if draw.flag() else [None, None]
+    options = [draw.choice((1, 2, 5, 40)), draw.maybe(draw.choice((0.0, 0.5, -1.0))), draw.flag()]
+    return [query, key, *ids, *groups, *options]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -23,9 +23,12 @@ from vlmkernels.triton import interval_attention as interval
 from vlmkernels.triton import linear as one_layer
 from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import linear_distillation as linear_distil
+from vlmkernels.triton import mine_hard_negatives as mining
 from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
+from vlmkernels.triton import retrieval_ranks as ranking
 from vlmkernels.triton import sigmoid_loss, srau
+from vlmkernels.triton import topk_similarity as topk
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKLOADS: dict[str, Callable[[], None]] = {}
@@ -212,6 +215,21 @@ def resampler(b, h, latents, media, d, dtype, *, lengths=True, needs=(True,) * 5
     )
 
 
+def search(n, m, d, dtype, *, k=100, quantised=False, normalize=False, both=False):
+    key, scale = (meta(m, d, dtype=torch.int8), meta(m)) if quantised else (features(m, d, dtype), None)
+    topk.topk_similarity(features(n, d, dtype), key, scale, k, normalize, True, both)
+
+
+def ranks(n, m, d, dtype, *, form="pairs"):
+    ranking.retrieval_ranks(features(n, d, dtype), features(m, d, dtype), *targets(n, m, form))
+
+
+def mined(n, m, d, dtype, *, form="pairs", grouped=False, margin=None, normalize=False):
+    groups = targets(n, m, "ids") if grouped else (None, None)
+    sides = features(n, d, dtype), features(m, d, dtype)
+    mining.mine_hard_negatives(*sides, *targets(n, m, form), *groups, 16, margin, normalize)
+
+
 def _add(name: str, call: Callable[..., None], *args, allow_tf32=False, **kwargs) -> None:
     def run():
         with tf32() if allow_tf32 else contextlib.nullcontext():
@@ -248,6 +266,14 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"srau {name} masked", levels, 8192, 1024, dtype, mask=True, paper=True)
     _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
     _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
+    _add(f"topk {name}", search, 4096, 60000, 512, dtype)
+    _add(f"topk {name} few", search, 8, 60000, 512, dtype)
+    _add(f"topk {name} int8", search, 512, 60000, 512, dtype, quantised=True, normalize=True)
+    _add(f"topk {name} both", search, 512, 5000, 512, dtype, both=True, normalize=True)
+    _add(f"ranks {name}", ranks, 5000, 5000, 512, dtype)
+    _add(f"ranks {name} ids", ranks, 1000, 5000, 512, dtype, form="ids")
+    _add(f"mined {name}", mined, 4096, 60000, 512, dtype, margin=0.1, normalize=True)
+    _add(f"mined {name} ids", mined, 512, 60000, 512, dtype, form="ids", grouped=True)
     _add(f"linear {name}", layer, 8192, 768, 3072, dtype)
     _add(f"mlp {name}", layers, 8192, 768, 3072, dtype)
     _add(f"gated_mlp {name}", gated_layer, 8192, 2048, 5632, dtype)
@@ -268,6 +294,8 @@ _add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
 _add("srau fp16", levels, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
+_add("topk fp16", search, 4096, 60000, 512, FP16)
+_add("ranks fp16", ranks, 5000, 5000, 512, FP16)
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
 for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]

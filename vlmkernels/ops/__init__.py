@@ -11,8 +11,10 @@ from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.linear_distillation import linear_distillation
+from vlmkernels.ops.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
+from vlmkernels.ops.retrieval_ranks import retrieval_ranks
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.srau import srau
 from vlmkernels.ops.topk_similarity import topk_similarity
@@ -29,7 +31,7 @@ FAMILIES = {
         "sigmoid_loss",
     ),
     "residual": ("gated_residual", "srau"),
-    "retrieval": ("topk_similarity",),  # no gradients
+    "retrieval": ("mine_hard_negatives", "retrieval_ranks", "topk_similarity"),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -45,8 +47,10 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "mine_hard_negatives",
     "mlp",
     "perceiver_attention",
+    "retrieval_ranks",
     "sigmoid_loss",
     "srau",
     "topk_similarity",
