@@ -168,11 +168,30 @@ def layers(dtype):
     yield "gated_mlp", vlmkernels.gated_mlp, (x, up, random(k, d, dtype=dtype), down), gelu
 
 
+def retrieval(dtype):
+    query, key = random(60, 40, dtype=dtype).detach(), random(70, 40, dtype=dtype).detach()
+    quantised = torch.ones(70, 40, dtype=torch.int8), {"key_scale": torch.ones(70)}
+    yield "topk_similarity", vlmkernels.topk_similarity, (query, key, 5), {"normalize": True}
+    yield "topk_similarity both ways", vlmkernels.topk_similarity, (query, key, 5), {"both": True}
+    rescored = quantised[1] | {"rescore": key, "return_sorted": False}
+    yield "relative_representation", vlmkernels.relative_representation, (query, key), {"k": 7}
+    rep = query, torch.arange(40).repeat(60, 1)
+    yield "relative_similarity", vlmkernels.relative_similarity, (rep, rep), {}
+    hidden, options = random(6, 10, 40, dtype=dtype).detach(), {"alpha": 0.5, "beta": 1.0}
+    states = query[:6, :10], hidden, hidden, query[:6, :10]
+    yield "contrastive_search_score", vlmkernels.contrastive_search_score, states, options
+    lengths = options | {"context_lengths": torch.arange(6)}
+    yield "contrastive_search_score, lengths", vlmkernels.contrastive_search_score, states, lengths
+    yield "topk_similarity rescored", vlmkernels.topk_similarity, (query, quantised[0], 5), rescored
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def calls(dtype):
-    return {name: call for make in (losses, rows, attention, layers) for name, *call in make(dtype)}
+    return {
+        name: call for make in (losses, rows, attention, layers, retrieval) for name, *call in make(dtype)
+    }
 
 
 def moved(value, device):
@@ -188,8 +207,11 @@ def moved(value, device):
 
 
 def step(op, tensors, options):
-    """The result and the gradients of a call."""
+    """The result and the gradients of a call; the results, where there are no gradients."""
     out = op(*tensors, **options)
+    results = out if isinstance(out, tuple) else (out,)
+    if not any(x.requires_grad for x in results):
+        return results
     return out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
 
 

@@ -58,7 +58,7 @@ OPS = {
 
 
 def test_every_op_is_counted():
-    assert {*OPS, *FAMILIES["attention"]} == set(vlmkernels.ops.__all__)
+    assert {*OPS, *FAMILIES["attention"], *FAMILIES["retrieval"]} == set(vlmkernels.ops.__all__)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -120,6 +120,36 @@ def test_perceiver_attention_counts_the_keys_of_both_sources():
     tensors = [torch.randn(s, requires_grad=True) for s in (query, media, media, latents, latents)]
     got = counted(vlmkernels.perceiver_attention, tensors)
     assert got == (sdpa_flop_count(query, both, both), sdpa_backward_flop_count(query, query, both, both))
+
+
+def test_retrieval_counts_the_similarities_once():
+    query, key = torch.randn(6, 5), torch.randn(7, 5)
+    calls = [
+        lambda: vlmkernels.topk_similarity(query, key, 2, both=True),
+        lambda: vlmkernels.relative_representation(query, key, k=2),
+    ]
+    for call in calls:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * 6 * 7 * 5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_contrastive_search_counts_the_cosines_that_it_needs(alpha):
+    hidden, context = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+    prob, similarity = torch.rand(2, 3), torch.randn(2, 3)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.contrastive_search_score(prob, hidden, context, similarity, alpha=alpha, beta=1.0)
+        assert counter.get_total_flops() == (2 * 2 * 3 * 7 * 5 if alpha else 0)
+
+
+def test_sparse_products_count_nothing():
+    rep = vlmkernels.relative_representation(torch.randn(6, 5), torch.randn(7, 5), k=2)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.relative_similarity(rep, rep)
+        assert counter.get_total_flops() == 0
 
 
 def test_every_op_has_a_formula():

@@ -9,6 +9,7 @@ from torch._ops import OpOverloadPacket
 import vlmkernels as vk
 from tests.every_model import build
 from vlmkernels import _native, intervals
+from vlmkernels.ops import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -47,7 +48,7 @@ every = pytest.mark.parametrize("op", OPS)
 
 
 def test_no_op_is_missing():
-    assert {name.split()[0] for name in OPS} == set(vk.ops.__all__)
+    assert {*(name.split()[0] for name in OPS), *FAMILIES["retrieval"]} == set(vk.ops.__all__)
 
 
 @every
@@ -63,6 +64,32 @@ def test_forward_mode_is_refused(op):
             dual = forward_ad.make_dual(x.clone().requires_grad_(trained), torch.ones_like(x))
             with pytest.raises(RuntimeError, match=message):
                 fn(dual)
+
+
+AT = torch.arange(6).repeat(4, 1)
+INDICES = {
+    "topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2),
+    "relative_representation": lambda x: vk.relative_representation(x, W, k=2),
+    "relative_similarity": lambda x: (vk.relative_similarity((x, AT), (x + 1, AT)),),
+    "contrastive_search_score": lambda x: vk.contrastive_search_score(
+        x, x[..., None], x[..., None], x, alpha=0.5, beta=1.0
+    ),
+}
+
+
+def test_ops_without_a_derivative():
+    assert set(INDICES) == set(FAMILIES["retrieval"])
+    x = torch.randn(4, 6)
+    for op, fn in INDICES.items():
+        first = "topk_similarity" if op == "relative_representation" else op
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no forward-mode derivative"):
+            torch.func.jvp(fn, (x,), (torch.ones_like(x),))
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no derivative under torch.func"):
+            torch.func.grad(lambda x, fn=fn: fn(x)[0].sum())(x)
+        xs = torch.randn(3, 4, 6)
+        for got, want in zip(torch.vmap(fn)(xs), zip(*map(fn, xs), strict=True), strict=True):
+            assert torch.equal(got, torch.stack(want))
+        assert not any(result.requires_grad for result in fn(x.requires_grad_()))
 
 
 def test_forward_mode_of_raw_ops_and_of_backwards_is_refused():

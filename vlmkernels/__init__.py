@@ -6,6 +6,7 @@ from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     contrastive_distillation,
+    contrastive_search_score,
     distillation,
     embedding_distillation,
     gated_linear_residual,
@@ -18,12 +19,16 @@ from vlmkernels.ops import (
     linear_distillation,
     mlp,
     perceiver_attention,
+    relative_representation,
+    relative_similarity,
     sigmoid_loss,
+    topk_similarity,
 )
 
 __all__ = [
     "__version__",
     "contrastive_distillation",
+    "contrastive_search_score",
     "distillation",
     "embedding_distillation",
     "gated_linear_residual",
@@ -39,5 +44,8 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "prepare_for_inference",
+    "relative_representation",
+    "relative_similarity",
     "sigmoid_loss",
+    "topk_similarity",
 ]

@@ -140,6 +140,31 @@ def embedding_distillation(draw: Draw) -> dict[str, Any]:
     return without(named("embedding_distillation", raw.embedding_distillation(draw)), "need_student")
 
 
+@arguments
+def topk_similarity(draw: Draw) -> dict[str, Any]:
+    values = named("topk_similarity", raw.topk_similarity(draw))
+    rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
+    return {**values, "rescore": rescore}
+
+
+@arguments
+def relative_representation(draw: Draw) -> dict[str, Any]:
+    x = draw.floats(draw.size(), draw.size())
+    anchors = draw.floats(draw.size(), x.shape[1], dtype=draw.choice((x.dtype, draw.dtype())))
+    return {"x": x, "anchors": anchors, "k": draw.choice((1, 3, 800)), "p": draw.choice((8.0, 1.0, 2.5))}
+
+
+@arguments
+def relative_similarity(draw: Draw) -> dict[str, Any]:
+    values = raw.relative_similarity(draw)
+    return {"image_rep": tuple(values[:2]), "text_rep": tuple(values[2:])}
+
+
+@arguments
+def contrastive_search_score(draw: Draw) -> dict[str, Any]:
+    return named("contrastive_search_score", raw.contrastive_search_score(draw))
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

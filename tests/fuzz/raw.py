@@ -447,6 +447,48 @@ def embedding_distillation_bwd(draw: Draw) -> list:
     return [torch.randn(loss.shape).to(loss.dtype), *inputs[:-1], draw.needs(1)]
 
 
+def keys(draw: Draw, m: int, d: int) -> list:
+    """key and key_scale."""
+    if draw.flag():
+        return [draw.floats(m, d), None]
+    return [torch.randint(-127, 128, (m, d), dtype=torch.int8), draw.floats(m)]
+
+
+@arguments
+def topk_similarity(draw: Draw) -> list:
+    n, m, d = draw.size(), draw.size(), draw.size()
+    return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
+
+
+@arguments
+def relative_representation(draw: Draw) -> list:
+    return [draw.floats(draw.size(), draw.size()), draw.choice((1.0, 3.0, 8.0, 2.5, 300.0))]
+
+
+def sparse_rows(draw: Draw, anchors: int) -> list[Tensor]:
+    """Values and indices."""
+    rows, k = draw.size(), draw.randrange(anchors + 1)
+    indices = torch.rand(rows, anchors).argsort(1)[:, :k].sort(1).values
+    return [draw.floats(rows, k), indices]
+
+
+@arguments
+def relative_similarity(draw: Draw) -> list:
+    anchors = draw.size()
+    return [*sparse_rows(draw, anchors), *sparse_rows(draw, anchors)]
+
+
+@arguments
+def contrastive_search_score(draw: Draw) -> list:
+    b, k, t, d = draw.small(), draw.size(zero=False), draw.size(), draw.size()
+    hidden = draw.floats(b, k, d)
+    context = draw.floats(b, t, d, dtype=hidden.dtype)
+    similarity = draw.maybe(draw.floats(b, k))
+    lengths = draw.maybe(draw.ids(b, t + 3, draw.choice((torch.int32, torch.int64))))
+    beta = 0.0 if similarity is None else draw.choice((0.0, 2.0, -1.0))
+    return [draw.floats(b, k), hidden, context, similarity, lengths, draw.choice((0.0, 0.4, 1.0)), beta]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -1,6 +1,7 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
 from vlmkernels.ops.contrastive_distillation import contrastive_distillation
+from vlmkernels.ops.contrastive_search_score import contrastive_search_score
 from vlmkernels.ops.distillation import distillation
 from vlmkernels.ops.embedding_distillation import embedding_distillation
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
@@ -13,7 +14,10 @@ from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
+from vlmkernels.ops.relative_representation import relative_representation
+from vlmkernels.ops.relative_similarity import relative_similarity
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
+from vlmkernels.ops.topk_similarity import topk_similarity
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -27,11 +31,18 @@ FAMILIES = {
         "sigmoid_loss",
     ),
     "residual": ("gated_residual",),
+    "retrieval": (  # no gradients
+        "contrastive_search_score",
+        "relative_representation",
+        "relative_similarity",
+        "topk_similarity",
+    ),
     "rows": ("distillation", "embedding_distillation"),
 }
 
 __all__ = [
     "contrastive_distillation",
+    "contrastive_search_score",
     "distillation",
     "embedding_distillation",
     "gated_linear_residual",
@@ -44,5 +55,8 @@ __all__ = [
     "linear_distillation",
     "mlp",
     "perceiver_attention",
+    "relative_representation",
+    "relative_similarity",
     "sigmoid_loss",
+    "topk_similarity",
 ]
