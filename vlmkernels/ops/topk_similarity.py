@@ -151,4 +151,5 @@ _op: Any = define(
     fake=_fake,
     flops=lambda query, key, *_, **__: pairwise.flops(query, key),
     setup_context=no_gradients,
+    autocast=(),
 )

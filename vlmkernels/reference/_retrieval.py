@@ -1,4 +1,4 @@
-"""Shared by the references of the retrieval ops: similarities of blocks, and the best of rows, by lower index.
+"""Shared by the references of the retrieval ops: similarities of blocks, and the best of each row.
 
 s_ij = <q_i, c_j k_j>,   q and c k divided by max(|x|, 1e-12) when normalised;  c_j = 1 without scales
 """

@@ -2,9 +2,9 @@
 
     values_i, indices_i = the k largest s_ij over the keys j;  ties by the lower j, NaN last
 
-Streaming: the scores of a block of keys join the best k so far and a stable sort keeps k of them. Those so far
-have lower indices than the block, so that ties keep their order. The same scores, by column, give the k best
-queries of each key.
+Streaming: the scores of a block of keys join the best k so far and a stable sort keeps k of them. Those so
+far have lower indices than the block, so that ties keep their order. The same scores, by column, give the k
+best queries of each key.
 """
 
 import torch
