@@ -13,7 +13,7 @@ from .fuzz import raw
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
 COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
-COMPOSED |= set(FAMILIES["retrieval"])
+COMPOSED |= {"topk_similarity"}
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)
@@ -380,10 +380,10 @@ def test_every_tensor_is_plain_memory_of_a_known_dtype(op):
 def test_a_tensor_without_memory_among_others(op):
     """It would be a result that nobody wrote."""
     values = called(op)
-    for i, value in enumerate(values):
-        if isinstance(value, torch.Tensor):
-            with pytest.raises((ValueError, NotImplementedError), match=f"{op}: (all tensors|attempted)"):
-                getattr(ops, op)(*values[:i], value.to("meta"), *values[i + 1 :])
+    tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
+    for i in tensors if len(tensors) > 1 else ():
+        with pytest.raises((ValueError, NotImplementedError), match=f"{op}: (all tensors|attempted)"):
+            getattr(ops, op)(*values[:i], values[i].to("meta"), *values[i + 1 :])
 
 
 @pytest.mark.parametrize("op", ["info_nce", "sigmoid_loss"])

@@ -1,17 +1,18 @@
 #include "vlmkernels/contrastive_search_score.h"
 
-#include "vector.h"
+#include "registers.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
 constexpr double kEps = 1e-12;
-constexpr int64_t kPair = 2;         // rows of either side whose four products are summed at once
-constexpr int64_t kDepth = 1 << 12;  // of the chains of a product's vectors, before the sum goes on in double
+constexpr int64_t kTile = 3;        // rows of either side whose products are summed at once
+constexpr int64_t kChain = 1 << 8;  // additions in a lane, before the sum goes on in double
 
+constexpr int64_t whole_tiles(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
 template <class A>
 constexpr int64_t padded(int64_t d) {
-  return (d + Vectors<A>::lanes - 1) / Vectors<A>::lanes * Vectors<A>::lanes;
+  return (d + Registers<A>::lanes - 1) / Registers<A>::lanes * Registers<A>::lanes;
 }
 
 // A row divided by its norm, filled up with zeros.
@@ -31,20 +32,28 @@ VLMK_INLINE void put_unit(const T* x, int64_t d, A* to) {
   for (int64_t c = d; c < padded<A>(d); ++c) to[c] = 0;
 }
 
-// out = <h_0, c_0>, <h_0, c_1>, <h_1, c_0>, <h_1, c_1>
+// out[i][j] = <h_i, c_j>
 template <class A>
-VLMK_INLINE void products(const A* h, const A* c, int64_t width, double* out) {
-  for (int64_t i = 0; i < kPair * kPair; ++i) out[i] = 0;
-  for (int64_t d0 = 0; d0 < width; d0 += kDepth) {
-    Vec<A> sums[kPair * kPair] = {};
-    for (int64_t d = d0; d < min_(d0 + kDepth, width); d += Vectors<A>::lanes) {
-      const Vec<A> h0 = load<Vec<A>>(h + d), h1 = load<Vec<A>>(h + width + d);
-      const Vec<A> c0 = load<Vec<A>>(c + d), c1 = load<Vec<A>>(c + width + d);
-      sums[0] += h0 * c0, sums[1] += h0 * c1, sums[2] += h1 * c0, sums[3] += h1 * c1;
+__attribute__((noinline)) void products(const A* h, const A* c, int64_t width, double (&out)[kTile][kTile]) {
+  constexpr int64_t lanes = Registers<A>::lanes;
+  for (auto& row : out) {
+    for (double& x : row) x = 0;
+  }
+  for (int64_t d0 = 0; d0 < width; d0 += kChain * lanes) {
+    Register<A> sums[kTile][kTile] = {};
+    for (int64_t d = d0; d < min_(d0 + kChain * lanes, width); d += lanes) {
+      Register<A> of_c[kTile];
+      for (int64_t j = 0; j < kTile; ++j) of_c[j] = from_memory(c + j * width + d);
+      for (int64_t i = 0; i < kTile; ++i) {
+        const Register<A> of_h = from_memory(h + i * width + d);
+        for (int64_t j = 0; j < kTile; ++j) sums[i][j] += of_h * of_c[j];
+      }
     }
-    A part[kPair * kPair];
-    sums_of(sums, part);
-    for (int64_t i = 0; i < kPair * kPair; ++i) out[i] += part[i];
+    for (int64_t i = 0; i < kTile; ++i) {
+      for (int64_t j = 0; j < kTile; ++j) {
+        for (int64_t lane = 0; lane < lanes; ++lane) out[i][j] += sums[i][j][lane];
+      }
+    }
   }
 }
 
@@ -52,7 +61,7 @@ VLMK_INLINE void products(const A* h, const A* c, int64_t width, double* out) {
 
 template <class T>
 int64_t repetition_bytes(int64_t d) {
-  return (kCandidates + kPair) * padded<acc_t<T>>(d) * static_cast<int64_t>(sizeof(acc_t<T>));
+  return (kCandidates + kTile) * padded<acc_t<T>>(d) * static_cast<int64_t>(sizeof(acc_t<T>)) + 64;
 }
 
 template <class T>
@@ -60,19 +69,21 @@ void repetition(const T* hidden, int64_t count, const T* context, int64_t tokens
   using A = acc_t<T>;
   const int64_t width = padded<A>(d);
   A* h = scratch.take<A>(kCandidates * width);
-  A* c = scratch.take<A>(kPair * width);
+  A* c = scratch.take<A>(kTile * width);
   double most[kCandidates], not_finite[kCandidates] = {};
-  for (int64_t v = 0; v < kCandidates; ++v) most[v] = tokens > 0 ? -__builtin_inf() : 0;
-  // A last row without a partner has itself for one
-  for (int64_t v = 0; v < (count + 1) / kPair * kPair; ++v) put_unit(hidden + min_(v, count - 1) * d, d, h + v * width);
-  for (int64_t j = 0; j < tokens; j += kPair) {
-    for (int64_t i = 0; i < kPair; ++i) put_unit(context + min_(j + i, tokens - 1) * d, d, c + i * width);
-    for (int64_t v = 0; v < count; v += kPair) {
-      double cosines[kPair * kPair];
+  for (double& x : most) x = tokens > 0 ? -__builtin_inf() : 0;
+  // Tiles that lack rows repeat the last one
+  for (int64_t v = 0; v < whole_tiles(count); ++v) put_unit(hidden + min_(v, count - 1) * d, d, h + v * width);
+  for (int64_t t = 0; t < tokens; t += kTile) {
+    for (int64_t j = 0; j < kTile; ++j) put_unit(context + min_(t + j, tokens - 1) * d, d, c + j * width);
+    for (int64_t v = 0; v < count; v += kTile) {
+      double cosines[kTile][kTile];
       products(h + v * width, c, width, cosines);
-      for (int64_t i = 0; i < kPair * kPair; ++i) {
-        most[v + i / kPair] = max_(most[v + i / kPair], cosines[i]);
-        not_finite[v + i / kPair] += cosines[i] * 0;
+      for (int64_t i = 0; i < kTile; ++i) {
+        for (const double cosine : cosines[i]) {
+          most[v + i] = max_(most[v + i], cosine);
+          not_finite[v + i] += cosine * 0;
+        }
       }
     }
   }

@@ -1,6 +1,6 @@
 #include "vlmkernels/relative_representation.h"
 
-#include "vector.h"
+#include "registers.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
@@ -8,8 +8,8 @@ namespace {
 constexpr double kMostFactors = 64;  // a larger power is left to the mathematical library, as is one with a fraction
 
 template <class A>
-VLMK_INLINE Vec<A> power(Vec<A> x, int64_t p) {
-  Vec<A> result = Vec<A>{} + A(1);
+VLMK_INLINE Register<A> power(Register<A> x, int64_t p) {
+  Register<A> result = Register<A>{} + A(1);
   for (; p; p >>= 1) {
     if (p & 1) result *= x;
     x *= x;
@@ -18,21 +18,21 @@ VLMK_INLINE Vec<A> power(Vec<A> x, int64_t p) {
 }
 
 template <class A>
-VLMK_INLINE Vec<A> power(Vec<A> x, double p) {
-  for (int64_t lane = 0; lane < Vectors<A>::lanes; ++lane) x[lane] = std::pow(x[lane], static_cast<A>(p));
+VLMK_INLINE Register<A> power(Register<A> x, double p) {
+  for (int64_t lane = 0; lane < Registers<A>::lanes; ++lane) x[lane] = std::pow(x[lane], static_cast<A>(p));
   return x;
 }
 
 // r_j in place of s_j, and the sum of their squares; 0 to any power is 0.
 template <class A, class P>
 VLMK_INLINE double powers(A* row, int64_t k, A top, P p) {
-  constexpr int64_t lanes = Vectors<A>::lanes;
+  constexpr int64_t lanes = Registers<A>::lanes;
   double sum = 0;
   for (int64_t c0 = 0; c0 < k; c0 += kSumRows * lanes) {
-    Vec<A> part{};
+    Register<A> part{};
     for (int64_t c = c0; c < min_(c0 + kSumRows * lanes, k); c += lanes) {
       const int64_t count = min_(lanes, k - c);
-      Vec<A> x{};
+      Register<A> x{};
       __builtin_memcpy(&x, row + c, count * sizeof(A));
       x = power<A>(top > 0 ? x / top : x, p);
       __builtin_memcpy(row + c, &x, count * sizeof(A));

@@ -1,6 +1,6 @@
 #include "vlmkernels/relative_similarity.h"
 
-#include "vector.h"
+#include "registers.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
@@ -8,15 +8,15 @@ namespace {
 // One number for each row of a table.
 template <class A>
 struct Lanes {
-  static constexpr int64_t vectors = kTableRows / Vectors<A>::lanes;
-  Vec<A> part[vectors] = {};
+  static constexpr int64_t lanes = Registers<A>::lanes, count = kTableRows / lanes;
+  Register<A> part[count] = {};
 
   VLMK_INLINE void add(const A* from, A factor) {
-    for (int64_t v = 0; v < vectors; ++v) part[v] += load<Vec<A>>(from + v * Vectors<A>::lanes) * factor;
+    for (int64_t i = 0; i < count; ++i) part[i] += from_memory(from + i * lanes) * factor;
   }
   VLMK_INLINE void add_to(double* sums) const {
-    for (int64_t v = 0; v < vectors; ++v) {
-      for (int64_t lane = 0; lane < Vectors<A>::lanes; ++lane) sums[v * Vectors<A>::lanes + lane] += part[v][lane];
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t lane = 0; lane < lanes; ++lane) sums[i * lanes + lane] += part[i][lane];
     }
   }
 };

@@ -77,6 +77,7 @@ _op = define(
     fake=_fake,
     flops=_flops,
     setup_context=no_gradients,
+    autocast=(),
 )
 
 if TRITON:

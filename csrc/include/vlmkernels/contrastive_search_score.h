@@ -5,7 +5,7 @@
 
 namespace vlmk {
 
-constexpr int64_t kCandidates = 32;  // of a block, which reads the context once
+constexpr int64_t kCandidates = 24;  // of a block, which reads the context once; whole tiles of products
 
 VLMK_PER_ISA(
     // Bytes of scratch memory for `repetition`.
