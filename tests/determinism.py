@@ -55,7 +55,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_losses, PAIRS),
         (_hidden, PAIRS),
         (_of_rows, ROWS),
-        (_retrieval, PAIRS),
+        (_relative, PAIRS),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -165,7 +165,7 @@ def _of_rows(dtype, n, v) -> Iterator[Case]:
         yield "embedding_distillation", op, [student, teacher.detach()]
 
 
-def _retrieval(dtype, n, m, d) -> Iterator[Case]:
+def _relative(dtype, n, m, d) -> Iterator[Case]:
     x, anchors = (y.detach() for y in _rows(dtype, (n, d), (m, d)))
     for k, p in ((20, 8.0), (5, 2.5)):
         yield "relative_representation", _first(vlmkernels.relative_representation, k=k, p=p), [x, anchors]

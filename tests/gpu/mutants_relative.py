@@ -13,7 +13,7 @@ APART = "contrastive_search_score, no token is alike, float32"
 MUTANTS = [
     Mutation(
         POWERS, "relative_representation", "similarities below 0 kept", RAGGED,
-        "tl.where(x < 0.0, 0.0, x)", "x",
+        "0.5 * x + 0.5 * tl.abs(x)", "x",
     ),
     Mutation(
         POWERS, "relative_representation", "bound of the similarities off by one", RAGGED,

@@ -58,7 +58,7 @@ def rep_faults(side: str, rep: Representation) -> list[str]:
 def check_order(name: str, indices: Tensor) -> None:
     """None negative, ascending in each row."""
     ordered = (indices[:, :1] >= 0).all() & (indices[:, 1:] > indices[:, :-1]).all()
-    if indices.is_cuda:  # without waiting for the device
+    if indices.is_cuda or indices.is_meta:  # without waiting for the device
         torch._assert_async(ordered, f"relative_similarity: {name} must ascend in each row, from 0 on")
     elif not ordered:
         raise ValueError(f"relative_similarity: {name} must ascend in each row, from 0 on")
