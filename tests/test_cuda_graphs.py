@@ -162,6 +162,8 @@ def layers(dtype):
         yield f"gated_residual, {gates}", vlmkernels.gated_residual, (x, y, gate), masked
         arguments = (x, h, down, gate)
         yield f"gated_linear_residual, {gates}", vlmkernels.gated_linear_residual, arguments, masked
+    levels = (random(2, *x.shape, dtype=dtype) for _ in range(2))
+    yield "srau", vlmkernels.srau, (x, *levels), masked | {"tau": 0.2}
     gelu = {"activation": "gelu", "residual": x}
     yield "linear", vlmkernels.linear, (h, down, bias), gelu
     yield "mlp", vlmkernels.mlp, (x, up, wide, down, bias), gelu

@@ -54,6 +54,7 @@ OPS = {
         {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
     ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
+    "srau": (((2, 3, 5), (4, 2, 3, 5), (4, 2, 3, 5)), {"tau": 0.2}),
 }
 
 
@@ -160,7 +161,9 @@ def test_every_op_has_a_formula():
     assert [packet for packet in packets if packet not in flop_registry] == []
 
 
-@pytest.mark.parametrize("name", ["clip", "align", "simvlm", "flamingo", "decoder", "resampler", "block"])
+@pytest.mark.parametrize(
+    "name", ["clip", "align", "simvlm", "virtex", "flamingo", "decoder", "resampler", "block"]
+)
 def test_every_linear_layer_of_a_model_has_its_line(name):
     case = build(name)
     with FlopCounterMode(display=False) as counter:

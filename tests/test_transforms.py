@@ -41,6 +41,7 @@ OPS = {
     ),
     "sigmoid_loss": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0), (6, 4)),
     "sigmoid_loss streamed": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0, reduction="none"), (6, 4)),
+    "srau": (lambda x: vk.srau(x[0], x, 2 * x, 0.2), (3, 4, 6)),
     "interval_attention": (lambda x: vk.interval_attention(x, x, x, START, END), (2, 2, 5, 8)),
     "perceiver_attention": (lambda x: vk.perceiver_attention(x, x, x, x, x), (2, 2, 5, 8)),
 }

@@ -22,6 +22,7 @@ from vlmkernels.ops import (
     relative_representation,
     relative_similarity,
     sigmoid_loss,
+    srau,
     topk_similarity,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "relative_representation",
     "relative_similarity",
     "sigmoid_loss",
+    "srau",
     "topk_similarity",
 ]

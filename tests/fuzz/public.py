@@ -165,6 +165,11 @@ def contrastive_search_score(draw: Draw) -> dict[str, Any]:
     return named("contrastive_search_score", raw.contrastive_search_score(draw))
 
 
+@arguments
+def srau(draw: Draw) -> dict[str, Any]:
+    return named("srau", raw.srau(draw))
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

@@ -489,6 +489,20 @@ def contrastive_search_score(draw: Draw) -> list:
     return [draw.floats(b, k), hidden, context, similarity, lengths, draw.choice((0.0, 0.4, 1.0)), beta]
 
 
+@arguments
+def srau(draw: Draw) -> list:
+    shape, levels = (*draw.lead(), draw.size()), draw.choice(((), (1,), (2,), (3,)))
+    visual, logits = (draw.floats(*levels, *shape) for _ in range(2))
+    mask, tau = draw.maybe(draw.mask(*shape[:-1])), draw.choice((0.0, 0.2, 0.5))
+    return [draw.floats(*shape), visual, logits, mask, tau, draw.choice(("code", "paper"))]
+
+
+@arguments
+def srau_bwd(draw: Draw) -> list:
+    inputs = srau(draw)
+    return [draw.floats(*inputs[0].shape), *inputs, draw.needs(3)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -25,6 +25,7 @@ from . import (
     mutants_classes,
     mutants_dense,
     mutants_distillation,
+    mutants_gated,
     mutants_pairwise,
     mutants_relative,
     mutants_rows,
@@ -42,6 +43,7 @@ MUTANTS = [
     *mutants_distillation.MUTANTS,
     *mutants_rows.MUTANTS,
     *mutants_dense.MUTANTS,
+    *mutants_gated.MUTANTS,
     *mutants_relative.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"

@@ -17,6 +17,7 @@ from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.relative_representation import relative_representation
 from vlmkernels.ops.relative_similarity import relative_similarity
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
+from vlmkernels.ops.srau import srau
 from vlmkernels.ops.topk_similarity import topk_similarity
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
@@ -37,6 +38,8 @@ FAMILIES = {
         "relative_similarity",
         "topk_similarity",
     ),
+    "residual": ("gated_residual", "srau"),
+    "retrieval": ("topk_similarity",),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -58,5 +61,6 @@ __all__ = [
     "relative_representation",
     "relative_similarity",
     "sigmoid_loss",
+    "srau",
     "topk_similarity",
 ]

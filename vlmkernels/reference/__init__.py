@@ -17,6 +17,7 @@ from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.relative_representation import relative_representation
 from vlmkernels.reference.relative_similarity import relative_similarity
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
+from vlmkernels.reference.srau import srau
 from vlmkernels.reference.topk_similarity import topk_similarity
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "relative_representation",
     "relative_similarity",
     "sigmoid_loss",
+    "srau",
     "topk_similarity",
 ]
