@@ -10,7 +10,7 @@ from torch import Tensor
 import vlmkernels
 from vlmkernels import ops, reference
 
-from . import raw
+from . import raw, raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
 from .draw import Draw
@@ -142,7 +142,7 @@ def embedding_distillation(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def topk_similarity(draw: Draw) -> dict[str, Any]:
-    values = named("topk_similarity", raw.topk_similarity(draw))
+    values = named("topk_similarity", raw_retrieval.topk_similarity(draw))
     rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
     return {**values, "rescore": rescore}
 
@@ -156,13 +156,13 @@ def relative_representation(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def relative_similarity(draw: Draw) -> dict[str, Any]:
-    values = raw.relative_similarity(draw)
+    values = raw_retrieval.relative_similarity(draw)
     return {"image_rep": tuple(values[:2]), "text_rep": tuple(values[2:])}
 
 
 @arguments
 def contrastive_search_score(draw: Draw) -> dict[str, Any]:
-    return named("contrastive_search_score", raw.contrastive_search_score(draw))
+    return named("contrastive_search_score", raw_retrieval.contrastive_search_score(draw))
 
 
 @arguments

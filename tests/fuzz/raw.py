@@ -10,13 +10,14 @@ from torch import Tensor
 from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 
+from . import raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
 from .draw import Draw
 from .memory import guarded
 
 ops = torch.ops.vlmkernels
-ARGUMENTS: dict[str, Callable[[Draw], list]] = {}
+ARGUMENTS: dict[str, Callable[[Draw], list]] = {**raw_retrieval.ARGUMENTS}
 
 
 def arguments(make: Callable[[Draw], list]) -> Callable[[Draw], list]:
@@ -447,48 +448,6 @@ def embedding_distillation_bwd(draw: Draw) -> list:
     return [torch.randn(loss.shape).to(loss.dtype), *inputs[:-1], draw.needs(1)]
 
 
-def keys(draw: Draw, m: int, d: int) -> list:
-    """key and key_scale."""
-    if draw.flag():
-        return [draw.floats(m, d), None]
-    return [torch.randint(-127, 128, (m, d), dtype=torch.int8), draw.floats(m)]
-
-
-@arguments
-def topk_similarity(draw: Draw) -> list:
-    n, m, d = draw.size(), draw.size(), draw.size()
-    return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
-
-
-@arguments
-def relative_representation(draw: Draw) -> list:
-    return [draw.floats(draw.size(), draw.size()), draw.choice((1.0, 3.0, 8.0, 2.5, 300.0))]
-
-
-def sparse_rows(draw: Draw, anchors: int) -> list[Tensor]:
-    """Values and indices."""
-    rows, k = draw.size(), draw.randrange(anchors + 1)
-    indices = torch.rand(rows, anchors).argsort(1)[:, :k].sort(1).values
-    return [draw.floats(rows, k), indices]
-
-
-@arguments
-def relative_similarity(draw: Draw) -> list:
-    anchors = draw.size()
-    return [*sparse_rows(draw, anchors), *sparse_rows(draw, anchors)]
-
-
-@arguments
-def contrastive_search_score(draw: Draw) -> list:
-    b, k, t, d = draw.small(), draw.size(zero=False), draw.size(), draw.size()
-    hidden = draw.floats(b, k, d)
-    context = draw.floats(b, t, d, dtype=hidden.dtype)
-    similarity = draw.maybe(draw.floats(b, k))
-    lengths = draw.maybe(draw.ids(b, t + 3, draw.choice((torch.int32, torch.int64))))
-    beta = 0.0 if similarity is None else draw.choice((0.0, 2.0, -1.0))
-    return [draw.floats(b, k), hidden, context, similarity, lengths, draw.choice((0.0, 0.4, 1.0)), beta]
-
-
 @arguments
 def srau(draw: Draw) -> list:
     shape, levels = (*draw.lead(), draw.size()), draw.choice(((), (1,), (2,), (3,)))
@@ -516,7 +475,7 @@ def drawn(seed: int) -> tuple[str, list, list[int]]:
     draw = Draw(seed)
     name = draw.choice(names())
     values = ARGUMENTS[name](draw)
-    which = sorted(draw.sample(range(len(values)), draw.choice((0, 1, 1, 1, 2, 3))))
+    which = sorted(draw.sample(range(len(values)), min(len(values), draw.choice((0, 1, 1, 1, 2, 3)))))
     for i in which:
         values[i] = damaged(draw, values[i], values)
     return name, guarded(values, at_end=draw.flag()), which

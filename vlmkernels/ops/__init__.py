@@ -31,15 +31,13 @@ FAMILIES = {
         "linear_distillation",
         "sigmoid_loss",
     ),
-    "residual": ("gated_residual",),
+    "residual": ("gated_residual", "srau"),
     "retrieval": (  # no gradients
         "contrastive_search_score",
         "relative_representation",
         "relative_similarity",
         "topk_similarity",
     ),
-    "residual": ("gated_residual", "srau"),
-    "retrieval": ("topk_similarity",),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
