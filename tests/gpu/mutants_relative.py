@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     Mutation(
         SEARCH, "contrastive_search_score", "best of the last block", TOKENS,
-        "tl.where(here > largest, winner, best)", "winner",
+        "tl.where(here > largest, winner, best)", "tl.where(here > -9.0, winner, best)",
     ),
     Mutation(
         SEARCH, "contrastive_search_score", "bound of the scores off by one", TOKENS,
