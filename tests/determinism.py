@@ -56,6 +56,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_hidden, PAIRS),
         (_of_rows, ROWS),
         (_relative, PAIRS),
+        (_retrieval, PAIRS),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -185,6 +186,28 @@ def _relative(dtype, n, m, d) -> Iterator[Case]:
 def _first(op: Callable, which: int = 0, **options: Any) -> Callable[..., Tensor]:
     """One of the results."""
     return lambda *tensors: op(*tensors, **options)[which]
+
+
+def _retrieval(dtype, n, m, d) -> Iterator[Case]:
+    """Results as numbers: values and indices, ranks, indices."""
+    features, ids = unit_features(n, m, d, dtype=dtype), (torch.arange(n) % 7, torch.arange(m) % 7)
+
+    def joined(op, *args, **options):
+        def results(*tensors):
+            found = op(*tensors, *args, **options)
+            return torch.cat([x.double().flatten() for x in (found if isinstance(found, tuple) else [found])])
+
+        return results
+
+    for options in ({}, {"normalize": True}, {"both": True}):
+        yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **options), [*features]
+    scales = {"key_scale": torch.rand(m)}
+    quantised = [features[0], (127 * features[1]).to(torch.int8)]
+    yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **scales), quantised
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks), [*features]
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks, ids), [*features]
+    for options in ({"normalize": True}, {"positives": ids, "groups": ids, "margin": 0.1}):
+        yield "mine_hard_negatives", joined(vlmkernels.mine_hard_negatives, 20, **options), [*features]
 
 
 Found = dict[str, dict[str, list[int]]]

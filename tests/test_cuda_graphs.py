@@ -185,6 +185,12 @@ def retrieval(dtype):
     lengths = options | {"context_lengths": torch.arange(6)}
     yield "contrastive_search_score, lengths", vlmkernels.contrastive_search_score, states, lengths
     yield "topk_similarity rescored", vlmkernels.topk_similarity, (query, quantised[0], 5), rescored
+    by_id = {"positives": (ids(60), ids(70))}
+    yield "retrieval_ranks", vlmkernels.retrieval_ranks, (query, key), {}
+    yield "retrieval_ranks by id", vlmkernels.retrieval_ranks, (query, key), by_id
+    yield "mine_hard_negatives", vlmkernels.mine_hard_negatives, (query, key, 5), {"positives": ids(60)}
+    filtered = by_id | {"groups": (ids(60), ids(70)), "margin": 0.1}
+    yield "mine_hard_negatives filtered", vlmkernels.mine_hard_negatives, (query, key, 5), filtered
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -125,10 +125,12 @@ def test_perceiver_attention_counts_the_keys_of_both_sources():
 
 def test_retrieval_counts_the_similarities_once():
     query, key = torch.randn(6, 5), torch.randn(7, 5)
-    calls = [
+    calls = (
         lambda: vlmkernels.topk_similarity(query, key, 2, both=True),
+        lambda: vlmkernels.retrieval_ranks(query, key),
+        lambda: vlmkernels.mine_hard_negatives(query, key, 2),
         lambda: vlmkernels.relative_representation(query, key, k=2),
-    ]
+    )
     for call in calls:
         with FlopCounterMode(display=False) as counter:
             call()

@@ -25,8 +25,6 @@ OPS = sorted(
 
 # Their similarities and positives are those of the losses over pairs.
 BUILT_ON = {"retrieval": "pairwise"}
-# So far on the reference alone.
-WITHOUT_KERNELS = {"topk_similarity"}
 
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 # Ops whose kernels are those of their family: one streaming softmax, products of dense layers.
@@ -49,9 +47,11 @@ def test_there_are_ops():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_all_its_parts(op):
-    parts = [f"vlmkernels/reference/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"]
-    if op not in WITHOUT_KERNELS:
-        parts += [f"python/{op}.cpp", f"vlmkernels/triton/{op}.py", *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"])]
+    parts = [
+        f"vlmkernels/reference/{op}.py", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
+        *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"]),
+    ]  # fmt: skip
+    parts.append(f"vlmkernels/triton/{op}.py")
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
 

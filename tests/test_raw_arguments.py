@@ -13,7 +13,6 @@ from .fuzz import raw
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
 COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
-COMPOSED |= {"topk_similarity"}
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)
@@ -279,6 +278,21 @@ CALLS = [  # the op, its arguments, and what the error says
     ("contrastive_search_score", [X, *STATES[:2], None, None, 0.5, 1.0], r"similarity must be given"),
     ("contrastive_search_score", [X, STATES[0], ones(4, 5, 3), X, None, 0.5, 1.0], r"context must be .*2\]"),
     ("contrastive_search_score", [X, *STATES[:2], X, IDS[:3], 0.5, 1.0], r"context_lengths must be .*\[4\]"),
+    ("topk_similarity", [F, ones(6, 2), None, 2, *ALL[:3]], r"key must be .*\[\*, 3\]"),
+    ("topk_similarity", [F, F.char(), None, 2, *ALL[:3]], r"key must be .*float32.*got int8"),
+    ("topk_similarity", [F, F, ones(4), 2, *ALL[:3]], r"key must be .*of int8.*got float32"),
+    ("topk_similarity", [F, F.char(), ones(3), 2, *ALL[:3]], r"key_scale must be .*\[4\]"),
+    ("topk_similarity", [F, F, None, 0, *ALL[:3]], r"k must be in \[1, 2\*\*31\), got 0"),
+    ("topk_similarity", [*MOST, None, 2, *ALL[:3]], r"too large for one call"),
+    ("retrieval_ranks", [F, ones(6, 2), None, None], r"key must be .*\[\*, 3\]"),
+    ("retrieval_ranks", [F, ones(3, 3), None, None], r"M must be at least N, got N = 4 and M = 3"),
+    ("retrieval_ranks", [F, F, IDS[:3], None], r"positives must be .*\[4\] of int64"),
+    ("retrieval_ranks", [F, F, IDS, IDS[:3]], r"key_ids must be .*\[4\] of int64"),
+    ("retrieval_ranks", [F, F, None, IDS], r"key_ids require the ids of the queries"),
+    ("mine_hard_negatives", [F, F, IDS.int(), *UNKNOWN, 2, None, True], r"positives must be .*int64"),
+    ("mine_hard_negatives", [F, F, IDS, None, IDS[:3], IDS, 2, None, True], r"query_groups must be .*\[4\]"),
+    ("mine_hard_negatives", [F, F, IDS, None, IDS, None, 2, None, True], r"groups must be of both"),
+    ("mine_hard_negatives", [F, F, IDS, *UNKNOWN, 0, None, True], r"k must be in"),
     (
         "linear_cross_entropy_sweep",
         [F, ones(6, 2), IDS, *NO_BIAS, ones(4), 0.0, *ALL[:3]],

@@ -69,6 +69,8 @@ def test_forward_mode_is_refused(op):
 
 AT = torch.arange(6).repeat(4, 1)
 INDICES = {
+    "mine_hard_negatives": lambda x: (vk.mine_hard_negatives(x, x + 1, 2),),
+    "retrieval_ranks": lambda x: vk.retrieval_ranks(x, x + 1),
     "topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2),
     "relative_representation": lambda x: vk.relative_representation(x, W, k=2),
     "relative_similarity": lambda x: (vk.relative_similarity((x, AT), (x + 1, AT)),),
@@ -86,7 +88,7 @@ def test_ops_without_a_derivative():
         with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no forward-mode derivative"):
             torch.func.jvp(fn, (x,), (torch.ones_like(x),))
         with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no derivative under torch.func"):
-            torch.func.grad(lambda x, fn=fn: fn(x)[0].sum())(x)
+            torch.func.grad(lambda x, fn=fn: fn(x)[0].float().sum())(x)
         xs = torch.randn(3, 4, 6)
         for got, want in zip(torch.vmap(fn)(xs), zip(*map(fn, xs), strict=True), strict=True):
             assert torch.equal(got, torch.stack(want))

@@ -521,6 +521,7 @@ int main() {
   test_embedding_distillation();
   test_dense_layers();
   test_relative();
+  test_retrieval();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;

@@ -93,10 +93,14 @@ def perceiver_attention(draw: Draw) -> dict[str, Any]:
     return {**values, "scale": draw.maybe(0.5)}
 
 
-def with_targets(draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+def with_positives(values: dict[str, Any]) -> dict[str, Any]:
     positives, key_ids = values["positives"], values["key_ids"]
     both = positives if key_ids is None else (positives, key_ids)
-    return {**without(values, "key_ids"), "positives": both, "scale": draw.choice((values["scale"], 10.0))}
+    return {**without(values, "key_ids"), "positives": both}
+
+
+def with_targets(draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+    return {**with_positives(values), "scale": draw.choice((values["scale"], 10.0))}
 
 
 @arguments
@@ -168,6 +172,19 @@ def contrastive_search_score(draw: Draw) -> dict[str, Any]:
 @arguments
 def srau(draw: Draw) -> dict[str, Any]:
     return named("srau", raw.srau(draw))
+
+
+@arguments
+def retrieval_ranks(draw: Draw) -> dict[str, Any]:
+    return with_positives(named("retrieval_ranks", raw_retrieval.retrieval_ranks(draw)))
+
+
+@arguments
+def mine_hard_negatives(draw: Draw) -> dict[str, Any]:
+    values = with_positives(named("mine_hard_negatives", raw_retrieval.mine_hard_negatives(draw)))
+    own, other = values["query_groups"], values["key_groups"]
+    groups = None if own is None else (own, other)
+    return {**without(values, "query_groups", "key_groups"), "groups": groups}
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

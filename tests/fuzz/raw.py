@@ -13,7 +13,7 @@ from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 from . import raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
-from .draw import Draw
+from .draw import Draw, targets, work
 from .memory import guarded
 
 ops = torch.ops.vlmkernels
@@ -23,11 +23,6 @@ ARGUMENTS: dict[str, Callable[[Draw], list]] = {**raw_retrieval.ARGUMENTS}
 def arguments(make: Callable[[Draw], list]) -> Callable[[Draw], list]:
     ARGUMENTS[make.__name__] = make
     return make
-
-
-def work(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and statistics."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @arguments
@@ -211,14 +206,6 @@ def small_loss_bwd(draw: Draw) -> list:
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
     dloss = draw.floats(dtype=work(inputs[0].dtype))
     return [dloss, *inputs[:3], bias, *formed, normalize, needs]
-
-
-def targets(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
-    """positives and key_ids."""
-    if draw.flag():
-        return [draw.ids(len(query), 5), draw.ids(len(key), 5)]
-    indices = draw.ids(len(query), len(key))
-    return [draw.maybe(torch.where(torch.rand(len(query)) < 0.8, indices, -100)), None]
 
 
 @arguments

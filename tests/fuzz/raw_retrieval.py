@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .draw import Draw
+from .draw import Draw, targets
 
 
 def keys(draw: Draw, m: int, d: int) -> list:
@@ -16,6 +16,25 @@ def keys(draw: Draw, m: int, d: int) -> list:
 def topk_similarity(draw: Draw) -> list:
     n, m, d = draw.size(), draw.size(), draw.size()
     return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
+
+
+def two_sides(draw: Draw) -> list:
+    """query, key, positives and key_ids."""
+    n, d = draw.size(), draw.size()
+    m = n + draw.choice((0, 0, 3, 100))
+    query, key = draw.floats(n, d), draw.floats(m, d)
+    return [query, key, *targets(draw, query, key)]
+
+
+def retrieval_ranks(draw: Draw) -> list:
+    return two_sides(draw)
+
+
+def mine_hard_negatives(draw: Draw) -> list:
+    query, key, *ids = two_sides(draw)
+    groups = [draw.ids(len(x), 4) for x in (query, key)] if draw.flag() else [None, None]
+    options = [draw.choice((1, 2, 5, 40)), draw.maybe(draw.choice((0.0, 0.5, -1.0))), draw.flag()]
+    return [query, key, *ids, *groups, *options]
 
 
 def relative_representation(draw: Draw) -> list:
@@ -44,5 +63,8 @@ def contrastive_search_score(draw: Draw) -> list:
     return [draw.floats(b, k), hidden, context, similarity, lengths, draw.choice((0.0, 0.4, 1.0)), beta]
 
 
-OPS = (topk_similarity, relative_representation, relative_similarity, contrastive_search_score)
+OPS = (
+    topk_similarity, retrieval_ranks, mine_hard_negatives, relative_representation, relative_similarity,
+    contrastive_search_score,
+)  # fmt: skip
 ARGUMENTS = {make.__name__: make for make in OPS}

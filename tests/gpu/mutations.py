@@ -28,6 +28,7 @@ from . import (
     mutants_gated,
     mutants_pairwise,
     mutants_relative,
+    mutants_retrieval,
     mutants_rows,
 )
 from .cases import CASES
@@ -45,6 +46,7 @@ MUTANTS = [
     *mutants_dense.MUTANTS,
     *mutants_gated.MUTANTS,
     *mutants_relative.MUTANTS,
+    *mutants_retrieval.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"

@@ -12,10 +12,12 @@ from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.linear_distillation import linear_distillation
+from vlmkernels.ops.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.relative_representation import relative_representation
 from vlmkernels.ops.relative_similarity import relative_similarity
+from vlmkernels.ops.retrieval_ranks import retrieval_ranks
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.srau import srau
 from vlmkernels.ops.topk_similarity import topk_similarity
@@ -34,8 +36,10 @@ FAMILIES = {
     "residual": ("gated_residual", "srau"),
     "retrieval": (  # no gradients
         "contrastive_search_score",
+        "mine_hard_negatives",
         "relative_representation",
         "relative_similarity",
+        "retrieval_ranks",
         "topk_similarity",
     ),
     "rows": ("distillation", "embedding_distillation"),
@@ -54,10 +58,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "mine_hard_negatives",
     "mlp",
     "perceiver_attention",
     "relative_representation",
     "relative_similarity",
+    "retrieval_ranks",
     "sigmoid_loss",
     "srau",
     "topk_similarity",

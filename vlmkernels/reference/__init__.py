@@ -12,10 +12,12 @@ from vlmkernels.reference.interval_attention import interval_attention
 from vlmkernels.reference.linear import linear
 from vlmkernels.reference.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.reference.linear_distillation import linear_distillation
+from vlmkernels.reference.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.relative_representation import relative_representation
 from vlmkernels.reference.relative_similarity import relative_similarity
+from vlmkernels.reference.retrieval_ranks import retrieval_ranks
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 from vlmkernels.reference.srau import srau
 from vlmkernels.reference.topk_similarity import topk_similarity
@@ -33,10 +35,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "mine_hard_negatives",
     "mlp",
     "perceiver_attention",
     "relative_representation",
     "relative_similarity",
+    "retrieval_ranks",
     "sigmoid_loss",
     "srau",
     "topk_similarity",
