@@ -62,7 +62,7 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py"),
     *(f"vlmkernels/triton/{name}.py" for name in ("_ahead", "_rows", "_tiles")),
-    *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
+    *(f"csrc/cpu/{name}" for name in ("pack.h", "pack.cpp", "registers.h", "simd.h", "vector.h")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),

@@ -6,6 +6,7 @@ from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     contrastive_distillation,
+    contrastive_search_score,
     distillation,
     embedding_distillation,
     gated_linear_residual,
@@ -19,6 +20,8 @@ from vlmkernels.ops import (
     mine_hard_negatives,
     mlp,
     perceiver_attention,
+    relative_representation,
+    relative_similarity,
     retrieval_ranks,
     sigmoid_loss,
     srau,
@@ -28,6 +31,7 @@ from vlmkernels.ops import (
 __all__ = [
     "__version__",
     "contrastive_distillation",
+    "contrastive_search_score",
     "distillation",
     "embedding_distillation",
     "gated_linear_residual",
@@ -44,6 +48,8 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "prepare_for_inference",
+    "relative_representation",
+    "relative_similarity",
     "retrieval_ranks",
     "sigmoid_loss",
     "srau",

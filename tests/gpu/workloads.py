@@ -13,6 +13,7 @@ from vlmkernels.triton import _ahead as ahead
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _info_nce_bwd as nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
+from vlmkernels.triton import contrastive_search_score as decoding
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
@@ -26,6 +27,8 @@ from vlmkernels.triton import linear_distillation as linear_distil
 from vlmkernels.triton import mine_hard_negatives as mining
 from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
+from vlmkernels.triton import relative_representation as powers
+from vlmkernels.triton import relative_similarity as sparse
 from vlmkernels.triton import retrieval_ranks as ranking
 from vlmkernels.triton import sigmoid_loss, srau
 from vlmkernels.triton import topk_similarity as topk
@@ -140,6 +143,25 @@ def embedding_distillation(n, d, dtype, *, distance="l1", normalize=True, weight
     features_distil.embedding_distillation(x, y, weight, distance, normalize, reduction, False)
     dloss = meta(*(n,) if reduction == "none" else ())
     features_distil.embedding_distillation_bwd(dloss, x, y, weight, distance, normalize, reduction, [True])
+
+
+def relative_representation(n, k, dtype, *, p=8.0):
+    powers.relative_representation(features(n, k, dtype), p)
+
+
+def relative_similarity(n, m, k, length, dtype):
+    image, text = (n, k), (m, length)
+    sparse.relative_similarity(
+        meta(*image, dtype=dtype), meta(*image, dtype=torch.int64), meta(*text, dtype=dtype),
+        meta(*text, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def contrastive_search(b, k, t, d, dtype, *, alpha=0.1, beta=2.0, lengths=False):
+    decoding.contrastive_search_score(
+        meta(b, k), meta(b, k, d, dtype=dtype), meta(b, t, d, dtype=dtype), meta(b, k),
+        meta(b, dtype=torch.int64) if lengths else None, alpha, beta,
+    )  # fmt: skip
 
 
 def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
@@ -259,6 +281,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"linear_distillation {name} small", two_models, 64, 256, 512, 1000, dtype)
     _add(f"linear_distillation {name} offline", two_models, 8192, 768, 0, 50257, dtype, k=64)
     _add(f"embedding {name}", embedding_distillation, 8192, 512, dtype)
+    _add(f"relative_representation {name}", relative_representation, 8192, 800, dtype)
+    _add(f"relative_similarity {name}", relative_similarity, 512, 1000, 800, 800, dtype)
+    _add(f"contrastive_search {name}", contrastive_search, 8, 45, 16, 768, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
@@ -388,6 +413,12 @@ _add("embedding bf16 weighted", embedding_distillation, 8192, 4096, BF16, distan
 _add("embedding bf16 ragged", embedding_distillation, 4097, 1001, BF16, distance="cosine", weighted=True)
 _add("embedding bf16 long", embedding_distillation, 8192, 20000, BF16, distance="l2", normalize=False)
 _add("embedding bf16 one element", embedding_distillation, 1, 1, BF16)
+_add("relative_representation bf16 long", relative_representation, 512, 20000, BF16, p=2.5)
+_add("relative_representation bf16 one element", relative_representation, 1, 1, BF16)
+_add("relative_similarity bf16 ragged", relative_similarity, 1, 80001, 797, 300, BF16)
+_add("relative_similarity bf16 one element", relative_similarity, 1, 1, 1, 1, BF16)
+_add("contrastive_search bf16 lengths", contrastive_search, 1, 100, 200, 770, BF16, lengths=True)
+_add("contrastive_search bf16 greedy", contrastive_search, 2, 1, 1, 768, BF16, alpha=0.0, beta=0.0)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)
