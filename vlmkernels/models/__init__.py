@@ -5,6 +5,7 @@ from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
+from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
 
 __all__ = [
     "ALIGN",
@@ -17,4 +18,6 @@ __all__ = [
     "FlamingoConfig",
     "SimVLM",
     "SimVLMConfig",
+    "VisualBERT",
+    "VisualBertConfig",
 ]
