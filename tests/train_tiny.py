@@ -56,6 +56,18 @@ TINY_SIMVLM = {
     "context_length": 24,
     "vocab_size": 602,
 }
+TINY_VISUALBERT = {
+    "image_size": 16,
+    "conv_blocks": (1, 1),
+    "conv_width": 4,
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp_width": 32,
+    "context_length": 16,
+    "max_positions": 16,
+    "vocab_size": 200,
+}
 TINY = {
     "clip": TINY_CLIP,
     "siglip": TINY_CLIP,
@@ -63,6 +75,7 @@ TINY = {
     "lm": TINY_LM,
     "flamingo": TINY_FLAMINGO,
     "simvlm": TINY_SIMVLM,
+    "visualbert": TINY_VISUALBERT,
 }
 WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
 

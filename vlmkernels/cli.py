@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, embed, search, caption."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, embed, search, caption, match."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model) or SimVLM.
+    --vision and --language-model), SimVLM or VisualBERT.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, embed, search and caption take. A run that was stopped continues, bit for bit, with --out RUN
-    --resume auto.
+    that eval, embed, search, caption and match take. A run that was stopped continues, bit for bit, with
+    --out RUN --resume auto.
     """
     from vlmkernels.train import train as run
 
@@ -149,6 +149,15 @@ def _model_options(command: Callable) -> Callable:
     return model(batch(device(command)))
 
 
+def _region_options(command: Callable) -> Callable:
+    """The files of regions for models that were trained with them."""
+    kinds = "a folder of KEY.npy or an HDF5 file, as in training."
+    regions = click.option("--regions", metavar="PATH", help=f"Features of the images' regions: {kinds}")
+    return regions(
+        click.option("--boxes", metavar="PATH", help=f"Boxes of the images' regions: {kinds}")(command)
+    )
+
+
 @commands.command("eval")
 @_model_options
 @click.option(
@@ -162,6 +171,7 @@ def _model_options(command: Callable) -> Callable:
     "--template", "templates", multiple=True, metavar="TEXT", help="Class prompt with {}; may be repeated."
 )
 @click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beams of generated captions.")
+@_region_options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 @_allow_pipe
 def evaluate(
@@ -171,11 +181,14 @@ def evaluate(
     data: str,
     templates: tuple[str, ...],
     num_beams: int,
+    regions: str | None,
+    boxes: str | None,
     as_json: bool,
     allow_pipe: bool,
 ) -> None:
     """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
-    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots.
+    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots; for a VisualBERT the accuracy
+    of matching and the perplexity of masked words, with the image, another one and none.
     """
     from vlmkernels.use.evaluate import evaluate as run
 
@@ -186,6 +199,8 @@ def evaluate(
         device=device,
         templates=templates or None,
         num_beams=num_beams,
+        regions=regions,
+        boxes=boxes,
         allow_pipe=allow_pipe,
     )
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
@@ -247,6 +262,18 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     _count_skipped(done.skipped)
     if done.captions:
         click.echo(done)
+
+
+@commands.command()
+@_model_options
+@click.argument("image")
+@click.argument("texts", nargs=-1, required=True)
+@_region_options
+def match(folder: str, image: str, texts: tuple[str, ...], **options: Any) -> None:
+    """Rank TEXTS by the probability that each belongs to IMAGE, by a VisualBERT."""
+    from vlmkernels.use.match import match as run
+
+    click.echo(run(folder, image, texts, **options))
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:

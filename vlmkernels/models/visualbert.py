@@ -11,8 +11,7 @@ LayerNorm for both, then BERT's layers, in which every valid position sees every
 - "phrases": attention from words to regions, for the regions of a phrase.
 - "none": hidden states only.
 
-State-dict keys are those of Hugging Face's VisualBert classes; an image tower, which those do not have, is
-under `tower`.
+State-dict keys are those of transformers' VisualBert classes, and `tower` of an image tower.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ class VisualBertConfig:
     in the documentation of transformers. `region_type` is the type of a region for which none is given: 0 in
     the published code, 1 in transformers. `context_length` is the number of tokens to which a text is
     truncated, `max_positions` the size of the position table. `dropout` acts on hidden states and attention.
-
     With `conv_blocks`, blocks of a ResNet's stages of width `conv_width` and on (`ImageGrid`), the model has
     an image tower for images of `image_size`, and `visual_dim` is the number of its channels; `conv_pool` is
     the pooling of its stem.
@@ -122,7 +120,12 @@ class VisualBertConfig:
     @property
     def stride(self) -> int:
         """Pixels a side of a region of the tower."""
-        return 2 ** (len(self.conv_blocks) + (1 if self.conv_pool else 0))
+        return 2 ** (len(self.conv_blocks) + self.conv_pool)
+
+    @property
+    def cells(self) -> int:
+        """Regions of an image by the tower, without boxes."""
+        return (self.image_size // self.stride) ** 2 if self.conv_blocks else 0
 
 
 class JointEmbeddings(Embeddings):
@@ -136,14 +139,14 @@ class JointEmbeddings(Embeddings):
         self.visual_position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.visual_projection = Linear(cast(int, config.visual_dim), config.width)
 
-    def joint(self, inputs: Inputs) -> Tensor:  # [B, L + V, D]
+    def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]  # [B, L + V, D]
         text = self.total(inputs.tokens, inputs.positions, inputs.token_types)
         if inputs.regions is None:
             return self.LayerNorm(text)
         types, aligned = inputs.region_types, inputs.alignment
         if types is None:
             types = torch.full((1, 1), self.region_type, device=text.device)
-        place = self.visual_position_embeddings.weight[0]
+        place = self.visual_position_embeddings(types.new_zeros(1, 1))
         if aligned is not None:
             known = (aligned != -1)[..., None]  # [B, V, A, 1]
             words = self.position_embeddings(aligned.clamp_min(0)) * known
@@ -200,15 +203,16 @@ class Predictions(nn.Module):
         self.activation = ACTIVATIONS[config.activation].module()
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., D], the input of the table
-        return self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [V]
+        """The input of the table, and the bias, as a copy: sharded weights are whole within a call only."""
+        hidden = self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
+        return hidden, self.bias.clone()
 
 
 class VisualBERT(Pretrained):
     """The joint encoder, its head, and an image tower if the config has one.
 
-    Build with `VisualBERT(CONFIGS["emoji-tiny"])`. Texts are rows of ids: [CLS], the words, [SEP], perhaps a
-    second text and its [SEP] (of type 1), padding.
+    Texts are rows of ids: [CLS], the words, [SEP], perhaps a second text and its [SEP] (of type 1), padding.
     """
 
     model_type: ClassVar[str] = "visualbert"
@@ -292,7 +296,7 @@ class VisualBERT(Pretrained):
                 region.
             match: for "pretraining", whether each text belongs to its image. Which of the head's two classes
                 that is, is `config.match_label`.
-            images: instead of regions, for a model with an image tower; boxes: see `encode_image`.
+            images, boxes: instead of regions, see `encode_image`.
             attention_mask, region_mask: non-zero where valid; all are when None.
             token_types: 0 when None; region_types: `config.region_type` when None.
             positions: of the tokens, 0 to L - 1 when None.
@@ -327,7 +331,7 @@ class VisualBERT(Pretrained):
         faults = faults or label_faults(self.config, inputs, choices, labels, match, phrases)
         if faults:
             raise ValueError("VisualBERT: " + "; ".join(faults))
-        x, mask = self.visual_bert.embeddings.joint(inputs), inputs.mask()
+        x, mask = self.visual_bert.embeddings(inputs), inputs.mask()
         length = inputs.tokens.shape[1]
         first = torch.arange(len(x), device=x.device) * x.shape[1]  # of [CLS] among all B (L + V) positions
         if head == "none":
@@ -436,15 +440,14 @@ class VisualBERT(Pretrained):
             cls, words = hidden[: len(first)], hidden[len(first) :]
         out = {"match_logits": heads["seq_relationship"](self.visual_bert.pool(cls))}
         if labels is not None or return_logits:
-            predictions = heads["predictions"]
-            words = predictions(words)
+            words, bias = heads["predictions"](words)
             table = table_for(words, self.visual_bert.embeddings.word_embeddings)
             if labels is not None:
                 out["masked_lm_loss"] = vlmkernels.linear_cross_entropy(
-                    words, table, labels, bias=predictions.bias, ignore_index=IGNORE
+                    words, table, labels, bias=bias, ignore_index=IGNORE
                 )
             if return_logits:
-                out["logits"] = vlmkernels.linear(words, table, predictions.bias)
+                out["logits"] = vlmkernels.linear(words, table, bias)
         if match is not None:
             label = self.config.match_label
             out["match_loss"] = _cross_entropy(out["match_logits"], torch.where(match, label, 1 - label))

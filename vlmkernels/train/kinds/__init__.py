@@ -22,6 +22,7 @@ KINDS = {
     "lm": "vlmkernels.train.kinds.lm:LanguageModel",
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
+    "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
 }
 
 
@@ -45,6 +46,11 @@ def embedders() -> list[Kind]:
 def captioners() -> list[Kind]:
     """The kinds whose models generate captions of images."""
     return [kind for kind in every() if kind.captions]
+
+
+def matchers() -> list[Kind]:
+    """The kinds whose models judge whether a text belongs to an image."""
+    return [kind for kind in every() if kind.matches]
 
 
 def model_types(kinds: Sequence[Kind]) -> list[str]:

@@ -65,6 +65,7 @@ class Kind(abc.ABC):
     sees_images: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
+    matches: ClassVar[bool] = False  # judges texts of an image: `vlmkernels match`
 
     def own_options(self, config: TrainConfig) -> Any:
         """The options of this kind in ``config``."""
