@@ -149,15 +149,6 @@ def _model_options(command: Callable) -> Callable:
     return model(batch(device(command)))
 
 
-def _region_options(command: Callable) -> Callable:
-    """The files of regions for models that were trained with them."""
-    kinds = "a folder of KEY.npy or an HDF5 file, as in training."
-    regions = click.option("--regions", metavar="PATH", help=f"Features of the images' regions: {kinds}")
-    return regions(
-        click.option("--boxes", metavar="PATH", help=f"Boxes of the images' regions: {kinds}")(command)
-    )
-
-
 @commands.command("eval")
 @_model_options
 @click.option(
@@ -171,7 +162,6 @@ def _region_options(command: Callable) -> Callable:
     "--template", "templates", multiple=True, metavar="TEXT", help="Class prompt with {}; may be repeated."
 )
 @click.option("--num-beams", default=1, show_default=True, metavar="N", help="Beams of generated captions.")
-@_region_options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 @_allow_pipe
 def evaluate(
@@ -181,8 +171,6 @@ def evaluate(
     data: str,
     templates: tuple[str, ...],
     num_beams: int,
-    regions: str | None,
-    boxes: str | None,
     as_json: bool,
     allow_pipe: bool,
 ) -> None:
@@ -199,8 +187,6 @@ def evaluate(
         device=device,
         templates=templates or None,
         num_beams=num_beams,
-        regions=regions,
-        boxes=boxes,
         allow_pipe=allow_pipe,
     )
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
@@ -268,7 +254,6 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
 @_model_options
 @click.argument("image")
 @click.argument("texts", nargs=-1, required=True)
-@_region_options
 def match(folder: str, image: str, texts: tuple[str, ...], **options: Any) -> None:
     """Rank TEXTS by the probability that each belongs to IMAGE, by a VisualBERT."""
     from vlmkernels.use.match import match as run

@@ -345,8 +345,6 @@ def evaluate(
     device: str = "auto",
     templates: Sequence[str] | None = None,
     num_beams: int = 1,
-    regions: str | os.PathLike[str] | None = None,
-    boxes: str | os.PathLike[str] | None = None,
     allow_pipe: bool = False,
 ) -> Scores:
     """Evaluate a trained model (RUN/final) on ``data``.
@@ -355,9 +353,8 @@ def evaluate(
     "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
     one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
     data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search if
-    ``num_beams`` exceeds 1; no class folders. VisualBERT: that of ``evaluate_matching``, with files of
-    ``regions`` or ``boxes`` if it was trained with them. ``allow_pipe`` is that of ``load_pairs``. Raises
-    FileNotFoundError or ValueError naming what is invalid.
+    ``num_beams`` exceeds 1; no class folders. VisualBERT: that of ``evaluate_matching``. ``allow_pipe`` is
+    that of ``load_pairs``. Raises FileNotFoundError or ValueError naming what is invalid.
     """
     check_batch_size(batch_size)
     dataset = open_data(data, allow_pipe=allow_pipe)
@@ -366,12 +363,7 @@ def evaluate(
     if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
         takes = " and ".join(kinds.model_types(kinds.embedders()))
         raise ValueError(f"data: {model_folder} embeds nothing; classes and templates are for {takes}")
-    files = {name: path for name, path in (("regions", regions), ("boxes", boxes)) if path is not None}
-    if files and not kind.matches:
-        takes = " and ".join(kinds.model_types(kinds.matchers()))
-        raise ValueError(f"{' and '.join(files)} may only be given for a model of type {takes}")
-    options = {"batch_size": batch_size, "templates": templates, "num_beams": num_beams, **files}
-    return kind.evaluate(*loaded, dataset, **options)
+    return kind.evaluate(*loaded, dataset, batch_size=batch_size, templates=templates, num_beams=num_beams)
 
 
 def template_texts(templates: Sequence[str], dataset: Any) -> dict[str, list[list[str]]]:

@@ -34,7 +34,7 @@ RATES = ("mask_rate", "false_caption_ratio", "caption_pairs", "image_dropout")
 class VisualBertOptions(WordPieceOptions):
     regions: str | None = option(
         None,
-        "visualbert: features of regions, a folder of KEY.npy [V, E] or an HDF5 file; by default the cells of "
+        "visualbert: features of regions, a folder of KEY.npy [V, E] or an HDF5 file; by default cells of "
         "an image tower that is trained as well",
     )
     boxes: str | None = option(
