@@ -7,9 +7,10 @@
 
 For each seed two trainings, each a call of `vlmkernels train visualbert --config visualbert-scenes`: one as
 it is, and a control with the same steps that never sees an image (`--image-dropout 1`). Both are judged on
-test scenes: right captions against those of other scenes, and the perplexity of masked words, with the scene's own
-image, with another one's and with none. A training whose result is in --out is not repeated. Results are kept
-in benchmarks/results/visualbert/, a file for each seed, and the tables are made of all that are there.
+test scenes: right captions against those of other scenes, and the perplexity of masked words, with the
+scene's own image, with another one's and with none. A training whose result is in --out is not repeated.
+Results are kept in benchmarks/results/visualbert/, a file for each seed, and the table is made of all that
+are there.
 """
 
 from __future__ import annotations

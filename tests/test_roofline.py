@@ -30,7 +30,14 @@ from vlmkernels.triton import _info_nce_small
 
 TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
-WITHOUT_PRODUCTS = ("gated_residual", "linear_cross_entropy", "linear", "mlp", "gated_mlp")  # of their own
+WITHOUT_PRODUCTS = (
+    "gated_residual",
+    "srau",
+    "linear_cross_entropy",
+    "linear",
+    "mlp",
+    "gated_mlp",
+)  # of their own
 COUNTS = ("bytes", "moved", "flops", "kernels")  # of a prediction, whatever the code
 
 

@@ -21,8 +21,9 @@ from tests.train_tiny import (
     write_tar,
 )
 from vlmkernels.cli import main
-from vlmkernels.data import RegionFiles, WordPieceTokenizer, load_pairs, mask_tokens, pair_tokens
+from vlmkernels.data import WordPieceTokenizer, load_pairs, mask_tokens, pair_tokens
 from vlmkernels.train import TrainConfig, kinds, load_bundle, train
+from vlmkernels.use.bundle import load_model
 from vlmkernels.use.evaluate import evaluate
 from vlmkernels.use.match import match
 
@@ -237,101 +238,41 @@ def test_pairs_of_captions(table, tokenizer, tmp_path):
 
 
 def write_regions(folder, table, width=5):
-    generator = numpy.random.default_rng(1)
+    """The features of one to four regions for each picture of a table, and a table of them."""
+    generator, rows = numpy.random.default_rng(1), ["filepath\ttitle"]
     for line in table.read_text().splitlines()[1:]:
-        count = int(generator.integers(1, 5))
-        numpy.save(folder / line.split("\t")[0].replace(".png", ".npy"), generator.random((count, width)))
-    return folder
+        name, text = line.replace(".png", ".npy").split("\t")
+        numpy.save(folder / name, generator.random((int(generator.integers(1, 5)), width)))
+        rows.append(f"{name}\t{text}")
+    features = folder / "features.tsv"
+    features.write_text("\n".join(rows) + "\n")
+    return features
 
 
-def test_region_files(table, tmp_path):
-    files = RegionFiles(write_regions(tmp_path, table))
-    regions, mask = files(["0.png", "3.png"])
-    first = numpy.load(tmp_path / "0.npy")
-    assert (files.width, regions.dtype) == (5, torch.float32)
-    assert regions[0, : len(first)].equal(torch.from_numpy(first).float())
-    assert mask.sum(1).tolist() == [len(first), len(numpy.load(tmp_path / "3.npy"))]
-    assert not regions[~mask].any()
-    assert files([])[0].shape == (0, 0, 5)
-    with pytest.raises(ValueError, match=r"regions: .* has none for the image 'cat.jpg'"):
-        files(["cat.jpg"])
-    for name, array, message in (
-        ("objects", numpy.array([{}], dtype=object), "objects.npy cannot be read"),
-        ("flat", numpy.zeros(5), r"flat in .* must be floating \[V, E\], got float64 \[5\]"),
-        ("whole", numpy.zeros((2, 5), int), r"must be floating \[V, E\], got int64"),
-        ("nan", numpy.full((2, 5), numpy.nan), "nan in .* must be finite"),
-        ("wide", numpy.zeros((2, 6)), r"wide must be \[V, 5\] like others, got \[2, 6\]"),
-    ):
-        numpy.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
-        with pytest.raises(ValueError, match=message):
-            files([name])
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        RegionFiles(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="must be a folder of"):
-        RegionFiles(table)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no "):
-        RegionFiles(tmp_path / "empty")
-
-
-def test_hdf5_has_the_same_regions(table, tmp_path):
-    """A data set for each image, or a group with one; also in a worker process."""
-    h5py = pytest.importorskip("h5py")
-    folder = RegionFiles(write_regions(tmp_path, table))
-    with h5py.File(tmp_path / "all.h5", "w") as flat, h5py.File(tmp_path / "groups.hdf5", "w") as groups:
-        for name in folder.names():
-            array = numpy.load(tmp_path / f"{name}.npy")
-            flat[name] = array
-            groups[f"{name}/features"] = array
-            groups[f"{name}/boxes"] = array[:, :4]
-    keys = ["3.png", "0.png"]
-    for file in ("all.h5", "groups.hdf5"):
-        files = RegionFiles(tmp_path / file)
-        loader = torch.utils.data.DataLoader(keys, batch_size=2, collate_fn=files, num_workers=1)
-        for found in (files(keys), next(iter(loader))):
-            assert all(a.equal(b) for a, b in zip(found, folder(keys), strict=True))
-    assert RegionFiles(tmp_path / "groups.hdf5", name="boxes").width == 4
-    (tmp_path / "bad.h5").write_bytes(b"no")
-    with pytest.raises(ValueError, match="cannot be read"):
-        RegionFiles(tmp_path / "bad.h5")
-
-
-def test_training_on_regions_and_on_boxes(table, tmp_path, capsys):
-    (tmp_path / "features").mkdir()
-    (tmp_path / "boxes").mkdir()
-    features = str(write_regions(tmp_path / "features", table))
-    boxes = str(write_regions(tmp_path / "boxes", table, width=4))
-    image = str(table.parent / "0.png")
-    for option, path in (("regions", features), ("boxes", boxes)):
-        out = tmp_path / option
-        values = tiny_values(table, out, "visualbert", epochs=1, image_dropout=0.3, **{option: path})
-        final = train("visualbert", TrainConfig(**values)).final
-        config = load_bundle(final).model.config
-        assert (config.visual_dim == 5, bool(config.conv_blocks)) == (option == "regions", option == "boxes")
-        found = evaluate(final, str(table), batch_size=8, **{option: path})
-        assert (found.samples, found.judged) == (22, 22)
-        key = "0.png" if option == "regions" else image
-        if option == "boxes":
-            numpy.save(table.parent / "0.npy", numpy.array([[0.0, 0.0, 0.5, 1.0]]))
-        shown = match(
-            final, key, ["red 1", "blue 2"], **{option: path if option == "regions" else table.parent}
-        )
-        assert {text for text, _ in shown.texts} == {"red 1", "blue 2"}
-        with pytest.raises(SystemExit) as stop:
-            main(
-                [
-                    "train",
-                    "visualbert",
-                    "--out",
-                    str(out),
-                    "--resume",
-                    "auto",
-                    f"--{option}",
-                    str(table.parent),
-                ]
-            )
-        assert stop.value.code == 2
-    assert "files of boxes was sha256" in capsys.readouterr().err
+def test_training_on_features_of_regions(table, tmp_path):
+    """No tower; an image of fewer regions is as if it were alone."""
+    features = write_regions(tmp_path, table)
+    values = tiny_values(features, tmp_path / "run", "visualbert", epochs=1, image_dropout=0.3, augment={})
+    with pytest.raises(ValueError, match=r"regions must be floating \[B = 8, V, 32\], got .* \[8, 4, 5\]"):
+        train("visualbert", TrainConfig(**{**values, "out": str(tmp_path / "wrong")}))
+    values["model_options"] = {**values["model_options"], "conv_blocks": [], "visual_dim": 5}
+    final = train("visualbert", TrainConfig(**values)).final
+    assert load_bundle(final).model.tower is None
+    found = evaluate(final, str(features), batch_size=8)
+    assert (found.samples, found.judged) == (22, 22)
+    texts = ["red 1", "blue 2"]
+    ranked = match(final, tmp_path / "0.npy", texts)
+    model, words, _ = load_model(final, "cpu", fitting=kinds.matchers())
+    kind, shown = kinds.of_model(model), torch.zeros(2, 6, 5)
+    first = torch.from_numpy(numpy.load(tmp_path / "0.npy")).float()
+    shown[:, : len(first)] = first
+    with torch.no_grad():
+        odds = kind.match_odds(model, words, kind.pictures(model, shown), texts)
+    assert dict(ranked.texts) == pytest.approx(
+        dict(zip(texts, odds.sigmoid().tolist(), strict=True)), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="this VisualBERT has no image tower"):
+        match(final, table.parent / "0.png", texts)
 
 
 # Commands
@@ -377,12 +318,10 @@ def test_evaluation_draws_no_random_number(final, table):
     [
         (["match", "{image}", " "], "texts must be a sequence of one or more texts that are not empty"),
         (["match", "nowhere.png", "a"], "nowhere.png"),
-        (["match", "--regions", "{folder}", "{image}", "a"], "regions: "),
         (
             ["eval", "--data", "{table}", "--template", "a {}"],
             "embeds nothing; classes and templates are for",
         ),
-        (["eval", "--data", "{table}", "--boxes", "nowhere"], "regions: nowhere does not exist"),
         (["search", "a", "{folder}"], "must be of type clip or align, got visualbert"),
     ],
 )
@@ -398,8 +337,6 @@ def test_invalid_use_of_a_model(final, table, capsys, arguments, message):
     ("values", "message"),
     [
         ({"mask_rate": 1.5, "image_dropout": -0.1}, r"mask_rate must be in \[0, 1\], got 1.5; image_dropout"),
-        ({"regions": "a", "boxes": "b"}, "a does not exist"),
-        ({"regions": "nowhere"}, "regions: nowhere does not exist"),
         ({"model_options": {"head": "vqa"}}, "head must be 'pretraining', got 'vqa'"),
         ({"model_options": {"conv_blocks": [1], "image_size": 30}}, "image_size must be a multiple of 4"),
         ({"vision": "x"}, "vision may only be given for flamingo"),
@@ -416,13 +353,6 @@ def test_init_continues_with_the_model_and_its_words(final, table, tmp_path):
     done = train("visualbert", TrainConfig(**{**values, "model_options": {}}))
     assert weights(tmp_path / "run").keys() == weights(final.parent).keys()
     assert load_bundle(done.final).tokenizer.vocab_size == load_bundle(final).tokenizer.vocab_size
-    with pytest.raises(ValueError, match=r"regions must not be given for the model in"):
-        train(
-            "visualbert",
-            TrainConfig(
-                **{**values, "regions": str(write_regions(tmp_path, table)), "out": str(tmp_path / "b")}
-            ),
-        )
 
 
 def test_a_bert_is_a_start(tokenizer, table, tmp_path):

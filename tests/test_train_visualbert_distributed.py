@@ -1,7 +1,7 @@
 """Two processes (gloo, CPU) train VisualBERT as one does on the joint batch, uneven parts included.
 
-Captions of other images come from the joint batch, so that a process may judge one that it has not read. Batch
-normalisation takes statistics of each sample alone, as torch has no SyncBatchNorm on the CPU.
+Captions of other images come from the joint batch, so that a process may judge one that it has not read.
+Batch normalisation takes statistics of each sample alone, as torch has no SyncBatchNorm on the CPU.
 """
 
 import os

@@ -5,7 +5,9 @@ from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
+from vlmkernels.models.virtex import VirTex, VirTexConfig
 from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
+from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
     "ALIGN",
@@ -18,6 +20,10 @@ __all__ = [
     "FlamingoConfig",
     "SimVLM",
     "SimVLMConfig",
+    "VirTex",
+    "VirTexConfig",
     "VisualBERT",
     "VisualBertConfig",
+    "VisualGPT",
+    "VisualGPTConfig",
 ]

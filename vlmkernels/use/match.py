@@ -6,16 +6,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlmkernels.data import Sample, read_image
 from vlmkernels.data._text import printable
-from vlmkernels.data.images import transformed
 from vlmkernels.train import kinds
 
 from .bundle import check_batch_size, inference, load_model
+from .images import read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +31,29 @@ def match(
     image: str | os.PathLike[str],
     texts: Sequence[str],
     *,
-    regions: str | os.PathLike[str] | None = None,
-    boxes: str | os.PathLike[str] | None = None,
     batch_size: int = 256,
     device: str = "auto",
 ) -> Matched:
     """Rank ``texts`` by how likely each is a text of ``image``, by the model in ``model_folder`` (RUN/final).
 
-    ``regions`` or ``boxes``: files with those of the image (``vlmkernels.data.RegionFiles``), in which
-    ``image``, as given, is the key; the image itself is not read for ``regions``. ValueError or
-    FileNotFoundError name what is missing or invalid, BrokenImageError an image that cannot be read.
+    ``image`` is a file of an image or of the features of its regions (``vlmkernels.data.read_regions``).
+    ValueError or FileNotFoundError name what is missing, cannot be read or is invalid.
     """
     check_batch_size(batch_size)
     if isinstance(texts, str) or not texts or any(not text.strip() for text in texts):
         raise ValueError(f"texts must be a sequence of one or more texts that are not empty, got {texts!r}")
     model, tokenizer, transform = load_model(model_folder, device, fitting=kinds.matchers())
-    kind = kinds.of_model(model)
-    collate = kind.collate(regions, boxes)
-    picture: Any = None if regions is not None else transformed(transform, read_image(Path(image)))
-    sample = Sample(image=picture, text="", key=os.fspath(image), label=-1, concept=-1)
-    odds: list[float] = []
+    skipped: dict[str, str] = {}
+    found = list(read_files(transform, [Path(image)], skipped))
+    if not found:
+        raise ValueError(f"image: {image} cannot be read: {skipped[str(image)]}")
+    kind, odds = kinds.of_model(model), []
     with inference(model) as place:
-        batch = {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
-        seen, mask = kind.pictures(model, batch)
+        regions, mask = kind.pictures(model, found[0][1][None].to(place))
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
-            shown = seen.expand(len(part), -1, -1), mask.expand(len(part), -1)
+            shown = regions.expand(len(part), -1, -1), mask.expand(len(part), -1)
             odds += kind.match_odds(model, tokenizer, shown, part).tolist()
+    probabilities = torch.tensor(odds).sigmoid().tolist()
     order = sorted(range(len(texts)), key=lambda i: -odds[i])
-    return Matched([(texts[i], torch.tensor(odds[i]).sigmoid().item()) for i in order])
+    return Matched([(texts[i], probabilities[i]) for i in order])

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmkernels.data import Sample, mask_tokens, pair_tokens
-from vlmkernels.data.samples import sample_rng
+from vlmkernels.data.samples import sample_rng, stacked
 from vlmkernels.train import kinds
 
 from .bundle import check_batch_size, inference
@@ -79,7 +79,6 @@ def evaluate_matching(
     tokenizer: Any,
     transform: Any,
     dataset: Any,
-    collate: Callable[[Sequence[Sample]], dict[str, Any]],
     *,
     batch_size: int = 64,
 ) -> MatchScores:
@@ -98,8 +97,8 @@ def evaluate_matching(
     while batch := list(itertools.islice(samples, batch_size)):
         seen += len(batch)
         with inference(model) as device:
-            placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch).items()}
-            regions, mask = kind.pictures(model, placed)
+            images = stacked([sample["image"] for sample in batch]).to(device)
+            regions, mask = kind.pictures(model, images)
             texts = [sample["text"] for sample in batch]
             chosen = [triple for i in range(len(batch)) if (triple := _others(batch, i)) is not None]
             if not chosen:

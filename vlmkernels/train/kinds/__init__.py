@@ -23,6 +23,8 @@ KINDS = {
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
     "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
+    "virtex": "vlmkernels.train.kinds.virtex:VirTex",
+    "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
 }
 
 
@@ -51,6 +53,11 @@ def captioners() -> list[Kind]:
 def matchers() -> list[Kind]:
     """The kinds whose models judge whether a text belongs to an image."""
     return [kind for kind in every() if kind.matches]
+
+
+def probed() -> list[Kind]:
+    """The kinds whose models have features of images."""
+    return [kind for kind in every() if kind.has_features]
 
 
 def model_types(kinds: Sequence[Kind]) -> list[str]:

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmkernels.data import RegionFiles, WordPieceTokenizer, mask_tokens, pair_tokens
+from vlmkernels.data import Collate, WordPieceTokenizer, mask_tokens, pair_tokens
 from vlmkernels.data.masking import IGNORE, RATE
-from vlmkernels.data.samples import sample_rng, stack_images
+from vlmkernels.data.samples import sample_rng
 from vlmkernels.models import visualbert
-from vlmkernels.models.parts.pretrained import Pretrained, read_config
+from vlmkernels.models.parts.pretrained import Pretrained
 from vlmkernels.models.parts.weight_files import weights_file
 from vlmkernels.train import objective
 from vlmkernels.train.config import TrainConfig, option
-from vlmkernels.train.resume_check import digest, files_digest
+from vlmkernels.train.resume_check import files_digest
 from vlmkernels.use.match_scores import MatchScores, evaluate_matching
 
 from ._kind import Values
@@ -32,44 +32,18 @@ RATES = ("mask_rate", "false_caption_ratio", "caption_pairs", "image_dropout")
 
 @dataclasses.dataclass(frozen=True)
 class VisualBertOptions(WordPieceOptions):
-    regions: str | None = option(
-        None,
-        "visualbert: features of regions, a folder of KEY.npy [V, E] or an HDF5 file; by default cells of "
-        "an image tower that is trained as well",
-    )
-    boxes: str | None = option(
-        None, "visualbert: boxes of regions for the image tower, files as for regions, fractions of the image"
-    )
     bert: str | None = option(None, "visualbert: folder of a BERT (config, weights, tokenizer) to start from")
     mask_rate: float = option(RATE, "visualbert: share of the word pieces that are to be predicted")
     false_caption_ratio: float = option(0.5, "visualbert: share of the captions that are another image's")
     caption_pairs: float = option(
         0.0,
-        "visualbert: share of the samples with a second caption, which is the one to judge, in tables where "
-        "images have several captions; the published recipe has 1",
+        "visualbert: share of the samples with a second caption, the one to judge, in tables where images "
+        "have several; 1 in the published recipe",
     )
     image_dropout: float = option(
         0.0,
         "visualbert: share of the samples without their image, whose words only are learned; 1 for a control",
     )
-
-
-class RegionCollate:
-    """Samples to a batch: images [B, 3, H, W] or regions [B, V, E], or boxes [B, V, 4]; texts and keys."""
-
-    def __init__(self, image_size: Any, regions: RegionFiles | None, boxes: RegionFiles | None) -> None:
-        self.image_size, self.regions, self.boxes = image_size, regions, boxes
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        keys = [sample["key"] for sample in samples]
-        batch: dict[str, Any] = {"texts": [sample["text"] for sample in samples], "keys": keys}
-        if self.regions is not None:
-            batch["regions"], batch["region_mask"] = self.regions(keys)
-            return batch
-        batch["images"] = stack_images(samples, self.image_size)
-        if self.boxes is not None:
-            batch["boxes"], batch["region_mask"] = self.boxes(keys)
-        return batch
 
 
 class VisualBert(WordPieceKind):
@@ -88,30 +62,16 @@ class VisualBert(WordPieceKind):
         for name in RATES:
             if not 0 <= (value := getattr(options, name)) <= 1:
                 faults.append(f"{name} must be in [0, 1], got {value}")
-        if options.regions is not None and options.boxes is not None:
-            faults.append("regions or boxes must be given, got both")
         if options.caption_pairs and config.streams:
             faults.append(
                 f"caption_pairs must be 0 for tars, which do not tell the captions of an image, "
                 f"got {options.caption_pairs}"
             )
-        if config.init is not None:
-            if options.bert is not None:
-                faults.append(f"bert may only be given without init, got {options.bert}")
-            has_tower = bool(read_config(config.init).get("conv_blocks"))
-            if has_tower != (options.regions is None) and not faults:
-                wanted = "not be given for" if has_tower else "be given for"
-                faults.append(f"regions must {wanted} the model in {config.init}, got {options.regions}")
+        if config.init is not None and options.bert is not None:
+            faults.append(f"bert may only be given without init, got {options.bert}")
         if self.sizes(config).head != "pretraining":
             faults.append(f"model_options: head must be 'pretraining', got {self.sizes(config).head!r}")
         return faults
-
-    def sizes(self, config: TrainConfig) -> visualbert.VisualBertConfig:
-        """With the width of the region features instead of a tower, if they are given."""
-        sizes, options = super().sizes(config), self.own_options(config)
-        if options.regions is not None:
-            sizes = dataclasses.replace(sizes, conv_blocks=(), visual_dim=RegionFiles(options.regions).width)
-        return sizes
 
     def new_tokenizer(self, config: TrainConfig, source: Any) -> WordPieceTokenizer:
         """That of the BERT to start from, if there is one."""
@@ -130,15 +90,10 @@ class VisualBert(WordPieceKind):
         return self.model.from_bert(options.bert, **{**fields, "pad_id": tokenizer.pad_id})
 
     def own_inputs(self, config: TrainConfig) -> dict[str, Any]:
-        options, found = self.own_options(config), {}
-        for name in ("regions", "boxes"):
-            if (path := getattr(options, name)) is not None:
-                files = RegionFiles(path).files()
-                found[f"files of {name}"] = digest([file.name, file.stat().st_size] for file in files)
-        if options.bert is not None:
-            folder = Path(options.bert)
-            found["files of the BERT"] = files_digest(file for file in folder.iterdir() if file.is_file())
-        return found
+        folder = self.own_options(config).bert
+        if folder is None:
+            return {}
+        return {"files of the BERT": files_digest(file for file in Path(folder).iterdir() if file.is_file())}
 
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Pretraining:
         return Pretraining(self.own_options(config), tokenizer, config.seed, image_size)
@@ -146,21 +101,12 @@ class VisualBert(WordPieceKind):
     def image_side(self, config: Any) -> int | None:
         return config.image_size if config.conv_blocks else None
 
-    def collate(self, regions: Any = None, boxes: Any = None) -> RegionCollate:
-        """For a trained model: batches of samples with what it sees of their images."""
-        files = (None if path is None else RegionFiles(path) for path in (regions, boxes))
-        return RegionCollate(None, *files)
-
-    def pictures(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Regions [B, V, E] and where they are valid [B, V] bool, of a batch on the model's device."""
-        if "images" in batch:
-            regions = model.encode_image(batch["images"], batch.get("boxes"))
-        elif model.tower is not None:
-            raise ValueError("regions: this model sees images by its own tower; leave them out")
-        else:
-            regions = batch["regions"]
-        mask = batch.get("region_mask")
-        return regions, regions.new_ones(regions.shape[:2], dtype=torch.bool) if mask is None else mask
+    def pictures(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions [B, V, E], and where they are valid [B, V] bool, of images or of given regions."""
+        if images.dim() == 4:
+            regions = model.encode_image(images)
+            return regions, regions.new_ones(regions.shape[:2], dtype=torch.bool)
+        return images, images.any(-1)
 
     def match_odds(
         self, model: Any, tokenizer: Any, pictures: tuple[Tensor, Tensor], texts: Sequence[str]
@@ -194,11 +140,8 @@ class VisualBert(WordPieceKind):
         batch_size: int,
         templates: Any = None,
         num_beams: int = 1,
-        regions: Any = None,
-        boxes: Any = None,
     ) -> MatchScores:
-        collate = self.collate(regions, boxes)
-        return evaluate_matching(model, tokenizer, transform, dataset, collate, batch_size=batch_size)
+        return evaluate_matching(model, tokenizer, transform, dataset, batch_size=batch_size)
 
 
 def placed(tokenizer: Any, texts: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -219,8 +162,7 @@ class Pretraining:
     scores = ("perplexity", "match_accuracy")
 
     def __init__(self, options: VisualBertOptions, tokenizer: Any, seed: int, image_size: Any) -> None:
-        files = (None if path is None else RegionFiles(path) for path in (options.regions, options.boxes))
-        self.collate = RegionCollate(image_size, *files)
+        self.collate = Collate(image_size=image_size)
         self.options, self.tokenizer, self.seed = options, tokenizer, seed
         self.captions: dict[str, list[str]] = {}  # of each image, in a table
 
@@ -267,8 +209,8 @@ class Pretraining:
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
     ) -> tuple[Tensor, Callable[[], Values]] | None:
         drawn = self.draw(batch, step)
-        pictures = {name: batch[name] for name in ("images", "regions", "boxes") if name in batch}
-        device = next(iter(pictures.values())).device
+        images, whole = batch["images"], getattr(model, "module", model)
+        device = images.device
         drawn = {name: x.to(device) for name, x in drawn.items()}
         labels, match, sees = drawn["labels"], drawn["match"], drawn["sees"]
         counts = torch.stack(
@@ -277,11 +219,15 @@ class Pretraining:
         words, judged, samples = objective.sum_over_processes(counts).unbind()
         if not batch["keys"] and not samples:  # waits for the device only if this process has no samples
             return None
-        whole = getattr(model, "module", model)
-        if (mask := batch.get("region_mask")) is None:
-            mask = sees.new_ones(len(sees), whole.config.cells)
         inputs = placed(self.tokenizer, (drawn["tokens"], drawn["types"]), device)
-        output = model(**inputs, **pictures, region_mask=mask & sees[:, None], labels=labels)
+        if whole.tower is None and not len(images):  # of a process without samples
+            images = images.new_zeros(0, 1, whole.config.visual_dim)
+        if images.dim() == 4:
+            inputs |= {"images": images, "region_mask": sees.new_ones(len(sees), whole.config.cells)}
+        else:
+            inputs |= {"regions": images, "region_mask": images.any(-1)}
+        inputs["region_mask"] = inputs["region_mask"] & sees[:, None]
+        output = model(**inputs, labels=labels)
         margins = odds(whole, output["match_logits"])
         own_words = output["masked_lm_loss"] * (counts[0].double() / words.clamp_min(1)).to(margins.dtype)
         target = match.to(margins.dtype)
