@@ -26,7 +26,17 @@ from vlmkernels.use.match_scores import MatchScores, evaluate_matching
 from ._kind import Values
 from ._word_pieces import WordPieceKind, WordPieceOptions
 
-BERT_SIZES = ("vocab_size", "max_positions", "token_types", "width", "layers", "heads", "mlp_width")
+BERT_SIZES = (
+    "vocab_size",
+    "max_positions",
+    "token_types",
+    "width",
+    "layers",
+    "heads",
+    "mlp_width",
+    "activation",
+    "eps",
+)
 RATES = ("mask_rate", "false_caption_ratio", "caption_pairs", "image_dropout")
 
 
