@@ -287,6 +287,16 @@ def test_unused_weights_wait_for_no_gradient(head):
     assert [name for name, p in model.named_parameters() if (p.grad is None) == p.requires_grad] == []
 
 
+def test_an_empty_batch():
+    """Of a process without samples: a loss of zero, with gradients."""
+    model = tiny()
+    none = torch.zeros(0, 5, dtype=torch.int64)
+    out = model(none, torch.zeros(0, 3, E, dtype=torch.float64), none, match=torch.zeros(0, dtype=torch.bool))
+    assert out["loss"] == 0
+    assert out["match_logits"].shape == (0, 2)
+    out["loss"].backward()
+
+
 def test_dropout_acts_in_training_only():
     model, inputs = tiny(dropout=0.5), own_batch()
     model.eval()
@@ -369,6 +379,8 @@ def test_images_are_regions_of_the_tower():
         ("vqa", {"labels": torch.zeros(B).long()}, r"labels must be floating \[3, 7\] for the head vqa"),
         ("vqa", {"match": torch.ones(B, dtype=torch.bool)}, "match may only be given for the head pretrain"),
         ("phrases", {"phrases": None}, r"phrases must be int64 \[B = 3, P\], got None"),
+        ("phrases", {"phrases": torch.full((B, 3), L + V)}, "phrases must be positions up to 12, or -1"),
+        ("nlvr2", {"boxes": torch.zeros(B, V, 4)}, "boxes may only be given with images"),
         ("vcr", {"tokens": torch.zeros(B, L).long()}, r"tokens must be integer ids \[B, C, L\] for the head"),
     ],
 )  # fmt: skip
@@ -395,7 +407,10 @@ def test_images_need_a_tower():
     ("fields", "message"),
     [
         ({"head": "itm"}, "head must be one of pretraining, vqa, .*, got 'itm'"),
-        ({"match_label": 2, "region_type": 2}, r"match_label must be 0 or 1, got 2; region_type must be in"),
+        (
+            {"match_label": 2, "region_type": 2},
+            r"match_label must be 0 or 1, got 2; region_type must be a type below",
+        ),
         (
             {"conv_blocks": (1, 1), "visual_dim": 100},
             "visual_dim must be 512, the channels of the tower, got 100",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels._modules import is_traced
+
 OF_TEXT = ("attention_mask", "token_types", "positions")
 OF_REGIONS = ("region_mask", "region_types")
 INTEGERS = (torch.int64, torch.int32)
@@ -105,7 +107,11 @@ def label_faults(
         if phrases is None or phrases.dim() != 2 or len(phrases) != rows or phrases.dtype != torch.int64:
             faults.append(f"phrases must be int64 [B = {rows}, P], got {got(phrases)}")
         else:
-            count = phrases.shape[1]
+            count, last = phrases.shape[1], length + regions - 1
+            if count and rows and phrases.device.type == "cpu" and not is_traced():
+                low, high = phrases.min().item(), phrases.max().item()
+                if low < -1 or high > last:
+                    faults.append(f"phrases must be positions up to {last}, or -1, got {low} to {high}")
     elif phrases is not None:
         faults.append(f"phrases may only be given for the head phrases, got {got(phrases)}")
     if match is not None and head != "pretraining":

@@ -30,7 +30,7 @@ from vlmkernels import intervals
 from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _visualbert_sources as sources
-from vlmkernels.models._visualbert_inputs import Inputs, label_faults
+from vlmkernels.models._visualbert_inputs import Inputs, got, label_faults
 from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.bert import Embeddings, Encoder, initialise, runs_of
 from vlmkernels.models.parts.image_grid import ImageGrid
@@ -99,13 +99,12 @@ class VisualBertConfig:
         if self.width % self.heads:
             faults.append(f"heads must be a divisor of width {self.width}, got {self.heads}")
         if not 2 <= self.context_length <= self.max_positions:
-            got = f"{self.context_length} and {self.max_positions}"
-            faults.append(f"context_length must be in [2, max_positions], got {got}")
+            length = f"{self.context_length} and {self.max_positions}"
+            faults.append(f"context_length must be in [2, max_positions], got {length}")
         if self.match_label not in (0, 1):
             faults.append(f"match_label must be 0 or 1, got {self.match_label}")
         if not 0 <= self.region_type < self.token_types:
-            got = f"{self.region_type} and {self.token_types}"
-            faults.append(f"region_type must be in [0, token_types), got {got}")
+            faults.append(f"region_type must be a type below {self.token_types}, got {self.region_type}")
         if not 0 <= self.pad_id < self.vocab_size:
             faults.append(f"pad_id must be an id below {self.vocab_size}, got {self.pad_id}")
         if self.activation not in ACTIVATIONS:
@@ -258,8 +257,7 @@ class VisualBERT(Pretrained):
         side = self.config.image_size
         faults = []
         if images.shape[1:] != (3, side, side) or not images.is_floating_point():
-            got = f"{images.dtype} of shape {list(images.shape)}"
-            faults.append(f"images must be floating [B, 3, {side}, {side}], got {got}")
+            faults.append(f"images must be floating [B, 3, {side}, {side}], got {got(images)}")
         if boxes is not None and (boxes.dim() != 3 or boxes.shape[::2] != (len(images), 4)):
             faults.append(f"boxes must be [B = {len(images)}, V, 4], got {list(boxes.shape)}")
         if faults:
@@ -298,12 +296,10 @@ class VisualBERT(Pretrained):
                 that is, is `config.match_label`.
             images, boxes: instead of regions, see `encode_image`.
             attention_mask, region_mask: non-zero where valid; all are when None.
-            token_types: 0 when None; region_types: `config.region_type` when None.
-            positions: of the tokens, 0 to L - 1 when None.
+            token_types, region_types: 0 and `config.region_type` when None; positions: 0 to L - 1.
             alignment: int64 positions of the words that each region belongs to, -1 for none: their mean is
                 added to a region's position.
-            phrases: for "phrases", int64 positions in the joint sequence, one for each phrase, -1 for none
-                (these read position 0).
+            phrases: for "phrases", int64 positions in the joint sequence, -1 (none) reads position 0.
             return_logits: for "pretraining", also those of words.
 
         Returns:
@@ -311,15 +307,18 @@ class VisualBERT(Pretrained):
             for "vqa" and "phrases" the KL divergence from the labels, its sum over B; for "pretraining" the
             sum of `masked_lm_loss` and `match_loss`, of which it has those whose labels are given. `logits`:
             "vqa" and "nlvr2" [B, answers], "vcr" [B, C], "phrases" [B, P, V]; with `return_logits`, those
-            [R, V] of the R labelled tokens in order, or without labels [B, L + V, V] of all positions.
+            [R, V] of the R labelled tokens in order, or without labels, and in compiled code, of all
+            positions [B, L + V, V].
             `match_logits` [B, 2] for "pretraining"; `hidden` [B, L + V, D] and `pooled` [B, D] for "none".
 
         Raises:
             ValueError: naming every argument that does not fit.
         """
+        if images is not None and regions is not None:
+            raise ValueError("VisualBERT: images or regions must be given, got both")
+        if boxes is not None and images is None:
+            raise ValueError("VisualBERT: boxes may only be given with images")
         if images is not None:
-            if regions is not None:
-                raise ValueError("VisualBERT: images or regions must be given, got both")
             regions = self.encode_image(images, boxes)
         inputs = Inputs(
             tokens, regions, attention_mask, region_mask, token_types, region_types, positions, alignment
@@ -351,11 +350,7 @@ class VisualBERT(Pretrained):
         if head == "vqa":
             return _with_divergence(logits, labels)
         logits = logits if choices is None else logits.view(-1, choices)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"logits": logits, "loss": _cross_entropy(logits, labels)}
-        )
+        return {"logits": logits} | ({} if labels is None else {"loss": _cross_entropy(logits, labels)})
 
     @classmethod
     def from_hf_state_dict(cls, source: Source, **fields: Any) -> VisualBERT:
@@ -424,7 +419,6 @@ class VisualBERT(Pretrained):
         match: Tensor | None,  # [B] bool
         return_logits: bool,
     ) -> dict[str, Tensor]:
-        heads = self.cls
         every = is_traced() or (labels is None and return_logits)
         if labels is not None:
             labels = F.pad(labels, (0, x.shape[1] - length), value=IGNORE).flatten()
@@ -438,16 +432,17 @@ class VisualBERT(Pretrained):
                 rows, labels = torch.cat([first, masked]), labels[masked]
             hidden = self.visual_bert.hidden(x, mask, rows)
             cls, words = hidden[: len(first)], hidden[len(first) :]
-        out = {"match_logits": heads["seq_relationship"](self.visual_bert.pool(cls))}
+        out = {"match_logits": self.cls["seq_relationship"](self.visual_bert.pool(cls))}
         if labels is not None or return_logits:
-            words, bias = heads["predictions"](words)
+            words, bias = self.cls["predictions"](words)
             table = table_for(words, self.visual_bert.embeddings.word_embeddings)
             if labels is not None:
                 out["masked_lm_loss"] = vlmkernels.linear_cross_entropy(
                     words, table, labels, bias=bias, ignore_index=IGNORE
                 )
             if return_logits:
-                out["logits"] = vlmkernels.linear(words, table, bias)
+                logits = vlmkernels.linear(words, table, bias)
+                out["logits"] = logits.view(*x.shape[:2], -1) if every else logits
         if match is not None:
             label = self.config.match_label
             out["match_loss"] = _cross_entropy(out["match_logits"], torch.where(match, label, 1 - label))
