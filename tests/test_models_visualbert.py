@@ -345,7 +345,7 @@ def test_a_box_of_one_point_is_a_cell_of_the_grid():
 
 
 def test_images_are_regions_of_the_tower():
-    model = tiny(image_size=16, conv_blocks=(1, 1), conv_width=4, conv_pool=False, visual_dim=None).eval()
+    model = tiny(image_size=16, conv_blocks=(1, 1), conv_width=4, conv_pool=False).eval()
     images, tokens = torch.randn(B, 3, 16, 16, dtype=torch.float64), batch()["input_ids"]
     boxes = torch.rand(B, 5, 4, dtype=torch.float64)
     for given in ({}, {"boxes": boxes}):
@@ -396,7 +396,7 @@ def test_images_need_a_tower():
     tokens = batch()["input_ids"]
     with pytest.raises(ValueError, match=r"no image tower \(conv_blocks\); pass regions"):
         tiny()(tokens, images=torch.zeros(B, 3, 16, 16))
-    model = tiny(image_size=16, conv_blocks=(1,), conv_width=4, visual_dim=None)
+    model = tiny(image_size=16, conv_blocks=(1,), conv_width=4)
     with pytest.raises(
         ValueError, match=r"images must be floating \[B, 3, 16, 16\].*boxes must be \[B = 3, V, 4\]"
     ):
@@ -410,10 +410,6 @@ def test_images_need_a_tower():
         (
             {"match_label": 2, "region_type": 2},
             r"match_label must be 0 or 1, got 2; region_type must be a type below",
-        ),
-        (
-            {"conv_blocks": (1, 1), "visual_dim": 100},
-            "visual_dim must be 512, the channels of the tower, got 100",
         ),
         ({"conv_blocks": (1, 1), "image_size": 30}, "image_size must be a multiple of 8, got 30"),
         ({"width": 100}, "heads must be a divisor of width 100, got 12"),

@@ -224,7 +224,7 @@ def test_what_a_config_of_transformers_may_not_say(changes, message, tmp_path):
 
 
 def test_a_tower_has_no_place_in_other_layouts(tmp_path):
-    config = dataclasses.replace(TINY, head="pretraining", conv_blocks=(1,), conv_width=4, visual_dim=None)
+    config = dataclasses.replace(TINY, head="pretraining", conv_blocks=(1,), conv_width=4)
     model = VisualBERT(dataclasses.replace(config, image_size=16))
     for write in (model.hf_state_dict, model.uclanlp_state_dict):
         refused("conv_blocks: .* no place for an image tower", write)

@@ -204,13 +204,14 @@ def test_a_sample_without_its_image_is_not_judged(tokenizer):
     assert drawn["match"].all()
 
 
-def test_pairs_of_captions(table, tokenizer, tmp_path):
+def test_pairs_of_captions(table, tmp_path):
     """The first is always the image's own, the second is judged; both captions of an image are known."""
     rows = [line.split("\t") for line in table.read_text().splitlines()]
     both = tmp_path / "both.tsv"
     lines = ["\t".join(row) for row in rows] + [f"{file}\tsecond {i}" for i, (file, _) in enumerate(rows[1:])]
     both.write_text("\n".join(lines) + "\n")
     source = load_pairs(str(both), root=table.parent)
+    tokenizer = WordPieceTokenizer.train(source.names, 200, 24)
     task = task_of(tokenizer, caption_pairs=1.0, mask_rate=0.0)
     task.prepare(source, torch.device("cpu"))
     samples = [source[i] for i in (0, 1, 22, 23)]

@@ -133,7 +133,7 @@ def from_bert(config_class: type[Config], source: Source, given: Mapping[str, An
                 weights[name] = x
         weights = _untied(weights)
         sizes = infer(weights)
-        known = {**sizes, "visual_dim": None, **_beside(source, _bert_fields), **given}
+        known = {**sizes, **_beside(source, _bert_fields), **given}
         known |= {name: sizes[name] for name in ("vocab_size", "width", "layers", "mlp_width")}
         if known.setdefault("head", "pretraining") not in ("pretraining", "phrases"):
             weights = {name: x for name, x in weights.items() if not name.startswith("cls.")}

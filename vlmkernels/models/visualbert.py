@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,8 @@ class VisualBertConfig:
     in the documentation of transformers. `region_type` is the type of a region for which none is given: 0 in
     the published code, 1 in transformers. `context_length` is the number of tokens to which a text is
     truncated, `max_positions` the size of the position table. `dropout` acts on hidden states and attention.
-    With `conv_blocks`, blocks of a ResNet's stages of width `conv_width` and on (`ImageGrid`), the model has
-    an image tower for images of `image_size`, and `visual_dim` is the number of its channels; `conv_pool` is
+    Regions of `visual_dim` numbers are given, or with `conv_blocks` they come from an image tower for images
+    of `image_size`: a ResNet with these blocks, of width `conv_width` and on (`ImageGrid`); `conv_pool` is
     the pooling of its stem.
     """
 
@@ -64,7 +64,7 @@ class VisualBertConfig:
     answers: int = 2
     match_label: int = 1
     region_type: int = 0
-    visual_dim: int | None = None
+    visual_dim: int = 2048
     vocab_size: int = 30522
     context_length: int = 128
     max_positions: int = 512
@@ -86,14 +86,9 @@ class VisualBertConfig:
         object.__setattr__(self, "conv_blocks", tuple(self.conv_blocks))
         if too_small := below(self, 1, *SIZES):
             raise ValueError("VisualBertConfig: " + "; ".join(too_small))
-        channels = 2 ** (len(self.conv_blocks) + 1) * self.conv_width if self.conv_blocks else 2048
-        if self.visual_dim is None:
-            object.__setattr__(self, "visual_dim", channels)
         faults = []
         if self.head not in HEADS:
             faults.append(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        if self.conv_blocks and self.visual_dim != channels:
-            faults.append(f"visual_dim must be {channels}, the channels of the tower, got {self.visual_dim}")
         if self.conv_blocks and self.image_size % self.stride:
             faults.append(f"image_size must be a multiple of {self.stride}, got {self.image_size}")
         if self.width % self.heads:
@@ -122,6 +117,11 @@ class VisualBertConfig:
         return 2 ** (len(self.conv_blocks) + self.conv_pool)
 
     @property
+    def region_width(self) -> int:
+        """Numbers of a region: channels of the tower, or `visual_dim`."""
+        return 2 ** (len(self.conv_blocks) + 1) * self.conv_width if self.conv_blocks else self.visual_dim
+
+    @property
     def cells(self) -> int:
         """Regions of an image by the tower, without boxes."""
         return (self.image_size // self.stride) ** 2 if self.conv_blocks else 0
@@ -136,7 +136,7 @@ class JointEmbeddings(Embeddings):
         self.region_type = config.region_type
         self.visual_token_type_embeddings = nn.Embedding(config.token_types, config.width)
         self.visual_position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.visual_projection = Linear(cast(int, config.visual_dim), config.width)
+        self.visual_projection = Linear(config.region_width, config.width)
 
     def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]  # [B, L + V, D]
         text = self.total(inputs.tokens, inputs.positions, inputs.token_types)
@@ -223,7 +223,7 @@ class VisualBERT(Pretrained):
         self.visual_bert = JointEncoder(config)
         width, head = config.width, config.head
         if head in ("pretraining", "phrases"):
-            self.cls: nn.Module = nn.ModuleDict(
+            self.cls: Any = nn.ModuleDict(
                 {"predictions": Predictions(config), "seq_relationship": Linear(width, 2)}
             )
         elif head != "none":
@@ -326,7 +326,7 @@ class VisualBERT(Pretrained):
         head, choices = self.config.head, None
         if head == "vcr" and tokens.dim() == 3:
             choices, inputs = tokens.shape[1], inputs.flattened()
-        faults = inputs.faults(cast(int, self.config.visual_dim), self.config.max_positions)
+        faults = inputs.faults(self.config.region_width, self.config.max_positions)
         faults = faults or label_faults(self.config, inputs, choices, labels, match, phrases)
         if faults:
             raise ValueError("VisualBERT: " + "; ".join(faults))

@@ -231,7 +231,7 @@ class Pretraining:
             return None
         inputs = placed(self.tokenizer, (drawn["tokens"], drawn["types"]), device)
         if whole.tower is None and not len(images):  # of a process without samples
-            images = images.new_zeros(0, 1, whole.config.visual_dim)
+            images = images.new_zeros(0, 1, whole.config.region_width)
         if images.dim() == 4:
             inputs |= {"images": images, "region_mask": sees.new_ones(len(sees), whole.config.cells)}
         else:
