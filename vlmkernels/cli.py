@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic, match."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model), SimVLM or VirTex.
+    --vision and --language-model), SimVLM, VirTex, VisualGPT or VisualBERT.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, probe, embed, search and caption take. A run that was stopped continues, bit for bit, with
-    --out RUN --resume auto.
+    that eval, probe, embed, search, caption and match take. A run that was stopped continues, bit for bit,
+    with --out RUN --resume auto.
     """
     from vlmkernels.train import train as run
 
@@ -175,7 +175,8 @@ def evaluate(
     allow_pipe: bool,
 ) -> None:
     """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
-    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots.
+    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots; for a VisualBERT the accuracy
+    of matching and the perplexity of masked words, with the image, another one and none.
     """
     from vlmkernels.use.evaluate import evaluate as run
 
@@ -313,6 +314,17 @@ def magic(inputs: tuple[str, ...], language_model: str, scorer: str, **options: 
     _count_skipped(done.skipped)
     if done.captions:
         click.echo(done)
+
+
+@commands.command()
+@_model_options
+@click.argument("image")
+@click.argument("texts", nargs=-1, required=True)
+def match(folder: str, image: str, texts: tuple[str, ...], **options: Any) -> None:
+    """Rank TEXTS by the probability that each belongs to IMAGE, by a VisualBERT."""
+    from vlmkernels.use.match import match as run
+
+    click.echo(run(folder, image, texts, **options))
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.magic import MAGIC
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 from vlmkernels.models.virtex import VirTex, VirTexConfig
+from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
 from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "SimVLMConfig",
     "VirTex",
     "VirTexConfig",
+    "VisualBERT",
+    "VisualBertConfig",
     "VisualGPT",
     "VisualGPTConfig",
 ]
