@@ -1,15 +1,20 @@
 """Reference architectures, one readable file each; `parts/` has what they share."""
 
 from vlmkernels.models.align import ALIGN, AlignConfig
+from vlmkernels.models.asif import ASIF
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
+from vlmkernels.models.parts.anchors import AnchorFolder, AnchorTensors
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
 
 __all__ = [
     "ALIGN",
+    "ASIF",
     "CLIP",
     "AlignConfig",
+    "AnchorFolder",
+    "AnchorTensors",
     "CausalLM",
     "ClipConfig",
     "DecoderConfig",
