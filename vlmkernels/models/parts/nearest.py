@@ -94,7 +94,12 @@ class Faiss:
     ROWS_PER_LIST = 39  # with fewer faiss warns that its clusters are poor
 
     def __init__(self) -> None:
-        self._faiss = importlib.import_module("faiss")
+        try:
+            self._faiss = importlib.import_module("faiss")
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"faiss cannot be imported ({error}): pip install faiss-cpu", name="faiss"
+            ) from error
         self._blocks: list[Tensor] = []
         self._index: Any = None
 
