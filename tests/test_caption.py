@@ -251,9 +251,12 @@ def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypa
     [
         (
             ["caption", "--model", "{clip}", "{table}"],
-            "must be of type flamingo or simvlm, got clip",
+            "must be of type flamingo or simvlm or visualgpt, got clip",
         ),
-        (["caption", "--model", "{lm}", "{table}"], "must be of type flamingo or simvlm, got decoder"),
+        (
+            ["caption", "--model", "{lm}", "{table}"],
+            "must be of type flamingo or simvlm or visualgpt, got decoder",
+        ),
         (["search", "--model", "{simvlm}", "red", "{folder}"], "must be of type clip or align, got simvlm"),
         (
             ["embed", "--model", "{flamingo}", "--out", "x.npz", "{folder}"],

@@ -54,11 +54,12 @@ OPS = {
         {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
     ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
+    "srau": (((2, 3, 5), (4, 2, 3, 5), (4, 2, 3, 5)), {"tau": 0.2}),
 }
 
 
 def test_every_op_is_counted():
-    assert {*OPS, *FAMILIES["attention"]} == set(vlmkernels.ops.__all__)
+    assert {*OPS, *FAMILIES["attention"], *FAMILIES["retrieval"]} == set(vlmkernels.ops.__all__)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -120,6 +121,15 @@ def test_perceiver_attention_counts_the_keys_of_both_sources():
     tensors = [torch.randn(s, requires_grad=True) for s in (query, media, media, latents, latents)]
     got = counted(vlmkernels.perceiver_attention, tensors)
     assert got == (sdpa_flop_count(query, both, both), sdpa_backward_flop_count(query, query, both, both))
+
+
+def test_retrieval_counts_the_similarities_once():
+    query, key = torch.randn(6, 5), torch.randn(7, 5)
+    calls = [lambda: vlmkernels.topk_similarity(query, key, 2, both=True)]
+    for call in calls:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * 6 * 7 * 5
 
 
 def test_every_op_has_a_formula():

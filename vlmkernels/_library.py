@@ -43,7 +43,7 @@ def define(
     reference: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    autocast: Sequence[str] = (),
+    autocast: Sequence[str] | None = None,
 ) -> Any:
     """Declare an op and return its default overload.
 
@@ -52,7 +52,7 @@ def define(
     and any incoming one is not None; `needs` maps the name of each argument to whether its gradient is
     needed, and the returned mapping has the gradients by name. Without it, a backward through the op raises.
     Under autocast the arguments named in `autocast`, operands of matrix products, are cast unless they are
-    float64. `flops`: see `define_part`.
+    float64, and a kernel composed of other ops runs without it. `flops`: see `define_part`.
     """
     name = _declare(schema, flops)
     if reference is not None:
@@ -69,8 +69,8 @@ def define(
         for device, language, what in (("CPU", "C++", "isa"), ("CUDA", "CUDA C++", "cuda")):
             if has_kernel(name, device):
                 KERNELS[name, device] = f"{language} ({build[what]})"
-    for device in ("CPU", "CUDA") if autocast else ():
-        operands = [names.index(operand) for operand in autocast]
+    for device in ("CPU", "CUDA") if autocast is not None else ():
+        operands = [names.index(operand) for operand in autocast or ()]
         LIB.impl(name, _under_autocast(op, device, operands), f"Autocast{device}")
     return op
 

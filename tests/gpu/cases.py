@@ -27,13 +27,14 @@ from vlmkernels.triton import (
     linear_cross_entropy,
     linear_distillation,
     sigmoid_loss,
+    srau,
 )
 
 from .cases_attention import attentions
 from .cases_dense import layers
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
-from .trials_gated import Linear, Residual
+from .trials_gated import Levels, Linear, Residual
 from .trials_pairwise import CrossEntropy, Distillation, InfoNCE, Problem, Scaled, Sigmoid, TwoModels
 from .trials_rows import Features, Logits
 
@@ -398,6 +399,18 @@ def gated() -> Iterator[Case]:
     for power in range(12):  # every tile
         n, d = gated_residual.TILE // 2**power + 1, max(1, 2**power - power // 3)
         yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Residual(n, d, t, **both))
+
+    op = "srau"
+    yield from each(op, "ragged", lambda t: Levels(33, 130, t), quick=(FP32, FP16))
+    yield from each(op, "paper, masked", lambda t: Levels(39, 100, t, paper=True, masked=True), quick=(BF16,))
+    yield from each(op, "one level, wide", lambda t: Levels(2, 2100, t, levels=0, masked=True), quick=(FP32,))
+    yield from each(op, "float32 text", lambda t: Levels(33, 40, t, language=FP32), HALF)
+    for needed in ("language", "visual", "logits"):
+        needs = tuple(needed == name for name in ("language", "visual", "logits"))
+        yield from each(op, f"gradient of {needed}", lambda t, n=needs: Levels(9, 40, t, levels=2, needs=n))
+    for power in range(11):  # every tile
+        n, d = srau.TILE // 2**power + 1, max(1, 2**power - power // 3)
+        yield from each(op, f"{n} rows of {d}", lambda t, n=n, d=d: Levels(n, d, t, levels=2, masked=True))
 
     op, rest = "gated_linear_residual", (tiles, "LARGE")
     yield from each(op, "ragged", lambda t: Linear(70, 67, 37, t, masked=True), quick=(FP32, FP16))

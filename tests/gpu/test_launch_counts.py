@@ -275,6 +275,12 @@ def test_gated_residual_takes_three(elements):
     assert len(names) == 3, names
 
 
+def test_srau_takes_two():
+    tensors = [meta(*levels, 32, 48, dtype=BF16).requires_grad_() for levels in ((), (3,), (3,))]
+    names = launched(lambda *inputs: vlmkernels.srau(*inputs, 0.2), tensors)
+    assert len(names) == 2, names
+
+
 @pytest.mark.parametrize("elements", [1, 48])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gated_linear_residual_takes_five(elements, frozen):

@@ -7,6 +7,7 @@ from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.parts.anchors import AnchorFolder, AnchorTensors
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
+from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
     "ALIGN",
@@ -22,4 +23,6 @@ __all__ = [
     "FlamingoConfig",
     "SimVLM",
     "SimVLMConfig",
+    "VisualGPT",
+    "VisualGPTConfig",
 ]

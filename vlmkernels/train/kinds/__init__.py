@@ -22,6 +22,7 @@ KINDS = {
     "lm": "vlmkernels.train.kinds.lm:LanguageModel",
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
+    "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
 }
 
 

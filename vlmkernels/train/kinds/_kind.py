@@ -20,6 +20,8 @@ from vlmkernels.use.scores import Scores
 
 Values = dict[str, float]
 HALF = (0.5, 0.5, 0.5)
+# Ids that follow the others of a vocabulary, and their places from its end.
+IDS_AT_THE_END = {"eot_id": 1, "eos_id": 1, "end_id": 1, "bos_id": 2, "start_id": 2}
 
 
 class Task(Protocol):
@@ -107,7 +109,7 @@ class Kind(abc.ABC):
             raise ValueError(
                 f"model_options: unknown fields {', '.join(unknown)}; known are {', '.join(fields)}"
             )
-        for name, place in (("eot_id", 1), ("eos_id", 1), ("bos_id", 2)):  # in a vocabulary of another size
+        for name, place in IDS_AT_THE_END.items():  # in a vocabulary of another size
             if name in fields and isinstance(options.get("vocab_size"), int):
                 options.setdefault(name, options["vocab_size"] - place)
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
