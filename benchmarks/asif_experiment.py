@@ -9,7 +9,8 @@ and p = 8 are the paper's. Two tasks, for anchors of a growing number of emoji c
     emoji   anchors in two drawing styles; queries are the 370 held-out concepts in the third style, by name
     photos  anchors in all three styles; queries are photographs, and captions that people wrote for them
 
-The result is kept in benchmarks/results/asif/results.json; table and picture are made of it.
+The result is kept in benchmarks/results/asif/results.json, and the tables and the picture of docs/asif.md are
+made of it; with another --results these stay.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from vlmkernels.use.evaluate import retrieval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "asif" / "results.json"
-PICTURE = ROOT / "docs" / "asif_anchors.svg"
+PAGE, PICTURE = ROOT / "docs" / "asif.md", ROOT / "docs" / "asif_anchors.svg"
 COMMAND = "python -m benchmarks.asif_experiment"
 DRAWS = 5
 WAYS = ("image_to_text", "text_to_image")
@@ -142,6 +143,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"| chance | | {' | '.join(chance)} |"])
 
 
+def with_tables(page: str, results: dict[str, Any]) -> str:
+    """The page with the table of each task between its markers."""
+    for name, rows in results["tasks"].items():
+        marks = f"<!-- asif: {name} -->", "<!-- /asif -->"
+        before, found, rest = page.partition(marks[0])
+        if not found:
+            raise ValueError(f"the page must have the marker {marks[0]}")
+        page = f"{before}{marks[0]}\n\n{table(rows)}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+    return page
+
+
 def picture(results: dict[str, Any]) -> str:
     """R@5 from images to texts of both tasks, with chance."""
     curves = []
@@ -160,7 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> bool:
         "--photos", type=Path, default=given and Path(given), help="default: VLMKERNELS_PHOTOS"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of the result")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="the file of the picture")
     args = parser.parse_args(arguments)
     if args.photos is None:
         print("no photographs: set VLMKERNELS_PHOTOS to a folder with images/ and annotations.json")
@@ -177,13 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> bool:
         results["tasks"][name] = run_task(pairs)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.results, json.dumps(results, indent=1) + "\n")
-    write_text(args.picture, picture(results))
+    if args.results == RESULTS:
+        write_text(PICTURE, picture(results))
+        write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), results))
     claims = verdict(results)
     for claim, holds in claims.items():
         print(f"  {'yes' if holds else 'NO '} {claim}")
     for name, rows in results["tasks"].items():
         print(f"\n{TITLES[name]}: {rows[-1]['images']} images, {rows[-1]['texts']} texts\n\n{table(rows)}")
-    print(f"\nResults: {args.results}\nPicture: {args.picture}")
+    print(f"\nResults: {args.results}")
     return all(claims.values())
 
 

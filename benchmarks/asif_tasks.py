@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,16 +71,27 @@ def tasks(photos: Path | None) -> dict[str, Pairs]:
     found = {"emoji": Pairs(features(seen), [c for _, c in seen], features(asked), labels)}
     if photos is not None:
         every = list(emoji_pairs(("noto", "twemoji", "fluent"), None))
-        place = min(photos.rglob("annotations.json"))
-        listed = json.loads(place.read_text(encoding="utf-8"))["images"]
-        files = [next(place.parent.rglob(entry["file_name"])) for entry in listed]
-        shown, kept, skipped = use.encode_files(asif.image_encoder, files)
-        if len(kept) != len(files):
-            raise ValueError(f"photos: {skipped}")
-        captions = [(at, text) for at, entry in enumerate(listed) for text in entry["captions"]]
-        queries = shown[[at for at, _ in captions]], asif.text_encoder([text for _, text in captions])
-        keys = [str(files[at].name) for at, _ in captions]
-        found["photos"] = Pairs(
-            features(every), [c for _, c in every], queries, [text for _, text in captions], keys
+        found["photos"] = photographs(
+            photos, asif.image_encoder, asif.text_encoder, features(every), [c for _, c in every]
         )
     return found
+
+
+def photographs(
+    folder: Path,
+    image_encoder: Any,
+    text_encoder: Any,
+    anchors: tuple[Tensor, Tensor],
+    concepts: Sequence[int],
+) -> Pairs:
+    """All photographs that annotations.json lists, each with all of its captions."""
+    place = min(folder.rglob("annotations.json"))
+    listed = json.loads(place.read_text(encoding="utf-8"))["images"]
+    files = [next(place.parent.rglob(entry["file_name"])) for entry in listed]
+    shown, kept, skipped = use.encode_files(image_encoder, files)
+    if len(kept) != len(files):
+        raise ValueError(f"photographs must be readable, got {skipped}")
+    captions = [(at, text) for at, entry in enumerate(listed) for text in entry["captions"]]
+    texts = [text for _, text in captions]
+    queries = shown[[at for at, _ in captions]], text_encoder(texts)
+    return Pairs(anchors, concepts, queries, texts, [files[at].name for at, _ in captions])
