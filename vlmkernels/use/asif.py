@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmkernels._optional import cache_folder
-from vlmkernels.data import Sample, load_pairs, read_image
+from vlmkernels.data import load_pairs, read_image
 from vlmkernels.data._text import printable
 from vlmkernels.models.asif import ASIF, TEMPLATES, Explanation, K, P
 from vlmkernels.models.parts.anchors import MANIFEST, AnchorFolder
@@ -94,7 +94,7 @@ def add(
     device: str = "auto",
     allow_pipe: bool = False,
 ) -> Changed:
-    """Add the pairs of data sets. Those that are there already, by key and text, are not computed again.
+    """Add the pairs of data sets. Those that are there already, by name and text, are not computed again.
 
     `encoders` are by default those that made the anchors; ValueError for others. Pairs are added some at a
     time: a process that is killed has added those before.
@@ -103,20 +103,28 @@ def add(
     encoders = _checked(anchors, encoders, device)
     before, known, skipped = len(anchors), set(anchors.described()), {}
 
-    def new() -> Iterator[Sample]:
-        for name in data:
-            for sample in readable(load_pairs(name, allow_pipe=allow_pipe), None, skipped):
-                if (sample["key"], sample["text"]) not in known:
-                    yield sample
+    def new() -> Iterator[tuple[Any, str, str]]:
+        for spec in data:
+            for sample in readable(load_pairs(spec, allow_pipe=allow_pipe), None, skipped):
+                name = name_of(spec, sample["key"])
+                if (name, sample["text"]) not in known:
+                    yield sample["image"], name, sample["text"]
 
-    samples = new()
-    while part := list(itertools.islice(samples, AT_ONCE)):
-        images, texts = encoders.image(s["image"] for s in part), encoders.text([s["text"] for s in part])
-        anchors.add(images, texts, [s["key"] for s in part], [s["text"] for s in part])
+    pairs = new()
+    while part := list(itertools.islice(pairs, AT_ONCE)):
+        images, names, texts = zip(*part, strict=True)
+        anchors.add(encoders.image(images), encoders.text(texts), names, texts)
         log.info("%d anchors", len(anchors))
     if not len(anchors):
         raise ValueError(f"data: no pair can be read from {', '.join(data)}")
     return Changed(anchors.folder, len(anchors), len(anchors) - before, skipped)
+
+
+def name_of(spec: str, key: str) -> str:
+    """The name of an anchor: the path of its image in a table, the key in tars after these, or in emoji3."""
+    if ".tar" in spec:
+        return f"{spec}:{key}"
+    return str(Path(spec).parent / key) if Path(spec).suffix else key
 
 
 def remove(folder: str | os.PathLike[str], names: Sequence[str]) -> Changed:
