@@ -140,7 +140,9 @@ def test_every_op_has_a_formula():
     assert [packet for packet in packets if packet not in flop_registry] == []
 
 
-@pytest.mark.parametrize("name", ["clip", "align", "simvlm", "flamingo", "decoder", "resampler", "block"])
+@pytest.mark.parametrize(
+    "name", ["clip", "align", "simvlm", "virtex", "flamingo", "decoder", "resampler", "block"]
+)
 def test_every_linear_layer_of_a_model_has_its_line(name):
     case = build(name)
     with FlopCounterMode(display=False) as counter:

@@ -19,8 +19,8 @@ from vlmkernels.ops import (
     mlp,
     perceiver_attention,
     sigmoid_loss,
-    topk_similarity,
     srau,
+    topk_similarity,
 )
 
 __all__ = [
@@ -42,6 +42,6 @@ __all__ = [
     "perceiver_attention",
     "prepare_for_inference",
     "sigmoid_loss",
-    "topk_similarity",
     "srau",
+    "topk_similarity",
 ]

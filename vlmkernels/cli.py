@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, embed, search, caption, asif."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic, asif."""
 
 from __future__ import annotations
 
@@ -113,11 +113,11 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model) or SimVLM.
+    --vision and --language-model), SimVLM or VirTex.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, embed, search and caption take. A run that was stopped continues, bit for bit, with --out RUN
-    --resume auto.
+    that eval, probe, embed, search and caption take. A run that was stopped continues, bit for bit, with
+    --out RUN --resume auto.
     """
     from vlmkernels.train import train as run
 
@@ -196,6 +196,32 @@ def evaluate(
 
 
 @commands.command()
+@click.argument("model", metavar="RUN/final")
+@click.option(
+    "--data",
+    required=True,
+    help="To train the probe on: emoji3[:SPLIT], scenes[:SPLIT], or a folder of images for each class.",
+)
+@click.option(
+    "--test", metavar="DATA", help="Held-out data; the test split of --data, or a fifth of it when not given."
+)
+@click.option("--untrained", is_flag=True, help="Probe the same network with random weights.")
+@click.option("--limit", type=int, metavar="N", help="Use the first N samples of each data set only.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Of splits and random weights.")
+@click.option("--batch-size", default=256, show_default=True, metavar="N", help="Batch size.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def probe(model: str, as_json: bool, **options: Any) -> None:
+    """Measure the image features of a trained VirTex, CLIP or ALIGN by a linear classifier on them, which is
+    trained on --data and tested on held-out images.
+    """
+    from vlmkernels.use.probe import probe as run
+
+    result = run(model, **options)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
+
+
+@commands.command()
 @_model_options
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--out", required=True, metavar="FILE", help="File to write, .safetensors or .npz.")
@@ -248,6 +274,46 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     from vlmkernels.use.caption import caption as run
 
     done = run(folder, inputs, **options)
+    _count_skipped(done.skipped)
+    if done.captions:
+        click.echo(done)
+
+
+@commands.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--language-model",
+    required=True,
+    metavar="FOLDER",
+    help="RUN/final of a trained language model, or a folder of Hugging Face's GPT-2.",
+)
+@click.option(
+    "--scorer", required=True, metavar="RUN/final", help="A trained model that embeds images and texts."
+)
+@click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
+@click.option(
+    "--alpha", default=0.1, show_default=True, metavar="X", help="Weight of the penalty for repetition."
+)
+@click.option(
+    "--beta",
+    default=2.0,
+    show_default=True,
+    metavar="X",
+    help="Weight of the image; 0: contrastive search.",
+)
+@click.option(
+    "--k", default=45, show_default=True, metavar="N", help="Candidates for each token, the N likeliest."
+)
+@click.option("--length", default=15, show_default=True, metavar="N", help="Maximum number of tokens.")
+@click.option("--batch-size", default=16, show_default=True, metavar="N", help="Images at once.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+def magic(inputs: tuple[str, ...], language_model: str, scorer: str, **options: Any) -> None:
+    """Write a caption for each image with a language model that was trained on texts only (MAGIC): a scorer
+    says which of its candidates fit the image. INPUTS are files, and folders with all below them.
+    """
+    from vlmkernels.use.magic import magic as run
+
+    done = run(inputs, language_model, scorer, **options)
     _count_skipped(done.skipped)
     if done.captions:
         click.echo(done)

@@ -141,12 +141,15 @@ def embedding_distillation(draw: Draw) -> dict[str, Any]:
 
 
 @arguments
+def srau(draw: Draw) -> dict[str, Any]:
+    return named("srau", raw.srau(draw))
+
+
+@arguments
 def topk_similarity(draw: Draw) -> dict[str, Any]:
     values = named("topk_similarity", raw.topk_similarity(draw))
     rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
     return {**values, "rescore": rescore}
-def srau(draw: Draw) -> dict[str, Any]:
-    return named("srau", raw.srau(draw))
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

@@ -195,7 +195,7 @@ class CsvPairs(Dataset[Sample]):
             if are_regions(key):
                 image = read_regions(self._locate(key))
             else:
-                image = transformed(self.transform, read_image(self._locate(key)), rng)
+                image, text = transformed(self.transform, read_image(self._locate(key)), text, rng)
         except BrokenImageError as error:
             self._skip_log.add(key, str(error))
             raise BrokenImageError(f"{key} cannot be read, {error}", key) from error

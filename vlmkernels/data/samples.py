@@ -28,7 +28,8 @@ Transform = Callable[[Image.Image], Any]
 class Sample(TypedDict):
     """One image with its text. `label` and `concept` are -1 if the data set has none.
 
-    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]).
+    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]); None if the
+    data set has no images.
     text: the caption. key: identifies the sample in messages and results. label: class index (emoji3: group
     0-8).
     concept: samples with an equal concept show the same object (emoji3: index 0-1851) and are mutual
@@ -47,13 +48,18 @@ def sample_rng(*parts: object) -> random.Random:
     return random.Random("/".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
 
 
-def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random | None) -> Any:
-    """`transform(image)`; an `ImageTransform` or `ImageViews` takes its random numbers from `rng`."""
+def apply_transform(
+    transform: Transform | None, image: Image.Image, text: str, rng: random.Random | None
+) -> tuple[Any, str]:
+    """`transform(image)` and the caption of its result.
+
+    An `ImageTransform` or `ImageViews` takes its random numbers from `rng` and may change the caption.
+    """
     if transform is None:
-        return image
+        return image, text
     if isinstance(transform, (ImageTransform, ImageViews)):
-        return transform(image, rng)
-    return transform(image)
+        return transform.pair(image, text, rng)
+    return transform(image), text
 
 
 class Epoch:

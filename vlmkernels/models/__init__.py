@@ -5,14 +5,17 @@ from vlmkernels.models.asif import ASIF
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
+from vlmkernels.models.magic import MAGIC
 from vlmkernels.models.parts.anchors import AnchorFolder, AnchorTensors
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
+from vlmkernels.models.virtex import VirTex, VirTexConfig
 from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
     "ALIGN",
     "ASIF",
     "CLIP",
+    "MAGIC",
     "AlignConfig",
     "AnchorFolder",
     "AnchorTensors",
@@ -23,6 +26,8 @@ __all__ = [
     "FlamingoConfig",
     "SimVLM",
     "SimVLMConfig",
+    "VirTex",
+    "VirTexConfig",
     "VisualGPT",
     "VisualGPTConfig",
 ]

@@ -14,8 +14,8 @@ from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
-from vlmkernels.ops.topk_similarity import topk_similarity
 from vlmkernels.ops.srau import srau
+from vlmkernels.ops.topk_similarity import topk_similarity
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -28,9 +28,8 @@ FAMILIES = {
         "linear_distillation",
         "sigmoid_loss",
     ),
-    "residual": ("gated_residual",),
-    "retrieval": ("topk_similarity",),  # no gradients
     "residual": ("gated_residual", "srau"),
+    "retrieval": ("topk_similarity",),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -49,6 +48,6 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",
-    "topk_similarity",
     "srau",
+    "topk_similarity",
 ]

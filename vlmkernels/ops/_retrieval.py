@@ -86,8 +86,10 @@ def as_rows(op: str, name: str, source: Any) -> Any:
 def shape_faults(name: str, rows: Any, query: Tensor) -> list[str]:
     if query.dim() != 2 or rows.dim() != 2 or query.shape[1] != rows.shape[1]:
         return [
-            f"query must be [Q, D] and {name} [M, D], "
-            f"got query {tuple(query.shape)} and {name} {tuple(rows.shape)}"
+            (
+                f"query must be [Q, D] and {name} [M, D], "
+                f"got query {tuple(query.shape)} and {name} {tuple(rows.shape)}"
+            )
         ]
     return []
 

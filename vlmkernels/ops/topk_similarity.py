@@ -52,8 +52,8 @@ def topk_similarity(
         both: also the k best queries of each key, from the same products; not with `rescore`.
 
     Returns:
-        ``(values, indices)``, ``[Q, min(k, M)]``, float32 (float64 if the queries or keys are) and int64; with
-        `both` ``(values, indices, key_values, key_indices)``, the last two ``[M, min(k, Q)]``. Autocast
+        ``(values, indices)``, ``[Q, min(k, M)]``, float32 (float64 if the queries or keys are) and int64;
+        with `both` ``(values, indices, key_values, key_indices)``, the last two ``[M, min(k, Q)]``. Autocast
         changes nothing.
 
     Raises:

@@ -360,6 +360,7 @@ def evaluate(
     dataset = open_data(data, allow_pipe=allow_pipe)
     loaded = load_model(model_folder, device, fitting=kinds.every())
     kind = kinds.of_model(loaded[0])
+    kind.check_images(dataset)
     if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
         takes = " and ".join(kinds.model_types(kinds.embedders()))
         raise ValueError(f"data: {model_folder} generates captions; classes and templates are for {takes}")

@@ -25,7 +25,7 @@ def read_files(
     """The files with their transformed images; what cannot be read goes to ``skipped`` with the reason."""
     for file in files:
         try:
-            image = read_regions(file) if are_regions(file) else transformed(transform, read_image(file))
+            image = read_regions(file) if are_regions(file) else transformed(transform, read_image(file))[0]
         except BrokenImageError as error:
             skipped[str(file)] = str(error)
             warn_skipped(str(file), str(error))
@@ -87,7 +87,8 @@ def readable(
             continue
         if transform is not None and isinstance(sample["image"], Image.Image):
             try:
-                sample = Sample(**{**sample, "image": transformed(transform, sample["image"])})  # type: ignore[typeddict-item]
+                image, text = transformed(transform, sample["image"], sample["text"])
+                sample = Sample(**{**sample, "image": image, "text": text})  # type: ignore[typeddict-item]
             except BrokenImageError as error:
                 skipped[sample["key"]] = str(error)
                 warn_skipped(sample["key"], str(error))

@@ -67,6 +67,7 @@ class Kind(abc.ABC):
     sees_images: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
+    has_features: ClassVar[bool] = False  # of images: `vlmkernels probe`
 
     def own_options(self, config: TrainConfig) -> Any:
         """The options of this kind in ``config``."""
@@ -114,6 +115,11 @@ class Kind(abc.ABC):
                 options.setdefault(name, options["vocab_size"] - place)
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
 
+    def check_images(self, dataset: Any) -> None:
+        """ValueError for data without the images that this kind needs."""
+        if self.sees_images and not getattr(dataset, "has_images", True):
+            raise ValueError(f"data: {self.name} needs images, which {dataset!r} does not have")
+
     def build_transform(self, config: TrainConfig) -> ImageTransform | None:
         """The inference transform of ``config.init``, or a new one; None for a kind without images."""
         if not self.sees_images:
@@ -154,6 +160,13 @@ class Kind(abc.ABC):
         """The model in what :meth:`trained_module` returned."""
         return module
 
+    def parameter_groups(self, config: TrainConfig, module: nn.Module) -> list[dict] | None:
+        """Groups for the optimizer, each with its weight decay and, if its learning rate differs from that of
+        the run, the factor ``lr_scale``; None: those of the module, or matrices with decay and the rest
+        without.
+        """
+        return None
+
     def own_inputs(self, config: TrainConfig) -> dict[str, Any]:
         """What the options of this kind refer to and a resumed run may not change, as values of JSON."""
         return {}
@@ -177,6 +190,10 @@ class Kind(abc.ABC):
     def image_side(self, config: Any) -> int | None:
         """Side of the images that a model of this configuration takes; None: any."""
         return config.image_size
+
+    def image_features(self, model: Any, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, F]
+        """What a probe sees of the images, for a kind that ``has_features``: here their embeddings."""
+        return model.encode_image(images)
 
     @abc.abstractmethod
     def evaluate(
