@@ -103,11 +103,11 @@ def test_classes_and_shares(table, tmp_path, capsys):
     assert (path, first.split()[0]) == (str(picture), "blue")
     assert float(first.split()[1]) > float(second.split()[1])
     title, best, *_ = run(capsys, "explain", "--anchors", anchors, picture, "deep blue")
-    assert title.startswith("score 0.")
+    assert float(title.removeprefix("score ").partition(",")[0]) > 0.9
     assert best.split("  ")[-2:] == [str(tmp_path / "seen" / "blue.png"), "a blue wall"]
-    alone = run(capsys, "explain", "--anchors", anchors, picture, "-n", 3)
+    alone = run(capsys, "explain", "--anchors", anchors, picture, "-n", 2)
     assert alone[0].startswith("score 1.0000")
-    assert len(alone) == 4
+    assert len(alone) == 3
 
 
 def test_anchors_come_and_go(table, tmp_path, capsys, monkeypatch):

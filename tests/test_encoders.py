@@ -3,7 +3,6 @@
 import numpy
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks import peers
@@ -33,7 +32,7 @@ def needs_weights():
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-@pytest.mark.parametrize("name", [*LITE, "b0", "b3"])
+@pytest.mark.parametrize("name", ["lite0", "lite4", "b0"])
 def test_every_lite_has_the_layers_of_its_original(name):
     theirs = peer("efficientnet_lite_pytorch")
     from vlmkernels.models.parts.efficientnet import COEFFICIENTS
@@ -196,9 +195,10 @@ def test_models_of_transformers():
     }
     clip = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=24)).eval()
     assert image_encoder(clip, processor=processor)(shown).shape == (3, 24)
-    features = text_encoder(clip, tokenizer=Words())(TEXTS)
-    assert features.shape == (3, 24)
-    assert F.cosine_similarity(features[0], features[2], dim=0) < 0.9999
+    with torch.no_grad():
+        wanted = clip.get_text_features(**Words()(TEXTS, True, True, 77, "pt"))
+    wanted = wanted if isinstance(wanted, torch.Tensor) else wanted.pooler_output
+    torch.testing.assert_close(text_encoder(clip, tokenizer=Words())(TEXTS), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_errors_name_what_is_possible(tmp_path):
