@@ -149,7 +149,7 @@ def imports(path: Path) -> set[str]:
 
 def test_parts_of_models_know_no_system():
     """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT one."""
-    systems = ("align", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualbert", "visualgpt")
+    systems = ("align", "asif", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualbert", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
     joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
     joined |= {"visualgpt": {"decoder"}, "_visualgpt_layers": {"decoder"}}

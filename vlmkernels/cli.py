@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic, match."""
+"""The ``vlmkernels`` command: training, evaluation and the use of models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from vlmkernels import __version__
+from vlmkernels._asif_commands import asif
 from vlmkernels.data._text import printable
 from vlmkernels.train.config import TrainConfig, read_config, settings, shipped_configs
 from vlmkernels.train.kinds import KINDS
@@ -37,6 +38,9 @@ class _Echo(logging.Handler):
 @click.version_option(__version__, prog_name="vlmkernels")
 def commands() -> None:
     """Fused kernels for vision-language models, and models trained with them."""
+
+
+commands.add_command(asif)
 
 
 @commands.command()
@@ -365,7 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
+        told = "pip install" in str(error)
+        _fail(error if told else f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)
