@@ -43,11 +43,11 @@ class DualEncoderScorer:
         image_features: Tensor,  # [B, E]
         texts: Sequence[Sequence[str]],  # B of k
     ) -> Tensor:  # [B, k]
-        device = next(self.model.parameters()).device
-        tokens = self.tokenizer([text for row in texts for text in row]).to(device)
-        found = self.model.encode_text(tokens, normalize=True).unflatten(0, (len(texts), -1))
+        different, place = distinct(texts)
+        tokens = self.tokenizer(different).to(next(self.model.parameters()).device)
+        found = self.model.encode_text(tokens, normalize=True)
         images = nn.functional.normalize(image_features.to(found), dim=-1)
-        return self.model.scale() * torch.einsum("be,bke->bk", images, found)
+        return self.model.scale() * torch.einsum("be,bke->bk", images, found[place.to(found.device)])
 
 
 class MAGIC:
@@ -219,6 +219,13 @@ class MAGIC:
                 f"input_ids and max_new_tokens must be at most {longest} tokens together, got {given}"
             )
         return faults
+
+
+def distinct(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:  # [B, k] int64
+    """The different ones of B times k texts, and which each is: images with like captions share many."""
+    number: dict[str, int] = {}
+    place = [[number.setdefault(text, len(number)) for text in row] for row in texts]
+    return list(number), torch.tensor(place)
 
 
 def likeliest(
