@@ -100,6 +100,8 @@ def _layers(dtype, n, k, o) -> Iterator[Case]:
         op = _with(vlmkernels.gated_linear_residual, row_mask=mask)
         yield "gated_linear_residual", op, [residual, x, w1, gate]
         yield "gated_residual", _with(vlmkernels.gated_residual, row_mask=mask), [residual, *branch, gate]
+    levels = _rows(dtype, (3, n, o), (3, n, o))
+    yield "srau", _with(vlmkernels.srau, tau=0.2, row_mask=mask), [residual, *levels]
 
 
 def _losses(dtype, n, m, d) -> Iterator[Case]:

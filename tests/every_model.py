@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests import flamingo_tiny, simvlm_tiny
+from tests import flamingo_tiny, simvlm_tiny, virtex_tiny
 from tests.parity import randomize
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
@@ -83,6 +83,15 @@ def simvlm(form: str) -> Case:
     return Case(simvlm_tiny.tiny_model(form), batch, lambda out: out["loss"])
 
 
+def virtex() -> Case:
+    def batch(rows=3, length=10):
+        tokens = texts(rows, length, virtex_tiny.VOCABULARY - 1)
+        return numbers(rows, 3, 32, 32), tokens
+
+    ends = {"eos_id": virtex_tiny.VOCABULARY - 1, "context_length": 12}
+    return Case(virtex_tiny.tiny_model(**ends), batch, lambda out: out["loss"])
+
+
 def flamingo() -> Case:
     def batch(rows=3, length=14):
         vision_x, lang_x = flamingo_tiny.inputs(rows=rows, length=length)
@@ -123,6 +132,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "align": align,
     "simvlm": lambda: simvlm("encoder_decoder"),
     "simvlm-prefix_lm": lambda: simvlm("prefix_lm"),
+    "virtex": virtex,
     "flamingo": flamingo,
     "decoder": decoder,
     "resampler": lambda: resampler("open_flamingo"),

@@ -162,17 +162,30 @@ def layers(dtype):
         yield f"gated_residual, {gates}", vlmkernels.gated_residual, (x, y, gate), masked
         arguments = (x, h, down, gate)
         yield f"gated_linear_residual, {gates}", vlmkernels.gated_linear_residual, arguments, masked
+    levels = (random(2, *x.shape, dtype=dtype) for _ in range(2))
+    yield "srau", vlmkernels.srau, (x, *levels), masked | {"tau": 0.2}
     gelu = {"activation": "gelu", "residual": x}
     yield "linear", vlmkernels.linear, (h, down, bias), gelu
     yield "mlp", vlmkernels.mlp, (x, up, wide, down, bias), gelu
     yield "gated_mlp", vlmkernels.gated_mlp, (x, up, random(k, d, dtype=dtype), down), gelu
 
 
+def retrieval(dtype):
+    query, key = random(60, 40, dtype=dtype).detach(), random(70, 40, dtype=dtype).detach()
+    quantised = torch.ones(70, 40, dtype=torch.int8), {"key_scale": torch.ones(70)}
+    yield "topk_similarity", vlmkernels.topk_similarity, (query, key, 5), {"normalize": True}
+    yield "topk_similarity both ways", vlmkernels.topk_similarity, (query, key, 5), {"both": True}
+    rescored = quantised[1] | {"rescore": key, "return_sorted": False}
+    yield "topk_similarity rescored", vlmkernels.topk_similarity, (query, quantised[0], 5), rescored
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def calls(dtype):
-    return {name: call for make in (losses, rows, attention, layers) for name, *call in make(dtype)}
+    return {
+        name: call for make in (losses, rows, attention, layers, retrieval) for name, *call in make(dtype)
+    }
 
 
 def moved(value, device):
@@ -188,8 +201,10 @@ def moved(value, device):
 
 
 def step(op, tensors, options):
-    """The result and the gradients of a call."""
+    """The result and the gradients of a call; the results, where there are no gradients."""
     out = op(*tensors, **options)
+    if isinstance(out, tuple):
+        return out
     return out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
 
 

@@ -54,11 +54,12 @@ OPS = {
         {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
     ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
+    "srau": (((2, 3, 5), (4, 2, 3, 5), (4, 2, 3, 5)), {"tau": 0.2}),
 }
 
 
 def test_every_op_is_counted():
-    assert {*OPS, *FAMILIES["attention"]} == set(vlmkernels.ops.__all__)
+    assert {*OPS, *FAMILIES["attention"], *FAMILIES["retrieval"]} == set(vlmkernels.ops.__all__)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -122,6 +123,15 @@ def test_perceiver_attention_counts_the_keys_of_both_sources():
     assert got == (sdpa_flop_count(query, both, both), sdpa_backward_flop_count(query, query, both, both))
 
 
+def test_retrieval_counts_the_similarities_once():
+    query, key = torch.randn(6, 5), torch.randn(7, 5)
+    calls = [lambda: vlmkernels.topk_similarity(query, key, 2, both=True)]
+    for call in calls:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * 6 * 7 * 5
+
+
 def test_every_op_has_a_formula():
     declared = {name for name in dir(torch.ops.vlmkernels) if not name.startswith("_")} | set(_library.OPS)
     packets = [getattr(torch.ops.vlmkernels, name) for name in declared]
@@ -130,7 +140,9 @@ def test_every_op_has_a_formula():
     assert [packet for packet in packets if packet not in flop_registry] == []
 
 
-@pytest.mark.parametrize("name", ["clip", "align", "simvlm", "flamingo", "decoder", "resampler", "block"])
+@pytest.mark.parametrize(
+    "name", ["clip", "align", "simvlm", "virtex", "flamingo", "decoder", "resampler", "block"]
+)
 def test_every_linear_layer_of_a_model_has_its_line(name):
     case = build(name)
     with FlopCounterMode(display=False) as counter:

@@ -23,6 +23,11 @@ OPS = sorted(
     path.stem for path in (ROOT / "vlmkernels" / "ops").glob("*.py") if not path.stem.startswith("_")
 )
 
+# Their similarities and positives are those of the losses over pairs.
+BUILT_ON = {"retrieval": "pairwise"}
+# So far on the reference alone.
+WITHOUT_KERNELS = {"topk_similarity"}
+
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 # Ops whose kernels are those of their family: one streaming softmax, products of dense layers.
 ATTENTION = ["csrc/cpu/attention_forward.cpp", "csrc/cpu/attention_backward.cpp"]
@@ -34,6 +39,7 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
+DIFFERENTIABLE = [op for op in OPS if op not in FAMILIES["retrieval"]]
 BENCHMARKED = {case.op for case in all_cases()}
 
 
@@ -43,11 +49,9 @@ def test_there_are_ops():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_all_its_parts(op):
-    parts = [
-        f"vlmkernels/reference/{op}.py", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
-        *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"]),
-    ]  # fmt: skip
-    parts.append(f"vlmkernels/triton/{op}.py")
+    parts = [f"vlmkernels/reference/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"]
+    if op not in WITHOUT_KERNELS:
+        parts += [f"python/{op}.cpp", f"vlmkernels/triton/{op}.py", *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"])]
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
 
@@ -100,7 +104,8 @@ def files_of(op: str) -> set[str]:
 def is_named_after(stem: str, op: str) -> bool:
     """Whether a file is the op's own, of one of its parts, or of its family."""
     names = [name for name in (*OPS, *FAMILIES) if re.match(rf"_?{name}(_|$)", stem)]
-    return max(names, key=len, default="") in (op, FAMILY[op])  # linear_cross_entropy is not one of linear's
+    own = (op, FAMILY[op], BUILT_ON.get(FAMILY[op]))
+    return max(names, key=len, default="") in own  # linear_cross_entropy is not one of linear's
 
 
 def test_every_op_has_a_family():
@@ -143,10 +148,11 @@ def imports(path: Path) -> set[str]:
 
 
 def test_parts_of_models_know_no_system():
-    """And a system is made of parts, not of another system; Flamingo has two in it."""
-    systems = ("align", "clip", "decoder", "flamingo", "simvlm")
+    """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT one."""
+    systems = ("align", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
     joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
+    joined |= {"visualgpt": {"decoder"}, "_visualgpt_layers": {"decoder"}}
     for path in [*folder.glob("parts/*.py"), *folder.glob("[!_]*.py"), *folder.glob("_[!_]*.py")]:
         read = {name.removeprefix(room).split(".")[0].lstrip("_") for name in imports(path) if room in name}
         own = path.stem.lstrip("_").split("_")[0]
@@ -194,13 +200,13 @@ def tensors_of(op: str) -> list[str]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_raw_and_public_ops_take_their_tensors_in_one_order(op):
-    raw, backward = (tensors_of(name) for name in (op, f"{op}_bwd"))
-    public = list(inspect.signature(getattr(vlmkernels, op)).parameters)
+    raw, public = tensors_of(op), list(inspect.signature(getattr(vlmkernels, op)).parameters)
     assert [name for name in raw if name in public] == [name for name in public if name in raw]
+    backward = tensors_of(f"{op}_bwd") if op in DIFFERENTIABLE else []
     assert [name for name in backward if name in raw] == [name for name in raw if name in backward]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_a_backward_takes_what_is_needed_as_one_list_of_its_results(op):
     schema = getattr(torch.ops.vlmkernels, f"{op}_bwd").default._schema
     needs = schema.arguments[-1]

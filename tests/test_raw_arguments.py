@@ -13,6 +13,7 @@ from .fuzz import raw
 ops = torch.ops.vlmkernels
 native = pytest.mark.skipif(_native.extension is None, reason="the reference kernels take no pointers")
 COMPOSED = {f"{op}{end}" for op in FAMILIES["pairwise"] for end in ("", "_bwd")}  # of others, in Python
+COMPOSED |= set(FAMILIES["retrieval"])
 ones, zeros = torch.ones, torch.zeros
 ALL = [True] * 7
 X = H = F = ones(4, 3)
@@ -49,6 +50,14 @@ CALLS = [  # the op, its arguments, and what the error says
     ("gated_residual", [ones(4, 3), ones(4, 3), ones(1), ones(4)], r"row_mask must be .*\[4\] of bool"),
     ("gated_residual", [ones(()), ones(()), ones(1), None], r"x must be .*\[\.\.\., \*\]"),
     ("gated_residual_bwd", [ones(4, 3), ones(4, 2), ones(1), None, ALL[:2]], r"y must be .*\[4, 3\]"),
+    ("srau", [X, ones(2, 4, 2), X, None, 0.2, "code"], r"visual must be .*\[2, 4, 3\]"),
+    ("srau", [X, X, ones(1, 4, 3), None, 0.2, "code"], r"gate_logits must be .*\[4, 3\]"),
+    ("srau", [X, X, X, ones(4), 0.2, "code"], r"row_mask must be .*\[4\] of bool"),
+    ("srau", [X, zeros(0, 4, 3), zeros(0, 4, 3), None, 0.2, "code"], r"at least one level"),
+    ("srau", [X, X, X, None, 0.6, "code"], r"tau must be in \[0, 0.5\], got 0.6"),
+    ("srau", [X, X, X, None, 0.2, "Code"], r"orientation must be .*got 'Code'"),
+    ("srau", [MOST[0], *MOST, None, 0.2, "code"], r"too large for one call"),
+    ("srau_bwd", [ones(4, 2), X, X, X, None, 0.2, "code", ALL[:3]], r"dout must be .*\[4, 3\]"),
     ("gated_linear_residual", [ones(4, 2), H, ones(2, 4), ones(1), None], r"weight must be .*\[\*, 3\]"),
     ("gated_linear_residual", [ones(3, 2), H, ones(2, 3), ones(1), None], r"x must be .*\[4, 2\]"),
     ("gated_linear_residual_bwd", [H, H, ones(2, 3), ones(1), None, ALL[:3]], r"dout must be .*\[4, 2\]"),

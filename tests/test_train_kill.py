@@ -90,6 +90,7 @@ def kill_somewhere(kind, values, run, rng):
         ("simvlm", 2),
         pytest.param("clip", 20, marks=pytest.mark.slow),
         pytest.param("simvlm", 20, marks=pytest.mark.slow),
+        pytest.param("visualgpt", 20, marks=pytest.mark.slow),
     ],
 )
 def test_killed_run_resumes_bit_for_bit(tmp_path, kind, kills):

@@ -9,6 +9,7 @@ from torch._ops import OpOverloadPacket
 import vlmkernels as vk
 from tests.every_model import build
 from vlmkernels import _native, intervals
+from vlmkernels.ops import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -40,6 +41,7 @@ OPS = {
     ),
     "sigmoid_loss": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0), (6, 4)),
     "sigmoid_loss streamed": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0, reduction="none"), (6, 4)),
+    "srau": (lambda x: vk.srau(x[0], x, 2 * x, 0.2), (3, 4, 6)),
     "interval_attention": (lambda x: vk.interval_attention(x, x, x, START, END), (2, 2, 5, 8)),
     "perceiver_attention": (lambda x: vk.perceiver_attention(x, x, x, x, x), (2, 2, 5, 8)),
 }
@@ -47,7 +49,7 @@ every = pytest.mark.parametrize("op", OPS)
 
 
 def test_no_op_is_missing():
-    assert {name.split()[0] for name in OPS} == set(vk.ops.__all__)
+    assert {*(name.split()[0] for name in OPS), *FAMILIES["retrieval"]} == set(vk.ops.__all__)
 
 
 @every
@@ -63,6 +65,23 @@ def test_forward_mode_is_refused(op):
             dual = forward_ad.make_dual(x.clone().requires_grad_(trained), torch.ones_like(x))
             with pytest.raises(RuntimeError, match=message):
                 fn(dual)
+
+
+INDICES = {"topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2)}
+
+
+def test_ops_without_a_derivative():
+    assert set(INDICES) == set(FAMILIES["retrieval"])
+    x = torch.randn(4, 6)
+    for op, fn in INDICES.items():
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{op} has no forward-mode derivative"):
+            torch.func.jvp(fn, (x,), (torch.ones_like(x),))
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{op} has no derivative under torch.func"):
+            torch.func.grad(lambda x, fn=fn: fn(x)[0].sum())(x)
+        xs = torch.randn(3, 4, 6)
+        for got, want in zip(torch.vmap(fn)(xs), zip(*map(fn, xs), strict=True), strict=True):
+            assert torch.equal(got, torch.stack(want))
+        assert not any(result.requires_grad for result in fn(x.requires_grad_()))
 
 
 def test_forward_mode_of_raw_ops_and_of_backwards_is_refused():

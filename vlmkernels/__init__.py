@@ -19,6 +19,8 @@ from vlmkernels.ops import (
     mlp,
     perceiver_attention,
     sigmoid_loss,
+    srau,
+    topk_similarity,
 )
 
 __all__ = [
@@ -40,4 +42,6 @@ __all__ = [
     "perceiver_attention",
     "prepare_for_inference",
     "sigmoid_loss",
+    "srau",
+    "topk_similarity",
 ]

@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, embed, search, caption, magic."""
+"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model) or SimVLM.
+    --vision and --language-model), SimVLM or VirTex.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, embed, search and caption take. A run that was stopped continues, bit for bit, with --out RUN
-    --resume auto.
+    that eval, probe, embed, search and caption take. A run that was stopped continues, bit for bit, with
+    --out RUN --resume auto.
     """
     from vlmkernels.train import train as run
 
@@ -188,6 +188,32 @@ def evaluate(
         num_beams=num_beams,
         allow_pipe=allow_pipe,
     )
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
+
+
+@commands.command()
+@click.argument("model", metavar="RUN/final")
+@click.option(
+    "--data",
+    required=True,
+    help="To train the probe on: emoji3[:SPLIT], scenes[:SPLIT], or a folder of images for each class.",
+)
+@click.option(
+    "--test", metavar="DATA", help="Held-out data; the test split of --data, or a fifth of it when not given."
+)
+@click.option("--untrained", is_flag=True, help="Probe the same network with random weights.")
+@click.option("--limit", type=int, metavar="N", help="Use the first N samples of each data set only.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Of splits and random weights.")
+@click.option("--batch-size", default=256, show_default=True, metavar="N", help="Batch size.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def probe(model: str, as_json: bool, **options: Any) -> None:
+    """Measure the image features of a trained VirTex, CLIP or ALIGN by a linear classifier on them, which is
+    trained on --data and tested on held-out images.
+    """
+    from vlmkernels.use.probe import probe as run
+
+    result = run(model, **options)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result)
 
 

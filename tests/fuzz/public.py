@@ -140,6 +140,18 @@ def embedding_distillation(draw: Draw) -> dict[str, Any]:
     return without(named("embedding_distillation", raw.embedding_distillation(draw)), "need_student")
 
 
+@arguments
+def srau(draw: Draw) -> dict[str, Any]:
+    return named("srau", raw.srau(draw))
+
+
+@arguments
+def topk_similarity(draw: Draw) -> dict[str, Any]:
+    values = named("topk_similarity", raw.topk_similarity(draw))
+    rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
+    return {**values, "rescore": rescore}
+
+
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     """A function, its arguments, and which of them are damaged."""
     draw = Draw(seed)

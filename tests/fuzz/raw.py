@@ -447,6 +447,33 @@ def embedding_distillation_bwd(draw: Draw) -> list:
     return [torch.randn(loss.shape).to(loss.dtype), *inputs[:-1], draw.needs(1)]
 
 
+@arguments
+def srau(draw: Draw) -> list:
+    shape, levels = (*draw.lead(), draw.size()), draw.choice(((), (1,), (2,), (3,)))
+    visual, logits = (draw.floats(*levels, *shape) for _ in range(2))
+    mask, tau = draw.maybe(draw.mask(*shape[:-1])), draw.choice((0.0, 0.2, 0.5))
+    return [draw.floats(*shape), visual, logits, mask, tau, draw.choice(("code", "paper"))]
+
+
+@arguments
+def srau_bwd(draw: Draw) -> list:
+    inputs = srau(draw)
+    return [draw.floats(*inputs[0].shape), *inputs, draw.needs(3)]
+
+
+def keys(draw: Draw, m: int, d: int) -> list:
+    """key and key_scale."""
+    if draw.flag():
+        return [draw.floats(m, d), None]
+    return [torch.randint(-127, 128, (m, d), dtype=torch.int8), draw.floats(m)]
+
+
+@arguments
+def topk_similarity(draw: Draw) -> list:
+    n, m, d = draw.size(), draw.size(), draw.size()
+    return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
+
+
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""

@@ -20,7 +20,15 @@ import torch
 
 import vlmkernels.triton
 
-from . import mutants, mutants_classes, mutants_dense, mutants_distillation, mutants_pairwise, mutants_rows
+from . import (
+    mutants,
+    mutants_classes,
+    mutants_dense,
+    mutants_distillation,
+    mutants_gated,
+    mutants_pairwise,
+    mutants_rows,
+)
 from .cases import CASES
 from .mutants import Mutation
 from .ptx import simulated
@@ -34,6 +42,7 @@ MUTANTS = [
     *mutants_distillation.MUTANTS,
     *mutants_rows.MUTANTS,
     *mutants_dense.MUTANTS,
+    *mutants_gated.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"

@@ -23,6 +23,7 @@ from vlmkernels.triton import (
     embedding_distillation,
     gated_residual,
     sigmoid_loss,
+    srau,
 )
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
@@ -163,6 +164,9 @@ def test_every_tile_is_used_whole_by_each_of_its_kernels(launches):
 def test_every_tile_of_the_row_kernels_is_used(launches):
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
     for name in ("gated_residual._forward", "gated_residual._backward"):
+        assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    widths = {srau.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * srau.TILE)}
+    for name in ("srau._forward", "srau._backward"):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, _dense.WIDTH + 1)}
     assert {launch.config["BLOCK_D"] for launch in launches[0]["_dense._backward"]} == widths

@@ -25,7 +25,7 @@ from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import linear_distillation as linear_distil
 from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
-from vlmkernels.triton import sigmoid_loss
+from vlmkernels.triton import sigmoid_loss, srau
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKLOADS: dict[str, Callable[[], None]] = {}
@@ -146,6 +146,13 @@ def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need
     gated.gated_residual_bwd(meta(n, d, dtype=out.dtype), y, gate, row_mask, (need_y, need_gate))
 
 
+def levels(n, d, dtype, *, count=3, mask=False, paper=False, low=None, needs=(True, True, True)):
+    language, visual = meta(n, d, dtype=dtype), meta(count, n, d, dtype=low or dtype)
+    options = meta(n, dtype=torch.bool) if mask else None, 0.2, "paper" if paper else "code"
+    out = srau.srau(language, visual, visual, *options)
+    srau.srau_bwd(meta(n, d, dtype=out.dtype), language, visual, visual, *options, needs)
+
+
 def gated_linear_residual(n, k, d, dtype, *, channels=False, mask=False, weight=True, residual=None):
     h, w, gate = features(n, k, dtype), features(d, k, dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
@@ -221,6 +228,7 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"info_nce {name} ragged", info_nce, 4099, 4099, 500, dtype)
     _add(f"sigmoid {name}", sigmoid, 4096, 4096, 768, dtype)
     _add(f"sigmoid {name} small", sigmoid, 512, 512, 768, dtype)
+    _add(f"sigmoid {name} small normalized", sigmoid, 512, 512, 768, dtype, normalize=True)
     _add(f"sigmoid {name} ragged", sigmoid, 4097, 4099, 500, dtype)
     _add(f"contrastive_distillation {name}", distillation_of_pairs, 4096, 4096, 512, 768, dtype)
     _add(f"contrastive_distillation {name} small", distillation_of_pairs, 512, 512, 512, 512, dtype)
@@ -236,6 +244,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
+    _add(f"srau {name}", levels, 8192, 768, dtype)
+    _add(f"srau {name} masked", levels, 8192, 1024, dtype, mask=True, paper=True)
     _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
     _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
     _add(f"linear {name}", layer, 8192, 768, 3072, dtype)
@@ -256,6 +266,7 @@ _add("cross_entropy fp16", cross_entropy, 8192, 2048, 32000, FP16, options=True)
 _add("distillation fp16", distillation, 8192, 32768, FP16, hard=0.3, reduction="sum")
 _add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
+_add("srau fp16", levels, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
 for name in ("", " small", " ragged"):
@@ -265,6 +276,8 @@ for name in ("", " small", " ragged"):
         _add("info_nce tf32 small normalized", info_nce, *square, 512, FP32, allow_tf32=True, normalize=True)
     _add(f"info_nce tf32{name}", info_nce, *square, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
     _add(f"sigmoid tf32{name}", sigmoid, *size, 512 if name != " ragged" else 500, FP32, allow_tf32=True)
+    if name == " small":
+        _add("sigmoid tf32 small normalized", sigmoid, *size, 512, FP32, allow_tf32=True, normalize=True)
     widths = (512, 768) if name != " ragged" else (500, 510)
     _add(f"contrastive_distillation tf32{name}", distillation_of_pairs, *size, *widths, FP32, allow_tf32=True)
 _add("info_nce bf16 of many devices", info_nce, 65536, 65536, 768, BF16, normalize=True)
@@ -281,6 +294,9 @@ _add("info_nce fp16 small", info_nce, 1024, 1024, 768, FP16, form="ids", smoothi
 _add("info_nce bf16 of each row", info_nce, 4096, 4096, 512, BF16, weighted=True, reduction="none")
 _add("info_nce bf16 one pair", info_nce, 1, 1, 1, BF16)
 _add("sigmoid bf16 one pair", sigmoid, 1, 1, 1, BF16)
+_add("sigmoid fp16 small", sigmoid, 1024, 1024, 768, FP16, form="ids", loss=False)
+_add("sigmoid bf16 small, loss alone", sigmoid, 512, 512, 768, BF16, grads=False)
+_add("sigmoid fp16 small of each row", sigmoid, 512, 512, 768, FP16, reduction="none", loss=False)
 _add("sigmoid bf16 ids", sigmoid, 4096, 4096, 768, BF16, form="ids", normalize=True)
 _add("sigmoid bf16 index", sigmoid, 4096, 4096, 768, BF16, form="index")
 _add("sigmoid fp16 of each row", sigmoid, 4096, 4096, 768, FP16, reduction="none", loss=False)
@@ -348,6 +364,10 @@ _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)
 _add("gated_residual fp32 and bf16", gated_residual, 8192, 1024, FP32, low=BF16)
+_add("srau bf16 ragged", levels, 4097, 1001, BF16, count=1, mask=True)
+_add("srau bf16 frozen text", levels, 8192, 1024, BF16, needs=(False, True, True))
+_add("srau bf16 text alone", levels, 8192, 1024, BF16, needs=(True, False, False))
+_add("srau fp32 and bf16", levels, 8192, 1024, FP32, low=BF16)
 _add("gated_linear_residual bf16 ragged", gated_linear_residual, 4097, 1001, 1003, BF16)
 _add("gated_linear_residual bf16 on fp32", gated_linear_residual, 8192, 1024, 1024, BF16, residual=FP32)
 _add("gated_linear_residual tf32", gated_linear_residual, 8192, 4096, 1024, FP32, allow_tf32=True)
@@ -397,5 +417,6 @@ _add("attention bf16 128 values of 64", attention, 8, 16, 16, 1024, 1024, 128, B
 _add("attention bf16 ragged", attention, 3, 5, 5, 1021, 1023, 37, BF16)
 _add("attention bf16 72", attention, 8, 16, 16, 729, 729, 72, BF16)
 _add("gated_residual bf16 one element", gated_residual, 1, 1, BF16)
+_add("srau bf16 one element", levels, 1, 1, BF16)
 _add("gated_linear_residual bf16 one element", gated_linear_residual, 1, 1, 1, BF16)
 _add("attention bf16 one key", attention, 1, 1, 1, 1, 1, 1, BF16, grid=(1, 1))

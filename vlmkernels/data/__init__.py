@@ -6,6 +6,7 @@ from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.images import BrokenImageError, read_image
 from vlmkernels.data.lines import CaptionLines
 from vlmkernels.data.pairs import load_pairs
+from vlmkernels.data.regions import read_regions
 from vlmkernels.data.samples import Collate, Sample, SkipLog
 from vlmkernels.data.scenes import SCENE_SPLITS, Scene, Scenes, load_scenes, parse_caption, slot_accuracy
 from vlmkernels.data.tar_pairs import TarPairs
@@ -50,5 +51,6 @@ __all__ = [
     "load_tokenizer",
     "parse_caption",
     "read_image",
+    "read_regions",
     "slot_accuracy",
 ]

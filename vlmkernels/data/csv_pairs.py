@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vlmkernels.data._text import is_unicode
 from vlmkernels.data.images import BrokenImageError, read_image, transformed
+from vlmkernels.data.regions import are_regions, read_regions
 from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, sample_rng
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ class CsvPairs(Dataset[Sample]):
     separator: between columns; None is a tab if the header has one (open_clip's default), else a comma.
     root: folder of relative image paths; None tries the working directory (as open_clip), then the folder of
         the file. transform: applied to the RGB image; see `image_transform`. seed: of random augmentation.
+
+    A path of features, FILE.npy or FILE.h5#NAME, gives the regions of an image, a tensor [N, F], which is not
+    transformed; see `read_regions`.
 
     Rows without a path or a caption, with more columns than the header, with unclosed quotes or invalid
     UTF-8 are skipped when the file is read, images that cannot be read or transformed when they are loaded:
@@ -188,7 +192,10 @@ class CsvPairs(Dataset[Sample]):
         key, text = self._rows[index]
         rng = sample_rng(self.seed, self._epoch.get(), index)
         try:
-            image = transformed(self.transform, read_image(self._locate(key)), rng)
+            if are_regions(key):
+                image = read_regions(self._locate(key))
+            else:
+                image, text = transformed(self.transform, read_image(self._locate(key)), text, rng)
         except BrokenImageError as error:
             self._skip_log.add(key, str(error))
             raise BrokenImageError(f"{key} cannot be read, {error}", key) from error

@@ -6,6 +6,8 @@ from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.flamingo import Flamingo, FlamingoConfig
 from vlmkernels.models.magic import MAGIC
 from vlmkernels.models.simvlm import SimVLM, SimVLMConfig
+from vlmkernels.models.virtex import VirTex, VirTexConfig
+from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 
 __all__ = [
     "ALIGN",
@@ -19,4 +21,8 @@ __all__ = [
     "FlamingoConfig",
     "SimVLM",
     "SimVLMConfig",
+    "VirTex",
+    "VirTexConfig",
+    "VisualGPT",
+    "VisualGPTConfig",
 ]

@@ -14,6 +14,8 @@ from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
+from vlmkernels.ops.srau import srau
+from vlmkernels.ops.topk_similarity import topk_similarity
 
 # Code shared by the ops of a family is in files named after the family, in every folder.
 FAMILIES = {
@@ -26,7 +28,8 @@ FAMILIES = {
         "linear_distillation",
         "sigmoid_loss",
     ),
-    "residual": ("gated_residual",),
+    "residual": ("gated_residual", "srau"),
+    "retrieval": ("topk_similarity",),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
@@ -45,4 +48,6 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",
+    "srau",
+    "topk_similarity",
 ]

@@ -14,6 +14,8 @@ from vlmkernels.reference.linear_distillation import linear_distillation
 from vlmkernels.reference.mlp import mlp
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
+from vlmkernels.reference.srau import srau
+from vlmkernels.reference.topk_similarity import topk_similarity
 
 __all__ = [
     "contrastive_distillation",
@@ -30,4 +32,6 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "sigmoid_loss",
+    "srau",
+    "topk_similarity",
 ]

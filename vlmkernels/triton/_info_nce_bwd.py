@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.triton import _info_nce_small as small
+from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_small as small
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._info_nce_tiles import pair_gradient, tile_gradient
 from vlmkernels.triton._tiles import grouped_tile
@@ -266,7 +267,7 @@ def info_nce_bwd(
             )  # fmt: skip
         smooth, of_cols = (smoothing / m, smoothing / n), cols if symmetric else None
         if small.serves(n, m, normalize):
-            small.gradients(
+            few_rows.gradients(
                 query, key, scale, positives, key_ids, rows, of_cols, u, v, of_all,
                 [x if need else None for x, need in zip((dquery, dkey, dscale), needs, strict=True)],
                 factor, gain, (row_weight, col_weight), smooth, smoothing,

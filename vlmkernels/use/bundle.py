@@ -30,6 +30,8 @@ TOKEN_IDS = {
     "pad_id": "pad_id",
     "media_token_id": "image_id",
     "endofchunk_token_id": "endofchunk_id",
+    "start_id": "image_id",
+    "end_id": "endofchunk_id",
 }
 
 

@@ -45,9 +45,9 @@ class CaptionKind(Kind):
     def caption_loss(
         self, model: Any, tokenizer: CaptionTokenizer, batch: dict[str, Any], *, with_logits: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Mean loss of the counted tokens, logits [B, L, V] (or None), labels [B, L], -100 where not counted.
+        """Mean loss of the counted tokens, logits [R, L, V] (or None), labels [R, L], -100 where not counted.
 
-        ``batch`` is a ``CaptionCollate``'s.
+        ``batch`` is a ``CaptionCollate``'s; the logits of position t are those of label t + 1.
         """
 
     @abc.abstractmethod
@@ -82,14 +82,20 @@ class CaptionKind(Kind):
 
 
 class Captioning:
-    """The task: the loss is the mean over the counted tokens of all processes."""
+    """The task: the loss is the mean over the counted tokens of all processes, times ``weight``."""
 
     scores = ("perplexity", "token_accuracy")
 
     def __init__(
-        self, kind: CaptionKind, tokenizer: CaptionTokenizer, collate: CaptionCollate, seed: int
+        self,
+        kind: CaptionKind,
+        tokenizer: CaptionTokenizer,
+        collate: CaptionCollate,
+        seed: int,
+        weight: int = 1,
     ) -> None:
         self.kind, self.tokenizer, self.collate, self.seed = kind, tokenizer, collate, seed
+        self.weight = weight
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
@@ -113,12 +119,12 @@ class Captioning:
             right = objective.sum_over_processes((logits[:, :-1].argmax(dim=-1) == targets).sum())
             joint = objective.sum_over_processes((own_loss.detach() * share).double()).item()
             return {
-                "loss": joint,
+                "loss": self.weight * joint,
                 "perplexity": math.exp(min(joint, 700.0)),
                 "token_accuracy": (right / total).item(),
             }
 
-        return own_loss * (share * objective.process_count()), measure
+        return own_loss * (share * self.weight * objective.process_count()), measure
 
     def prepare(self, source: Any, device: torch.device) -> None:
         pass
