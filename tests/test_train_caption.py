@@ -67,7 +67,7 @@ def test_learns_the_captions(values, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_run_resumes_bit_for_bit(values, tmp_path, monkeypatch, kind):
-    """Prefixes of simvlm, which are drawn in each step, dropout, the contrastive term of lm, virtex' slow weights."""
+    """Random prefixes of simvlm, dropout, the contrastive term of lm and virtex' slow weights included."""
     options = {"simvlm": {"form": "prefix_lm", "dropout": 0.1}, "virtex": {"dropout": 0.1}}.get(kind, {})
     common = {"model_options": {**TINY[kind], **options}}
     if kind == "lm":

@@ -33,7 +33,7 @@ def values(table, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_other_tasks_learn_and_resume(values, tmp_path, task, capsys):
+def test_other_tasks_learn_and_resume(values, table, tmp_path, task, capsys):
     options = {"task": task, "epochs": 12, "augment": {}, "lr": 2e-2}
     train("virtex", TrainConfig(**values("whole", **options)))
     lines = metrics(tmp_path / "whole")
@@ -49,12 +49,17 @@ def test_other_tasks_learn_and_resume(values, tmp_path, task, capsys):
     train("virtex", TrainConfig(**again))  # of the task of the model that it starts from
     assert load_bundle(tmp_path / "again" / "final").model.config.task == task
     if task != "captioning":
-        table = values()["data"]
-        for arguments in (["eval", "--data", table], ["caption", table]):
+        uses = {
+            f"model: one of task {task!r} writes no captions": ["eval", "--data", str(table)],
+            f"generate: task must be one of ('bicaptioning', 'captioning'), got {task!r}": [
+                "caption",
+                str(table.parent / "0.png"),
+            ],
+        }
+        for message, (command, *arguments) in uses.items():
             with pytest.raises(SystemExit):
-                main([arguments[0], "--model", start, "--device", "cpu", *arguments[1:]])
-        message = capsys.readouterr().err
-        assert f"model: one of task {task!r} writes no captions" in message
+                main([command, "--model", start, "--device", "cpu", *arguments])
+            assert message in capsys.readouterr().err
 
 
 def test_masks_are_those_published():

@@ -118,8 +118,9 @@ class CaptionEmbedding(nn.Module):
         first: int = 0,
     ) -> Tensor:  # [B, L, D]
         """Embeddings of tokens at the positions from `first` on, 0 where not counted."""
-        places = self.positions.weight[first : first + tokens.shape[1]]
-        x = F.dropout(self.layer_norm(self.words(tokens) + places), self.dropout, self.training)
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        x = self.layer_norm(self.words(tokens) + self.positions(places))
+        x = F.dropout(x, self.dropout, self.training)
         return x * counted[..., None].to(x.dtype)
 
 

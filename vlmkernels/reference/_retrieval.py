@@ -54,6 +54,14 @@ def merged(so_far: Best, scores: Tensor, first: int, k: int) -> Best:
     return best(torch.cat([so_far[0], scores], 1), torch.cat([so_far[1], at], 1), k)
 
 
+def ordered(found: Best, by_value: bool) -> Best:
+    """As they are, by falling value; or by rising index."""
+    if by_value:
+        return found
+    indices, order = found[1].sort(dim=1)
+    return found[0].gather(1, order), indices
+
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LISTED = "float32, float64, bfloat16 or float16"
 

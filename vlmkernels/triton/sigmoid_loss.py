@@ -196,10 +196,7 @@ def _run(op, dloss, query, key, scale, bias, positives, key_ids, normalize, redu
     if positives is not None and key_ids is None:
         pairwise.check_positives(op, positives, m)
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    if positives is not None:
-        positives = positives.contiguous()
-    if key_ids is not None:
-        key_ids = key_ids.contiguous()
+    positives, key_ids = map(tiles.contiguous, (positives, key_ids))
     # Products are of gradients of 1 at most, of 2^14 in float16; the results are these times `factor`
     factor, gain = 1 / n if reduction == "mean" else 1.0, 2.0**14 if query.dtype == torch.float16 else 1.0
     coef, of_all = None, dloss
