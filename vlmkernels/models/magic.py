@@ -211,8 +211,8 @@ class MAGIC:
         elif beta and image_features is None:
             faults.append(f"image_features must be given with beta, got None with beta {beta}")
         if image_features is not None and image_features.shape[:1] != input_ids.shape[:1]:
-            wanted, got = len(input_ids), list(image_features.shape)
-            faults.append(f"image_features must be [{wanted}, ...] like input_ids, got {got}")
+            features = list(image_features.shape)
+            faults.append(f"image_features must be [{len(input_ids)}, ...] like input_ids, got {features}")
         longest = longest_text(self.language_model)
         if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
             given = f"{input_ids.shape[1]} + {max_new_tokens}"

@@ -7,10 +7,10 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
@@ -101,7 +101,8 @@ def add(
     """
     anchors = AnchorFolder(folder)
     encoders = _checked(anchors, encoders, device)
-    before, known, skipped = len(anchors), set(anchors.described()), {}
+    before, known = len(anchors), set(anchors.described())
+    skipped: dict[str, str] = {}
 
     def new() -> Iterator[tuple[Any, str, str]]:
         for spec in data:
@@ -172,7 +173,7 @@ def _embedded_anchors(encoders: Encoders) -> Path:
     """The folder of emoji3's anchors by these encoders, completed where an earlier call was interrupted."""
     names = f"{encoders.image.name}\0{encoders.text.name}"
     folder = cache_folder() / "asif" / hashlib.sha256(os.fsencode(names)).hexdigest()[:32]
-    whole = sum(len(load_pairs(name)) for name in EMBEDDED)
+    whole = sum(len(cast(Sized, load_pairs(name))) for name in EMBEDDED)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         started = (folder / MANIFEST).exists()
@@ -185,7 +186,8 @@ def _embedded_anchors(encoders: Encoders) -> Path:
 def _checked(anchors: AnchorFolder, encoders: Encoders | None, device: str) -> Encoders:
     """The encoders that made the anchors; ValueError if these are others."""
     made_by = anchors.image_encoder, anchors.text_encoder
-    encoders = encoders or Encoders.of(*map(source_of, made_by), device=device)
+    image, text = map(source_of, made_by)
+    encoders = encoders or Encoders.of(image, text, device=device)
     faults = [
         f"{side}_encoder must be {wanted}, which made the anchors in {anchors.folder}, got {found.name}"
         for side, found, wanted in zip(

@@ -75,7 +75,8 @@ def image_encoder(
     ValueError for another source; ModuleNotFoundError without the package of the weights.
     """
     if source == LITE0:
-        network = packaged.efficientnet_lite0().to(usable(device), memory_format=torch.channels_last)
+        network = packaged.efficientnet_lite0().to(usable(device))
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         side = image_transform(LITE0_SIDE, packaged.LITE0_MEAN, packaged.LITE0_STD)
         return Encoder(name or LITE0, side, _images_by(network, network), batch_size or LITE0_BATCH)
     if isinstance(source, (str, os.PathLike)):
@@ -97,8 +98,8 @@ def image_encoder(
         return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def features(images: Tensor) -> Tensor:
-        if hasattr(source, "get_image_features"):
-            return _pooled(source.get_image_features(pixel_values=images))
+        if get := getattr(source, "get_image_features", None):
+            return _pooled(get(pixel_values=images))
         return _pooled(source(pixel_values=images))
 
     return Encoder(name or _class_name(source), prepare, _images_by(source, features), batch_size or BATCH)
@@ -158,8 +159,8 @@ def text_encoder(
         with inference(source) as place:
             given = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             inputs = {key: value.to(place) for key, value in given.items()}
-            if hasattr(source, "get_text_features"):
-                return _pooled(source.get_text_features(**inputs))
+            if get := getattr(source, "get_text_features", None):
+                return _pooled(get(**inputs))
             return _mean(source(**inputs).last_hidden_state, inputs["attention_mask"])
 
     return Encoder(name or _class_name(source), _same, encode, size)

@@ -215,8 +215,10 @@ class AnchorFolder:
             if chosen := sorted(first.values()):
                 dtype = DTYPES[self._manifest.dtype]
                 new = _Rows(
-                    *(x.detach()[chosen].cpu().to(dtype) for x in (images, texts)),
-                    *(_Texts.of([each[i] for i in chosen]) for each in (names, captions)),
+                    images.detach()[chosen].cpu().to(dtype),
+                    texts.detach()[chosen].cpu().to(dtype),
+                    _Texts.of([names[i] for i in chosen]),
+                    _Texts.of([captions[i] for i in chosen]),
                 )
                 kept = list(self._manifest.shards)
                 # A shard that is not larger than what follows it joins it, so that there are few small ones.
