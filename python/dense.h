@@ -237,15 +237,18 @@ class ForwardWeight {
   void by_torch(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
     const Tensor x = x_.to(weight_.scalar_type());
     const bool plain = f.activation == Activation::none && !f.y.data && !f.residual.data && !f.gate.data;
-    if (!plain || !same_type(f.out, weight_)) return finish_rows<P>(at::mm(x, weight_.t()), f);
-    Tensor out = view_of(f.out, rows, o_, weight_);
-    if (!f.bias) {
-      at::mm_out(out, x, weight_.t());
-      return;
+    if (!plain || !same_type(f.out, weight_)) {
+      if (!f.bias || weight_.element_size() > 2) return finish_rows<P>(at::mm(x, weight_.t()), f);
+      LinearOutput<P> rest = f;  // torch rounds a product to 16 bits: its bias is added before that
+      rest.bias = nullptr;
+      return finish_rows<P>(at::addmm(bias_of(f), x, weight_.t()), rest);
     }
+    Tensor out = view_of(f.out, rows, o_, weight_);
+    f.bias ? at::addmm_out(out, bias_of(f), x, weight_.t()) : at::mm_out(out, x, weight_.t());
+  }
+  Tensor bias_of(const LinearOutput<P>& f) const {
     const auto sums = weight_.options().dtype(sum_type(weight_.scalar_type()));
-    const Tensor bias = at::from_blob(const_cast<acc_t<P>*>(f.bias), {o_}, sums).to(weight_.scalar_type());
-    at::addmm_out(out, bias, x, weight_.t());
+    return at::from_blob(const_cast<acc_t<P>*>(f.bias), {o_}, sums).to(weight_.scalar_type());
   }
 
   Tensor weight_;

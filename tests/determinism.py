@@ -55,6 +55,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_losses, PAIRS),
         (_hidden, PAIRS),
         (_of_rows, ROWS),
+        (_relative, PAIRS),
         (_retrieval, PAIRS),
     ):
         for size in sizes[:most]:
@@ -101,6 +102,8 @@ def _layers(dtype, n, k, o) -> Iterator[Case]:
         op = _with(vlmkernels.gated_linear_residual, row_mask=mask)
         yield "gated_linear_residual", op, [residual, x, w1, gate]
         yield "gated_residual", _with(vlmkernels.gated_residual, row_mask=mask), [residual, *branch, gate]
+    levels = _rows(dtype, (3, n, o), (3, n, o))
+    yield "srau", _with(vlmkernels.srau, tau=0.2, row_mask=mask), [residual, *levels]
 
 
 def _losses(dtype, n, m, d) -> Iterator[Case]:
@@ -163,6 +166,26 @@ def _of_rows(dtype, n, v) -> Iterator[Case]:
         options = {"distance": distance, "normalize": normalize, "weight": torch.rand(n)}
         op = _with(vlmkernels.embedding_distillation, **options)
         yield "embedding_distillation", op, [student, teacher.detach()]
+
+
+def _relative(dtype, n, m, d) -> Iterator[Case]:
+    x, anchors = (y.detach() for y in _rows(dtype, (n, d), (m, d)))
+    for k, p in ((20, 8.0), (5, 2.5)):
+        yield "relative_representation", _first(vlmkernels.relative_representation, k=k, p=p), [x, anchors]
+    at = torch.arange(d) * (1 + torch.arange(max(n, m)) % 3)[:, None]
+
+    def products(v, w):
+        return vlmkernels.relative_similarity((v, at[:n]), (w, at[:m]))
+
+    yield "relative_similarity", products, [x, anchors]
+    hidden, context, prob = (y.detach() for y in _rows(dtype, (3, n, d), (3, min(m, 60), d), (3, n)))
+    op = _first(vlmkernels.contrastive_search_score, -1, alpha=0.5, beta=2.0)
+    yield "contrastive_search_score", op, [prob, hidden, context, prob]
+
+
+def _first(op: Callable, which: int = 0, **options: Any) -> Callable[..., Tensor]:
+    """One of the results."""
+    return lambda *tensors: op(*tensors, **options)[which]
 
 
 def _retrieval(dtype, n, m, d) -> Iterator[Case]:

@@ -454,6 +454,7 @@ MODELS = {
     "flamingo": {"media", "causal", "full"},
     "simvlm": {"padding", "packed", "bounds"},
     "simvlm-prefix_lm": {"prefix_lm"},
+    "virtex": {"causal", "full"},
     "block": {"media"},
 }
 

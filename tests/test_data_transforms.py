@@ -262,3 +262,41 @@ def test_photographs():
             pixels = ours(image)
             assert torch.equal(pixels, theirs(image)), path.name
             assert pixels.std() > 0.2, f"{path.name} is blank"
+
+
+def test_caption_flip_swaps_the_sides_with_the_image():
+    image = picture((40, 30))
+    text = "Left of the BRIGHT lefty is what is right: LEFT and right-hand."
+    mirrored = "Right of the BRIGHT lefty is what is left: RIGHT and left-hand."
+    options = {"train": True, "flip": 0.5, "jitter": 0.2, "crop_scale": (0.5, 1.0)}
+    plain, swapping = image_transform(24, **options), image_transform(24, **options, caption_flip=True)
+    still = image_transform(24, **{**options, "flip": 0.0}, caption_flip=True)
+    texts = set()
+    for seed in range(12):
+        pixels, found = swapping.pair(image, text, random.Random(seed))
+        texts.add(found)
+        assert pixels.equal(swapping(image, random.Random(seed)))
+        assert pixels.equal(plain(image, random.Random(seed)))
+        flipped = not pixels.equal(still(image, random.Random(seed)))
+        assert found == (mirrored if flipped else text)
+        assert plain.pair(image, text, random.Random(seed))[1] == text
+    assert texts == {text, mirrored}
+    assert swapping.for_inference().pair(image, text)[1] == text
+    views, found = ImageViews((swapping, plain)).pair(image, text, random.Random(0))
+    assert found == swapping.pair(image, text, random.Random(0))[1]
+    assert views[0].equal(views[1])
+
+
+def test_sources_flip_their_captions(tmp_path):
+    """CSV and emoji3 as scenes; tars decode as CSV does."""
+    from vlmkernels.data import CsvPairs
+
+    picture((20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.png,a cat left of a dog\n")
+    always = image_transform(16, train=True, flip=1.0, caption_flip=True)
+    assert CsvPairs(tmp_path / "pairs.csv", transform=always)[0]["text"] == "a cat right of a dog"
+    emoji = load_emoji3("style-train", transform=always)
+    names = [name for name in emoji.names if "left" in name.split()]
+    assert names
+    index = emoji.names.index(names[0])
+    assert emoji[index]["text"] == names[0].replace("left", "right")

@@ -54,6 +54,7 @@ OPS = {
         {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(7, 4), "reduction": "none"},
     ),
     "sigmoid_loss": (((6, 5), (6, 5), ()), {"bias": -1.0, "normalize": True, "reduction": "none"}),
+    "srau": (((2, 3, 5), (4, 2, 3, 5), (4, 2, 3, 5)), {"tau": 0.2}),
 }
 
 
@@ -128,11 +129,30 @@ def test_retrieval_counts_the_similarities_once():
         lambda: vlmkernels.topk_similarity(query, key, 2, both=True),
         lambda: vlmkernels.retrieval_ranks(query, key),
         lambda: vlmkernels.mine_hard_negatives(query, key, 2),
+        lambda: vlmkernels.relative_representation(query, key, k=2),
     )
     for call in calls:
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == 2 * 6 * 7 * 5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_contrastive_search_counts_the_cosines_that_it_needs(alpha):
+    hidden, context = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+    prob, similarity = torch.rand(2, 3), torch.randn(2, 3)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.contrastive_search_score(prob, hidden, context, similarity, alpha=alpha, beta=1.0)
+        assert counter.get_total_flops() == (2 * 2 * 3 * 7 * 5 if alpha else 0)
+
+
+def test_sparse_products_count_nothing():
+    rep = vlmkernels.relative_representation(torch.randn(6, 5), torch.randn(7, 5), k=2)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.relative_similarity(rep, rep)
+        assert counter.get_total_flops() == 0
 
 
 def test_every_op_has_a_formula():
@@ -143,7 +163,9 @@ def test_every_op_has_a_formula():
     assert [packet for packet in packets if packet not in flop_registry] == []
 
 
-@pytest.mark.parametrize("name", ["clip", "align", "simvlm", "flamingo", "decoder", "resampler", "block"])
+@pytest.mark.parametrize(
+    "name", ["clip", "align", "simvlm", "virtex", "flamingo", "decoder", "resampler", "block"]
+)
 def test_every_linear_layer_of_a_model_has_its_line(name):
     case = build(name)
     with FlopCounterMode(display=False) as counter:

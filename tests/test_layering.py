@@ -62,7 +62,7 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py"),
     *(f"vlmkernels/triton/{name}.py" for name in ("_ahead", "_rows", "_tiles")),
-    *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
+    *(f"csrc/cpu/{name}" for name in ("pack.h", "pack.cpp", "registers.h", "simd.h", "vector.h")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
@@ -148,10 +148,11 @@ def imports(path: Path) -> set[str]:
 
 
 def test_parts_of_models_know_no_system():
-    """And a system is made of parts, not of another system; Flamingo has two in it."""
-    systems = ("align", "clip", "decoder", "flamingo", "simvlm")
+    """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT one."""
+    systems = ("align", "asif", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualbert", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
     joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
+    joined |= {"visualgpt": {"decoder"}, "_visualgpt_layers": {"decoder"}}
     for path in [*folder.glob("parts/*.py"), *folder.glob("[!_]*.py"), *folder.glob("_[!_]*.py")]:
         read = {name.removeprefix(room).split(".")[0].lstrip("_") for name in imports(path) if room in name}
         own = path.stem.lstrip("_").split("_")[0]

@@ -62,8 +62,10 @@ def test_activations(impl, dtype, activation, rows):
 
 @pytest.mark.skipif(not NATIVE, reason="the reference runs torch's products only")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize(("rows", "o", "k"), [((), 37, 130), ((2, 5), 130, 37), ((5000,), 70, 3)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu", "relu"])
+@pytest.mark.parametrize(
+    ("rows", "o", "k"), [((), 37, 130), ((2, 5), 130, 37), ((200,), 72, 40), ((5000,), 70, 3)], ids=str
+)
 def test_products_of_torch(products, dtype, activation, rows, o, k):
     tensors = inputs(rows, o, k, dtype)
     for who in ("torch", "own"):

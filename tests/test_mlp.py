@@ -237,7 +237,7 @@ def run(rows=32768):
     vlmkernels.mlp(x[:rows], w1, b1, w2, b2, activation="gelu")
 run(512)
 """
-    assert peak_memory(script) < 40 << 20
+    assert peak_memory(script) < 64 << 20
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tests.train_tiny import (
 from vlmkernels.train import TrainConfig, objective, train
 from vlmkernels.train.batches import BatchPlan
 
-KINDS = ("clip", "align", "siglip", "lm", "flamingo", "simvlm")
+KINDS = ("clip", "align", "siglip", "lm", "flamingo", "simvlm", "virtex")
 COUNT, BATCH = 23, 7
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

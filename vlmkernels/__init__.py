@@ -6,6 +6,7 @@ from vlmkernels._version import __version__
 from vlmkernels.inference import prepare_for_inference
 from vlmkernels.ops import (
     contrastive_distillation,
+    contrastive_search_score,
     distillation,
     embedding_distillation,
     gated_linear_residual,
@@ -19,14 +20,18 @@ from vlmkernels.ops import (
     mine_hard_negatives,
     mlp,
     perceiver_attention,
+    relative_representation,
+    relative_similarity,
     retrieval_ranks,
     sigmoid_loss,
+    srau,
     topk_similarity,
 )
 
 __all__ = [
     "__version__",
     "contrastive_distillation",
+    "contrastive_search_score",
     "distillation",
     "embedding_distillation",
     "gated_linear_residual",
@@ -43,7 +48,10 @@ __all__ = [
     "mlp",
     "perceiver_attention",
     "prepare_for_inference",
+    "relative_representation",
+    "relative_similarity",
     "retrieval_ranks",
     "sigmoid_loss",
+    "srau",
     "topk_similarity",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vlmkernels
 from benchmarks import peers
+from benchmarks.cases import relative
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels.testing import unit_features
 
@@ -171,4 +172,4 @@ def mine_hard_negatives(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (mine_hard_negatives, retrieval_ranks, topk_similarity)
+CASES = (mine_hard_negatives, retrieval_ranks, topk_similarity, *relative.CASES)

@@ -31,6 +31,7 @@ SHAPES = {
     "interval_attention": "{batch} x {heads} heads of {width}, {queries} x {keys}",
     "perceiver_attention": "{batch} x 8 heads of 64",
     "gated_residual": "[{batch}, {tokens}, {width}]",
+    "srau": "{levels} levels of [{batch}, {tokens}, {width}]",
     "gated_linear_residual": "[{rows}, {inner}] -> {width}",
     "linear": "[{rows}, {inner}] -> {width}",
     "mlp": "[{rows}, {inner}] -> {width} -> {inner}",

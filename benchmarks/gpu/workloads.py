@@ -326,6 +326,15 @@ def _gated_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
     )  # fmt: skip
 
 
+def _srau(form: str, sizes: Mapping[str, int], type: str) -> Workload:
+    ours = partial(vlmkernels.srau, tau=0.2)
+    others = (
+        *_peer("the authors' lines", lambda: residual_cases._eager_tail),
+        Baseline("reference", lambda: partial(reference.srau, tau=0.2)),
+    )
+    return Workload("srau", form, type, sizes, residual_cases._levels, ours, others)
+
+
 def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
     def plain() -> Callable[..., Tensor]:
         return lambda x, h, weight, gate: x + gate.tanh() * linear(h, weight)
@@ -424,6 +433,7 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         found.append(_perceiver_attention("64 latents, 256 media tokens", sizes, type))
     for type in ("bf16", "fp32"):
         found.append(_gated_residual("residual stream", cut(batch=8, tokens=2048, width=4096), type))
+        found.append(_srau("VisualGPT", cut(batch=400, tokens=20, width=768, levels=3), type))
     for type in every:
         sizes = cut(rows=16384, width=4096, inner=512)
         found.append(_gated_linear_residual("attention output", sizes, type))

@@ -356,27 +356,6 @@ void test_attention(int64_t tq, int64_t chunks) {
   }
 }
 
-void test_gated_residual() {
-  const int64_t rows = 5, d = 37;
-  std::vector<float> x(rows * d), y(rows * d), t(d), out(rows * d), dy(rows * d);
-  std::vector<double> part(d);
-  const bool mask[rows] = {true, false, true, true, false};
-  for (int64_t i = 0; i < rows * d; ++i) x[i] = std::sin(0.3f * i), y[i] = mask[i / d] ? std::cos(0.7f * i) : NAN;
-  for (int64_t c = 0; c < d; ++c) t[c] = 0.01f * c;
-  VLMK_CALL(gated_residual, x.data(), y.data(), t.data(), mask, out.data(), rows, d);
-  VLMK_CALL(gated_residual_bwd, x.data(), y.data(), t.data(), mask, dy.data(), part.data(), rows, d);
-  for (int64_t c = 0; c < d; ++c) {
-    double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = r * d + c;
-      check("gated residual", out[i], mask[r] ? double(x[i]) + double(t[c]) * y[i] : x[i], 1e-6);
-      check("gated residual dy", dy[i], mask[r] ? double(t[c]) * x[i] : 0, 1e-6);
-      if (mask[r]) sum += double(x[i]) * y[i];
-    }
-    check("gated residual part", part[c], sum, 1e-5);
-  }
-}
-
 // Rows of two pieces, whose maxima rise; the second row is ignored.
 void test_distillation() {
   const int64_t rows = 3, v = 2100, ignored = -1;
@@ -486,10 +465,11 @@ int main() {
   for (int64_t tq : {3, 64, 150}) {
     for (int64_t chunks : {1, 2}) test_attention<float>(tq, chunks), test_attention<double>(tq, chunks);
   }
-  test_gated_residual();
+  test_residual();
   test_distillation();
   test_embedding_distillation();
   test_dense_layers();
+  test_relative();
   test_retrieval();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);

@@ -38,7 +38,8 @@ def searches(each: Callable, far: Callable) -> Iterator:
         yield from each(op, "one", of(1, 1, 1, **first))
         yield from each(op, "tf32", of(70, 80, 100, **first), (FP32,), **tf32)
         yield from each(op, "tf32, large tiles", of(140, 150, 100, **first), (FP32,), settings=large, **tf32)
-        distant = lambda t, make=of(3, 3, 32, **first): far(make(t), "query", "key")  # noqa: E731
+        few = of(3, 3, 32, **first)
+        distant = lambda t, few=few: far(few(t), "query", "key")  # noqa: E731
         yield from each(op, "far rows", distant, (BF16,), quick=(BF16,), far=True)
         yield from each(op, "chunks", of(70, 600, 20, **first), quick=(FP16,), settings=chunks)
     yield from each("topk_similarity", "int8", lambda t: TopK(20, 90, 40, t, quantised=True), quick=(BF16,))

@@ -155,7 +155,10 @@ WORK: dict[str, Callable[[dict, Launch], float]] = {
         ),
         lambda c, launch: c["BLOCK_M"] * c["BLOCK_N"] * _depth(launch),
     ),
-    "_info_nce_small._grads": lambda c, launch: c["BLOCK_M"] * c["BLOCK_N"] * (_depth(launch) + c["BLOCK_D"]),
+    **dict.fromkeys(
+        ("_info_nce_small._grads", "_sigmoid_loss_small._pairs"),
+        lambda c, launch: c["BLOCK_M"] * c["BLOCK_N"] * (_depth(launch) + c["BLOCK_D"]),
+    ),
     "_attention._forward": _attention_work(lambda c: c["BLOCK_D"] + c["BLOCK_V"]),
     "_attention_bwd._query_grads": _attention_work(lambda c: 2 * c["BLOCK_D"] + c["BLOCK_V"]),
     "_attention_bwd._key_grads": _attention_work(lambda c: 2 * c["BLOCK_D"] + 2 * c["BLOCK_V"]),

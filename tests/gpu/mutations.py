@@ -25,7 +25,9 @@ from . import (
     mutants_classes,
     mutants_dense,
     mutants_distillation,
+    mutants_gated,
     mutants_pairwise,
+    mutants_relative,
     mutants_retrieval,
     mutants_rows,
 )
@@ -42,6 +44,8 @@ MUTANTS = [
     *mutants_distillation.MUTANTS,
     *mutants_rows.MUTANTS,
     *mutants_dense.MUTANTS,
+    *mutants_gated.MUTANTS,
+    *mutants_relative.MUTANTS,
     *mutants_retrieval.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"

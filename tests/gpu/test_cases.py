@@ -22,7 +22,9 @@ from vlmkernels.triton import (
     _dense,
     embedding_distillation,
     gated_residual,
+    relative_representation,
     sigmoid_loss,
+    srau,
 )
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
@@ -167,6 +169,9 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * gated_residual.TILE)}
     for name in ("gated_residual._forward", "gated_residual._backward"):
         assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
+    widths = {srau.blocks(depth)["BLOCK_D"] for depth in range(1, 3 * srau.TILE)}
+    for name in ("srau._forward", "srau._backward"):
+        assert {launch.config["BLOCK_D"] for launch in launches[0][name]} == widths
     widths = {gated_residual.blocks(depth)["BLOCK_D"] for depth in range(1, _dense.WIDTH + 1)}
     assert {launch.config["BLOCK_D"] for launch in launches[0]["_dense._backward"]} == widths
     for name in ("_dense._forward", "_dense._backward"):
@@ -182,6 +187,12 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
         made = launches[0][name]
         assert {(x.config["BLOCK_R"], x.config["BLOCK_D"]) for x in made} >= tiles_of_rows, name
         assert {x.config["LONG"] for x in made} == {True, False}, name
+    tiles_of_rows = {
+        tuple(relative_representation.blocks(k)[side] for side in ("BLOCK_R", "BLOCK_K"))
+        for k in range(1, 2 * relative_representation.HELD)
+    }
+    made = launches[0]["relative_representation._forward"]
+    assert {(x.config["BLOCK_R"], x.config["BLOCK_K"]) for x in made} >= tiles_of_rows
     forms = {(x.config["DIVERGENCE"], x.config["LONG"]) for x in launches[0]["distillation._forward"]}
     divergences = (*DIVERGENCES, "none")
     assert forms == {(name, long) for name in divergences for long in (True, False)}

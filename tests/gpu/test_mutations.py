@@ -23,7 +23,13 @@ SPELLED_OTHERWISE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("mutation", MUTANTS, ids=lambda mutation: mutation.name)
+FIRST = {mutation.kernel: mutation.name for mutation in reversed(MUTANTS)}  # a fault of every kernel
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(m, marks=[pytest.mark.slow] * (FIRST[m.kernel] != m.name), id=m.name) for m in MUTANTS],
+)
 def test_seen(mutation):
     assert verdict(mutation, RUNGS[mutation.rung]) is not None
 

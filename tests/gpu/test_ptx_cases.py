@@ -35,7 +35,11 @@ ALIKE = {
     "gated_linear_residual, wide, bfloat16",
     "gated_linear_residual, far rows, bfloat16",
     "interval_attention, any interval, float16",
+    "interval_attention, causal, bfloat16",
     "interval_attention, far heads, bfloat16",
+    "interval_attention, heads of 24, aligned, bfloat16",
+    "interval_attention, heads of 24, aligned, float32",
+    "interval_attention, ranges of rows, bfloat16",
     "perceiver_attention, lengths, float16",
 }
 QUICK = {name: case for name, case in CASES.items() if not case.slow and name not in ALIKE}

@@ -16,16 +16,16 @@ from vlmkernels.ops import _pairwise_small as small
 from vlmkernels.ops import _sigmoid_loss_sweep as sigmoid_sweep
 from vlmkernels.testing import assert_as_good, unit_features
 from vlmkernels.triton import _info_nce_bwd as info_nce_bwd
-from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _pairwise_chunked as chunked
+from vlmkernels.triton import _pairwise_small as few_rows
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce, sigmoid_loss
 
 from .interpreter import interpreting
 from .launches import recording
-from .trials import DTYPES, check
+from .trials import DTYPES, check, thirds
 from .trials_gated import Residual
 from .trials_pairwise import InfoNCE, Problem, Sigmoid
 
@@ -34,9 +34,7 @@ SIZES = [(1, 1, 1), (37, 130, 37), (65, 63, 96)]
 ROWS = {"symmetric": False}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("normalize", "size", "dtype"), thirds((False, True), SIZES, DTYPES))
 def test_info_nce_of_each_form(size, dtype, normalize):
     n, m, d = size
     scale = 1.0 if n == 1 else 10.0  # the rounding of one large logit is luck
@@ -47,8 +45,15 @@ def test_info_nce_of_each_form(size, dtype, normalize):
     check(InfoNCE(pairs, form="index", reduction="none", **ROWS))
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("form", ["pairs", "ids"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("pairs", torch.float16),
+        ("ids", torch.bfloat16),
+        pytest.param("pairs", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("ids", torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_of_rows_and_splits_of_columns(dtype, form, monkeypatch):
     monkeypatch.setattr(few_rows, "LIMIT", 0)
     p = Problem(200, 200, 40, dtype)
@@ -151,9 +156,7 @@ def test_raw_sizes_that_do_not_fit_are_refused():
         sigmoid_loss.sigmoid_loss(query, key, scale, scale, None, None, False, "mean", True, True, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("normalize", "size", "dtype"), thirds((False, True), SIZES, DTYPES))
 def test_sigmoid_loss(size, dtype, normalize):
     n, m, d = size
     scale = 1.0 if n == 1 else 10.0  # the rounding of one large logit is luck

@@ -17,7 +17,7 @@ from vlmkernels.reference.embedding_distillation import (
 from vlmkernels.triton import _rows, distillation, embedding_distillation
 
 from .launches import recording
-from .trials import DTYPES, check, sanitized
+from .trials import DTYPES, check, sanitized, thirds
 from .trials_rows import Features, Logits
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -42,10 +42,9 @@ def sizes_of_blocks(request):
 
 
 @pytest.mark.usefixtures("sizes_of_blocks")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("std", [0.01, 8.0])
-@pytest.mark.parametrize("size", [(9, 5), (6, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "std", "divergence", "dtype"), thirds([(9, 5), (6, 130)], [0.01, 8.0], DIVERGENCES, DTYPES)
+)
 def test_distillation(size, std, divergence, dtype):
     options = {"divergence": divergence, "std": std, "ignored": 0.0}
     check(Logits(*size, dtype, targets=False, temperature=1.0, **options))
@@ -53,9 +52,9 @@ def test_distillation(size, std, divergence, dtype):
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("hard_weight", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("hard_weight", "reduction", "divergence"), thirds([0.0, 0.5, 1.0], REDUCTIONS, DIVERGENCES)
+)
 def test_reductions_and_ignored_rows(hard_weight, reduction, divergence):
     for temperature, ignored in ((0.25, 0.4), (1.0, 0.4), (1.0, 1.0)):
         options = {"temperature": temperature, "beta": 0.1, "ignored": ignored, "reduction": reduction}
@@ -75,9 +74,14 @@ def test_large_logits(dtype, divergence):
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("masked", [slice(0, 70), slice(70, None), slice(None, None, 3)], ids=str)
-@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(
+    ("dtype", "masked", "least"),
+    thirds(
+        DTYPES[:2],
+        [slice(0, 70), slice(70, None), slice(None, None, 3)],
+        [-torch.inf, torch.finfo(torch.float32).min],
+    ),
+)
 def test_classes_that_cannot_be(dtype, masked, least):
     """Of both, or of one."""
     for divergence in DIVERGENCES:

@@ -4,11 +4,13 @@
 interpreter under its sanitizer, the simulator of the compiled code.
 """
 
+import itertools
 import mmap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +20,16 @@ from .interpreter import interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Executor = Callable[[], AbstractContextManager]
+
+
+def thirds(*axes: Sequence) -> list:
+    """All combinations, of which a third is not slow: every value meets each of an axis of three there."""
+    return [
+        pytest.param(*values, marks=[pytest.mark.slow] * (sum(places) % 3 > 0))
+        for places, values in zip(
+            itertools.product(*map(range, map(len, axes))), itertools.product(*axes), strict=True
+        )
+    ]
 
 
 class Trial(Protocol):

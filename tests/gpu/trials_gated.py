@@ -1,12 +1,14 @@
-"""Trials of gated_residual and gated_linear_residual."""
+"""Trials of gated_residual, gated_linear_residual and srau."""
 
 import torch
 
 from vlmkernels.reference.gated_linear_residual import gated_linear_residual_bwd, gated_linear_residual_fwd
 from vlmkernels.reference.gated_residual import gated_residual_bwd, gated_residual_fwd
+from vlmkernels.reference.srau import srau_bwd, srau_fwd
 from vlmkernels.testing import assert_as_good
 from vlmkernels.triton import gated_linear_residual as linear
 from vlmkernels.triton import gated_residual as gated
+from vlmkernels.triton import srau
 
 from .trials import judge, strided, widened
 
@@ -37,6 +39,36 @@ class Residual:
 
     def judge(self, got):
         judge(("out", "dy", "dgate"), got, self.expected(), self.expected(torch.float64), (True, *self.needs))
+
+
+class Levels:
+    """srau and its backward; masked rows hold NaN."""
+
+    def __init__(
+        self, n, d, dtype, *, levels=3, tau=0.2, paper=False, masked=False, language=None, needs=(True,) * 3
+    ):
+        shape = (levels, n, d) if levels else (n, d)
+        self.language = torch.randn(n, d).to(language or dtype)
+        self.visual, self.logits = torch.randn(shape).to(dtype), (2 * torch.randn(shape)).to(dtype)
+        self.mask = torch.rand(n) > 0.4 if masked else None
+        if masked:
+            for x in (self.language, self.visual, self.logits):
+                x[..., ~self.mask, :] = float("nan")
+        self.dout = torch.randn(n, d).to(torch.promote_types(language or dtype, dtype))
+        self.options, self.needs = (self.mask, tau, "paper" if paper else "code"), needs
+
+    def launch(self):
+        inputs = strided(self.language), self.visual, self.logits, *self.options
+        return srau.srau(*inputs), *srau.srau_bwd(strided(self.dout), *inputs, self.needs)
+
+    def expected(self, work=None):
+        tensors = [self.dout, self.language, self.visual, self.logits]
+        dout, *inputs = tensors if work is None else widened(tensors, work)
+        return srau_fwd(*inputs, *self.options), *srau_bwd(dout, *inputs, *self.options, self.needs)
+
+    def judge(self, got):
+        names = ("out", "dlanguage", "dvisual", "dlogits")
+        judge(names, got, self.expected(), self.expected(torch.float64), (True, *self.needs))
 
 
 class Linear:

@@ -18,7 +18,8 @@ def same(got, want):
     for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), f"shape or dtype of result {i}"
         nan = torch.equal(ours.isnan(), theirs.isnan())
-        assert nan and torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"wrong result {i}"
+        assert nan, f"NaN of result {i} elsewhere"
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"wrong result {i}"
 
 
 class TopK:

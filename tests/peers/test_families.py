@@ -12,7 +12,7 @@ from tests.peers.language_models import FAMILIES
 from tests.peers.table import classes, committed
 from vlmkernels.integrations import patch
 
-COMPILED_BY_DEFAULT = ("open_clip CLIP", "transformers CLIP", "open_flamingo", "torch.nn")
+COMPILED_BY_DEFAULT = ("open_clip CLIP", "torch.nn")
 
 
 def _cells():

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vlmkernels.data._text import is_unicode
 from vlmkernels.data.images import BrokenImageError, read_image, transformed
+from vlmkernels.data.regions import are_regions, read_regions
 from vlmkernels.data.samples import Epoch, Sample, SkipLog, Transform, sample_rng
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ class CsvPairs(Dataset[Sample]):
     root: folder of relative image paths; None tries the working directory (as open_clip), then the folder of
         the file. transform: applied to the RGB image; see `image_transform`. seed: of random augmentation.
 
+    A path of features, FILE.npy or FILE.h5#NAME, gives the regions of an image, a tensor [N, F], which is not
+    transformed; see `read_regions`.
+
     Rows without a path or a caption, with more columns than the header, with unclosed quotes or invalid
     UTF-8 are skipped when the file is read, images that cannot be read or transformed when they are loaded:
     a batch of a DataLoader is then shorter, and may be empty. `skipped` lists all of them with the reason,
@@ -169,6 +173,11 @@ class CsvPairs(Dataset[Sample]):
         """The captions, in item order."""
         return [text for _, text in self._rows]
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the samples, in item order: the images as the table names them."""
+        return [image for image, _ in self._rows]
+
     def image_files(self) -> list[Path]:
         """The paths of the images, in item order."""
         return [self._locate(image) for image, _ in self._rows]
@@ -188,7 +197,10 @@ class CsvPairs(Dataset[Sample]):
         key, text = self._rows[index]
         rng = sample_rng(self.seed, self._epoch.get(), index)
         try:
-            image = transformed(self.transform, read_image(self._locate(key)), rng)
+            if are_regions(key):
+                image = read_regions(self._locate(key))
+            else:
+                image, text = transformed(self.transform, read_image(self._locate(key)), text, rng)
         except BrokenImageError as error:
             self._skip_log.add(key, str(error))
             raise BrokenImageError(f"{key} cannot be read, {error}", key) from error

@@ -158,8 +158,9 @@ class Emoji3(Dataset[Sample]):
         image = Image.fromarray(_sheet(style)[concept_id].numpy())
         if self.image_size != image.width:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        view, text = apply_transform(self.transform, image, text, rng)
         return Sample(
-            image=apply_transform(self.transform, image, rng),
+            image=view,
             text=text,
             key=f"{style}/{concept.hexcode}",
             label=concept.group,

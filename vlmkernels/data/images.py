@@ -53,10 +53,12 @@ def read_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
         raise BrokenImageError(_reason(error)) from error
 
 
-def transformed(transform: Transform | None, image: Image.Image, rng: random.Random | None = None) -> Any:
+def transformed(
+    transform: Transform | None, image: Image.Image, text: str = "", rng: random.Random | None = None
+) -> tuple[Any, str]:
     """`apply_transform`; BrokenImageError if it fails."""
     try:
-        return apply_transform(transform, image, rng)
+        return apply_transform(transform, image, text, rng)
     except Exception as error:
         raise BrokenImageError(f"transform: {_reason(error)}") from error
 

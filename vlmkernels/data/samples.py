@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +28,8 @@ Transform = Callable[[Image.Image], Any]
 class Sample(TypedDict):
     """One image with its text. `label` and `concept` are -1 if the data set has none.
 
-    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]).
+    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]); None if the
+    data set has no images.
     text: the caption. key: identifies the sample in messages and results. label: class index (emoji3: group
     0-8).
     concept: samples with an equal concept show the same object (emoji3: index 0-1851) and are mutual
@@ -46,13 +48,18 @@ def sample_rng(*parts: object) -> random.Random:
     return random.Random("/".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
 
 
-def apply_transform(transform: Transform | None, image: Image.Image, rng: random.Random | None) -> Any:
-    """`transform(image)`; an `ImageTransform` or `ImageViews` takes its random numbers from `rng`."""
+def apply_transform(
+    transform: Transform | None, image: Image.Image, text: str, rng: random.Random | None
+) -> tuple[Any, str]:
+    """`transform(image)` and the caption of its result.
+
+    An `ImageTransform` or `ImageViews` takes its random numbers from `rng` and may change the caption.
+    """
     if transform is None:
-        return image
+        return image, text
     if isinstance(transform, (ImageTransform, ImageViews)):
-        return transform(image, rng)
-    return transform(image)
+        return transform.pair(image, text, rng)
+    return transform(image), text
 
 
 class Epoch:
@@ -163,8 +170,19 @@ class Collate:
 
 
 def stack_images(samples: Sequence[Sample], image_size: int | tuple[int, int] | None) -> Any:
-    """float [B, 3, H, W] for tensors, else the list; without samples [0, 3, H, W] if the size is given."""
+    """float [B, 3, H, W] for tensors, [B, N, F] padded with 0 for regions, else the list.
+
+    Without samples [0, 3, H, W] if the size is given.
+    """
     images = [sample["image"] for sample in samples]
     if not images and image_size is not None:
         return torch.zeros(0, 3, *_pair(image_size))
-    return torch.stack(images) if images and all(isinstance(image, Tensor) for image in images) else images
+    return stacked(images) if images and all(isinstance(image, Tensor) for image in images) else images
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images [B, 3, H, W], or regions [B, N, F], N of the sample with the most, the others padded with 0."""
+    if images[0].dim() == 2:
+        most = max(len(each) for each in images)
+        images = [F.pad(each, (0, 0, 0, most - len(each))) for each in images]
+    return torch.stack(list(images))

@@ -229,9 +229,10 @@ class Scenes(Dataset[Sample]):
         scene = self.scene(index)
         image = self._paint(scene, sample_rng("paint", self.seed, self.split, index))
         rng = sample_rng(self.seed, self._epoch.get(), self.split, index)
+        view, text = apply_transform(self.transform, image, scene.caption, rng)
         return Sample(
-            image=apply_transform(self.transform, image, rng),
-            text=scene.caption,
+            image=view,
+            text=text,
             key=f"scenes/{self.split}/{index}",
             label=-1,
             concept=-1,

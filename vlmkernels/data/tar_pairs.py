@@ -292,7 +292,7 @@ class TarPairs(IterableDataset[Sample]):
         text = self._text(raw)
         rng = sample_rng(self.seed, epoch, raw["__url__"], key)
         try:
-            image = transformed(self.transform, read_image(raw[image_field]), rng)
+            image, text = transformed(self.transform, read_image(raw[image_field]), text, rng)
         except BrokenImageError as error:
             raise _SkippedError(str(error)) from error
         return Sample(image=image, text=text, key=key, label=-1, concept=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -21,6 +22,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _RESIZE_MODES = ("shortest", "longest", "squash")
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 # An image of 1 x 60,000 pixels would have 3,000 million of them with a short side of 224. Beyond these limits
 # only the visible part is resized, and sides are first reduced by integer factors.
 _RESIZED_PIXELS = 2**24
@@ -35,6 +37,17 @@ def _numbers(values: Any, count: int, kind: Any = (int, float)) -> bool:
     """Whether `values` are `count` finite numbers."""
     right = isinstance(values, (tuple, list)) and len(values) == count
     return right and all(isinstance(value, kind) and math.isfinite(value) for value in values)
+
+
+def swap_sides(text: str) -> str:
+    """A caption of the mirrored image: the words left and right exchanged, in the case they were written."""
+
+    def other(found: re.Match[str]) -> str:
+        word = found.group()
+        swapped = "right" if word.lower() == "left" else "left"
+        return swapped.upper() if word.isupper() else swapped.title() if word[0].isupper() else swapped
+
+    return _SIDES.sub(other, text)
 
 
 def _centre(old: int, new: int, shown: int) -> tuple[float, float]:
@@ -70,6 +83,7 @@ class ImageTransform:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     jitter: float = 0.0
+    caption_flip: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "resize_size"):
@@ -99,20 +113,27 @@ class ImageTransform:
             raise ValueError(f"flip must be a probability, got {self.flip!r}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter!r}")
+        if not isinstance(self.caption_flip, bool):
+            raise ValueError(f"caption_flip must be a bool, got {self.caption_flip!r}")
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Tensor:
         """float32 [3, H, W]. `rng` drives the augmentation; by default it is seeded by torch's generator."""
+        return self.pair(image, "", rng)[0]
+
+    def pair(self, image: Image.Image, text: str, rng: random.Random | None = None) -> tuple[Tensor, str]:
+        """The transformed image and its caption, which `caption_flip` changes with a flip of the image."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"image must be a PIL.Image, got a {type(image).__name__}")
         if self.train:
             rng = rng or _drawn_rng()
-            image = self._augment(image, rng).convert("RGB")
-            image = self._colour(image, rng)
+            image, flipped = self._augment(image, rng)
+            image = self._colour(image.convert("RGB"), rng)
+            text = swap_sides(text) if flipped and self.caption_flip else text
         else:
             image = self._resize_and_crop(image).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std)
+        return pixels.sub_(mean).div_(std), text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -166,8 +187,8 @@ class ImageTransform:
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
-    def _augment(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Random area and aspect ratio (ten tries, then the largest centre box), resized; flip."""
+    def _augment(self, image: Image.Image, rng: random.Random) -> tuple[Image.Image, bool]:
+        """Random area and aspect ratio (ten tries, then the largest centre box), resized; flipped or not."""
         height, width = _pair(self.image_size)
         box = None
         for _ in range(10):
@@ -186,7 +207,8 @@ class ImageTransform:
             box = (left, top, left + w, top + h)
         image = image.crop(box)
         image = _resize(image, (width, height), self.interpolation, (0, 0, *image.size))
-        return ImageOps.mirror(image) if rng.random() < self.flip else image
+        flipped = rng.random() < self.flip
+        return (ImageOps.mirror(image) if flipped else image), flipped
 
     def _colour(self, image: Image.Image, rng: random.Random) -> Image.Image:
         if self.jitter > 0:
@@ -205,12 +227,18 @@ class ImageViews:
     transforms: tuple[ImageTransform, ...]
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> tuple[Tensor, ...]:
+        return self.pair(image, "", rng)[0]
+
+    def pair(
+        self, image: Image.Image, text: str, rng: random.Random | None = None
+    ) -> tuple[tuple[Tensor, ...], str]:
+        """The views, and the caption as the first transform has it."""
         rng = rng or _drawn_rng()
-        state, views = rng.getstate(), []
+        state, pairs = rng.getstate(), []
         for transform in self.transforms:
             rng.setstate(state)
-            views.append(transform(image, rng))
-        return tuple(views)
+            pairs.append(transform.pair(image, text, rng))
+        return tuple(view for view, _ in pairs), pairs[0][1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -236,6 +264,7 @@ def image_transform(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
     jitter: float = 0.0,
+    caption_flip: bool = False,
 ) -> ImageTransform:
     """PIL image -> float32 [3, H, W], values (x / 255 - mean) / std.
 
@@ -247,8 +276,9 @@ def image_transform(
     interpolation: "bicubic", "bilinear" or "nearest", Pillow's antialiased filters.
 
     Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
-    target; flipped horizontally with probability `flip` (0: captions may contain left and right); brightness,
-    contrast and saturation are each scaled by a factor in 1 +- `jitter`.
+    target; flipped horizontally with probability `flip` (0: captions may contain left and right, which
+    `caption_flip` exchanges with every flip, as in VirTex); brightness, contrast and saturation are each
+    scaled by a factor in 1 +- `jitter`.
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -265,6 +295,7 @@ def image_transform(
         crop_ratio=crop_ratio,
         flip=flip,
         jitter=jitter,
+        caption_flip=caption_flip,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmkernels
@@ -32,9 +33,11 @@ class MLP(nn.Sequential):
 
     Its three children may have any names. If one of them has to be called (it was replaced, by a LoRA layer
     for example, or has a forward hook), or there are more than three, they are called one after the other.
+    `dropout` is that of the hidden layer, in training.
     """
 
     adds_residual: ClassVar = True
+    dropout = 0.0
 
     def forward(  # type: ignore[override]
         self,
@@ -43,6 +46,8 @@ class MLP(nn.Sequential):
     ) -> Tensor:  # [..., O]
         if len(self) == 3:
             first, activation, last = self
+            if self.training and self.dropout:
+                return add(residual, last, F.dropout(activation(first(x)), self.dropout))
             return mlp(x, first, activation, last, residual=residual)
         out = super().forward(x)
         return out if residual is None else residual + out

@@ -33,8 +33,8 @@ def retrieval_ranks(
 
     Returns:
         ``(query_ranks [N], key_ranks [M])``, int64, without gradient. A query without a match has rank
-        ``M + 1``, a key without one ``N + 1``. Scores are float32 (float64 if a side is); the score of a match
-        is that of the products in which it is compared. Autocast changes nothing.
+        ``M + 1``, a key without one ``N + 1``. Scores are float32 (float64 if a side is); the score of a
+        match is that of the products in which it is compared. Autocast changes nothing.
 
     Raises:
         ValueError: naming every invalid argument.

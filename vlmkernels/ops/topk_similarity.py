@@ -59,16 +59,16 @@ def topk_similarity(
     Raises:
         ValueError: naming every invalid argument.
     """
-    key, rescore = (as_rows("topk_similarity", *x) for x in (("key", key), ("rescore", rescore)))
-    faults = _faults(query, key, k, key_scale, rescore, both)
+    keys, full = as_rows("topk_similarity", "key", key), as_rows("topk_similarity", "rescore", rescore)
+    faults = _faults(query, keys, k, key_scale, full, both)
     if faults:
         raise ValueError("topk_similarity: " + "; ".join(faults))
     with torch.no_grad():
-        if rescore is None:
-            found = _search(query, key, key_scale, k, normalize, return_sorted, both)
+        if full is None:
+            found = _search(query, keys, key_scale, k, normalize, return_sorted, both)
             return found if both else found[:2]
-        _, chosen, *_ = _search(query, key, key_scale, CANDIDATES * k, normalize, False, False)
-        return _rescored(query, rescore, chosen, k, normalize, return_sorted)
+        _, chosen, *_ = _search(query, keys, key_scale, CANDIDATES * k, normalize, False, False)
+        return _rescored(query, full, chosen, k, normalize, return_sorted)
 
 
 def _faults(query, key, k, key_scale, rescore, both) -> list[str]:

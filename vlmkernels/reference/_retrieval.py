@@ -14,7 +14,7 @@ from vlmkernels.reference._pairwise import check_features, features
 ROWS, COLS = 1024, 8192  # of the similarities that are in memory at a time
 
 
-def precision(query: Tensor, key: Tensor) -> torch.dtype:
+def precision(query: Tensor, key: Any) -> torch.dtype:  # anything with a dtype
     """Of the similarities: float32, float64 if a side is."""
     work = torch.promote_types(query.dtype, torch.float32)
     return work if key.dtype == torch.int8 else torch.promote_types(work, key.dtype)

@@ -94,7 +94,8 @@ class TrainConfig:
     )
     data: str = option(
         "emoji3:style-train",
-        "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars",
+        "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars; for kinds "
+        "without images also lines:FILE, a caption a line",
     )
     data_options: dict[str, Any] = option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"
@@ -102,7 +103,8 @@ class TrainConfig:
     samples_per_epoch: int | None = option(None, "tars: how many samples count as one epoch", least=1)
     augment: dict[str, Any] = option(
         {},
-        "options of image_transform in training: crop_scale, crop_ratio, flip, jitter; none: no augmentation",
+        "options of image_transform in training: crop_scale, crop_ratio, flip, caption_flip, jitter; none: "
+        "no augmentation",
     )
     out: str | None = option(None, "run folder; runs/<kind>-<date>-<time> when not given")
     resume: str | None = option(None, "'auto' (newest checkpoint in --out, if any) or a checkpoint folder")
@@ -120,6 +122,10 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's first decay rate")
     beta2: float = option(0.98, "AdamW's second decay rate")
     eps: float = option(1e-6, "AdamW's epsilon")
+    lookahead_steps: int = option(
+        0, "Lookahead: updates between those of the slow weights, which are saved as final/; 0 disables it"
+    )
+    lookahead_alpha: float = option(0.5, "Lookahead: how far the slow weights move towards the fast ones")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 disables clipping")
     label_smoothing: float | None = option(None, "of the softmax losses; clip 0 and align 0.1 when not given")
     ema_decay: float = option(
@@ -174,6 +180,7 @@ class TrainConfig:
             "num_workers",
             "save_every",
             "seed",
+            "lookahead_steps",
         ):
             if getattr(self, name) < 0:
                 faults.append(f"{name} must not be negative, got {getattr(self, name)}")
@@ -183,6 +190,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (value < 0 or value >= 1):
                 faults.append(f"{name} must be in [0, 1), got {value}")
+        if not 0 < self.lookahead_alpha <= 1:
+            faults.append(f"lookahead_alpha must be in (0, 1], got {self.lookahead_alpha}")
+        if self.lookahead_steps and self.ema_decay:
+            faults.append(
+                f"lookahead_steps must be 0 with ema_decay, another average, got {self.lookahead_steps}"
+            )
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 faults.append(f"{name} must be positive, got {getattr(self, name)}")
@@ -205,7 +218,7 @@ class TrainConfig:
     @property
     def streams(self) -> bool:
         """Whether the data are tars, which have no numbered samples."""
-        return ".tar" in self.data
+        return ".tar" in self.data and not self.data.startswith("lines:")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name; of the options of the kinds those that are not the default."""

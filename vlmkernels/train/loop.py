@@ -25,7 +25,7 @@ from vlmkernels.use.bundle import Bundle
 from . import batches, checkpoint, kinds
 from .config import TrainConfig, read_config, write_config
 from .finite_guard import FiniteGuard, check_finite
-from .optim import build_average, build_optimizer, learning_rate
+from .optim import build_average, build_lookahead, build_optimizer, learning_rate
 from .record import METRICS, Recorder, score_text
 from .resume_check import inputs_identity, reject_changes, settings_identity, with_later_fields
 
@@ -201,6 +201,7 @@ class Run:
                 rank=rank,
                 world_size=world,
             )
+        kind.check_images(self.source)
         state: dict[str, Any] | None = self._begin(held)
         self.identity = settings_identity(kind, config)
         earlier: dict[str, Any] = state.get("course", {}) if state else {}
@@ -224,7 +225,8 @@ class Run:
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
         self.bare.to(accelerator.device)
         self.average = build_average(self.bare, config.ema_decay)
-        optimizer = build_optimizer(self.bare, config)
+        self.lookahead = build_lookahead(self.bare, config)
+        optimizer = build_optimizer(self.bare, config, kind.parameter_groups(config, self.bare))
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         set_seed(config.seed, device_specific=True)
         self.step = 0
@@ -348,7 +350,7 @@ class Run:
         config, device = self.config, self.accelerator.device
         rate = learning_rate(self.step, self.span, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         placed = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
@@ -363,6 +365,8 @@ class Run:
         norm = self._clip()
         self.guard.check(loss, norm)
         self.optimizer.step()
+        if self.lookahead is not None:
+            self.lookahead.after_update(self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(self.bare)
         if self.average is not None:
@@ -389,6 +393,7 @@ class Run:
                 "model": self.bare.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": None if average is None else average.state_dict(),
+                "lookahead": None if self.lookahead is None else self.lookahead.state_dict(),
             }
             check_finite(self.step, **learned)
             state = {
@@ -408,6 +413,10 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.lookahead is not None:
+            if not state.get("lookahead"):
+                raise ValueError("lookahead_steps must be 0 to resume a run without it")
+            self.lookahead.load_state_dict(state["lookahead"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rank, known = self.accelerator.process_index, len(state["random"])
@@ -422,8 +431,9 @@ class Run:
 
     def _write_final(self) -> None:
         model = self.kind.trained_model(self.bare if self.average is None else self.average.module)
-        check_finite(self.step, model=model.state_dict())
-        with checkpoint.atomic_folder(self.run / FINAL) as folder:
+        slow = contextlib.nullcontext() if self.lookahead is None else self.lookahead.slow_weights()
+        with slow, checkpoint.atomic_folder(self.run / FINAL) as folder:
+            check_finite(self.step, model=model.state_dict())
             dataclasses.replace(self.bundle, model=model).save(folder)
 
     def _last_checkpoint_hint(self, would_stop_again: bool) -> str:

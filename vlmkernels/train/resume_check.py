@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from vlmkernels.data import ImageTransform
 from vlmkernels.models.parts.pretrained import config_from_dict
 
 from . import kinds
@@ -27,12 +28,23 @@ def settings_identity(kind: kinds.Kind, config: TrainConfig) -> RunIdentity:
 
 
 def with_later_fields(earlier: RunIdentity, model: Any) -> RunIdentity:
-    """``earlier``, its model configuration extended by the fields added since, at their defaults."""
+    """``earlier``, its transform and model configuration extended by the fields added since, at their
+    defaults.
+    """
+    if earlier.get("transform"):
+        earlier = {**earlier, **_plain({"transform": _with_defaults(earlier["transform"])})}
     stored, config = earlier.get("model configuration"), getattr(model, "config", None)
     if not stored or config is None:
         return earlier
     complete = dataclasses.asdict(config_from_dict(type(config), stored))
     return {**earlier, **_plain({"model configuration": complete})}
+
+
+def _with_defaults(transform: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an image transform, or of several views, all of them."""
+    if "transforms" in transform:
+        return {"transforms": [_with_defaults(each) for each in transform["transforms"]]}
+    return {**ImageTransform().to_dict(), **transform}
 
 
 def inputs_identity(source: Any, tokenizer: Path, transform: Any, model: Any) -> RunIdentity:

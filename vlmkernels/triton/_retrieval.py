@@ -1,7 +1,8 @@
 """Kernels of the retrieval ops: similarities as ranked keys, and the best of those that match.
 
-A ranked key is one int64: the score as an integer of the same order, NaN lowest, and below it the index, lower
-ones higher. No two are equal, so that the k largest, found by torch.topk, are one result with ties in order.
+A ranked key is one int64: the score as an integer of the same order, NaN lowest, and below it the index,
+lower ones higher. No two are equal, so that the k largest, found by torch.topk, are one result, its ties in
+order.
 """
 
 from collections.abc import Iterator

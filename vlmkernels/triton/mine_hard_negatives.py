@@ -29,7 +29,7 @@ def mine_hard_negatives(
     ids = retrieval.label_arguments(op, query, key, positives, key_ids)
     if (query_groups is None) != (key_groups is None):
         raise ValueError(f"{op}: groups must be of both the queries and the keys, or of none")
-    groups = (None, None)
+    groups: tuple[Tensor | None, Tensor | None] = (None, None)
     if query_groups is not None:
         groups = retrieval.label_arguments(op, query, key, query_groups, key_groups)
     best = None

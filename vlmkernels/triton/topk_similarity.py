@@ -17,7 +17,7 @@ def topk_similarity(
     return_sorted: bool,
     both: bool,
 ) -> tuple[Tensor, ...]:
-    """(values [Q, k], indices [Q, k], key_values [M, k], key_indices [M, k]), the last two empty unless `both`."""
+    """Values and indices [Q, k] of the queries, then those [M, k] of the keys, empty unless `both`."""
     (n, m) = (x.shape[0] if x.dim() else 0 for x in (query, key))
     if retrieval.is_wide(query, key) or n == 0 or m == 0:
         return topk_similarity_fwd(query, key, key_scale, k, normalize, return_sorted, both)

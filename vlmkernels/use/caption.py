@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmkernels.data import CaptionTokenizer
 from vlmkernels.data._text import printable
+from vlmkernels.data.samples import stacked
 from vlmkernels.train import kinds
 
 from .bundle import check_batch_size, inference, load_model
@@ -99,7 +100,7 @@ def caption(
     done: list[tuple[Path, str]] = []
     pictures = read_files(transform, files, skipped)
     while batch := list(itertools.islice(pictures, batch_size)):
-        images = torch.stack([image for _, image in batch])
+        images = stacked([image for _, image in batch])
         texts = write_captions(model, tokenizer, images, **options)
         done += zip((file for file, _ in batch), texts, strict=True)
     return Captioned(done, skipped)

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from vlmkernels.data import CaptionCollate, CaptionTokenizer, Sample, slot_accuracy
 from vlmkernels.data._text import printable
+from vlmkernels.data.samples import stacked
 from vlmkernels.models.decoder import IGNORE
 from vlmkernels.train import kinds
 
@@ -121,7 +122,7 @@ def evaluate_captions(
         nll, hits, counted = nll + loss * number, hits + right, counted + number
         new = list({sample["key"]: sample for sample in batch if sample["key"] not in captions}.values())
         if new:
-            images = torch.stack([each["image"] for each in new]) if kind.sees_images else len(new)
+            images = stacked([each["image"] for each in new]) if kind.sees_images else len(new)
             texts = write_captions(model, tokenizer, images, **decoding)
             captions.update(zip((sample["key"] for sample in new), texts, strict=True))
         for sample in batch:

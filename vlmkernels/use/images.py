@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from vlmkernels.data import BrokenImageError, Sample, read_image
 from vlmkernels.data.images import transformed
+from vlmkernels.data.regions import are_regions, read_regions
 from vlmkernels.data.samples import warn_skipped
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -24,7 +25,7 @@ def read_files(
     """The files with their transformed images; what cannot be read goes to ``skipped`` with the reason."""
     for file in files:
         try:
-            image = transformed(transform, read_image(file))
+            image = read_regions(file) if are_regions(file) else transformed(transform, read_image(file))[0]
         except BrokenImageError as error:
             skipped[str(file)] = str(error)
             warn_skipped(str(file), str(error))
@@ -86,7 +87,8 @@ def readable(
             continue
         if transform is not None and isinstance(sample["image"], Image.Image):
             try:
-                sample = Sample(**{**sample, "image": transformed(transform, sample["image"])})  # type: ignore[typeddict-item]
+                image, text = transformed(transform, sample["image"], sample["text"])
+                sample = Sample(**{**sample, "image": image, "text": text})  # type: ignore[typeddict-item]
             except BrokenImageError as error:
                 skipped[sample["key"]] = str(error)
                 warn_skipped(sample["key"], str(error))

@@ -36,13 +36,44 @@ def attend(
     dropout: float = 0.0,
     **relative: Any,
 ) -> Tensor:  # [B, n, D]
-    """Attention with its heads merged: to `seen`, or if that is None, or with dropout, to `mask`."""
+    """Attention with its heads merged, to `seen`, and to `mask` where there is one and `seen` is None.
+
+    With `dropout` of its probabilities it is also to `mask`, or without one to `seen` as a dense mask.
+    """
     if seen is None or dropout:
         allowed = None if mask is None else mask[:, None, None]
+        if allowed is None and seen is not None:
+            allowed = dense_mask(seen, key.shape[2])
         out = F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
     else:
         out = cast(Tensor, vlmkernels.interval_attention(query, key, value, seen, **relative))
     return out.transpose(1, 2).flatten(2)
+
+
+def dense_mask(seen: Intervals, keys: int) -> Tensor:  # [T or 1, keys] or [B, 1, T, keys] bool
+    """Whether each query sees each key."""
+    start, end = (bound[..., None] for bound in seen)
+    place = torch.arange(keys, device=start.device)
+    inside = (place >= start) & (place < end)
+    return inside if inside.dim() == 2 else inside[:, None]
+
+
+def attend_beside(
+    query: Tensor,  # [B, heads, k, Dh]
+    own: tuple[Tensor, Tensor],  # keys and values of the same tokens, [B, heads, k, Dh] each
+    others: tuple[Tensor, Tensor],  # [B, heads, T, Dh] each
+    seen: Intervals,
+) -> Tensor:  # [B, k, D]
+    """Attention of tokens that do not see one another: each to `seen` of the others, and to itself.
+
+    The softmax over both is that over the others, of log-sum-exp l, moved towards the token's own value by
+    its share e^s / (e^s + e^l) = sigmoid(s - l), s being the logit of its own key.
+    """
+    (key, value), (others_key, others_value) = own, others
+    out, lse = vlmkernels.interval_attention(query, others_key, others_value, seen, return_lse=True)
+    logit = (query.to(lse) * key.to(lse)).sum(-1) * query.shape[-1] ** -0.5  # [B, heads, k]
+    share = torch.sigmoid(logit - lse)[..., None]
+    return out.to(lse).lerp(value.to(lse), share).to(out.dtype).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module, abc.ABC):
@@ -87,16 +118,23 @@ class MultiheadSelfAttention(SelfAttention):
     With `grid`, image tokens have a learned 2-D relative bias: head a adds
     b_a[r - r' + R - 1, c - c' + C - 1] to the logit of the patches (r, c) and (r', c'), and nothing to a pair
     with a text token. `std` is that of the projection's first weights; None leaves them to the owner.
+    `dropout` is of the probabilities, in training.
     """
 
     linear_weights: ClassVar = ("in_proj_weight",)
     adds_residual: ClassVar = True
 
     def __init__(
-        self, width: int, heads: int, *, grid: tuple[int, int] | None = None, std: float | None = None
+        self,
+        width: int,
+        heads: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        std: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(heads)
-        self.grid = grid
+        self.grid, self.dropout = grid, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         if std is not None:
             nn.init.normal_(self.in_proj_weight, std=std)
@@ -126,18 +164,20 @@ class MultiheadSelfAttention(SelfAttention):
         has_image: bool = False,
         residual: Tensor | None = None,  # [B, n or T, D]
     ) -> Tensor:  # [B, n or T, D]
-        relative = {"relative_bias": self.relative_bias, "grid": self.grid} if has_image else {}
-        return add(residual, self.out_proj, self.mix(x, seen, wanted, keep, **relative))
+        options: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
+        if has_image:
+            options |= {"relative_bias": self.relative_bias, "grid": self.grid}
+        return add(residual, self.out_proj, self.mix(x, seen, wanted, keep, **options))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from a decoder to an encoder's result."""
+    """Multi-head attention from a decoder to an encoder's result; `dropout` is of its probabilities."""
 
     adds_residual: ClassVar = True
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.q_proj = Linear(width, width)
         self.kv_proj = Linear(width, 2 * width)
         self.out_proj = Linear(width, width)
@@ -156,4 +196,5 @@ class CrossAttention(nn.Module):
     ) -> Tensor:  # [B, T, D]
         (query,) = split_heads(self.q_proj(x), self.heads)
         key, value = self.keys_values(memory) if isinstance(memory, Tensor) else memory
-        return add(residual, self.out_proj, attend(query, key, value, seen))
+        rate = self.dropout if self.training else 0.0
+        return add(residual, self.out_proj, attend(query, key, value, seen, dropout=rate))

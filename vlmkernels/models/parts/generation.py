@@ -36,6 +36,8 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
     suppress_tokens: Sequence[int] = (),
+    candidates_per_beam: int | None = None,
+    repeated_log_probability: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """New tokens [B, n] int64, n <= max_new_tokens; after a row's end, `pad_token_id`.
@@ -48,7 +50,12 @@ def generate(
       reaches `top_p`. `generator` (on the logits' device) makes the draw repeatable.
     - `num_beams>1`: beam search for the largest log-probability / length ** length_penalty. It ends when no
       running beam divided by its present length can still enter the `num_beams` finished ones, or, with
-      `early_stopping`, once there are `num_beams` of these.
+      `early_stopping`, once there are `num_beams` of these. `candidates_per_beam` considers only that many
+      continuations of each beam, the most likely ones (Freitag and Al-Onaizan 2017), from the second token
+      on; None: all.
+
+    `repeated_log_probability` is the log-probability of a new token equal to the new token before it, -10000
+    for example, so that no word is written twice in a row; None: as the model has it.
 
     ValueError naming every invalid option.
     """
@@ -58,6 +65,10 @@ def generate(
     banned = sorted({token for token in suppress_tokens if not 0 <= token < logits.shape[-1]})
     if banned:
         faults.append(f"suppress_tokens must be ids below {logits.shape[-1]}, got {banned}")
+    if candidates_per_beam is not None and candidates_per_beam < 1:
+        faults.append(f"candidates_per_beam must be at least 1 or None, got {candidates_per_beam}")
+    if repeated_log_probability is not None and not repeated_log_probability <= 0:
+        faults.append(f"repeated_log_probability must be at most 0 or None, got {repeated_log_probability}")
     if faults:
         raise ValueError("generate: " + "; ".join(faults))
     if pad_token_id is None:
@@ -76,11 +87,15 @@ def generate(
             pad_token_id,
             length_penalty,
             early_stopping,
+            candidates_per_beam,
+            repeated_log_probability,
         )
-    tokens = []
+    tokens: list[Tensor] = []
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     while True:
         scores = logits.float() + ban
+        if tokens and repeated_log_probability is not None:
+            scores = _with_repeated(scores.log_softmax(-1), tokens[-1], repeated_log_probability)
         if do_sample:
             probabilities = filter_logits(scores, temperature, top_k, top_p).softmax(-1)
             token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -213,6 +228,8 @@ def _beam_search(
     pad: int,
     length_penalty: float,
     early_stopping: bool,
+    candidates: int | None,
+    repeated: float | None,
 ) -> Tensor:
     batch, vocabulary = logits.shape
     device = logits.device
@@ -227,7 +244,13 @@ def _beam_search(
     finished_lengths = torch.zeros((batch, beams), dtype=torch.int64, device=device)
     open_ = torch.ones((batch, 1), dtype=torch.bool, device=device)
     for length in range(1, max_new_tokens + 1):
-        totals = scores[:, :, None] + (logits.float().log_softmax(-1) + ban).view(batch, beams, vocabulary)
+        each = logits.float().log_softmax(-1) + ban
+        if repeated is not None and length > 1:
+            each = _with_repeated(each, running[:, :, -1].flatten(), repeated)
+        if candidates is not None and length > 1 and candidates < vocabulary:
+            likely, ids = each.topk(candidates)
+            each = torch.full_like(each, -math.inf).scatter(1, ids, likely)
+        totals = scores[:, :, None] + each.view(batch, beams, vocabulary)
         # Twice the number of beams: if all beams end here, enough are left to continue.
         best, index = totals.flatten(1).topk(min(2 * beams, beams * vocabulary))
         beam, token = index // vocabulary, index % vocabulary
@@ -256,6 +279,15 @@ def _beam_search(
         reorder((first + beam.gather(1, kept)).flatten())
         logits = step(running[:, :, -1].flatten())
     return finished[:, 0, : int(finished_lengths[:, 0].max())] if batch else finished[:, 0, :0]
+
+
+def _with_repeated(
+    scores: Tensor,  # [N, V]
+    last: Tensor,  # [N]
+    value: float,
+) -> Tensor:  # [N, V]
+    """The log-probabilities, `value` for each row's last token."""
+    return scores.scatter(1, last[:, None], value)
 
 
 def _rows(

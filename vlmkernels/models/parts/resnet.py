@@ -20,7 +20,8 @@ from vlmkernels.models.parts.stochastic_depth import drop_branch
 class Bottleneck(nn.Module):
     """1x1 -> 3x3 (stride) -> 1x1 with 4 times the channels, plus the shortcut.
 
-    With `average_pool` both paths are averaged instead of strided, as in CLIP.
+    With `average_pool` both paths are averaged instead of strided, as in CLIP. `widen` multiplies the width
+    inside the block, not that of its result, as in wide ResNets.
     """
 
     def __init__(
@@ -30,17 +31,19 @@ class Bottleneck(nn.Module):
         stride: int,
         *,
         average_pool: bool = False,
+        widen: int = 1,
         stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         self.stochastic_depth = stochastic_depth
         step = 1 if average_pool else stride
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, step, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        inner = widen * width
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, step, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
         self.avgpool = nn.AvgPool2d(stride) if stride > step else nn.Identity()
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or channels != 4 * width:
@@ -67,11 +70,17 @@ class ResNet(nn.Module):
 
     n stages give 2^(n + 1) * width `channels` at `stride` 2^(n + 1), half of it without the pooling of the
     stem (`pool=False`). The weights of torchvision's ResNets load unchanged, except those of layers that are
-    not here.
+    not here; those of its wide_resnet50_2 with `widen=2`.
     """
 
     def __init__(
-        self, blocks: Sequence[int], width: int, *, pool: bool = True, stochastic_depth: float = 0.0
+        self,
+        blocks: Sequence[int],
+        width: int,
+        *,
+        pool: bool = True,
+        widen: int = 1,
+        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -81,7 +90,7 @@ class ResNet(nn.Module):
         self.stages = [f"layer{1 + index}" for index in range(len(blocks))]
         for index, name in enumerate(self.stages):
             inner, stride = width * 2**index, 1 if index == 0 else 2
-            options = {"stochastic_depth": stochastic_depth}
+            options = {"widen": widen, "stochastic_depth": stochastic_depth}
             self.add_module(name, _stage(self.channels, inner, blocks[index], stride, **options))
             self.channels, self.stride = 4 * inner, self.stride * stride
         for module in self.modules():

@@ -1,4 +1,4 @@
-"""The pre-LayerNorm transformer block, and a stack of blocks as CLIP's towers have it."""
+"""The transformer block, pre-LayerNorm or post-LayerNorm, and a stack of blocks as CLIP's towers have it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class LayerNorm(nn.LayerNorm):
 class Block(nn.Module):
     """x += attention(LN x); with cross-attention x += cross(LN x, memory); x += W2 act(W1 LN x).
 
-    In training, `dropout` acts on the output of each branch, and `stochastic_depth` drops branches.
+    With `post_norm` each LayerNorm follows its sum, x = LN(x + branch(x)), as in Vaswani et al. 2017. In
+    training, `dropout` acts on the output of each branch, `mlp_dropout` on the hidden layer of the MLP, and
+    `stochastic_depth` drops branches.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Block(nn.Module):
         eps: float = 1e-5,
         *,
         cross: CrossAttention | None = None,
+        post_norm: bool = False,
         dropout: float = 0.0,
+        mlp_dropout: float = 0.0,
         stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dropout, self.stochastic_depth = dropout, stochastic_depth
+        self.post_norm, self.dropout, self.stochastic_depth = post_norm, dropout, stochastic_depth
         self.ln_1 = LayerNorm(width, eps)
         self.attn = attn
         if cross is not None:
@@ -50,6 +54,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(width, eps)
         c_fc, c_proj = Linear(width, mlp_width), Linear(mlp_width, width)
         self.mlp = MLP(OrderedDict([("c_fc", c_fc), ("gelu", activation()), ("c_proj", c_proj)]))
+        self.mlp.dropout = mlp_dropout
 
     def forward(
         self,
@@ -63,10 +68,22 @@ class Block(nn.Module):
     ) -> Tensor:  # [B, n or T, D]
         residual = x if wanted is None else take_rows(x, wanted)
         relative = (True,) if has_image else ()
-        x = self._add(residual, self.attn, self.ln_1(x), seen, wanted, keep, *relative)
+        x = self._sublayer(self.ln_1, residual, self.attn, x, seen, wanted, keep, *relative)
         if memory is not None:
-            x = self._add(x, self.cross, self.ln_cross(x), *memory)
-        return self._add(x, self.mlp, self.ln_2(x))
+            x = self._sublayer(self.ln_cross, x, self.cross, x, *memory)
+        return self._sublayer(self.ln_2, x, self.mlp, x)
+
+    def _sublayer(
+        self,
+        norm: nn.Module,
+        residual: Tensor,  # [B, n, D]
+        branch: nn.Module,
+        x: Tensor,  # [B, T, D]
+        *inputs: Any,
+    ) -> Tensor:  # [B, n, D]
+        if self.post_norm:
+            return norm(self._add(residual, branch, x, *inputs))
+        return self._add(residual, branch, norm(x), *inputs)
 
     def _add(self, x: Tensor, branch: nn.Module, *inputs: Any) -> Tensor:  # [B, T, D]
         if not self.training or self.dropout == self.stochastic_depth == 0:

@@ -22,6 +22,9 @@ KINDS = {
     "lm": "vlmkernels.train.kinds.lm:LanguageModel",
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
+    "virtex": "vlmkernels.train.kinds.virtex:VirTex",
+    "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
+    "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
 }
 
 
@@ -45,6 +48,16 @@ def embedders() -> list[Kind]:
 def captioners() -> list[Kind]:
     """The kinds whose models generate captions of images."""
     return [kind for kind in every() if kind.captions]
+
+
+def matchers() -> list[Kind]:
+    """The kinds whose models judge whether a text belongs to an image."""
+    return [kind for kind in every() if kind.matches]
+
+
+def probed() -> list[Kind]:
+    """The kinds whose models have features of images."""
+    return [kind for kind in every() if kind.has_features]
 
 
 def model_types(kinds: Sequence[Kind]) -> list[str]:

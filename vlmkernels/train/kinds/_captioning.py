@@ -45,9 +45,9 @@ class CaptionKind(Kind):
     def caption_loss(
         self, model: Any, tokenizer: CaptionTokenizer, batch: dict[str, Any], *, with_logits: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Mean loss of the counted tokens, logits [B, L, V] (or None), labels [B, L], -100 where not counted.
+        """Mean loss of the counted tokens, logits [R, L, V] (or None), labels [R, L], -100 where not counted.
 
-        ``batch`` is a ``CaptionCollate``'s.
+        ``batch`` is a ``CaptionCollate``'s; the logits of position t are those of label t + 1.
         """
 
     @abc.abstractmethod
@@ -82,20 +82,31 @@ class CaptionKind(Kind):
 
 
 class Captioning:
-    """The task: the loss is the mean over the counted tokens of all processes."""
+    """The task: the loss is the mean over the counted tokens of all processes, times ``weight``."""
 
-    scores = ("perplexity", "token_accuracy")
+    scores: tuple[str, ...] = ("perplexity", "token_accuracy")
 
     def __init__(
-        self, kind: CaptionKind, tokenizer: CaptionTokenizer, collate: CaptionCollate, seed: int
+        self,
+        kind: CaptionKind,
+        tokenizer: CaptionTokenizer,
+        collate: CaptionCollate,
+        seed: int,
+        weight: int = 1,
     ) -> None:
         self.kind, self.tokenizer, self.collate, self.seed = kind, tokenizer, collate, seed
+        self.weight = weight
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
     ) -> tuple[Tensor, Callable[[], Values]] | None:
         batch = self.kind.with_draws(batch, self.tokenizer, self.seed, step)
-        own_loss, logits, labels = self.kind.caption_loss(model, self.tokenizer, batch, with_logits=measured)
+        return self.joint(batch, *self.kind.caption_loss(model, self.tokenizer, batch, with_logits=measured))
+
+    def joint(
+        self, batch: dict[str, Any], own_loss: Tensor, logits: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Callable[[], Values]] | None:
+        """What `loss` returns, from what `caption_loss` does."""
         count = (labels[:, 1:] != IGNORE).sum()
         total = objective.sum_over_processes(count)
         if not batch["keys"] and not total:  # waits for the device only if this process has no samples
@@ -108,12 +119,12 @@ class Captioning:
             right = objective.sum_over_processes((logits[:, :-1].argmax(dim=-1) == targets).sum())
             joint = objective.sum_over_processes((own_loss.detach() * share).double()).item()
             return {
-                "loss": joint,
+                "loss": self.weight * joint,
                 "perplexity": math.exp(min(joint, 700.0)),
                 "token_accuracy": (right / total).item(),
             }
 
-        return own_loss * (share * objective.process_count()), measure
+        return own_loss * (share * self.weight * objective.process_count()), measure
 
     def prepare(self, source: Any, device: torch.device) -> None:
         pass
@@ -137,9 +148,11 @@ class RowKind(CaptionKind):
     options = RowOptions
 
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Captioning:
+        return Captioning(self, tokenizer, self.collate(config, tokenizer, image_size), config.seed)
+
+    def collate(self, config: TrainConfig, tokenizer: Any, image_size: Any) -> CaptionCollate:
         per_row = self.own_options(config).images_per_row
-        collate = CaptionCollate(tokenizer, self.layout, per_row, image_size)
-        return Captioning(self, tokenizer, collate, config.seed)
+        return CaptionCollate(tokenizer, self.layout, per_row, image_size)
 
     def labels(self, tokenizer: CaptionTokenizer, tokens: Tensor) -> Tensor:  # [R, T]
         """Labels [R, T] of the rows, -100 where not counted."""

@@ -55,6 +55,7 @@ class ContrastiveKind(Kind):
     """A kind whose model has ``encode_image`` and ``encode_text`` and returns features and scale."""
 
     embeds = True
+    has_features = True
 
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Contrastive:
         given, own = config.label_smoothing, self.label_smoothing or 0.0

@@ -20,6 +20,8 @@ from vlmkernels.use.scores import Scores
 
 Values = dict[str, float]
 HALF = (0.5, 0.5, 0.5)
+# Ids that follow the others of a vocabulary, and their places from its end.
+IDS_AT_THE_END = {"eot_id": 1, "eos_id": 1, "end_id": 1, "bos_id": 2, "start_id": 2}
 
 
 class Task(Protocol):
@@ -65,6 +67,8 @@ class Kind(abc.ABC):
     sees_images: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
+    has_features: ClassVar[bool] = False  # of images: `vlmkernels probe`
+    matches: ClassVar[bool] = False  # judges texts of an image: `vlmkernels match`
 
     def own_options(self, config: TrainConfig) -> Any:
         """The options of this kind in ``config``."""
@@ -107,10 +111,15 @@ class Kind(abc.ABC):
             raise ValueError(
                 f"model_options: unknown fields {', '.join(unknown)}; known are {', '.join(fields)}"
             )
-        for name, place in (("eot_id", 1), ("eos_id", 1), ("bos_id", 2)):  # in a vocabulary of another size
+        for name, place in IDS_AT_THE_END.items():  # in a vocabulary of another size
             if name in fields and isinstance(options.get("vocab_size"), int):
                 options.setdefault(name, options["vocab_size"] - place)
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
+
+    def check_images(self, dataset: Any) -> None:
+        """ValueError for data without the images that this kind needs."""
+        if self.sees_images and not getattr(dataset, "has_images", True):
+            raise ValueError(f"data: {self.name} needs images, which {dataset!r} does not have")
 
     def build_transform(self, config: TrainConfig) -> ImageTransform | None:
         """The inference transform of ``config.init``, or a new one; None for a kind without images."""
@@ -152,6 +161,13 @@ class Kind(abc.ABC):
         """The model in what :meth:`trained_module` returned."""
         return module
 
+    def parameter_groups(self, config: TrainConfig, module: nn.Module) -> list[dict] | None:
+        """Groups for the optimizer, each with its weight decay and, if its learning rate differs from that of
+        the run, the factor ``lr_scale``; None: those of the module, or matrices with decay and the rest
+        without.
+        """
+        return None
+
     def own_inputs(self, config: TrainConfig) -> dict[str, Any]:
         """What the options of this kind refer to and a resumed run may not change, as values of JSON."""
         return {}
@@ -175,6 +191,10 @@ class Kind(abc.ABC):
     def image_side(self, config: Any) -> int | None:
         """Side of the images that a model of this configuration takes; None: any."""
         return config.image_size
+
+    def image_features(self, model: Any, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, F]
+        """What a probe sees of the images, for a kind that ``has_features``: here their embeddings."""
+        return model.encode_image(images)
 
     @abc.abstractmethod
     def evaluate(
