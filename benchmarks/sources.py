@@ -13,9 +13,9 @@ EXTENSION = ("csrc/**/*.*", "python/**/*.*", "cmake/*", "CMakeLists.txt", "setup
 
 
 def of_python(op: str, root: Path = ROOT) -> set[Path]:
-    """The module of an op, or of nn, and what that imports of the library."""
+    """The module of an op, of nn or of a model, and what that imports of the library."""
     found: set[Path] = set()
-    waiting = [f"vlmkernels.ops.{op}", f"vlmkernels.nn.{op}"]
+    waiting = [f"vlmkernels.{home}.{op}" for home in ("ops", "nn", "models")]
     while waiting:
         path = root / (waiting.pop().replace(".", "/") + ".py")
         if path not in found and path.is_file():

@@ -20,8 +20,11 @@ from benchmarks.measure import ROOT
 
 
 def run_tests(op: str, root: Path = ROOT) -> tuple[bool, str]:
-    """Whether tests/test_<op>.py passes (of a module tests/test_nn_<op>.py), and pytest's last line."""
-    paths = [root / "tests" / f"test_{op}.py", root / "tests" / f"test_nn_{op}.py"]
+    """Whether tests/test_<op>.py passes (of a module test_nn_<op>.py, of a model test_models_<op>.py).
+
+    And pytest's last line.
+    """
+    paths = [root / "tests" / f"test_{kind}{op}.py" for kind in ("", "nn_", "models_")]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return False, f"{paths[0].name} does not exist"

@@ -33,10 +33,10 @@ def test_the_tests_of_an_op_decide(tmp_path):
     assert verdicts.run_tests("missing", tmp_path) == (False, "test_missing.py does not exist")
 
 
-@pytest.mark.parametrize("op", [*OPS, "cross_attention", "media_cache", "perceiver"])
+@pytest.mark.parametrize("op", [*OPS, "cross_attention", "media_cache", "perceiver", "visualgpt"])
 def test_sources_hold_the_op_and_what_it_calls(op):
     found = names(sources.of(op))
-    home = "ops" if op in OPS else "nn"
+    home = "ops" if op in OPS else "models" if op == "visualgpt" else "nn"
     assert f"vlmkernels/{home}/{op}.py" in found
     assert {"vlmkernels/_library.py", "csrc/cpu/simd.h", "python/module.cpp", "CMakeLists.txt"} < found
     assert all(

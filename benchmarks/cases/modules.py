@@ -12,6 +12,8 @@ from torch.func import functional_call
 from benchmarks import peers
 from benchmarks.cases.attention import HEADS, WIDTH, attention_flops
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
+from vlmkernels import intervals
+from vlmkernels.models._visualgpt_layers import Regions, VisualBlock, VisualGPTConfig
 from vlmkernels.nn import GatedCrossAttentionBlock, MediaCache, PerceiverResampler
 
 INNER = HEADS * WIDTH
@@ -223,4 +225,62 @@ def perceiver(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (cross_attention, media_cache, perceiver)
+def _decode_inputs(
+    device: str, dtype: torch.dtype, batch: int, regions: int, *, config: VisualGPTConfig
+) -> dict[str, Tensor]:
+    shape = (batch, config.encoder_layers, regions, config.width)
+    return {
+        "x": torch.randn(batch, 1, config.width, device=device).to(dtype),
+        "levels": torch.randn(shape, device=device).to(dtype),
+        **_parameters(VisualBlock(config), device, dtype),
+    }
+
+
+def _visual_step(config: VisualGPTConfig, *, cached: bool) -> Callable[..., Tensor]:
+    """A block of the decoder reads a first token, with the keys of the image made once or at every call."""
+    block = _without_values(partial(VisualBlock, config)).eval()
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def step(x: Tensor, levels: Tensor, **parameters: Tensor) -> Tensor:
+        regions = Regions(levels, None)
+        if not kept:
+            block.load_state_dict(parameters, assign=True)
+            kept.append(block.keys_values(regions))
+        memory = kept[0] if cached else block.keys_values(regions)
+        return block(x, intervals.causal(1, device=x.device), memory, regions)
+
+    return step
+
+
+def visualgpt(quick: bool, device: str) -> list[Case]:
+    """One token through one block of VisualGPT: weights, and the keys and values of images, are read."""
+    config = VisualGPTConfig(width=64, heads=1) if quick else VisualGPTConfig()
+    sizes = cut(quick, batch=50, regions=50)
+    block = _without_values(partial(VisualBlock, config))
+    read = sum(weight.numel() for name, weight in block.named_parameters() if "kv_proj" not in name)
+    keys = 2 * sizes["batch"] * config.encoder_layers * sizes["regions"] * config.width
+    cases = []
+    for dtype in (F32, BF16):
+        flops = 2.0 * sizes["batch"] * (read + config.width * 2 * config.encoder_layers) + 2.0 * keys
+        case = Case(
+            op="visualgpt",
+            name=f"decode step, block d=768, batch 50, 3 levels of 50 regions {type_name(dtype)}",
+            dtype=dtype,
+            sizes=sizes,
+            make_inputs=partial(_decode_inputs, config=config),
+            ours=_visual_step(config, cached=True),
+            baselines=timed(
+                quick, Baseline("keys and values of every step", lambda: _visual_step(config, cached=False))
+            ),
+            flops=flops,
+            min_flops=flops,
+            bytes=(read + keys) * dtype.itemsize,
+            backward=False,
+            headline=True,
+            runs_with=("srau",),
+        )
+        cases.append(case)
+    return cases
+
+
+CASES = (cross_attention, media_cache, perceiver, visualgpt)

@@ -25,3 +25,7 @@ void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, in
 
 // test_dense.cc: the kernels on blocks of products.
 void test_dense_layers();
+// test_relative.cc: relative representations and the score of contrastive search.
+void test_relative();
+// test_retrieval.cc
+void test_retrieval();

@@ -520,6 +520,8 @@ int main() {
   test_distillation();
   test_embedding_distillation();
   test_dense_layers();
+  test_relative();
+  test_retrieval();
   test_bfloat16_rounding();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;

@@ -133,9 +133,8 @@ class EncoderLayer(nn.Module):
         self.dropout, self.strict = config.dropout, config.strict_compat
         self.attn = MultiheadSelfAttention(width, config.heads)
         self.norm_1 = LayerNorm(width)
-        parts: list[tuple[str, nn.Module]] = [("c_fc", Linear(width, hidden)), ("relu", nn.ReLU())]
-        parts += [("dropout", nn.Dropout(config.dropout))] if config.dropout else []
-        self.mlp = MLP(OrderedDict([*parts, ("c_proj", Linear(hidden, width))]))
+        self.mlp = MLP(OrderedDict(c_fc=Linear(width, hidden), relu=nn.ReLU(), c_proj=Linear(hidden, width)))
+        self.mlp.dropout = config.dropout
         self.norm_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, D], [B, N] bool -> [B, N, D]
@@ -249,11 +248,9 @@ class VisualBlock(nn.Module):
     ) -> Tensor:  # [B k, T, D]
         rate = self.config.dropout if self.training else 0.0
         a = _drop(add(x, self.attn, self.ln_1(x), seen, None, keep), rate)
-        images, rows = len(memory[0]), len(x) * x.shape[1]
-        together = self.ln_1(a).reshape(
-            images, rows // max(images, 1), -1
-        )  # the texts of an image in one row
-        e = self.cross(together, memory, regions)
+        images = len(memory[0])
+        rows = len(a) * a.shape[1] // max(images, 1)  # of the texts of an image together
+        e = self.cross(self.ln_1(a).reshape(images, rows, a.shape[-1]), memory, regions)
         e = e.reshape(len(e), *a.shape)  # [L, B k, T, D]
         r = self.fused(a, e, row_mask)
         y = _drop(add(r, self.mlp, self.ln_2(r)), rate)
@@ -268,5 +265,5 @@ class VisualBlock(nn.Module):
         logits = [
             add(text, gate, level) for gate, level, text in zip(self.gate_visual, e, texts, strict=True)
         ]
-        options = {"row_mask": row_mask, "orientation": self.config.orientation}
-        return vlmkernels.srau(a, e, torch.stack(logits), self.config.tau, **options)
+        tau, orientation = self.config.tau, self.config.orientation
+        return vlmkernels.srau(a, e, torch.stack(logits), tau, row_mask=row_mask, orientation=orientation)

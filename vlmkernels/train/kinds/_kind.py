@@ -68,6 +68,7 @@ class Kind(abc.ABC):
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
     has_features: ClassVar[bool] = False  # of images: `vlmkernels probe`
+    matches: ClassVar[bool] = False  # judges texts of an image: `vlmkernels match`
 
     def own_options(self, config: TrainConfig) -> Any:
         """The options of this kind in ``config``."""
@@ -114,6 +115,11 @@ class Kind(abc.ABC):
             if name in fields and isinstance(options.get("vocab_size"), int):
                 options.setdefault(name, options["vocab_size"] - place)
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
+
+    def check_images(self, dataset: Any) -> None:
+        """ValueError for data without the images that this kind needs."""
+        if self.sees_images and not getattr(dataset, "has_images", True):
+            raise ValueError(f"data: {self.name} needs images, which {dataset!r} does not have")
 
     def build_transform(self, config: TrainConfig) -> ImageTransform | None:
         """The inference transform of ``config.init``, or a new one; None for a kind without images."""

@@ -28,7 +28,8 @@ class FlamingoOptions(RowOptions):
     )
     language_model: str | None = option(
         None,
-        "flamingo: folder of a trained language model (RUN/final of train lm), which it keeps frozen",
+        "flamingo, visualgpt: folder of a trained language model (RUN/final of train lm), which a flamingo "
+        "keeps frozen and a visualgpt starts from",
     )
 
 

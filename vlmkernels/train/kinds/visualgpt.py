@@ -201,7 +201,7 @@ class SelfCritical(Captioning):
         for key in batch["keys"]:
             rng = sample_rng(self.seed, "self-critical", step, key)
             numbers += [[rng.random() for _ in range(room)] for _ in range(self.count)]
-        chance = torch.tensor(numbers, dtype=torch.float64, device=images.device).view(-1, room)
+        chance = torch.tensor(numbers, dtype=torch.float64, device=images.device).view(len(numbers), room)
         with inference(model):
             session = visualgpt.VisualDecoding(model, images)
             session.reorder(torch.arange(len(images), device=images.device).repeat_interleave(self.count))
@@ -223,4 +223,4 @@ class SelfCritical(Captioning):
         texts = [tokenizer.decode(row) for row in tokens[:, 1:].tolist()]
         wanted = [text for text in batch["texts"] for _ in range(self.count)]
         scores = [self.reward(text, [reference]) for text, reference in zip(texts, wanted, strict=True)]
-        return tokens, torch.tensor(scores, device=tokens.device).view(-1, self.count)
+        return tokens, torch.tensor(scores, device=tokens.device).view(len(batch["texts"]), self.count)
