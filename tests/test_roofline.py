@@ -26,7 +26,7 @@ from tests.gpu.ptx import counted
 from tests.gpu.ptx.counters import SECTOR, Counters
 from vlmkernels._library import KERNELS
 from vlmkernels.ops import _pairwise_small
-from vlmkernels.triton import _info_nce_small
+from vlmkernels.triton import _pairwise_small as few_rows
 
 TWICE = "_attention_bwd._key_grads"
 WITHOUT_CODE = ("B200", "RTX 5090", "MI300X")  # nothing is compiled for their predictions
@@ -141,7 +141,7 @@ ONE_TILE = [  # or few: then hardly an operand is read by two programs
 @pytest.mark.parametrize("of", ONE_TILE, ids=lambda of: of.op)
 def test_the_compiled_kernels_move_and_multiply_what_the_model_says(of, monkeypatch):
     """In the simulator of PTX: sectors of 32 bytes, and multiply-adds issued to tensor cores."""
-    monkeypatch.setattr(_info_nce_small, "LIMIT", 0)  # each of its programs reads all features of the others
+    monkeypatch.setattr(few_rows, "LIMIT", 0)  # each of its programs reads all features of the others
     counts: list[tuple[Launch, Counters]] = []
     with counted(counts)(), trace.OnTriton():
         tensors = of.tensors("cpu")

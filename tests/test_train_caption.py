@@ -67,9 +67,11 @@ def test_learns_the_captions(values, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_run_resumes_bit_for_bit(values, tmp_path, monkeypatch, kind):
-    """Prefixes of simvlm, which are drawn in each step, dropout, and virtex' slow weights included."""
+    """Random prefixes of simvlm, dropout, the contrastive term of lm and virtex' slow weights included."""
     options = {"simvlm": {"form": "prefix_lm", "dropout": 0.1}, "virtex": {"dropout": 0.1}}.get(kind, {})
-    common = {"model_options": {**TINY[kind], **options}, "ema_decay": 0.9 if kind == "lm" else 0.0}
+    common = {"model_options": {**TINY[kind], **options}}
+    if kind == "lm":
+        common |= {"ema_decay": 0.9, "contrastive_weight": 1.0}
     if kind == "virtex":
         common |= {"trunk_lr": 0.01, "lookahead_steps": 3, "augment": {"flip": 0.5, "caption_flip": True}}
     train(kind, TrainConfig(**values(kind, "whole", **common)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGRAL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_KNOWN = frozenset(FLOATS + INTEGRAL)
 FLOATS_LISTED = "float32, float64, bfloat16 or float16"
 
 _Function = TypeVar("_Function", bound=Callable)
@@ -49,7 +50,7 @@ def dense(t: Tensor) -> bool:
 
 def known(dtype: torch.dtype) -> bool:
     """Whether kernels support it for some argument."""
-    return dtype in FLOATS or dtype in INTEGRAL
+    return dtype in _KNOWN
 
 
 def dtype_faults(tensors: Mapping[str, Tensor], operands: Mapping[str, Tensor] | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, match."""
+"""The ``vlmkernels`` command: training, evaluation and the use of models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from vlmkernels import __version__
+from vlmkernels._asif_commands import asif
 from vlmkernels.data._text import printable
 from vlmkernels.train.config import TrainConfig, read_config, settings, shipped_configs
 from vlmkernels.train.kinds import KINDS
@@ -37,6 +38,9 @@ class _Echo(logging.Handler):
 @click.version_option(__version__, prog_name="vlmkernels")
 def commands() -> None:
     """Fused kernels for vision-language models, and models trained with them."""
+
+
+commands.add_command(asif)
 
 
 @commands.command()
@@ -277,6 +281,46 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
 
 
 @commands.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--language-model",
+    required=True,
+    metavar="FOLDER",
+    help="RUN/final of a trained language model, or a folder of Hugging Face's GPT-2.",
+)
+@click.option(
+    "--scorer", required=True, metavar="RUN/final", help="A trained model that embeds images and texts."
+)
+@click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
+@click.option(
+    "--alpha", default=0.1, show_default=True, metavar="X", help="Weight of the penalty for repetition."
+)
+@click.option(
+    "--beta",
+    default=2.0,
+    show_default=True,
+    metavar="X",
+    help="Weight of the image; 0: contrastive search.",
+)
+@click.option(
+    "--k", default=45, show_default=True, metavar="N", help="Candidates for each token, the N likeliest."
+)
+@click.option("--length", default=15, show_default=True, metavar="N", help="Maximum number of tokens.")
+@click.option("--batch-size", default=16, show_default=True, metavar="N", help="Images at once.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+def magic(inputs: tuple[str, ...], language_model: str, scorer: str, **options: Any) -> None:
+    """Write a caption for each image with a language model that was trained on texts only (MAGIC): a scorer
+    says which of its candidates fit the image. INPUTS are files, and folders with all below them.
+    """
+    from vlmkernels.use.magic import magic as run
+
+    done = run(inputs, language_model, scorer, **options)
+    _count_skipped(done.skipped)
+    if done.captions:
+        click.echo(done)
+
+
+@commands.command()
 @_model_options
 @click.argument("image")
 @click.argument("texts", nargs=-1, required=True)
@@ -325,7 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
+        told = "pip install" in str(error)
+        _fail(error if told else f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

@@ -224,7 +224,11 @@ def _small_flops(launch: Launch, tile: float) -> float:
     sides = sum(arguments[name] is not None for name in ("DQUERY", "DKEY"))
     parts = _blocks(0, arguments["features"], config["BLOCK_D"])
     again = 2.0 * config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_D"]
-    return sides * parts * tiles[0] * tiles[1] * (tile + again)
+    pairs = sides * parts * (tile + again)
+    summed = any(arguments.get(name) is not None for name in ("LOSS", "DSCALE", "DBIAS"))
+    if launch.name == "_sigmoid_loss_small._pairs" and summed and arguments["DQUERY"] is None:
+        pairs += tile  # of programs that only sum
+    return tiles[0] * tiles[1] * pairs
 
 
 def _grid_pairs(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
@@ -247,7 +251,7 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
         if name in ("info_nce._stats", "contrastive_distillation._stats"):
             rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
             return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
-        if name == "_info_nce_small._grads":
+        if name in ("_info_nce_small._grads", "_sigmoid_loss_small._pairs"):
             return _small_flops(launch, tile), True
         return tile * math.prod(launch.grid), True
     d, v = config["BLOCK_D"], config["BLOCK_V"]

@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 
 from vlmkernels.reference.embedding_distillation import DISTANCES
-from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _pairwise_classes as classes_of
+from vlmkernels.triton import _pairwise_small as few_rows
 from vlmkernels.triton import _rows as rows
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
@@ -32,6 +32,8 @@ from vlmkernels.triton import (
 
 from .cases_attention import attentions
 from .cases_dense import layers
+from .cases_relative import relative
+from .cases_retrieval import searches
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_gated import Levels, Linear, Residual
@@ -189,23 +191,32 @@ def by_pairs() -> Iterator[Case]:
     def sigmoid(make, **options):
         return lambda t: Sigmoid(make(t), **options)
 
-    yield from each(op, "ragged, by ids", sigmoid(ragged, form="ids"), quick=(FP32, FP16))
-    yield from each(op, "chunks", sigmoid(chunks), quick=(BF16,), settings=CHUNKS)
-    yield from each(
-        op, "chunks of each row", sigmoid(chunks, reduction="none"), quick=(FP16,), settings=CHUNKS
-    )
-    yield from each(op, "wide", sigmoid(wide, form="pairs", reduction="sum"))
-    yield from each(op, "large tiles", sigmoid(wide), settings=LARGE, quick=(BF16,))
-    yield from each(op, "even", sigmoid(even, form="pairs", bias=3.0))
-    yield from each(op, "long", sigmoid(long, form="pairs"))
-    yield from each(op, "one", sigmoid(one))
-    yield from each(op, "loss alone", sigmoid(ragged, needs=(False,) * 4))
-    yield from each(op, "gradients alone", sigmoid(ragged, needs=(True, True, False, False)))
+    yield from many("ragged, by ids", sigmoid(ragged, form="ids"), quick=(FP32, FP16))
+    yield from many("chunks", sigmoid(chunks), quick=(BF16,), settings=CHUNKS)
+    yield from many("chunks of each row", sigmoid(chunks, reduction="none"), quick=(FP16,), settings=CHUNKS)
+    yield from many("wide", sigmoid(wide, form="pairs", reduction="sum"))
+    yield from many("large tiles", sigmoid(wide), settings=LARGE, quick=(BF16,))
+    yield from many("even", sigmoid(even, form="pairs", bias=3.0))
+    yield from many("long", sigmoid(long, form="pairs"))
+    yield from many("one", sigmoid(one))
+    yield from many("loss alone", sigmoid(ragged, needs=(False,) * 4))
+    yield from many("gradients alone", sigmoid(ragged, needs=(True, True, False, False)))
     for i, name in enumerate(("queries", "keys", "scale", "bias")):
         needs = tuple(i == k for k in range(4))
-        yield from each(op, f"gradient of the {name}", sigmoid(problem(35, 40, 24), needs=needs))
-    yield from each(op, "tf32", sigmoid(tf32), (FP32,), tf32=True)
-    yield from each(op, "tf32, large tiles", sigmoid(tf32), (FP32,), tf32=True, settings=LARGE)
+        yield from many(f"gradient of the {name}", sigmoid(problem(35, 40, 24), needs=needs))
+    yield from many("tf32", sigmoid(tf32), (FP32,), tf32=True)
+    yield from many("tf32, large tiles", sigmoid(tf32), (FP32,), tf32=True, settings=LARGE)
+
+    yield from each(op, "few rows", sigmoid(problem(70, 140, 150)), quick=(FP32, BF16, FP16))
+    yield from each(op, "few rows by ids", sigmoid(problem(70, 67, 37), form="ids"), quick=(BF16,))
+    of_each = sigmoid(problem(70, 70, 24), form="pairs", reduction="none")
+    yield from each(op, "few rows, each", of_each, quick=(FP16,))
+    yield from each(op, "one tile", sigmoid(problem(35, 67, 24), reduction="sum"), quick=(FP32,))
+    yield from each(op, "few rows, loss alone", sigmoid(problem(70, 70, 37), needs=(False,) * 4))
+    for i, name in enumerate(("queries", "keys", "scale", "bias")):
+        needs = tuple(i == k for k in range(4))
+        yield from each(op, f"few rows, gradient of the {name}", sigmoid(problem(70, 70, 64), needs=needs))
+    yield from each(op, "few rows, tf32", sigmoid(tf32), (FP32,), tf32=True)
 
     features = ("problem.query", "problem.key")
     for op, trial in (("info_nce", InfoNCE), ("sigmoid_loss", Sigmoid)):
@@ -213,8 +224,8 @@ def by_pairs() -> Iterator[Case]:
             make = lambda t, f=trial, n=normalize: with_far(f(Problem(3, 3, 32, t, normalize=n)), *features)  # noqa: E731
             name, many_rows = f"far rows{', normalised' if normalize else ''}", {(few_rows, "LIMIT"): 0}
             yield from each(op, name, make, (BF16,), quick=(BF16,), far=True, settings=many_rows)
-    make = lambda t: with_far(InfoNCE(Problem(3, 3, 32, t)), *features)  # noqa: E731
-    yield from each_far("info_nce", "few far rows", make)
+        make = lambda t, f=trial: with_far(f(Problem(3, 3, 32, t)), *features)  # noqa: E731
+        yield from each_far(op, "few far rows", make)
 
     yield from each(
         "scale_grads", "four", lambda t: Scaled([(70, 67), (3000,), (), (1,)], t), quick=(FP32, BF16, FP16)
@@ -433,5 +444,6 @@ def gated() -> Iterator[Case]:
     )
 
 
-PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(layers, each), partial(attentions, each))
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(searches, each, with_far))
+PARTS += tuple(partial(part, each) for part in (layers, attentions, relative))
 CASES = {case.name: case for part in PARTS for case in part()}

@@ -10,12 +10,15 @@ COEFFICIENTS, TILE_GRADS, FINISH = (
     f"{NCE_BWD}.{name}" for name in ("_coefficients", "_tile_grads", "_finish")
 )
 SWEEP, FINISH_PAIRS = f"{SIGMOID}._sweep", f"{SIGMOID}._finish"
+SIGMOID_TILES, SIGMOID_FEW = "_sigmoid_loss_tiles", "_sigmoid_loss_small"
+SIGMOID_PAIRS = f"{SIGMOID_FEW}._pairs"
 
 PAIRS, CHUNKS, BY_ID = f"{NCE}, pairs, float32", f"{NCE}, chunks, float16", f"{NCE}, by id, float32"
 OF_EACH, LONG, FAR = f"{NCE}, of each row, float32", f"{NCE}, long, bfloat16", f"{NCE}, far rows, bfloat16"
 ID_CHUNKS, NORMALISED = f"{NCE}, by id, chunks, float16", f"{NCE}, far rows, normalised, bfloat16"
 IDS, OF_ROWS = f"{SIGMOID}, ragged, by ids, float32", f"{SIGMOID}, chunks of each row, float16"
 FEW_ROWS, FEW_FAR = f"{NCE}, few rows, float32", f"{NCE}, few far rows, bfloat16"
+SIGMOIDS, SIGMOID_FAR = f"{SIGMOID}, few rows, float32", f"{SIGMOID}, few far rows, bfloat16"
 LARGE, HALF = f"{NCE}, large tiles, bfloat16", f"{NCE}, pairs, bfloat16"
 LOW = f"{NCE}, low scale, float32"
 SCALED = "scale_grads, four, float32"
@@ -225,15 +228,15 @@ MUTANTS = [
         "K + cols.to(tl.int64)[:, None] * stride_k", "K + cols[:, None] * stride_k",
     ),
     Mutation(
-        SWEEP, SIGMOID, "loss of pairs past the end counted", IDS,
-        "x = tl.where(inside, x, NOTHING)", "x = tl.where(inside, x, x)",
+        SWEEP, SIGMOID_TILES, "loss of pairs past the end counted", IDS,
+        "col_inside[None, :], x, NOTHING)", "col_inside[None, :], x, x)",
     ),
     Mutation(
         SWEEP, SIGMOID, "tiles of columns store one sum", OF_ROWS,
         "at = col_tile.to(tl.int64) * (stop - start) + rows - start", "at = rows - start",
     ),
     Mutation(
-        SWEEP, SIGMOID, "sigmoid of negative logits for all", IDS,
+        SWEEP, SIGMOID_TILES, "sigmoid of negative logits for all", IDS,
         "tl.exp2(tl.minimum(x, 0.0) - log)", "tl.exp2(x - log)",
     ),
     Mutation(
@@ -256,6 +259,34 @@ MUTANTS = [
     Mutation(
         FINISH_PAIRS, SIGMOID, "last part of the sums left out", IDS,
         "pairwise.sum_of(PARTS, None, parts, BLOCK)", "pairwise.sum_of(PARTS, None, parts - 1, BLOCK)",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "every block of features stores the sums", SIGMOIDS,
+        "part == 0)", "part >= 0)", count=4,
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "sums of the last tile of keys alone", SIGMOIDS,
+        "loss += tl.sum(", "loss = tl.sum(",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "last tile of the queries left out", SIGMOIDS,
+        "for tile in range(0, row_tiles):", "for tile in range(0, row_tiles - 1):",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "blocks of features overlap", SIGMOIDS,
+        "at = part * BLOCK_D", "at = part * (BLOCK_D // 2)",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "keys take the tiles of the queries' programs", SIGMOIDS,
+        "program -= row_tiles * of_queries", "program -= 0",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "store masked by rows alone", SIGMOIDS,
+        "scale * acc, row_inside[:, None] & (at < features)[None, :])", "scale * acc, row_inside[:, None])",
+    ),
+    Mutation(
+        SIGMOID_PAIRS, SIGMOID_FEW, "offset of a row left in int32", SIGMOID_FAR,
+        "K + cols.to(tl.int64)[:, None] * stride_k", "K + cols[:, None] * stride_k",
     ),
     Mutation(
         SCALE, "_ahead", "bound of the store off by one", SCALED,

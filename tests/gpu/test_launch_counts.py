@@ -208,6 +208,24 @@ def test_sigmoid_loss(form):
     assert backward == ["_ahead._scale"]
 
 
+PAIRS = "_sigmoid_loss_small._pairs"
+FEW_ROWS = {
+    "plain": (1024, {}, BF16, [PAIRS, "sigmoid_loss._finish"], ["_ahead._scale"]),
+    "float32": (1024, {}, FP32, [PAIRS, "sigmoid_loss._finish"], ["_ahead._scale"]),
+    "float16": (1024, {}, FP16, [PAIRS, "sigmoid_loss._finish"], [PAIRS, "sigmoid_loss._finish"]),
+    "each": (1024, {"reduction": "none"}, BF16, [PAIRS], [PAIRS, "sigmoid_loss._finish"]),
+    "one tile of rows": (64, {}, BF16, [PAIRS], ["_ahead._scale"]),
+    "one tile of rows, float16": (64, {"reduction": "sum"}, FP16, [PAIRS], [PAIRS]),
+}
+
+
+@pytest.mark.parametrize("form", FEW_ROWS)
+def test_sigmoid_loss_of_few_rows_takes_one_launch_and_one_for_sums_of_several_tiles(form):
+    rows, options, dtype, *expected = FEW_ROWS[form]
+    tensors = [*pairs(dtype, rows), *scalars(2)]
+    assert list(launched_each_way(lambda *x: sigmoid_loss(*x, **options), tensors)) == expected
+
+
 def test_sigmoid_loss_in_float16_computes_its_gradients_in_the_backward():
     forward, backward = launched_each_way(sigmoid_loss, [*pairs(FP16), *scalars(2)])
     assert len(forward + backward) == 6, (forward, backward)

@@ -16,9 +16,9 @@ from vlmkernels.ops import _pairwise_small as small
 from vlmkernels.ops import _sigmoid_loss_sweep as sigmoid_sweep
 from vlmkernels.testing import assert_as_good, unit_features
 from vlmkernels.triton import _info_nce_bwd as info_nce_bwd
-from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
 from vlmkernels.triton import _pairwise_chunked as chunked
+from vlmkernels.triton import _pairwise_small as few_rows
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
 from vlmkernels.triton import info_nce, sigmoid_loss

@@ -4,6 +4,7 @@ from vlmkernels.data.captions import CaptionCollate
 from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.images import BrokenImageError, read_image
+from vlmkernels.data.lines import CaptionLines
 from vlmkernels.data.masking import mask_tokens, pair_tokens
 from vlmkernels.data.pairs import load_pairs
 from vlmkernels.data.regions import read_regions
@@ -28,6 +29,7 @@ __all__ = [
     "SPLITS",
     "BrokenImageError",
     "CaptionCollate",
+    "CaptionLines",
     "CaptionTokenizer",
     "ClipTokenizer",
     "Collate",

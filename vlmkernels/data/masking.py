@@ -35,8 +35,8 @@ def pair_tokens(
     tokens = torch.full((len(rows), longest), tokenizer.pad_id, dtype=torch.int64)
     for place, row in zip(tokens, rows, strict=True):
         place[: len(row)] = torch.tensor(row)
-    second = torch.arange(longest) >= torch.tensor(starts, dtype=torch.int64)[:, None]
-    return tokens, (second & (tokens != tokenizer.pad_id)).long()
+    in_second = torch.arange(longest) >= torch.tensor(starts, dtype=torch.int64)[:, None]
+    return tokens, (in_second & (tokens != tokenizer.pad_id)).long()
 
 
 def mask_tokens(

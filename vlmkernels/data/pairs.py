@@ -1,4 +1,4 @@
-"""`load_pairs`: one name for the four sources of image-text pairs."""
+"""`load_pairs`: one name for the sources of image-text pairs and captions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import Emoji3, load_emoji3
+from vlmkernels.data.lines import CaptionLines
 from vlmkernels.data.samples import Transform
 from vlmkernels.data.scenes import Scenes, load_scenes
 from vlmkernels.data.tar_pairs import TarPairs
@@ -21,12 +22,12 @@ def load_pairs(
     seed: int = 0,
     allow_pipe: bool = False,
     **options: Any,
-) -> Emoji3 | Scenes | CsvPairs | TarPairs:
+) -> Emoji3 | Scenes | CaptionLines | CsvPairs | TarPairs:
     """Open the data set given by `spec`; its samples are `Sample`s.
 
     spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), "scenes" or "scenes:SPLIT" (`load_scenes`), the path of
         a .csv, .tsv or .txt table (`CsvPairs`), or webdataset tars as a path, brace pattern or URL with
-        ".tar" (`TarPairs`).
+        ".tar" (`TarPairs`); or "lines:FILE", captions without images (`CaptionLines`).
     transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
     allow_pipe: whether a program may be run to read tars, which every URL requires (`TarPairs`); do not take
         it from untrusted input.
@@ -39,12 +40,17 @@ def load_pairs(
     embedded: dict[str, Callable[..., Any]] = {"emoji3": load_emoji3, "scenes": load_scenes}
     if name in embedded:
         return _open(embedded[name], split or "train", arguments)
+    if name == "lines":
+        if options:
+            raise ValueError(f"options of CaptionLines must be none, got {sorted(options)}")
+        return CaptionLines(split)
     if ".tar" in spec:
         return _open(TarPairs, spec, {**arguments, "allow_pipe": allow_pipe})
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
     raise ValueError(
-        f"spec must be emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file or .tar shards, got {spec!r}"
+        "spec must be emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file, .tar shards or lines:FILE, "
+        f"got {spec!r}"
     )
 
 

@@ -28,7 +28,8 @@ Transform = Callable[[Image.Image], Any]
 class Sample(TypedDict):
     """One image with its text. `label` and `concept` are -1 if the data set has none.
 
-    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]).
+    image: RGB `PIL.Image`, or the result of the data set's transform (a float tensor [3, H, W]); None if the
+    data set has no images.
     text: the caption. key: identifies the sample in messages and results. label: class index (emoji3: group
     0-8).
     concept: samples with an equal concept show the same object (emoji3: index 0-1851) and are mutual

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels._modules import can_be_fused, must_be_called
 from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts.generation import LanguageModelCall
+from vlmkernels.models.parts.plain_head import plain_head
 from vlmkernels.models.parts.token_loss import loss_of_logits, next_token_loss
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
@@ -28,15 +28,6 @@ LAYERS = (
     "transformer.h",
     "transformer.blocks",
     "layers",
-)
-# Those of transformers whose logits are ``head(base_model(...))``: no scale, no soft-capping after the head.
-PLAIN_HEADS = (
-    "GPT2LMHeadModel",
-    "GPTJForCausalLM",
-    "GPTNeoXForCausalLM",
-    "LlamaForCausalLM",
-    "MptForCausalLM",
-    "OPTForCausalLM",
 )
 GATED = "gated_cross_attn_layer"
 _PREFIX = "lang_encoder."
@@ -150,15 +141,6 @@ def predict(
         logits = language_model(**arguments).logits
         loss = loss_of_logits(logits, labels)
     return {"logits": logits, "loss": loss} if return_logits else {"loss": loss}
-
-
-def plain_head(language_model: Any) -> nn.Linear | None:
-    """The linear layer whose result is the logits, if its weights may be used without calling the model."""
-    cls = type(language_model)
-    if not cls.__module__.startswith("transformers.") or cls.__name__ not in PLAIN_HEADS:
-        return None
-    head = language_model.get_output_embeddings()
-    return None if must_be_called(language_model) or not can_be_fused(head, nn.Linear) else head
 
 
 class TrainedRows:

@@ -265,5 +265,5 @@ class VisualBlock(nn.Module):
         logits = [
             add(text, gate, level) for gate, level, text in zip(self.gate_visual, e, texts, strict=True)
         ]
-        options = {"row_mask": row_mask, "orientation": self.config.orientation}
-        return vlmkernels.srau(a, e, torch.stack(logits), self.config.tau, **options)
+        tau, orientation = self.config.tau, self.config.orientation
+        return vlmkernels.srau(a, e, torch.stack(logits), tau, row_mask=row_mask, orientation=orientation)

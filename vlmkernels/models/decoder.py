@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlmkernels import intervals
 from vlmkernels._activations import ACTIVATIONS, HUGGING_FACE
 from vlmkernels.intervals import Intervals
-from vlmkernels.models.parts.attention import Keep, SelfAttention, split_heads
+from vlmkernels.models.parts.attention import Keep, SelfAttention, attend_beside, split_heads
 from vlmkernels.models.parts.foreign_config import Part
 from vlmkernels.models.parts.pretrained import (
     CONFIG_FILE,
@@ -37,6 +37,7 @@ from vlmkernels.models.parts.token_loss import label_faults, next_token_loss
 from vlmkernels.models.parts.transformer import Block, LayerNorm
 from vlmkernels.models.parts.weight_files import Source, read_json, read_state_dict
 from vlmkernels.nn.dense import Linear, add, table_for, take_rows, tied_logits
+from vlmkernels.nn.kv_cache import Beside
 from vlmkernels.nn.kv_cache import KVCache as KVCache
 
 SIZES = ("vocab_size", "width", "layers", "heads", "context_length", "mlp_ratio")
@@ -126,6 +127,19 @@ class DecoderAttention(SelfAttention):
         if wanted is not None:
             (query,) = split_heads(take_rows(qkv[..., : x.shape[-1]], wanted), self.heads)
         return query, key, value
+
+    def mix(
+        self,
+        x: Tensor,  # [B, T, D]
+        seen: Intervals | None,
+        wanted: Tensor | None,  # [B, n] int64
+        keep: Keep | None = None,
+        **options: Any,
+    ) -> Tensor:  # [B, n or T, D]
+        if not isinstance(keep, Beside) or seen is None:
+            return super().mix(x, seen, wanted, keep, **options)
+        query, key, value = self.project(x, wanted)
+        return attend_beside(query, (key, value), keep(key, value), seen)
 
     def forward(
         self,
@@ -226,10 +240,53 @@ class CausalLM(Pretrained):
             x = x[:, -logits_to_keep:]
         x = self.transformer["ln_f"](x)
         embedding = self.get_input_embeddings()
-        logits = tied_logits(x[:, -logits_to_keep:], embedding) if return_logits else None
+        logits = self.head(x[:, -logits_to_keep:]) if return_logits else None
         states = (*hidden[:-1], x) if output_hidden_states else None
         loss = None if labels is None else next_token_loss(x, table_for(x, embedding), labels)
         return CausalLMOutput(logits, past_key_values, states, loss)
+
+    def alternatives(
+        self,
+        input_ids: Tensor,  # [B, k] int64
+        past_key_values: KVCache,  # of T tokens
+        attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+    ) -> Tensor:  # [B, k, D]
+        """Hidden states, after the final LayerNorm, of k alternatives of the next token of each row.
+
+        Each is read as if it alone followed the tokens of the cache, whose keys and values are not copied.
+        `past_key_values.choose(index)` then adds one of each row to them. ValueError for other shapes, and
+        beyond `config.context_length`.
+        """
+        past = past_key_values.get_seq_length()
+        faults = []
+        if input_ids.ndim != 2:
+            faults.append(f"input_ids must be [B, k], got {list(input_ids.shape)}")
+        elif attention_mask is not None and attention_mask.shape != (input_ids.shape[0], past):
+            wanted, got = [input_ids.shape[0], past], list(attention_mask.shape)
+            faults.append(f"attention_mask must be {wanted} like the cached tokens, got {got}")
+        if past >= self.config.context_length:
+            faults.append(
+                f"past_key_values must have fewer than context_length = {self.config.context_length} tokens, "
+                f"got {past}"
+            )
+        if faults:
+            raise ValueError("CausalLM.alternatives: " + "; ".join(faults))
+        seen = intervals.full(input_ids.shape[1], past, device=input_ids.device)
+        positions = torch.full_like(input_ids, past)
+        if attention_mask is not None:
+            first, last = (x[:, None].expand_as(input_ids) for x in intervals.runs(attention_mask.bool()))
+            seen, positions = Intervals(first, last), positions - first
+        x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)  # [B, k, D]
+        for index, layer in enumerate(cast(nn.ModuleList, self.transformer["h"])):
+            x = layer(x, seen, keep=Beside(past_key_values, index))
+        return self.transformer["ln_f"](x)
+
+    def head(
+        self,
+        hidden: Tensor,  # [..., D], after the final LayerNorm
+    ) -> Tensor:  # [..., V]
+        """Logits of the tokens after those of these hidden states."""
+        return tied_logits(hidden, self.get_input_embeddings())
 
     def loss(
         self,

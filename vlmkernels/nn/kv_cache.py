@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ class KVCache:
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.beside: dict[int, tuple[Tensor, Tensor]] = {}
 
     def get_seq_length(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
@@ -56,3 +58,33 @@ class KVCache:
     ) -> None:
         """The batch becomes its `rows`, of which there may be more than before."""
         self.map(lambda x: x.index_select(0, rows))
+
+    def choose(
+        self,
+        index: Tensor,  # [B] int64
+    ) -> None:
+        """One of the alternatives of each row (`Beside`) joins the tokens read; the others are forgotten."""
+        at = index[:, None, None, None]
+        for layer_idx, (key, value) in self.beside.items():
+            self.update(key.take_along_dim(at, 2), value.take_along_dim(at, 2), layer_idx)
+        self.beside = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Takes the keys and values of alternatives of the next token of a layer, which do not join its others.
+
+    They are kept until `KVCache.choose`.
+    """
+
+    cache: KVCache
+    layer_idx: int
+
+    def __call__(
+        self,
+        key: Tensor,  # [B, heads, k, Dh]
+        value: Tensor,  # [B, heads, k, Dh]
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the tokens read before, [B, heads, T, Dh] each."""
+        self.cache.beside[self.layer_idx] = key, value
+        return self.cache.layers[self.layer_idx]

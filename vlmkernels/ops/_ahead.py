@@ -37,7 +37,7 @@ def scaled(
     if not torch._C._autograd._get_current_graph_task_keep_graph() and _is_one(dloss):
         return [grad if need else None for grad, need in zip(formed, needs, strict=True)]
     if TRITON and dloss.is_cuda and _is_eager(dloss) and dloss.dtype == torch.float32:
-        products = iter(_scale(dloss, *(grad for grad, _ in needed)))
+        products = iter(_scale(dloss, *(grad for grad, _ in needed), *[None] * (MOST - len(needed))))
     else:
         products = iter(_each_times(dloss, *(grad for grad, _ in needed)))
     return [next(products) if need else None for need in needs]
@@ -64,6 +64,6 @@ _scale = define_part(
 )
 kernel("scale_grads", "CPU", _each_times, "PyTorch")
 if TRITON:
-    from vlmkernels.triton._ahead import scale_grads
+    from vlmkernels.triton._ahead import MOST, scale_grads
 
     kernel("scale_grads", "CUDA", scale_grads, "Triton")

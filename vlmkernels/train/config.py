@@ -94,7 +94,8 @@ class TrainConfig:
     )
     data: str = option(
         "emoji3:style-train",
-        "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars",
+        "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars; for kinds "
+        "without images also lines:FILE, a caption a line",
     )
     data_options: dict[str, Any] = option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"
@@ -217,7 +218,7 @@ class TrainConfig:
     @property
     def streams(self) -> bool:
         """Whether the data are tars, which have no numbered samples."""
-        return ".tar" in self.data
+        return ".tar" in self.data and not self.data.startswith("lines:")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name; of the options of the kinds those that are not the default."""

@@ -201,6 +201,7 @@ class Run:
                 rank=rank,
                 world_size=world,
             )
+        kind.check_images(self.source)
         state: dict[str, Any] | None = self._begin(held)
         self.identity = settings_identity(kind, config)
         earlier: dict[str, Any] = state.get("course", {}) if state else {}

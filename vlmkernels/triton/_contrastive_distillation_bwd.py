@@ -213,7 +213,7 @@ def contrastive_distillation_bwd(
         for x, need in ((dquery, need_query), (dkey, need_key))
     )
     programs = [
-        triton.cdiv(min(held, n - start), options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"])
+        tiles.cdiv(min(held, n - start), options["BLOCK_M"]) * tiles.cdiv(m, options["BLOCK_N"])
         for start in range(0, n, held)
     ]
     parts = rows.new_empty(sum(programs)) if need_scale else None
@@ -232,7 +232,7 @@ def contrastive_distillation_bwd(
             if key_acc is not None:
                 tiles.product(grads.T, query[start:stop], key_acc, add=start > 0)
         sizes = [x.numel() for x in (dquery, dkey)]
-        _finish[(sum(triton.cdiv(size, READ) for size in sizes) + need_scale,)](
+        _finish[(sum(tiles.cdiv(size, READ) for size in sizes) + need_scale,)](
             *(x if need else None for x, need in zip((dquery, dkey, dscale), needs, strict=True)),
             query_acc, key_acc, parts, scale, factor, *sizes, sum(programs), unit / gain,
             BLOCK=READ, num_warps=8, enable_fp_fusion=True,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.reference._dense import ACTIVATIONS
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import gated_residual as gated
 
 WIDTH = 256  # columns that a program of the backward sums, 8 of a lane: few sums for the elements it reads
@@ -166,7 +167,7 @@ def activated(
         return y if residual is None else torch.add(y, residual, out=out)
     if out.numel():
         residual = residual if residual is None else residual.contiguous()
-        grid = (triton.cdiv(out.numel(), gated.TILE),)
+        grid = (tiles.cdiv(out.numel(), gated.TILE),)
         with torch.cuda.device_of(y):
             _forward[grid](y, up, residual, out, out.numel(), activation, gated.TILE, **gated.options())
     return out
@@ -213,9 +214,9 @@ def activated_bwd(
     if y.numel() == 0:
         return [*out, *(x.zero_() for x in sums)]
     tile = gated.blocks(min(depth, WIDTH))
-    col_blocks = triton.cdiv(depth, tile["BLOCK_D"])
-    blocks = triton.cdiv(n, tile["BLOCK_R"])
-    programs = max(min(blocks, gated.PROGRAMS // col_blocks), triton.cdiv(blocks, CHAIN))
+    col_blocks = tiles.cdiv(depth, tile["BLOCK_D"])
+    blocks = tiles.cdiv(n, tile["BLOCK_R"])
+    programs = max(min(blocks, gated.PROGRAMS // col_blocks), tiles.cdiv(blocks, CHAIN))
     partial = [y.new_empty((programs, depth), dtype=torch.float32) if need else None for need in needs[3:]]
     results = [x if need else None for x, need in zip(out, needs, strict=False)]
     with torch.cuda.device_of(y):

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmkernels.triton import _info_nce_small as small
+from vlmkernels.triton import _info_nce_small as few_rows
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_small as small
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._info_nce_tiles import pair_gradient, tile_gradient
 from vlmkernels.triton._tiles import grouped_tile
@@ -244,7 +245,7 @@ def info_nce_bwd(
     need_query, need_key, need_scale = needs
     (n, depth), m, by_id, each = query.shape, key.shape[0], positives is not None, reduction == "none"
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    weight, positives, key_ids = (None if x is None else x.contiguous() for x in (weight, positives, key_ids))
+    weight, positives, key_ids = map(tiles.contiguous, (weight, positives, key_ids))
     share = 0.5 if symmetric else 1.0
     row_share, col_share = (share / n, share / m) if reduction == "mean" else (share, share)
     # Products are of gradients of 1 at most, of 2^14 in float16; FACTOR and `factor` make them those of dloss
@@ -266,7 +267,7 @@ def info_nce_bwd(
             )  # fmt: skip
         smooth, of_cols = (smoothing / m, smoothing / n), cols if symmetric else None
         if small.serves(n, m, normalize):
-            small.gradients(
+            few_rows.gradients(
                 query, key, scale, positives, key_ids, rows, of_cols, u, v, of_all,
                 [x if need else None for x, need in zip((dquery, dkey, dscale), needs, strict=True)],
                 factor, gain, (row_weight, col_weight), smooth, smoothing,

@@ -9,16 +9,10 @@ import triton
 import triton.language as tl
 
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_small as small
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._info_nce_tiles import pair_gradient, tile_gradient
 from vlmkernels.triton.info_nce import slope_of
-
-LIMIT = 1024  # rows and columns
-SMALL: dict[str, tuple[int, int, int]] = {  # by the kind of product: BLOCK_K, BLOCK_D, warps
-    "half": (64, 128, 4),
-    "tf32": (32, 64, 4),
-    "ieee": (16, 64, 8),
-}
 
 
 @triton.jit
@@ -146,11 +140,6 @@ def _grads(
         tl.store(DSCALE, dscale.to(DSCALE.dtype.element_ty))
 
 
-def serves(n: int, m: int, normalize: bool) -> bool:
-    """Normalised features are left out: the gradient of each depends on all those of its row."""
-    return max(n, m) <= LIMIT and not normalize
-
-
 def gradients(
     query, key, scale, positives, key_ids, rows, cols, u, v, of_all, grads, factor, gain, weights, smooth,
     smoothing,
@@ -158,15 +147,11 @@ def gradients(
     """Fills what is not None of dquery [N, D], dkey [M, D] and dscale."""
     (n, depth), m = query.shape, key.shape[0]
     q, k = tiles.operand(query), tiles.operand(key)
-    options = tiles.launch_options(q, k, fuse=False)
-    kind = "half" if q.dtype != torch.float32 else options["PRECISION"]
-    block_k, block_d, warps = SMALL[kind]
-    block_k = min(block_k, options["BLOCK_K"])
-    options |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "EVEN_K": q.shape[1] % block_k == 0}
-    warps = warps if positives is None else 8  # ids take more registers
-    options |= {"num_warps": warps, "BLOCK_D": max(16, min(block_d, triton.next_power_of_2(depth)))}
-    parts, tiles_of = tiles.cdiv(depth, options["BLOCK_D"]), (tiles.cdiv(n, 64), tiles.cdiv(m, 64))
-    programs = sum(parts * count for count, x in zip(tiles_of, grads[:2], strict=True) if x is not None)
+    options = small.launch_options(q, k, depth, positives is not None, fuse=False)
+    parts = tiles.cdiv(depth, options["BLOCK_D"])
+    programs = parts * sum(
+        tiles.cdiv(size, small.ROWS) for size, x in zip((n, m), grads[:2], strict=True) if x is not None
+    )
     with torch.cuda.device_of(query):
         _grads[(programs + (grads[2] is not None),)](
             q, k, scale, positives, key_ids, rows, cols, u, v, of_all, *grads, q.stride(0), k.stride(0), n, m,

@@ -173,7 +173,7 @@ def check_positives(op: str, positives: Tensor, m: int) -> None:
 
 def row_options(depth: int) -> dict:
     """The launch of a program that reads a row."""
-    block = max(16, min(triton.next_power_of_2(depth), READ))
+    block = max(16, min(tiles.next_power_of_2(depth), READ))
     return {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
 
 

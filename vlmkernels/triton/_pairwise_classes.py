@@ -114,7 +114,7 @@ class Rows:
     def _move(self, x: Tensor, factor: Tensor | None, start: int, out: Tensor, *, put: bool) -> None:
         """8 elements of a lane make a wide access of 16-bit types."""
         depth = x.shape[1]
-        block = max(16, min(triton.next_power_of_2(depth), 2048))
+        block = max(16, min(tiles.next_power_of_2(depth), 2048))
         _move_rows[(len(x if put else out),)](
             x, factor, self.target, self.order, out, x.stride(0), start, depth, self.ignore_index, PUT=put,
             BLOCK=block, num_warps=max(1, min(block // 256, 8)), enable_fp_fusion=True,

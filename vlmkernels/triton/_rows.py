@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmkernels.triton import _tiles as tiles
+
 ELEMENTS = 16  # of an operand that a thread reads at once
 TOTAL = 4096  # rows that the sum takes in at once
 
@@ -62,7 +64,7 @@ def total(
     valid: Tensor | None = None,
     mean: bool,
 ) -> Tensor:  # []
-    out, block = like.new_empty((), dtype=torch.float32), min(triton.next_power_of_2(n), TOTAL)
+    out, block = like.new_empty((), dtype=torch.float32), min(tiles.next_power_of_2(n), TOTAL)
     with torch.cuda.device_of(like):
         _total[(1,)](
             loss, weight, target, out, valid, n, classes, ignore_index, mean, block, **options(block)

@@ -1,5 +1,6 @@
 """Tiles of products of rows with rows: their kernel, the table of their sizes, their operands."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Tile(NamedTuple):
         """Keyword arguments of a launch for features of width `depth`; see `launch_options`."""
         block_k = self.block_k
         if depth < block_k:
-            block_k = max(16, triton.next_power_of_2(max(depth, 1)))
+            block_k = max(16, next_power_of_2(max(depth, 1)))
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -118,6 +119,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """As triton.next_power_of_2, likewise."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def tf32_allowed() -> bool:
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
@@ -127,16 +133,21 @@ def tf32_allowed() -> bool:
 
 def architecture(x: Tensor) -> str:
     """The key of the tables' exceptions, such as "sm_90" or "gfx942"; "sm_80" without a GPU."""
-    if not x.is_cuda:
-        return "sm_80"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
+    return _card(x.device)[0] if x.is_cuda else "sm_80"
 
 
 def memory(x: Tensor) -> int:
     """Bytes of the card that has the tensor; 0 without a GPU."""
-    return torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else 0
+    return _card(x.device)[1] if x.is_cuda else 0
+
+
+@functools.lru_cache
+def _card(device: torch.device) -> tuple[str, int]:
+    """Its architecture and memory, which take a host microseconds to look up."""
+    card = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return card.gcnArchName.partition(":")[0], card.total_memory
+    return f"sm_{card.major}{card.minor}", card.total_memory
 
 
 def launch_options(
@@ -154,16 +165,25 @@ def launch_options(
     has to be the same number when its maximum is computed and when the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tiles = table | exceptions.get(architecture(query), {})
-    tile = tiles[kind, True]
+    own = exceptions.get(architecture(query), {})
+    tile = own.get((kind, True), table[kind, True])
     if not large or query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
-        tile = tiles[kind, False]
+        tile = own.get((kind, False), table[kind, False])
     return tile.options(query.shape[1], "tf32" if kind == "tf32" else "ieee", fuse)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """Rows of consecutive elements with any stride between rows, as the kernels require."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """The rows start <= i < stop: x itself if these are all."""
+    return x if stop - start == len(x) else x[start:stop]
 
 
 def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
@@ -174,7 +194,7 @@ def operand(x: Tensor) -> Tensor:  # [n, d] -> [n, d up to a multiple of 16]
     x = rows_contiguous(x)
     if x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
-    out = x.new_zeros((x.shape[0], triton.cdiv(x.shape[1], 16) * 16))
+    out = x.new_zeros((x.shape[0], cdiv(x.shape[1], 16) * 16))
     out[:, : x.shape[1]] = x
     return out
 

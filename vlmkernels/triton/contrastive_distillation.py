@@ -308,17 +308,17 @@ def contrastive_distillation(
     operands = [tiles.operand(x) for x in operands_of(*features)]
     q, k, teacher_q, teacher_k = operands
     options, kl = options_of(q, k, teacher_q, STATS, STATS_ON), divergence == "kl"
-    height, col_tiles = options["BLOCK_M"], triton.cdiv(m, options["BLOCK_N"])
+    height, col_tiles = options["BLOCK_M"], tiles.cdiv(m, options["BLOCK_N"])
     held = max(1, PARTIAL_BYTES // (SUMS * 4 * m)) * height if symmetric else n
-    tiles_per_split = triton.cdiv(col_tiles, triton.cdiv(PROGRAMS, triton.cdiv(min(held, n), height)))
-    splits = triton.cdiv(col_tiles, tiles_per_split)
+    tiles_per_split = tiles.cdiv(col_tiles, tiles.cdiv(PROGRAMS, tiles.cdiv(min(held, n), height)))
+    splits = tiles.cdiv(col_tiles, tiles_per_split)
     row_parts, col_parts = stats.new_empty((SUMS, splits, n)), None
-    joined = stats.new_empty((SUMS, triton.cdiv(n, held), m)) if n > held else None
+    joined = stats.new_empty((SUMS, tiles.cdiv(n, held), m)) if n > held else None
     lines = {"BLOCK": LINES, "num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(query):
         for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            row_tiles = triton.cdiv(stop - start, height)
+            row_tiles = tiles.cdiv(stop - start, height)
             if symmetric:
                 col_parts = stats.new_empty((SUMS, row_tiles, m))
             _stats[(row_tiles * splits,)](
@@ -328,10 +328,10 @@ def contrastive_distillation(
             )  # fmt: skip
             if joined is not None:
                 out = joined[:, i]
-                _join[(triton.cdiv(m, LINES),)](col_parts, out, row_tiles, m, out.stride(0), kl, **lines)
+                _join[(tiles.cdiv(m, LINES),)](col_parts, out, row_tiles, m, out.stride(0), kl, **lines)
         col_parts = col_parts if joined is None else joined
         counts, each = (n, cols.shape[1]), reduction == "none"
-        blocks = sum(triton.cdiv(count, LINES) for count in counts)
+        blocks = sum(tiles.cdiv(count, LINES) for count in counts)
         losses = [stats.new_empty(count if each else 0) for count in counts]
         totals = stats.new_empty(0 if each else blocks)
         weights = [math.log(2) * weight for weight in weights_of(n, m, symmetric, reduction)]

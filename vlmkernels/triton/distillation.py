@@ -304,7 +304,7 @@ def losses_of(
     """Writes the losses of the rows and what their gradients need."""
     student, teacher, temperature, form = _form(student, teacher, *options)
     classes = student.shape[1]
-    block = triton.next_power_of_2(classes)
+    block = tiles.next_power_of_2(classes)
     if block > (HELD if form[-4] == "jsd" else READ):
         block = READ
     with torch.cuda.device_of(student):
@@ -329,9 +329,9 @@ def gradients_of(
     """Writes the gradients by the student's logits."""
     student, teacher, _, form = _form(student, teacher, *options)
     n, classes = student.shape
-    block = min(triton.next_power_of_2(classes), WRITTEN)
+    block = min(tiles.next_power_of_2(classes), WRITTEN)
     with torch.cuda.device_of(student):
-        _backward[(n * triton.cdiv(classes, block),)](
+        _backward[(n * tiles.cdiv(classes, block),)](
             student, biases[0], teacher, biases[1], target, stats, dloss, shares, out,
             dloss.stride(0) if dloss is not None and dloss.dim() else 0, share, *form, block,
             **rows.options(block),

@@ -180,7 +180,7 @@ def _backward(
 
 def blocks(depth: int) -> dict:
     """Tile and launch of both kernels for rows of `depth` features."""
-    block_d = min(triton.next_power_of_2(depth), HELD)
+    block_d = min(tiles.next_power_of_2(depth), HELD)
     block_r = max(TILE // block_d, 1)
     return {"BLOCK_R": block_r, "BLOCK_D": block_d} | rows.options(block_r * block_d)
 
@@ -220,7 +220,7 @@ def embedding_distillation(
     n, depth = student.shape
     loss = student.new_empty(n, dtype=torch.float32)
     with torch.cuda.device_of(student):
-        _forward[(triton.cdiv(n, form["BLOCK_R"]),)](x, y, weight, loss, *strides, n, depth, **form)
+        _forward[(tiles.cdiv(n, form["BLOCK_R"]),)](x, y, weight, loss, *strides, n, depth, **form)
     if reduction != "none":
         loss = rows.total(student, n, loss, weight=weight, mean=reduction == "mean")
     one = loss.new_ones(loss.shape) if need_student else loss
@@ -255,7 +255,7 @@ def embedding_distillation_bwd(
     out = student.new_empty(student.shape)
     stride = dloss.stride(0) if dloss.dim() else 0
     with torch.cuda.device_of(student):
-        _backward[(triton.cdiv(n, form["BLOCK_R"]),)](
+        _backward[(tiles.cdiv(n, form["BLOCK_R"]),)](
             student, teacher, weight, dloss, share, out, *strides, stride, factor, n, depth, **form
         )
     return out

@@ -96,7 +96,7 @@ def _kept(x: Tensor, gate: Tensor | None, mask: Tensor | None, dtype: torch.dtyp
     if out.numel():
         per_channel = gate is not None and gate.numel() > 1
         tile = gated.blocks(depth)
-        grid = (triton.cdiv(n, tile["BLOCK_R"]) * triton.cdiv(depth, tile["BLOCK_D"]),)
+        grid = (tiles.cdiv(n, tile["BLOCK_R"]) * tiles.cdiv(depth, tile["BLOCK_D"]),)
         with torch.cuda.device_of(x):
             gated._backward[grid](x, None, gate, mask, out, None, n, depth, per_channel, **tile)
     return out
@@ -114,7 +114,7 @@ def _scaled(
     dot = products.new_empty(len(y))
     if products.numel() == 0:
         return out, scaled, dot.zero_()
-    block = max(16, min(triton.next_power_of_2(y.shape[1]), 2048))
+    block = max(16, min(tiles.next_power_of_2(y.shape[1]), 2048))
     with torch.cuda.device_of(y):
         _scale_rows[(len(y),)](
             products,
@@ -151,7 +151,7 @@ def gated_linear_residual(
     h, weight = tiles.operand(h.reshape(n, h.shape[-1])), tiles.operand(weight)
     options = tiles.launch_options(h, weight, fuse=True, exceptions=tiles.PRODUCTS_ON)
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(m, options["BLOCK_N"]),)](
+        _forward[(tiles.cdiv(n, options["BLOCK_M"]) * tiles.cdiv(m, options["BLOCK_N"]),)](
             h, weight, x, gate, mask, out, h.stride(0), weight.stride(0), n, m, h.shape[1], gate.numel() > 1,
             tiles.GROUP, **options,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmkernels.reference.gated_residual import gated_residual_bwd as reference_bwd
 from vlmkernels.reference.gated_residual import gated_residual_fwd
+from vlmkernels.triton import _tiles as tiles
 
 TILE = 2048  # elements of one tile, 8 a thread: 16 bytes of bfloat16
 PROGRAMS = 1024  # about the maximum number of partial sums of the gate's gradient
@@ -136,7 +137,7 @@ def _combine(
 
 def blocks(depth: int) -> dict[str, int]:
     """Tile of the kernels for rows of `depth` elements."""
-    block_d = min(triton.next_power_of_2(depth), TILE)
+    block_d = min(tiles.next_power_of_2(depth), TILE)
     return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, **options()}
 
 
@@ -149,9 +150,9 @@ def combined(partial: Tensor, out: Tensor, gate: Tensor | None = None) -> Tensor
     """Into out: the sums of the columns of partial [parts, elements of out], with a gate times 1 - tanh^2."""
     parts, width = partial.shape
     if out.numel() and parts:
-        block_d = min(triton.next_power_of_2(width), COLUMNS)
+        block_d = min(tiles.next_power_of_2(width), COLUMNS)
         with torch.cuda.device_of(out):
-            _combine[(triton.cdiv(width, block_d),)](
+            _combine[(tiles.cdiv(width, block_d),)](
                 partial, gate, out, parts, width, PARTS // block_d, block_d, **options()
             )
         return out
@@ -180,7 +181,7 @@ def gated_residual(
     x, y = x.contiguous(), y.contiguous()
     depth = x.shape[-1]
     n, tile = x.numel() // depth, blocks(depth)
-    grid = (triton.cdiv(n, tile["BLOCK_R"]) * triton.cdiv(depth, tile["BLOCK_D"]),)
+    grid = (tiles.cdiv(n, tile["BLOCK_R"]) * tiles.cdiv(depth, tile["BLOCK_D"]),)
     with torch.cuda.device_of(x):
         _forward[grid](x, y, gate, mask, out, n, depth, gate.numel() > 1, **tile)
     return out
@@ -203,8 +204,8 @@ def gated_residual_bwd(
     dout, y = dout.contiguous(), y.contiguous()
     depth = y.shape[-1]
     n, tile = y.numel() // depth, blocks(depth)
-    col_blocks = triton.cdiv(depth, tile["BLOCK_D"])
-    programs = min(triton.cdiv(n, tile["BLOCK_R"]), max(1, PROGRAMS // col_blocks))
+    col_blocks = tiles.cdiv(depth, tile["BLOCK_D"])
+    programs = min(tiles.cdiv(n, tile["BLOCK_R"]), max(1, PROGRAMS // col_blocks))
     per_channel = gate.numel() > 1
     partial = None
     if need_gate:

@@ -13,6 +13,7 @@ from vlmkernels.reference.interval_attention import interval_attention_bwd as re
 from vlmkernels.reference.interval_attention import interval_attention_fwd as reference_fwd
 from vlmkernels.triton import _attention as attention
 from vlmkernels.triton import _attention_bwd as attention_bwd
+from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton._attention import Source, grid_bias, intervals, step, tile
 from vlmkernels.triton._tiles import rows_contiguous
 
@@ -130,9 +131,9 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
         return torch.zeros_like(table)
     options = bias_options(query, source.value, grid_cols)
     side = options["BLOCK"]
-    blocks = triton.cdiv(grid_cols, side)
+    blocks = tiles.cdiv(grid_cols, side)
     offsets = h * (2 * grid_rows - 1) * (2 * blocks - 1)
-    splits = min(b, triton.cdiv(BIAS_PROGRAMS, offsets))
+    splits = min(b, tiles.cdiv(BIAS_PROGRAMS, offsets))
     dtable = table.new_empty(table.shape)
     parts = lse.new_empty((splits, h, 2 * grid_rows - 1, 2 * blocks - 1, side, side))
     with torch.cuda.device_of(query):
@@ -143,7 +144,7 @@ def _bias_gradient(dout, query, source, lse, delta, scale, table, grid_rows, gri
             scale, STEP=step(query, *source[:2], dout), **options,
         )  # fmt: skip
         lines = h * (2 * grid_rows - 1)
-        _bias_sums[(lines * triton.cdiv(2 * grid_cols - 1, ENTRIES),)](
+        _bias_sums[(lines * tiles.cdiv(2 * grid_cols - 1, ENTRIES),)](
             parts, dtable, splits, lines, grid_cols, side, ENTRIES, num_warps=1, enable_fp_fusion=True
         )
     return dtable

@@ -100,7 +100,7 @@ def _row_losses(
 
 def _loss_options(classes: int) -> dict:
     """The launch of `_row_losses`, without fusing a product and a sum: see `tiles.launch_options`."""
-    block = max(16, min(triton.next_power_of_2(classes), READ))
+    block = max(16, min(tiles.next_power_of_2(classes), READ))
     return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4, "enable_fp_fusion": False}
 
 
@@ -126,7 +126,7 @@ def linear_cross_entropy_sweep(
     hidden, weight = tiles.rows_contiguous(hidden), tiles.rows_contiguous(weight)
     target, row_coef = target.contiguous(), row_coef.contiguous()
     bias, column_scale = (x if x is None else x.contiguous() for x in (bias, column_scale))
-    held, padded = pairwise.chunk_rows(n, classes, 4, layer.CHUNK_BYTES), triton.cdiv(classes, 16) * 16
+    held, padded = pairwise.chunk_rows(n, classes, 4, layer.CHUNK_BYTES), tiles.cdiv(classes, 16) * 16
     buffer = row_coef.new_empty((held, padded))
     if padded > classes:
         buffer[:, classes:] = 0

@@ -260,7 +260,7 @@ def _sweep(
     online, offline = teacher_hidden is not None, log_probs is not None
     bytes_of_pair = 4 * (1 + online) + hidden.itemsize * formed
     held = pairwise.chunk_rows(n, classes, bytes_of_pair, layer.CHUNK_BYTES)
-    padded = triton.cdiv(classes, 16) * 16  # columns past the classes are classes that cannot be
+    padded = tiles.cdiv(classes, 16) * 16  # columns past the classes are classes that cannot be
     logits = hidden.new_empty((1 + online, held, padded), dtype=torch.float32)
     if padded > classes:
         logits[:, :, classes:] = -torch.inf
@@ -384,7 +384,7 @@ def _offline_rows(
 ) -> None:
     """Writes the losses of the rows and the gradients by their logits, which are lost."""
     (size, padded), k = z.shape, log_probs.shape[1]
-    block, named = min(triton.next_power_of_2(padded), READ), max(16, min(triton.next_power_of_2(k), NAMED))
+    block, named = min(tiles.next_power_of_2(padded), READ), max(16, min(tiles.next_power_of_2(k), NAMED))
     _offline[(size,)](
         z, dz, bias, target, log_probs.contiguous(), indices.contiguous(), z.new_empty((size, k)), dloss,
         shares, losses, wrong, dloss.stride(0) if dloss is not None and dloss.dim() else 0, share,

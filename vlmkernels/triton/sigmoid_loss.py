@@ -4,8 +4,8 @@ Logits are in powers of two. The gradients of a chunk of logits are written in t
 multiplied by cuBLAS.
 """
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -13,30 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.triton import _pairwise as pairwise
+from vlmkernels.triton import _pairwise_small as small
+from vlmkernels.triton import _sigmoid_loss_small as few_rows
 from vlmkernels.triton import _tiles as tiles
-from vlmkernels.triton._tiles import grouped_tile, similarities
+from vlmkernels.triton._sigmoid_loss_tiles import LOG2E, tile_gradient, tile_losses
+from vlmkernels.triton._tiles import grouped_tile
 
 CHUNK_BYTES = 1 << 28  # gradients of the logits in memory at once, more on a card that has much
-LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
-NOTHING: tl.constexpr = tl.constexpr(-3e38)  # a logit without loss or gradient
 SWEEP: tiles.Tiles = tiles.TILES | {("half", True): tiles.Tile(128, 128, 64, 8, 3)}
 SWEEP_ON: dict[str, tiles.Tiles] = {
     "gfx942": tiles.TILES_ON["gfx942"] | {("half", True): tiles.Tile(128, 128, 64, 8, 2)},
 }
-
-
-@triton.jit
-def _log2_1p(e):
-    """log2(1 + e) for 0 <= e <= 1 to 2e-7 relative, also where 1 + e rounds."""
-    p = -0.0045820817 * e + 0.0281939071
-    p = p * e - 0.0813299316
-    p = p * e + 0.152112338
-    p = p * e - 0.22029473
-    p = p * e + 0.283681083
-    p = p * e - 0.359975731
-    p = p * e + 0.480846081
-    p = p * e - 0.721345971
-    return (p * e + LOG2E) * e
 
 
 @triton.jit
@@ -76,19 +63,10 @@ def _sweep(
     rows = start + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, col_inside = rows < stop, cols < m
-    inside = row_inside[:, None] & col_inside[None, :]
-    cosine = similarities(
-        Q, K, rows, cols, stride_q, stride_k, stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
-    if A is not None:
-        cosine *= tl.load(A + rows, mask=row_inside, other=0.0)[:, None]
-    if B is not None:
-        cosine *= tl.load(B + cols, mask=col_inside, other=0.0)[None, :]
-    z = cosine * (LOG2E * tl.load(SCALE).to(tl.float32)) + LOG2E * tl.load(BIAS).to(tl.float32)
-    same = pairwise.is_positive(QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside)
-    x = tl.where(same, -z, z)  # the loss of a pair is softplus(x), its derivative by x sigmoid(x)
-    x = tl.where(inside, x, NOTHING)
-    log = _log2_1p(tl.exp2(-tl.abs(x)))
+    cosine, x, log, same = tile_losses(
+        Q, K, SCALE, BIAS, A, B, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside, stride_q, stride_k,
+        stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
     if LOSS is not None:
         loss = tl.maximum(x, 0.0) + log
         if EACH:
@@ -97,15 +75,13 @@ def _sweep(
         else:
             tl.store(LOSS + program, tl.sum(loss) / LOG2E)
     if OUT is not None or DSCALE is not None:
-        grads = tl.exp2(tl.minimum(x, 0.0) - log)
-        if COEF is not None:
-            grads *= tl.load(COEF + rows, mask=row_inside, other=0.0)[:, None]
-        grads = tl.where(same, -grads, grads)
+        grads = tile_gradient(x, log, same, COEF, rows, row_inside)
         if DSCALE is not None:
             tl.store(DSCALE + program, tl.sum(grads * cosine))
             tl.store(DBIAS + program, tl.sum(grads))
         if OUT is not None:
             at = (rows - start).to(tl.int64)[:, None] * stride_out + cols[None, :]
+            inside = row_inside[:, None] & col_inside[None, :]
             tl.store(OUT + at, (GAIN * grads).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -212,19 +188,16 @@ def _run(op, dloss, query, key, scale, bias, positives, key_ids, normalize, redu
     """The loss, without which a gradient comes in, and the gradients."""
     pairwise.check(op, query, key, positives, key_ids, None)
     (n, depth), m = query.shape, key.shape[0]
-    stats = query.new_empty(0, dtype=torch.float32)
-    each = reduction == "none"
-    loss = stats.new_empty((n,) if each else ())
+    each, need_loss = reduction == "none", dloss is None
+    loss = query.new_empty((n,) if each else (), dtype=torch.float32)
     given = zip((query, key, scale, bias), needs, strict=True)
-    dquery, dkey, dscale, dbias = grads = [x.new_empty(x.shape if need else 0) for x, need in given]
+    grads = [x.new_empty(x.shape if need else 0) for x, need in given]
     if n == 0 or m == 0:
         return loss.zero_(), *(grad.zero_() for grad in grads)
     if positives is not None and key_ids is None:
         pairwise.check_positives(op, positives, m)
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    positives, key_ids = (None if x is None else x.contiguous() for x in (positives, key_ids))
-    need_query, need_key, need_scale, need_bias = needs
-    need_loss, products, scalars = dloss is None, need_query or need_key, need_scale or need_bias
+    positives, key_ids = map(tiles.contiguous, (positives, key_ids))
     # Products are of gradients of 1 at most, of 2^14 in float16; the results are these times `factor`
     factor, gain = 1 / n if reduction == "mean" else 1.0, 2.0**14 if query.dtype == torch.float16 else 1.0
     coef, of_all = None, dloss
@@ -232,51 +205,108 @@ def _run(op, dloss, query, key, scale, bias, positives, key_ids, normalize, redu
         coef, of_all, gain = dloss.to(torch.float32).contiguous(), None, 1.0
         if (of_each := pairwise.gain_for(query.dtype, coef)) is not None:
             coef, of_all = coef * of_each, of_each.reciprocal()
+    inputs = (query, key, scale, bias, positives, key_ids, coef, of_all)
+    results = [x if need else None for x, need in zip((loss, *grads), (need_loss, *needs), strict=True)]
+    if small.serves(n, m, normalize) and depth:
+        _few_rows(*inputs, *results, factor, gain, each)
+    else:
+        _many_rows(*inputs, *results, normalize, factor, gain, each)
+    return loss, *grads
+
+
+def _few_rows(
+    query, key, scale, bias, positives, key_ids, coef, of_all, loss, dquery, dkey, dscale, dbias, factor,
+    gain, each,
+) -> None:  # fmt: skip
+    """Fills what is not None of the results; sums of several tiles of rows in a second launch."""
+    of_all_rows = (None if each else loss, dscale, dbias)
+    parts, count = list(of_all_rows), tiles.cdiv(len(query), small.ROWS)
+    if count > 1:
+        parts = [None if x is None else scale.new_empty(count, dtype=torch.float32) for x in of_all_rows]
+    few_rows.run(
+        query, key, scale, bias, positives, key_ids, coef, of_all, (dquery, dkey),
+        (loss if each else parts[0], *parts[1:]), factor, gain, each,
+    )  # fmt: skip
+    if count > 1 and any(x is not None for x in parts):
+        _launch_finish(
+            query,
+            key,
+            None,
+            None,
+            None,
+            None,
+            parts,
+            scale,
+            None,
+            (None, None, *of_all_rows),
+            count,
+            1.0,
+            1.0,
+        )
+
+
+def _many_rows(
+    query, key, scale, bias, positives, key_ids, coef, of_all, loss, dquery, dkey, dscale, dbias, normalize,
+    factor, gain, each,
+) -> None:  # fmt: skip
+    """Fills what is not None of the results, chunk by chunk of the rows."""
+    n, m = len(query), len(key)
     a = b = None
+    buffer: Any = None
     unit_query, unit_key = query, key
     if normalize:
-        a, b, unit_query, unit_key = pairwise.norms(query, key, need_key, need_query)
+        a, b, unit_query, unit_key = pairwise.norms(query, key, dkey is not None, dquery is not None)
     q, k = tiles.operand(query), tiles.operand(key)
     options = tiles.launch_options(q, k, fuse=True, table=SWEEP, exceptions=SWEEP_ON)
     query_acc, key_acc = (
-        stats.new_empty(x.shape) if need else None for x, need in ((query, need_query), (key, need_key))
+        None if grad is None else grad.new_empty(grad.shape, dtype=torch.float32) for grad in (dquery, dkey)
     )
     held = pairwise.chunk_rows(n, m, query.element_size(), CHUNK_BYTES, tiles.memory(query))
-    buffer = pairwise.chunk_buffer(query, held, m) if products else None
+    if query_acc is not None or key_acc is not None:
+        buffer = pairwise.chunk_buffer(query, held, m)
     col_tiles = tiles.cdiv(m, options["BLOCK_N"])
     programs = [
         tiles.cdiv(min(held, n - start), options["BLOCK_M"]) * col_tiles for start in range(0, n, held)
     ]
-    wanted = (need_loss and not each, scalars, scalars)
-    parts = [stats.new_empty(sum(programs)) if want else None for want in wanted]
+    scalars = dscale is not None or dbias is not None
+    wanted = (loss is not None and not each, scalars, scalars)
+    parts = [q.new_empty(sum(programs), dtype=torch.float32) if want else None for want in wanted]
     with torch.cuda.device_of(query):
         for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            tile_grads = buffer[: stop - start] if buffer is not None else None
+            tile_grads: Any = None if buffer is None else tiles.rows_of(buffer, 0, stop - start)
             first = i * programs[0]
-            partial = [None if x is None else x[first:] for x in parts]
-            if need_loss and each:
-                partial[0] = stats.new_empty((col_tiles, stop - start))
+            partial: list[Any] = [None if x is None else tiles.rows_of(x, first, len(x)) for x in parts]
+            if loss is not None and each:
+                partial[0] = loss.new_empty((col_tiles, stop - start))
             _sweep[(programs[i],)](
                 q, k, scale, bias, a, b, positives, key_ids, coef, tile_grads, *partial, q.stride(0),
                 k.stride(0), 0 if tile_grads is None else tile_grads.stride(0), start, stop, m, q.shape[1],
                 each, gain, tiles.GROUP, **options,
             )  # fmt: skip
-            if need_loss and each:
-                torch.sum(partial[0], 0, out=loss[start:stop])
+            if loss is not None and each:
+                torch.sum(partial[0], 0, out=tiles.rows_of(loss, start, stop))
             if query_acc is not None:
-                tiles.product(tile_grads, unit_key, query_acc[start:stop])
+                tiles.product(tile_grads, unit_key, tiles.rows_of(query_acc, start, stop))
             if key_acc is not None:
-                tiles.product(tile_grads.T, unit_query[start:stop], key_acc, add=start > 0)
-        last = n * need_query + m * need_key
-        if last or any(wanted):
-            results = zip(
-                (dquery, dkey, loss, dscale, dbias), (*needs[:2], wanted[0], *needs[2:]), strict=True
-            )
-            _finish[(last + (any(wanted) + need_scale),)](
-                query, key, query_acc, key_acc, a, b, *parts, scale, of_all,
-                *(x if need else None for x, need in results),
-                query.stride(0), key.stride(0), n, m, depth, sum(programs), factor, 1.0 / gain,
-                **pairwise.row_options(depth),
-            )  # fmt: skip
-    return loss, dquery, dkey, dscale, dbias
+                tiles.product(tile_grads.T, tiles.rows_of(unit_query, start, stop), key_acc, add=start > 0)
+    results = (dquery, dkey, loss if wanted[0] else None, dscale, dbias)
+    if any(x is not None for x in results):
+        _launch_finish(
+            query, key, query_acc, key_acc, a, b, parts, scale, of_all, results, sum(programs), factor,
+            1.0 / gain,
+        )  # fmt: skip
+
+
+def _launch_finish(
+    query, key, query_acc, key_acc, a, b, parts, scale, of_all, results, count, factor, inv_gain
+) -> None:
+    (n, depth), m, (dquery, dkey, *sums) = query.shape, len(key), results
+    programs = n * (dquery is not None) + m * (dkey is not None)
+    if any(x is not None for x in sums):
+        programs += 1 + (sums[1] is not None)
+    with torch.cuda.device_of(query):
+        _finish[(programs,)](
+            query, key, query_acc, key_acc, a, b, *parts, scale, of_all, *results, query.stride(0),
+            key.stride(0), n, m, depth, count, factor, inv_gain, **pairwise.row_options(depth),
+        )  # fmt: skip

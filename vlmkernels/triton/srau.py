@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmkernels.reference.srau import srau_bwd as reference_bwd
 from vlmkernels.reference.srau import srau_fwd
+from vlmkernels.triton import _tiles as tiles
 
 TILE = 1024  # elements of one tile, 4 a thread of 8 warps: 16 bytes of float32
 WARPS = 8  # of 32 lanes
@@ -114,7 +115,7 @@ def _backward(
 
 def blocks(depth: int) -> dict[str, int | bool]:
     """Tile of the kernels for rows of `depth` elements."""
-    block_d = min(triton.next_power_of_2(depth), TILE)
+    block_d = min(tiles.next_power_of_2(depth), TILE)
     warps = WARPS // 2 if torch.version.hip is not None else WARPS  # AMD's have 64 lanes
     return {"BLOCK_R": TILE // block_d, "BLOCK_D": block_d, "num_warps": warps, "enable_fp_fusion": True}
 
@@ -135,8 +136,8 @@ class _Call:
         self.numbers = size // depth, depth, levels, size, tau, 1 - tau, 1 / math.sqrt(levels)
         self.form = {"SIGN": 1 if orientation == "code" else -1, **blocks(depth)}
         rows, columns = (
-            triton.cdiv(size // depth, self.form["BLOCK_R"]),
-            triton.cdiv(depth, self.form["BLOCK_D"]),
+            tiles.cdiv(size // depth, self.form["BLOCK_R"]),
+            tiles.cdiv(depth, self.form["BLOCK_D"]),
         )
         self.grid = (rows * columns,)
         self.mask = row_mask.contiguous().view(torch.uint8).reshape(-1) if row_mask is not None else None

@@ -89,14 +89,14 @@ def load_model(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"model: folder {folder} does not exist; pass RUN/final of a training run")
-    bundle = load_bundle(folder, _usable(device))
+    bundle = load_bundle(folder, usable(device))
     found, wanted = bundle.model.model_type, kinds.model_types(fitting or kinds.embedders())
     if found not in wanted:
         raise ValueError(f"model: {folder} must be of type {' or '.join(wanted)}, got {found}")
     return bundle.model, bundle.tokenizer, bundle.transform and bundle.transform.for_inference()
 
 
-def _usable(device: str) -> torch.device:
+def usable(device: str) -> torch.device:
     """ValueError unless tensors can be created and read on the device; "auto" prefers a CUDA device."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -58,6 +58,24 @@ def dense_mask(seen: Intervals, keys: int) -> Tensor:  # [T or 1, keys] or [B, 1
     return inside if inside.dim() == 2 else inside[:, None]
 
 
+def attend_beside(
+    query: Tensor,  # [B, heads, k, Dh]
+    own: tuple[Tensor, Tensor],  # keys and values of the same tokens, [B, heads, k, Dh] each
+    others: tuple[Tensor, Tensor],  # [B, heads, T, Dh] each
+    seen: Intervals,
+) -> Tensor:  # [B, k, D]
+    """Attention of tokens that do not see one another: each to `seen` of the others, and to itself.
+
+    The softmax over both is that over the others, of log-sum-exp l, moved towards the token's own value by
+    its share e^s / (e^s + e^l) = sigmoid(s - l), s being the logit of its own key.
+    """
+    (key, value), (others_key, others_value) = own, others
+    out, lse = vlmkernels.interval_attention(query, others_key, others_value, seen, return_lse=True)
+    logit = (query.to(lse) * key.to(lse)).sum(-1) * query.shape[-1] ** -0.5  # [B, heads, k]
+    share = torch.sigmoid(logit - lse)[..., None]
+    return out.to(lse).lerp(value.to(lse), share).to(out.dtype).transpose(1, 2).flatten(2)
+
+
 class SelfAttention(nn.Module, abc.ABC):
     """Multi-head self-attention, for all tokens or for the wanted ones, without its last projection.
 

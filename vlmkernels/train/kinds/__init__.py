@@ -22,9 +22,9 @@ KINDS = {
     "lm": "vlmkernels.train.kinds.lm:LanguageModel",
     "flamingo": "vlmkernels.train.kinds.flamingo:Flamingo",
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
-    "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
     "virtex": "vlmkernels.train.kinds.virtex:VirTex",
     "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
+    "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
 }
 
 

@@ -84,7 +84,7 @@ class CaptionKind(Kind):
 class Captioning:
     """The task: the loss is the mean over the counted tokens of all processes, times ``weight``."""
 
-    scores = ("perplexity", "token_accuracy")
+    scores: tuple[str, ...] = ("perplexity", "token_accuracy")
 
     def __init__(
         self,
@@ -101,7 +101,12 @@ class Captioning:
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
     ) -> tuple[Tensor, Callable[[], Values]] | None:
         batch = self.kind.with_draws(batch, self.tokenizer, self.seed, step)
-        own_loss, logits, labels = self.kind.caption_loss(model, self.tokenizer, batch, with_logits=measured)
+        return self.joint(batch, *self.kind.caption_loss(model, self.tokenizer, batch, with_logits=measured))
+
+    def joint(
+        self, batch: dict[str, Any], own_loss: Tensor, logits: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Callable[[], Values]] | None:
+        """What `loss` returns, from what `caption_loss` does."""
         count = (labels[:, 1:] != IGNORE).sum()
         total = objective.sum_over_processes(count)
         if not batch["keys"] and not total:  # waits for the device only if this process has no samples
@@ -143,9 +148,11 @@ class RowKind(CaptionKind):
     options = RowOptions
 
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Captioning:
+        return Captioning(self, tokenizer, self.collate(config, tokenizer, image_size), config.seed)
+
+    def collate(self, config: TrainConfig, tokenizer: Any, image_size: Any) -> CaptionCollate:
         per_row = self.own_options(config).images_per_row
-        collate = CaptionCollate(tokenizer, self.layout, per_row, image_size)
-        return Captioning(self, tokenizer, collate, config.seed)
+        return CaptionCollate(tokenizer, self.layout, per_row, image_size)
 
     def labels(self, tokenizer: CaptionTokenizer, tokens: Tensor) -> Tensor:  # [R, T]
         """Labels [R, T] of the rows, -100 where not counted."""

@@ -116,6 +116,11 @@ class Kind(abc.ABC):
                 options.setdefault(name, options["vocab_size"] - place)
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
 
+    def check_images(self, dataset: Any) -> None:
+        """ValueError for data without the images that this kind needs."""
+        if self.sees_images and not getattr(dataset, "has_images", True):
+            raise ValueError(f"data: {self.name} needs images, which {dataset!r} does not have")
+
     def build_transform(self, config: TrainConfig) -> ImageTransform | None:
         """The inference transform of ``config.init``, or a new one; None for a kind without images."""
         if not self.sees_images:

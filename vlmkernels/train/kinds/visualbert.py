@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ class Pretraining:
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
     ) -> tuple[Tensor, Callable[[], Values]] | None:
         drawn = self.draw(batch, step)
-        images, whole = batch["images"], getattr(model, "module", model)
+        images, whole = batch["images"], cast(visualbert.VisualBERT, getattr(model, "module", model))
         device = images.device
         drawn = {name: x.to(device) for name, x in drawn.items()}
         labels, match, sees = drawn["labels"], drawn["match"], drawn["sees"]
