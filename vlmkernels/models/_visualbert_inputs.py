@@ -34,7 +34,8 @@ class Inputs:
 
         What the regions have once, [B, ...], serves all texts of an image.
         """
-        choices, flat = self.tokens.shape[1], {}
+        choices = self.tokens.shape[1]
+        flat: dict[str, Tensor] = {}
         for name in (field.name for field in fields(self)):
             x = getattr(self, name)
             if x is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,16 +49,16 @@ SIZES = (
 
 @dataclass(frozen=True)
 class VisualBertConfig:
-    """Sizes of a VisualBERT. Defaults: the published one of COCO and VQA, on regions of 2048 numbers.
+    """Sizes of a VisualBERT. Defaults: the published one of COCO and VQA.
 
     `answers` is the number of classes of the heads "vqa" and "nlvr2". `match_label` is the class of the
     pretraining head that means "the text belongs to the image": 1 in the published code and its weights, 0
     in the documentation of transformers. `region_type` is the type of a region for which none is given: 0 in
     the published code, 1 in transformers. `context_length` is the number of tokens to which a text is
     truncated, `max_positions` the size of the position table. `dropout` acts on hidden states and attention.
+    `init_std` is that of new weights: BERT's for its width; a narrow model learns faster with more.
     Regions of `visual_dim` numbers are given, or with `conv_blocks` they come from an image tower for images
-    of `image_size`: a ResNet with these blocks, of width `conv_width` and on (`ImageGrid`); `conv_pool` is
-    the pooling of its stem.
+    of `image_size`: a ResNet of these blocks, width `conv_width` and pooling `conv_pool` (`ImageGrid`).
     """
 
     head: str = "pretraining"
@@ -76,6 +77,7 @@ class VisualBertConfig:
     dropout: float = 0.1
     activation: str = "gelu"
     eps: float = 1e-12
+    init_std: float = 0.02
     pad_id: int = 0
     image_size: int = 224
     conv_blocks: tuple[int, ...] = ()
@@ -104,8 +106,9 @@ class VisualBertConfig:
             faults.append(f"pad_id must be an id below {self.vocab_size}, got {self.pad_id}")
         if self.activation not in ACTIVATIONS:
             faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if not self.eps >= 0:
-            faults.append(f"eps must not be negative, got {self.eps}")
+        for name in ("eps", "init_std"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if faults:
@@ -209,10 +212,7 @@ class Predictions(nn.Module):
 
 
 class VisualBERT(Pretrained):
-    """The joint encoder, its head, and an image tower if the config has one.
-
-    Texts are rows of ids: [CLS], the words, [SEP], perhaps a second text and its [SEP] (of type 1), padding.
-    """
+    """The joint encoder, its head, and an image tower if the config has one; texts are BERT's rows of ids."""
 
     model_type: ClassVar[str] = "visualbert"
     config_class: ClassVar[type] = VisualBertConfig
@@ -231,7 +231,7 @@ class VisualBERT(Pretrained):
         if head == "phrases":
             inner = width // config.heads
             self.attention = nn.ModuleDict({name: Linear(width, inner) for name in ("query", "key", "value")})
-        self.apply(initialise)
+        self.apply(partial(initialise, std=config.init_std))
         sources.copy_text_tables(self.visual_bert.embeddings)
         self.tower: ImageGrid | None = None
         if config.conv_blocks:
@@ -357,11 +357,11 @@ class VisualBERT(Pretrained):
         """A VisualBERT with the weights of one of transformers' VisualBert classes, in evaluation mode.
 
         `source` is a state dict, a file or a folder. What shapes do not determine is read from config.json
-        beside a file; for a state dict `heads` must be given. A head with a table of words has two classes
-        for whether a text belongs to its image, and nothing in the files says which is which: `match_label`
-        must be given, 1 for weights of the published code (those that transformers offers were converted from
-        it), 0 where training followed the documentation of transformers.
-        `fields` of VisualBertConfig override all. ValueError lists what does not fit.
+        beside a file; for a state dict `heads` must be given. Nothing says which class of a pretraining head
+        means that a text belongs to its image: `match_label` must be given, 1 for weights of the published
+        code (those that transformers offers were converted from it), 0 where training followed the
+        documentation of transformers. `fields` of VisualBertConfig override all. ValueError lists what does
+        not fit.
         """
         return cls.with_weights(*sources.from_hf(VisualBertConfig, source, fields))
 
@@ -491,6 +491,7 @@ CONFIGS: dict[str, VisualBertConfig] = {
         heads=4,
         mlp_width=512,
         dropout=0.0,
+        init_std=0.06,
         image_size=48,
         conv_blocks=(1, 1, 1),
         conv_width=16,

@@ -147,13 +147,13 @@ def runs_of(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     return Intervals(start[:, None].expand_as(mask), end[:, None].expand_as(mask))
 
 
-def initialise(module: nn.Module) -> None:
-    """N(0, 0.02^2) for a linear layer or a table, biases and the padding row 0, as in BERT."""
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std^2) for a linear layer or a table, biases and the padding row 0, as in BERT."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         if module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
