@@ -356,3 +356,26 @@ def test_nothing_is_changed():
     assert all(p.grad is None for p in model.parameters())
     assert isinstance(model, CausalLM)
     assert OURS.vocab_size == VOCABULARY == len(WORDS)
+
+
+def test_a_scorer_encodes_equal_texts_once():
+    """Of all images together, and gives each its own logits."""
+    calls = []
+
+    class Listener(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.eye(3))
+
+        def encode_text(self, tokens, normalize):
+            calls.append(len(tokens))
+            return self.table[tokens[:, 0]]
+
+        def scale(self):
+            return torch.tensor(10.0)
+
+    scorer = DualEncoderScorer(Listener(), lambda texts: torch.tensor([[len(text)] for text in texts]))
+    images = torch.eye(3)[[1, 2]]
+    found = scorer.similarity(images, [["a", "bb", "a"], ["bb", "", "a"]])
+    assert found.tolist() == [[10.0, 0.0, 10.0], [10.0, 0.0, 0.0]]
+    assert calls == [3]

@@ -27,6 +27,8 @@ def _refuse_transforms(name: str, args: tuple) -> None:
 
 
 _keys_of, _below_autograd = torch._C._dispatch_keys, torch._C._AutoDispatchBelowAutograd
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+_in_function_mode, _profiled = torch._C._is_torch_function_mode_enabled, torch._C._autograd._profiler_enabled
 LIB = torch.library.Library("vlmkernels", "DEF")
 try:
     importlib.import_module("vlmkernels.triton._tiles")  # the kernels that others are made of
@@ -144,23 +146,26 @@ def _eager(
     name = op._opname
     declared = [str(argument.type) for argument in op._schema.arguments]
     places: dict[tuple[type, ...], tuple[int, ...] | None] = {}  # of tensors, by the types of all arguments
+    is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    any_requires_grad = torch._C._any_requires_grad
     record = None if recorded is None else super(torch.autograd.Function, recorded).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return op(*args)
         types = tuple(map(type, args))
-        if types not in places:
-            places[types] = _tensors_of(types, declared)
-        at, under_autocast = places[types], _autocast_of_plain_eager()
-        device = None if at is None or under_autocast is None else _device_of(args, at)
-        if device is None:
+        try:
+            at = places[types]
+        except KeyError:
+            at = places[types] = _tensors_of(types, declared)
+        device = _device_of(args, at)
+        if device is None or (under_autocast := _autocast_of_plain_eager()) is None:
             return op(*args)
-        if device in under_autocast and operands is not None:
+        if operands is not None and device in under_autocast:
             return under[device](*args)
         run = IN_PYTHON.get((name, device), op)
-        if torch.is_grad_enabled():
-            if torch._C._any_requires_grad(*args):
+        if grad_enabled():
+            if any_requires_grad(*args):
                 return op(*args) if record is None else record(*args, run)
             with torch.no_grad(), _below_autograd():
                 return run(*args)
@@ -192,10 +197,10 @@ def _tensors_of(types: Sequence[type], declared: Sequence[str]) -> tuple[int, ..
     return tuple(i for i, given in enumerate(types) if given in _TYPES["Tensor"])
 
 
-def _device_of(args: Sequence[Any], tensors: Sequence[int]) -> str | None:
+def _device_of(args: Sequence[Any], tensors: Sequence[int] | None) -> str | None:
     """The dispatch key that all tensors have in common; None if one has others, or a dtype of no kernel."""
     found = None
-    for i in tensors:
+    for i in tensors or ():
         device = _DEVICES.get(_keys_of(args[i]).raw_repr())
         if device is None or (found is not None and device != found) or not known(args[i].dtype):
             return None
@@ -225,16 +230,9 @@ _PLAIN = {
 
 def _autocast_of_plain_eager() -> frozenset[str] | None:
     """The devices under autocast; None if anything else takes part in the calls of this thread."""
-    if (
-        forward_ad._current_level >= 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if forward_ad._current_level >= 0 or _in_function_mode() or _profiled():
         return None
-    return _autocast_of(
-        torch._C._dispatch_tls_local_include_set().raw_repr(),
-        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
-    )
+    return _autocast_of(_included().raw_repr(), _excluded().raw_repr())
 
 
 @functools.lru_cache

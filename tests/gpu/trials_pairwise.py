@@ -14,6 +14,11 @@ from vlmkernels.triton import contrastive_distillation as distilled
 from .trials import judge, strided, widened
 
 
+def with_ten_bits(x):
+    """Float32 as products under TF32 read it."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 class Problem:
     """Inputs of the building blocks, and the blocks themselves in plain PyTorch."""
 
@@ -53,8 +58,10 @@ class Problem:
         return (q, k) if a is None else (q * a, k * b)
 
     def rounded(self, x, work, gain=1.0):
-        """What enters a product: the dtype of the features, unless `work` is for the truth."""
-        return x if work == torch.float64 else (x * gain).to(self.dtype).to(work) / gain
+        """What enters a product: the dtype of the features, or TF32, unless `work` is for the truth."""
+        if work == torch.float64:
+            return x
+        return with_ten_bits(x) if self.tf32 else (x * gain).to(self.dtype).to(work) / gain
 
     def cosines(self, work, order=slice(None)):
         """The products of the kernels, which under TF32 read ten bits of each mantissa.
@@ -63,7 +70,7 @@ class Problem:
         """
         q, k = self.query.to(work)[:, order], self.key.to(work)[:, order]
         if self.tf32 and work == torch.float32:
-            q, k = ((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (q, k))
+            q, k = with_ten_bits(q), with_ten_bits(k)
         a, b = (self.inverse(x, work) for x in (self.query, self.key))
         return q @ k.T if a is None else (q @ k.T) * a * b.T
 
@@ -267,7 +274,7 @@ class Distillation:
         """The product of the kernels, which under TF32 reads ten bits of each mantissa."""
         x, y = x.to(work)[:, order], y.to(work)[:, order]
         if self.tf32 and work == torch.float32:
-            x, y = ((z.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for z in (x, y))
+            x, y = with_ten_bits(x), with_ten_bits(y)
         return x @ y.T
 
     def exact(self, work, shuffled=False):

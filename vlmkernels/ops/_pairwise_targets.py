@@ -21,6 +21,8 @@ def as_targets(positives: Any) -> tuple[Tensor | None, Tensor | None]:
 def positives_faults(
     query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None
 ) -> list[str]:
+    if positives is None:
+        return []
     faults = []
     named = [
         ("positives" if key_ids is None else "positives[0]", positives, query),

@@ -245,7 +245,7 @@ def info_nce_bwd(
     need_query, need_key, need_scale = needs
     (n, depth), m, by_id, each = query.shape, key.shape[0], positives is not None, reduction == "none"
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    weight, positives, key_ids = (None if x is None else x.contiguous() for x in (weight, positives, key_ids))
+    weight, positives, key_ids = map(tiles.contiguous, (weight, positives, key_ids))
     share = 0.5 if symmetric else 1.0
     row_share, col_share = (share / n, share / m) if reduction == "mean" else (share, share)
     # Products are of gradients of 1 at most, of 2^14 in float16; FACTOR and `factor` make them those of dloss

@@ -165,16 +165,20 @@ def launch_options(
     has to be the same number when its maximum is computed and when the maximum is subtracted.
     """
     kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
-    tiles = table | exceptions.get(architecture(query), {})
-    tile = tiles[kind, True]
+    own = exceptions.get(architecture(query), {})
+    tile = own.get((kind, True), table[kind, True])
     if not large or query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
-        tile = tiles[kind, False]
+        tile = own.get((kind, False), table[kind, False])
     return tile.options(query.shape[1], "tf32" if kind == "tf32" else "ieee", fuse)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """Rows of consecutive elements with any stride between rows, as the kernels require."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def rows_of(x: Tensor, start: int, stop: int) -> Tensor:

@@ -336,7 +336,7 @@ def info_nce(
     if positives is not None and key_ids is None:
         pairwise.check_positives("info_nce", positives, m)
     query, key = tiles.operand(query), tiles.operand(key)
-    weight, positives, key_ids = (None if x is None else x.contiguous() for x in (weight, positives, key_ids))
+    weight, positives, key_ids = map(tiles.contiguous, (weight, positives, key_ids))
     a, b = pairwise.norms(query, key, False, False)[:2] if normalize else (None, None)
     smoothed, planes = smoothing > 0, 3 + (smoothing > 0) + 2 * by_id
     options = tiles.launch_options(

@@ -5,6 +5,7 @@ multiplied by cuBLAS.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -196,10 +197,7 @@ def _run(op, dloss, query, key, scale, bias, positives, key_ids, normalize, redu
     if positives is not None and key_ids is None:
         pairwise.check_positives(op, positives, m)
     query, key = tiles.rows_contiguous(query), tiles.rows_contiguous(key)
-    if positives is not None:
-        positives = positives.contiguous()
-    if key_ids is not None:
-        key_ids = key_ids.contiguous()
+    positives, key_ids = map(tiles.contiguous, (positives, key_ids))
     # Products are of gradients of 1 at most, of 2^14 in float16; the results are these times `factor`
     factor, gain = 1 / n if reduction == "mean" else 1.0, 2.0**14 if query.dtype == torch.float16 else 1.0
     coef, of_all = None, dloss
@@ -222,7 +220,7 @@ def _few_rows(
 ) -> None:  # fmt: skip
     """Fills what is not None of the results; sums of several tiles of rows in a second launch."""
     of_all_rows = (None if each else loss, dscale, dbias)
-    parts, count = of_all_rows, tiles.cdiv(len(query), small.ROWS)
+    parts, count = list(of_all_rows), tiles.cdiv(len(query), small.ROWS)
     if count > 1:
         parts = [None if x is None else scale.new_empty(count, dtype=torch.float32) for x in of_all_rows]
     few_rows.run(
@@ -253,7 +251,8 @@ def _many_rows(
 ) -> None:  # fmt: skip
     """Fills what is not None of the results, chunk by chunk of the rows."""
     n, m = len(query), len(key)
-    a = b = buffer = None
+    a = b = None
+    buffer: Any = None
     unit_query, unit_key = query, key
     if normalize:
         a, b, unit_query, unit_key = pairwise.norms(query, key, dkey is not None, dquery is not None)
@@ -275,9 +274,9 @@ def _many_rows(
     with torch.cuda.device_of(query):
         for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            tile_grads = None if buffer is None else tiles.rows_of(buffer, 0, stop - start)
+            tile_grads: Any = None if buffer is None else tiles.rows_of(buffer, 0, stop - start)
             first = i * programs[0]
-            partial = [None if x is None else tiles.rows_of(x, first, len(x)) for x in parts]
+            partial: list[Any] = [None if x is None else tiles.rows_of(x, first, len(x)) for x in parts]
             if loss is not None and each:
                 partial[0] = loss.new_empty((col_tiles, stop - start))
             _sweep[(programs[i],)](
