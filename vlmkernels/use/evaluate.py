@@ -100,9 +100,9 @@ def _ids(matches: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor] | No
     """Ids [images] and [texts] that are equal where they match; None if an image and a text that do not match
     share a match, which ids cannot say."""
     image, text = matches.unbind(dim=1)
-    none = torch.full((images,), texts)
-    image_ids = none.scatter_reduce(0, image, text, "amin")  # the first of its texts
-    text_ids = torch.full((texts,), texts).scatter_reduce(0, text, image_ids[image], "amin")
+    none = matches.new_full((max(images, texts),), texts)
+    image_ids = none[:images].scatter_reduce(0, image, text, "amin")  # the first of its texts
+    text_ids = none[:texts].scatter_reduce(0, text, image_ids[image], "amin")
     counts = (ids.bincount(minlength=texts) for ids in (image_ids, text_ids))
     equal = sum(a * b for a, b in zip(*(count.tolist() for count in counts), strict=True))
     same = bool((image_ids[image] == text_ids[text]).all())
