@@ -31,9 +31,9 @@ from vlmkernels import intervals
 from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _visualbert_sources as sources
-from vlmkernels.models._visualbert_inputs import Inputs, got, label_faults
+from vlmkernels.models._visualbert_inputs import Inputs, JointEmbeddings, got, label_faults
 from vlmkernels.models.parts import padding
-from vlmkernels.models.parts.bert import Embeddings, Encoder, initialise, runs_of
+from vlmkernels.models.parts.bert import Encoder, initialise, runs_of
 from vlmkernels.models.parts.image_grid import ImageGrid
 from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.models.parts.token_loss import IGNORE
@@ -130,33 +130,6 @@ class VisualBertConfig:
         return (self.image_size // self.stride) ** 2 if self.conv_blocks else 0
 
 
-class JointEmbeddings(Embeddings):
-    """LN of the text's sums and the regions', one after the other."""
-
-    def __init__(self, config: VisualBertConfig) -> None:
-        sizes = config.vocab_size, config.width, config.max_positions, config.token_types
-        super().__init__(*sizes, config.pad_id, config.eps)
-        self.region_type = config.region_type
-        self.visual_token_type_embeddings = nn.Embedding(config.token_types, config.width)
-        self.visual_position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.visual_projection = Linear(config.region_width, config.width)
-
-    def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]  # [B, L + V, D]
-        text = self.total(inputs.tokens, inputs.positions, inputs.token_types)
-        if inputs.regions is None:
-            return self.LayerNorm(text)
-        types, aligned = inputs.region_types, inputs.alignment
-        if types is None:
-            types = torch.full((1, 1), self.region_type, device=text.device)
-        place = self.visual_position_embeddings(types.new_zeros(1, 1))
-        if aligned is not None:
-            known = (aligned != -1)[..., None]  # [B, V, A, 1]
-            words = self.position_embeddings(aligned.clamp_min(0)) * known
-            place = place + words.sum(2) / known.sum(2).clamp_min(1)
-        regions = self.visual_projection(inputs.regions) + place + self.visual_token_type_embeddings(types)
-        return self.LayerNorm(torch.cat([text, regions.to(text.dtype)], 1))
-
-
 class JointEncoder(nn.Module):
     """The embeddings of text and regions, BERT's layers, and its tanh layer on [CLS]."""
 
@@ -205,10 +178,16 @@ class Predictions(nn.Module):
         self.activation = ACTIVATIONS[config.activation].module()
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [V]
-        """The input of the table, and the bias, as a copy: sharded weights are whole within a call only."""
+    def forward(
+        self,
+        hidden: Tensor,  # [..., D]
+        table: Tensor,  # [V, D]
+        labels: Tensor | None = None,  # [...]
+    ) -> Tensor:  # [..., V], or with labels the loss []
         hidden = self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
-        return hidden, self.bias.clone()
+        if labels is None:
+            return vlmkernels.linear(hidden, table, self.bias)
+        return vlmkernels.linear_cross_entropy(hidden, table, labels, bias=self.bias, ignore_index=IGNORE)
 
 
 class VisualBERT(Pretrained):
@@ -232,6 +211,7 @@ class VisualBERT(Pretrained):
             inner = width // config.heads
             self.attention = nn.ModuleDict({name: Linear(width, inner) for name in ("query", "key", "value")})
         self.apply(partial(initialise, std=config.init_std))
+        nn.init.zeros_(self.visual_bert.embeddings.word_embeddings.weight[config.pad_id])
         sources.copy_text_tables(self.visual_bert.embeddings)
         self.tower: ImageGrid | None = None
         if config.conv_blocks:
@@ -434,14 +414,12 @@ class VisualBERT(Pretrained):
             cls, words = hidden[: len(first)], hidden[len(first) :]
         out = {"match_logits": self.cls["seq_relationship"](self.visual_bert.pool(cls))}
         if labels is not None or return_logits:
-            words, bias = self.cls["predictions"](words)
+            predictions = self.cls["predictions"]
             table = table_for(words, self.visual_bert.embeddings.word_embeddings)
             if labels is not None:
-                out["masked_lm_loss"] = vlmkernels.linear_cross_entropy(
-                    words, table, labels, bias=bias, ignore_index=IGNORE
-                )
+                out["masked_lm_loss"] = predictions(words, table, labels)
             if return_logits:
-                logits = vlmkernels.linear(words, table, bias)
+                logits = predictions(words, table)
                 out["logits"] = logits.view(*x.shape[:2], -1) if every else logits
         if match is not None:
             label = self.config.match_label

@@ -84,6 +84,9 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(token_types, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
+    def words(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
+        return self.word_embeddings(tokens)
+
     def total(
         self,
         tokens: Tensor,  # [B, L]
@@ -95,7 +98,7 @@ class Embeddings(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         if types is None:
             types = tokens.new_zeros(1, 1)
-        words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
+        words, places = self.words(tokens), self.position_embeddings(positions)
         return words + self.token_type_embeddings(types) + places
 
     def forward(
