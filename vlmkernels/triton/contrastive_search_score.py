@@ -13,7 +13,7 @@ from vlmkernels.triton import _tiles as tiles
 
 CANDIDATES = 64  # at most, of a tile of products
 TOKENS = 32
-FEATURES = 64  # of a step
+FEATURES = 32  # of a step
 LEAST: tl.constexpr = tl.constexpr(1e-12)  # norm that divides
 
 
