@@ -270,7 +270,9 @@ def visualgpt(quick: bool, device: str) -> list[Case]:
             make_inputs=partial(_decode_inputs, config=config),
             ours=_visual_step(config, cached=True),
             baselines=timed(
-                quick, Baseline("keys and values of every step", lambda: _visual_step(config, cached=False))
+                quick,
+                Baseline("keys and values of every step", partial(_visual_step, config, cached=False)),
+                Baseline("torch.compile of them", partial(_visual_step, config, cached=False), True),
             ),
             flops=flops,
             min_flops=flops,

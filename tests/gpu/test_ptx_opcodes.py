@@ -190,6 +190,11 @@ def of_sixteen(dtype):
     return lambda bits: float(torch.tensor(value_of(bits, "s16"), dtype=torch.int16).view(dtype))
 
 
+def of_halves(function):
+    half = of_sixteen(torch.float16)
+    return lambda a, b: function(half(a), half(b))
+
+
 def tf32(x):
     if not math.isfinite(x):
         return bits_of(x, "f32")
@@ -255,6 +260,7 @@ for b in (16, 32, 64):
     rows(f"shr.s{b}", f"s{b} u32", lambda x, n, b=b: x >> min(n, b))
 rows("bfe.s32", "s32 u32 u32", bfe(True))
 rows("bfe.u32", "u32 u32 u32", bfe(False))
+rows("popc.b32", "", int.bit_count, operands=1)
 rows("prmt.b32", "", prmt, operands=3)
 rows("shf.l.wrap.b32", "", lambda low, high, n: (high << 32 | low) << n % 32 >> 32, operands=3)
 for kind in ("b16", "b32", "b64", "s32", "f32", "f64"):
@@ -264,6 +270,7 @@ for name in ("eq", "ne", "lt", "le", "gt", "ge"):
     kinds = [f"{k}{b}" for k in "su" for b in (16, 32, 64)] + ["b16", "b32", "b64"] * (name in ("eq", "ne"))
     for kind in kinds:
         rows(f"setp.{name}.{kind}", f"{kind} {kind}", compare, to="pred")
+    rows(f"setp.{name}.f16", "b16 b16", of_halves(ordered(compare)), to="pred")
     for kind in ("f32", "f64"):
         rows(f"setp.{name}.{kind}", f"{kind} {kind}", ordered(compare), to="pred")
         rows(f"setp.{name}u.{kind}", f"{kind} {kind}", ordered(compare, True), to="pred")
@@ -386,7 +393,7 @@ def test_special_registers():
     [
         "add.sat.s32 %r1, %r2, %r3;",
         "add.rz.f32 %r1, %r2, %r3;",
-        "popc.b32 %r1, %r2;",
+        "brev.b32 %r1, %r2;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;",
         "ld.volatile.global.b32 %r1, [%rd1];",
         "ld.global.v8.b32 {%r1, %r2}, [%rd1];",

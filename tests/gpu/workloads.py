@@ -418,7 +418,7 @@ _add("relative_representation bf16 one element", relative_representation, 1, 1, 
 _add("relative_similarity bf16 ragged", relative_similarity, 1, 80001, 797, 300, BF16)
 _add("relative_similarity bf16 one element", relative_similarity, 1, 1, 1, 1, BF16)
 _add("contrastive_search bf16 lengths", contrastive_search, 1, 100, 200, 770, BF16, lengths=True)
-_add("contrastive_search bf16 greedy", contrastive_search, 2, 1, 1, 768, BF16, alpha=0.0, beta=0.0)
+_add("contrastive_search bf16 greedy", contrastive_search, 2, 1, 1, 770, BF16, alpha=0.0, beta=0.0)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)

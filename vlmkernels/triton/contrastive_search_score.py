@@ -11,8 +11,8 @@ from torch import Tensor
 from vlmkernels.reference.contrastive_search_score import contrastive_search_score_fwd, faults_of
 from vlmkernels.triton import _tiles as tiles
 
-CANDIDATES = 64  # at most, of a tile of products
-TOKENS = 32
+CANDIDATES = 32  # at most, of a tile of products
+TOKENS = 16
 FEATURES = 32  # of a step
 LEAST: tl.constexpr = tl.constexpr(1e-12)  # norm that divides
 

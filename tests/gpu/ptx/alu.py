@@ -244,6 +244,7 @@ def _logic():
     for name, function in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)):
         yield from _uniform(name, "pred b16 b32 b64", function, 2)
     yield from _uniform("not", "pred b16 b32 b64", np.invert, 1)
+    yield "popc.b32", Op("b32", ("b32",), lambda x: np.bitwise_count(x).astype(np.uint32))
     for kind in ("b16", "b32", "b64"):
         yield f"shl.{kind}", Op(kind, (kind, "u32"), shift_left)
     for kind in ("u16", "s16", "u32", "s32", "u64", "s64"):
@@ -265,12 +266,17 @@ def _choice():
         signs = "sub" if name in ("eq", "ne") else "su"
         for kind in (*(f"{sign}{bits}" for sign in signs for bits in (16, 32, 64)), "f32", "f64"):
             yield f"setp.{name}.{kind}", Op("pred", (kind, kind), _ordered(function, name, kind))
+        yield f"setp.{name}.f16", Op("pred", ("b16", "b16"), _of_halves(_ordered(function, name, "f16")))
         for kind in ("f32", "f64"):
             either = lambda a, b, f=function: f(a, b) | unordered(a, b)  # noqa: E731
             yield f"setp.{name}u.{kind}", Op("pred", (kind, kind), either)
     for kind in ("f32", "f64"):
         yield f"setp.nan.{kind}", Op("pred", (kind, kind), unordered)
         yield f"setp.num.{kind}", Op("pred", (kind, kind), lambda a, b: ~unordered(a, b))
+
+
+def _of_halves(function: Callable) -> Callable:
+    return lambda a, b: function(from_f16(a), from_f16(b))
 
 
 def _ordered(function: Callable, name: str, kind: str) -> Callable:
