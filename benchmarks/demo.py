@@ -1,4 +1,5 @@
-"""The demo: train a small CLIP on the embedded pictures, judge it on a style it never saw, time its loss.
+"""The demo: train a small CLIP on the embedded pictures, judge it on a style it never saw, time its loss; and
+search by text with two encoders that were not trained for it.
 
 python -m benchmarks.demo            # minutes; writes runs/demo/report.html
 python -m benchmarks.demo --quick    # seconds, to see that everything runs; the numbers mean nothing
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import vlmkernels
-from benchmarks import demo_report, demo_timing
+from benchmarks import demo_asif, demo_report, demo_timing
 from benchmarks import run as bench
 from vlmkernels._files import write_text
 from vlmkernels.data import Emoji3, load_emoji3
@@ -198,6 +199,9 @@ def run(out: Path, *, quick: bool, epochs: int, seed: int, progress: bool = True
         sizes = [(32, 16), (64, 32)] if quick else [batch, (4096, 512)]
         timings = demo_timing.measure_losses(sizes, 0.2 if quick else 20.0, quick=quick)
         print(demo_report.timing_text(timings))
+    with stage("Searching by text without training: two encoders that never saw each other", seconds):
+        found["asif"] = demo_asif.search(quick)
+        print(demo_asif.text(found["asif"]))
     results = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.demo" + (" " + " ".join(sys.argv[1:]) if sys.argv[1:] else ""),

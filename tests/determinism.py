@@ -55,6 +55,8 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_losses, PAIRS),
         (_hidden, PAIRS),
         (_of_rows, ROWS),
+        (_relative, PAIRS),
+        (_retrieval, PAIRS),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -164,6 +166,48 @@ def _of_rows(dtype, n, v) -> Iterator[Case]:
         options = {"distance": distance, "normalize": normalize, "weight": torch.rand(n)}
         op = _with(vlmkernels.embedding_distillation, **options)
         yield "embedding_distillation", op, [student, teacher.detach()]
+
+
+def _relative(dtype, n, m, d) -> Iterator[Case]:
+    x, anchors = (y.detach() for y in _rows(dtype, (n, d), (m, d)))
+    for k, p in ((20, 8.0), (5, 2.5)):
+        yield "relative_representation", _first(vlmkernels.relative_representation, k=k, p=p), [x, anchors]
+    at = torch.arange(d) * (1 + torch.arange(max(n, m)) % 3)[:, None]
+
+    def products(v, w):
+        return vlmkernels.relative_similarity((v, at[:n]), (w, at[:m]))
+
+    yield "relative_similarity", products, [x, anchors]
+    hidden, context, prob = (y.detach() for y in _rows(dtype, (3, n, d), (3, min(m, 60), d), (3, n)))
+    op = _first(vlmkernels.contrastive_search_score, -1, alpha=0.5, beta=2.0)
+    yield "contrastive_search_score", op, [prob, hidden, context, prob]
+
+
+def _first(op: Callable, which: int = 0, **options: Any) -> Callable[..., Tensor]:
+    """One of the results."""
+    return lambda *tensors: op(*tensors, **options)[which]
+
+
+def _retrieval(dtype, n, m, d) -> Iterator[Case]:
+    """Results as numbers: values and indices, ranks, indices."""
+    features, ids = unit_features(n, m, d, dtype=dtype), (torch.arange(n) % 7, torch.arange(m) % 7)
+
+    def joined(op, *args, **options):
+        def results(*tensors):
+            found = op(*tensors, *args, **options)
+            return torch.cat([x.double().flatten() for x in (found if isinstance(found, tuple) else [found])])
+
+        return results
+
+    for options in ({}, {"normalize": True}, {"both": True}):
+        yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **options), [*features]
+    scales = {"key_scale": torch.rand(m)}
+    quantised = [features[0], (127 * features[1]).to(torch.int8)]
+    yield "topk_similarity", joined(vlmkernels.topk_similarity, 20, **scales), quantised
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks), [*features]
+    yield "retrieval_ranks", joined(vlmkernels.retrieval_ranks, ids), [*features]
+    for options in ({"normalize": True}, {"positives": ids, "groups": ids, "margin": 0.1}):
+        yield "mine_hard_negatives", joined(vlmkernels.mine_hard_negatives, 20, **options), [*features]
 
 
 Found = dict[str, dict[str, list[int]]]

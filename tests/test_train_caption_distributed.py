@@ -1,8 +1,7 @@
 """Two processes (gloo, CPU) train captioning models as one does on the joint batch, uneven parts included.
 
-The parts differ in samples and in counted tokens; the loss is the mean over all tokens of both. The batch
-normalisation of SimVLM and VirTex takes statistics of each sample alone, as torch has no SyncBatchNorm on the
-CPU.
+The parts differ in samples and in counted tokens; the loss is the mean over all tokens of both. Batch
+normalisation takes statistics of each sample alone, as torch has no SyncBatchNorm on the CPU.
 """
 
 import os
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.train_tiny import metrics, per_sample_norm, tiny_values, train_parts, weights, write_pairs
 from vlmkernels.train import TrainConfig, kinds, load_bundle, train
 
-KINDS = ("lm", "flamingo", "simvlm", "virtex")
+KINDS = ("lm", "flamingo", "simvlm", "virtex", "visualgpt")
 SHARDS = ((4, 3), (1, 6))
 TEXTS = ("red", "dark green square dot 7", "a", "blue ring", "light stripe cross", "dot dot dot 3", "ring")
 

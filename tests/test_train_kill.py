@@ -1,7 +1,6 @@
 """A run that is killed at any moment, also while it saves, goes on and ends as if nothing had happened."""
 
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -10,40 +9,16 @@ import time
 import pytest
 import torch
 
+from tests.kills import die_before
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
 from vlmkernels._files import write_bytes
 from vlmkernels.train import checkpoint, load_bundle
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
-CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+STEPS = ((checkpoint, "_exchange"), (checkpoint._Digesting, "write"))
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-
-
-def die_before(count, folder):
-    """SIGKILL this process before it changes, opens or flushes something in a folder, the count-th time."""
-    left = iter(range(count - 1))
-
-    def tick():
-        if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(owner, name):
-        original = getattr(owner, name)
-
-        def counted(*arguments):
-            tick()
-            return original(*arguments)
-
-        setattr(owner, name, counted)
-
-    sys.addaudithook(
-        lambda event, arguments: tick() if event in CHANGES and folder in str(arguments) else None
-    )
-    before(os, "fsync")
-    before(checkpoint, "_exchange")
-    before(checkpoint._Digesting, "write")
 
 
 def child(kind, values, moment=None):
@@ -51,7 +26,7 @@ def child(kind, values, moment=None):
 
     torch.set_num_threads(1)
     if moment is not None:
-        die_before(moment, values["out"])
+        die_before(moment, values["out"], *STEPS)
     train(kind, TrainConfig(**values))
 
 
@@ -123,7 +98,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, kind, kills):
 
 def write_again(folder, moment):
     """Replace a checkpoint by the next one, a folder and a file by others, and die before a change."""
-    die_before(moment, str(folder))
+    die_before(moment, str(folder), *STEPS)
     checkpoint.save(folder, 2, {"step": 2}, keep=1)
     with checkpoint.atomic_folder(folder / "final") as final:
         for name in ("a", "b"):

@@ -33,15 +33,16 @@ def values(table, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_other_tasks_learn_and_resume(values, tmp_path, task, capsys):
-    options = {"task": task, "epochs": 12, "augment": {}, "lr": 2e-2}
+def test_other_tasks_learn_and_resume(values, table, tmp_path, task, capsys):
+    options = {"task": task, "epochs": 8, "augment": {}, "lr": 2e-2}
     train("virtex", TrainConfig(**values("whole", **options)))
     lines = metrics(tmp_path / "whole")
     assert sum(line["loss"] for line in lines[-6:]) < 0.9 * sum(line["loss"] for line in lines[:6])
     assert lines[-1]["perplexity"] == pytest.approx(math.exp(lines[-1]["loss"]))
-    train("virtex", TrainConfig(**values("cut", **options, save_every=7, max_steps=7)))
-    train("virtex", TrainConfig(**values("cut", **options, save_every=7, resume="auto")))
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    if task == "masked_lm":  # whose masks are drawn in each step
+        train("virtex", TrainConfig(**values("cut", **options, save_every=7, max_steps=7)))
+        train("virtex", TrainConfig(**values("cut", **options, save_every=7, resume="auto")))
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
     model = load_bundle(tmp_path / "whole" / "final").model
     assert model.config.task == task
     start = str(tmp_path / "whole" / "final")
@@ -49,12 +50,17 @@ def test_other_tasks_learn_and_resume(values, tmp_path, task, capsys):
     train("virtex", TrainConfig(**again))  # of the task of the model that it starts from
     assert load_bundle(tmp_path / "again" / "final").model.config.task == task
     if task != "captioning":
-        table = values()["data"]
-        for arguments in (["eval", "--data", table], ["caption", table]):
+        uses = {
+            f"model: one of task {task!r} writes no captions": ["eval", "--data", str(table)],
+            f"generate: task must be one of ('bicaptioning', 'captioning'), got {task!r}": [
+                "caption",
+                str(table.parent / "0.png"),
+            ],
+        }
+        for message, (command, *arguments) in uses.items():
             with pytest.raises(SystemExit):
-                main([arguments[0], "--model", start, "--device", "cpu", *arguments[1:]])
-        message = capsys.readouterr().err
-        assert f"model: one of task {task!r} writes no captions" in message
+                main([command, "--model", start, "--device", "cpu", *arguments])
+            assert message in capsys.readouterr().err
 
 
 def test_masks_are_those_published():

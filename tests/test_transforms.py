@@ -67,17 +67,28 @@ def test_forward_mode_is_refused(op):
                 fn(dual)
 
 
-INDICES = {"topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2)}
+AT = torch.arange(6).repeat(4, 1)
+INDICES = {
+    "mine_hard_negatives": lambda x: (vk.mine_hard_negatives(x, x + 1, 2),),
+    "retrieval_ranks": lambda x: vk.retrieval_ranks(x, x + 1),
+    "topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2),
+    "relative_representation": lambda x: vk.relative_representation(x, W, k=2),
+    "relative_similarity": lambda x: (vk.relative_similarity((x, AT), (x + 1, AT)),),
+    "contrastive_search_score": lambda x: vk.contrastive_search_score(
+        x, x[..., None], x[..., None], x, alpha=0.5, beta=1.0
+    ),
+}
 
 
 def test_ops_without_a_derivative():
     assert set(INDICES) == set(FAMILIES["retrieval"])
     x = torch.randn(4, 6)
     for op, fn in INDICES.items():
-        with pytest.raises(RuntimeError, match=f"vlmkernels.{op} has no forward-mode derivative"):
+        first = "topk_similarity" if op == "relative_representation" else op
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no forward-mode derivative"):
             torch.func.jvp(fn, (x,), (torch.ones_like(x),))
-        with pytest.raises(RuntimeError, match=f"vlmkernels.{op} has no derivative under torch.func"):
-            torch.func.grad(lambda x, fn=fn: fn(x)[0].sum())(x)
+        with pytest.raises(RuntimeError, match=f"vlmkernels.{first} has no derivative under torch.func"):
+            torch.func.grad(lambda x, fn=fn: fn(x)[0].float().sum())(x)
         xs = torch.randn(3, 4, 6)
         for got, want in zip(torch.vmap(fn)(xs), zip(*map(fn, xs), strict=True), strict=True):
             assert torch.equal(got, torch.stack(want))

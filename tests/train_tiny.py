@@ -77,6 +77,18 @@ TINY_VISUALGPT = {
     "context_length": 24,
     "vocab_size": 602,
 }
+TINY_VISUALBERT = {
+    "image_size": 16,
+    "conv_blocks": (1, 1),
+    "conv_width": 4,
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp_width": 32,
+    "context_length": 16,
+    "max_positions": 16,
+    "vocab_size": 200,
+}
 TINY = {
     "clip": TINY_CLIP,
     "siglip": TINY_CLIP,
@@ -86,6 +98,7 @@ TINY = {
     "simvlm": TINY_SIMVLM,
     "virtex": TINY_VIRTEX,
     "visualgpt": TINY_VISUALGPT,
+    "visualbert": TINY_VISUALBERT,
 }
 WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
 

@@ -1,6 +1,7 @@
 """Files: recognised by a stamp; written to a temporary name in the same folder, flushed, then renamed."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,15 @@ def stamp(file: Path) -> str:
     except OSError:  # the file is reported when it is read
         return f"{path}\0"
     return f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of what a file contains, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What runs where: `vlmkernels.info()`."""
 
+import importlib.util
 import platform
 
 import torch
@@ -39,6 +40,8 @@ def info() -> Info:
         notes["CUDA"] = "no device here" + ("" if torch.version.cuda else "; this torch has no CUDA")
     if not TRITON:
         notes["Triton"] = WHY_NO_TRITON
+    faiss = "faiss" if importlib.util.find_spec("faiss") else "faiss, which is not installed"
+    notes["approximate search"] = f"{faiss}; only for ASIF(..., search='faiss')"
     ops = {op: {device: KERNELS.get((op, device), "reference") for device in devices} for op in OPS}
     versions = {"vlmkernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     cpu = {

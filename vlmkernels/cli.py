@@ -1,4 +1,4 @@
-"""The ``vlmkernels`` command: info, calibrate, train, eval, probe, embed, search, caption, magic."""
+"""The ``vlmkernels`` command: training, evaluation and the use of models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from vlmkernels import __version__
+from vlmkernels._asif_commands import asif
 from vlmkernels.data._text import printable
 from vlmkernels.train.config import TrainConfig, read_config, settings, shipped_configs
 from vlmkernels.train.kinds import KINDS
@@ -37,6 +38,9 @@ class _Echo(logging.Handler):
 @click.version_option(__version__, prog_name="vlmkernels")
 def commands() -> None:
     """Fused kernels for vision-language models, and models trained with them."""
+
+
+commands.add_command(asif)
 
 
 @commands.command()
@@ -109,11 +113,11 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model), SimVLM or VirTex.
+    --vision and --language-model), SimVLM, VirTex, VisualGPT or VisualBERT.
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
-    that eval, probe, embed, search and caption take. A run that was stopped continues, bit for bit, with
-    --out RUN --resume auto.
+    that eval, probe, embed, search, caption and match take. A run that was stopped continues, bit for bit,
+    with --out RUN --resume auto.
     """
     from vlmkernels.train import train as run
 
@@ -175,7 +179,8 @@ def evaluate(
     allow_pipe: bool,
 ) -> None:
     """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
-    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots.
+    model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots; for a VisualBERT the accuracy
+    of matching and the perplexity of masked words, with the image, another one and none.
     """
     from vlmkernels.use.evaluate import evaluate as run
 
@@ -284,7 +289,11 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     help="RUN/final of a trained language model, or a folder of Hugging Face's GPT-2.",
 )
 @click.option(
-    "--scorer", required=True, metavar="RUN/final", help="A trained model that embeds images and texts."
+    "--scorer",
+    required=True,
+    metavar="FOLDER",
+    help="RUN/final of a trained model that embeds images and texts, a folder of ASIF's anchors, or asif: "
+    "the encoders of the extra [asif] with the embedded emoji.",
 )
 @click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
 @click.option(
@@ -313,6 +322,17 @@ def magic(inputs: tuple[str, ...], language_model: str, scorer: str, **options: 
     _count_skipped(done.skipped)
     if done.captions:
         click.echo(done)
+
+
+@commands.command()
+@_model_options
+@click.argument("image")
+@click.argument("texts", nargs=-1, required=True)
+def match(folder: str, image: str, texts: tuple[str, ...], **options: Any) -> None:
+    """Rank TEXTS by the probability that each belongs to IMAGE, by a VisualBERT."""
+    from vlmkernels.use.match import match as run
+
+    click.echo(run(folder, image, texts, **options))
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:
@@ -353,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
+        told = "pip install" in str(error)
+        _fail(error if told else f"{error.name} is not installed: pip install 'vlmkernels[train]'", 1)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         _fail(message, 2 if isinstance(error, (ValueError, KeyError, FileNotFoundError)) else 1)

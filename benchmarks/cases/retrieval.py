@@ -11,7 +11,8 @@ from torch import Tensor
 
 import vlmkernels
 from benchmarks import peers
-from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed
+from benchmarks.cases import relative
+from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels.testing import unit_features
 
 K = 100
@@ -89,4 +90,86 @@ def topk_similarity(quick: bool, device: str) -> list[Case]:
     return cases
 
 
-CASES = (topk_similarity,)
+def _ranks(**tensors: Tensor) -> Tensor:
+    return torch.cat(vlmkernels.retrieval_ranks(**tensors)).float()
+
+
+def _ranks_of_matrix(query: Tensor, key: Tensor) -> Tensor:
+    """Of pairs (i, i)."""
+    scores = query.float() @ key.float().T
+    best = scores.diagonal()
+    own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
+    counts = (~(scores < best[:, None]) & ~own).sum(1), (~(scores < best) & ~own).sum(0)
+    return 1 + torch.cat(counts).float()
+
+
+def retrieval_ranks(quick: bool, device: str) -> list[Case]:
+    """Both directions from one matrix; the positives' tiles are formed twice."""
+    cases = []
+    for dtype in (F32, BF16):
+        for n, d in ((5000, 512), (25_000, 512)):
+            plain = Baseline("ranks of a product", lambda: _ranks_of_matrix)
+            sizes = cut(quick, n=n, m=n, d=d)
+            flops = 2.0 * sizes["n"] * sizes["m"] * sizes["d"]
+            cases.append(
+                Case(
+                    op="retrieval_ranks",
+                    name=f"N=M={n} D={d} {type_name(dtype)}",
+                    dtype=dtype,
+                    sizes=sizes,
+                    make_inputs=_features,
+                    ours=_ranks,
+                    baselines=timed(
+                        quick, plain, Baseline(f"torch.compile of {plain.name}", plain.make, True)
+                    ),
+                    flops=flops,
+                    min_flops=flops,
+                    bytes=2.0 * sizes["n"] * (sizes["d"] * dtype.itemsize + 8),
+                    backward=False,
+                    memory=n == 25_000,
+                    headline=n == 25_000,
+                )
+            )
+    return cases
+
+
+def _mined(k: int, query: Tensor, key: Tensor) -> Tensor:
+    """Their similarities, which do not depend on the order of additions as indices may."""
+    mined = vlmkernels.mine_hard_negatives(query, key, k)
+    return (query.float()[:, None] * key.float()[mined]).sum(2)
+
+
+def _mined_of_matrix(k: int, query: Tensor, key: Tensor) -> Tensor:
+    scores = query @ key.T
+    scores.diagonal().fill_(-torch.inf)
+    return (query.float()[:, None] * key.float()[scores.topk(k).indices]).sum(2)
+
+
+def mine_hard_negatives(quick: bool, device: str) -> list[Case]:
+    cases = []
+    for dtype in (F32, BF16):
+        n, m, d, k = 512, 200_000, 512, 16
+        plain = Baseline("torch.topk of a product", partial(partial, _mined_of_matrix, k))
+        sizes = cut(quick, n=n, m=m, d=d)
+        flops = 2.0 * sizes["n"] * sizes["m"] * sizes["d"]
+        cases.append(
+            Case(
+                op="mine_hard_negatives",
+                name=f"Q={n} M={m} D={d} k={k} {type_name(dtype)}",
+                dtype=dtype,
+                sizes=sizes,
+                make_inputs=_features,
+                ours=partial(_mined, k),
+                baselines=timed(quick, plain, Baseline(f"torch.compile of {plain.name}", plain.make, True)),
+                flops=flops,
+                min_flops=flops,
+                bytes=float((sizes["n"] + sizes["m"]) * sizes["d"] * dtype.itemsize),
+                backward=False,
+                memory=True,
+                headline=True,
+            )
+        )
+    return cases
+
+
+CASES = (mine_hard_negatives, retrieval_ranks, topk_similarity, *relative.CASES)

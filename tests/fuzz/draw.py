@@ -11,6 +11,11 @@ SIZES = (1, 1, 2, 3, 4, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 130, 257)
 SMALL = (1, 1, 2, 3, 4)
 
 
+def work(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and statistics."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Draw(random.Random):
     """What a seed draws; the values of tensors come from the same seed."""
 
@@ -54,3 +59,11 @@ class Draw(random.Random):
 
     def needs(self, count: int) -> list[bool]:
         return [self.flag() for _ in range(count)]
+
+
+def targets(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
+    """positives and key_ids."""
+    if draw.flag():
+        return [draw.ids(len(query), 5), draw.ids(len(key), 5)]
+    indices = draw.ids(len(query), len(key))
+    return [draw.maybe(torch.where(torch.rand(len(query)) < 0.8, indices, -100)), None]

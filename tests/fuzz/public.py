@@ -10,7 +10,7 @@ from torch import Tensor
 import vlmkernels
 from vlmkernels import ops, reference
 
-from . import raw
+from . import raw, raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
 from .draw import Draw
@@ -93,10 +93,14 @@ def perceiver_attention(draw: Draw) -> dict[str, Any]:
     return {**values, "scale": draw.maybe(0.5)}
 
 
-def with_targets(draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+def with_positives(values: dict[str, Any]) -> dict[str, Any]:
     positives, key_ids = values["positives"], values["key_ids"]
     both = positives if key_ids is None else (positives, key_ids)
-    return {**without(values, "key_ids"), "positives": both, "scale": draw.choice((values["scale"], 10.0))}
+    return {**without(values, "key_ids"), "positives": both}
+
+
+def with_targets(draw: Draw, values: dict[str, Any]) -> dict[str, Any]:
+    return {**with_positives(values), "scale": draw.choice((values["scale"], 10.0))}
 
 
 @arguments
@@ -147,9 +151,40 @@ def srau(draw: Draw) -> dict[str, Any]:
 
 @arguments
 def topk_similarity(draw: Draw) -> dict[str, Any]:
-    values = named("topk_similarity", raw.topk_similarity(draw))
+    values = named("topk_similarity", raw_retrieval.topk_similarity(draw))
     rescore = None if values["both"] else draw.maybe(draw.floats(*values["key"].shape))
     return {**values, "rescore": rescore}
+
+
+@arguments
+def relative_representation(draw: Draw) -> dict[str, Any]:
+    x = draw.floats(draw.size(), draw.size())
+    anchors = draw.floats(draw.size(), x.shape[1], dtype=draw.choice((x.dtype, draw.dtype())))
+    return {"x": x, "anchors": anchors, "k": draw.choice((1, 3, 800)), "p": draw.choice((8.0, 1.0, 2.5))}
+
+
+@arguments
+def relative_similarity(draw: Draw) -> dict[str, Any]:
+    values = raw_retrieval.relative_similarity(draw)
+    return {"image_rep": tuple(values[:2]), "text_rep": tuple(values[2:])}
+
+
+@arguments
+def contrastive_search_score(draw: Draw) -> dict[str, Any]:
+    return named("contrastive_search_score", raw_retrieval.contrastive_search_score(draw))
+
+
+@arguments
+def retrieval_ranks(draw: Draw) -> dict[str, Any]:
+    return with_positives(named("retrieval_ranks", raw_retrieval.retrieval_ranks(draw)))
+
+
+@arguments
+def mine_hard_negatives(draw: Draw) -> dict[str, Any]:
+    values = with_positives(named("mine_hard_negatives", raw_retrieval.mine_hard_negatives(draw)))
+    own, other = values["query_groups"], values["key_groups"]
+    groups = None if own is None else (own, other)
+    return {**without(values, "query_groups", "key_groups"), "groups": groups}
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:

@@ -10,23 +10,19 @@ from torch import Tensor
 from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 
+from . import raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
-from .draw import Draw
+from .draw import Draw, targets, work
 from .memory import guarded
 
 ops = torch.ops.vlmkernels
-ARGUMENTS: dict[str, Callable[[Draw], list]] = {}
+ARGUMENTS: dict[str, Callable[[Draw], list]] = {**raw_retrieval.ARGUMENTS}
 
 
 def arguments(make: Callable[[Draw], list]) -> Callable[[Draw], list]:
     ARGUMENTS[make.__name__] = make
     return make
-
-
-def work(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and statistics."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @arguments
@@ -210,14 +206,6 @@ def small_loss_bwd(draw: Draw) -> list:
     needs = [need_query, need_key, need_scalars, need_scalars and bias is not None]
     dloss = draw.floats(dtype=work(inputs[0].dtype))
     return [dloss, *inputs[:3], bias, *formed, normalize, needs]
-
-
-def targets(draw: Draw, query: Tensor, key: Tensor) -> list[Tensor | None]:
-    """positives and key_ids."""
-    if draw.flag():
-        return [draw.ids(len(query), 5), draw.ids(len(key), 5)]
-    indices = draw.ids(len(query), len(key))
-    return [draw.maybe(torch.where(torch.rand(len(query)) < 0.8, indices, -100)), None]
 
 
 @arguments
@@ -461,19 +449,6 @@ def srau_bwd(draw: Draw) -> list:
     return [draw.floats(*inputs[0].shape), *inputs, draw.needs(3)]
 
 
-def keys(draw: Draw, m: int, d: int) -> list:
-    """key and key_scale."""
-    if draw.flag():
-        return [draw.floats(m, d), None]
-    return [torch.randint(-127, 128, (m, d), dtype=torch.int8), draw.floats(m)]
-
-
-@arguments
-def topk_similarity(draw: Draw) -> list:
-    n, m, d = draw.size(), draw.size(), draw.size()
-    return [draw.floats(n, d), *keys(draw, m, d), draw.choice((1, 2, 5, 40)), *draw.needs(3)]
-
-
 @functools.cache
 def names() -> list[str]:
     """The ops that have a kernel for CPU tensors here."""
@@ -487,7 +462,7 @@ def drawn(seed: int) -> tuple[str, list, list[int]]:
     draw = Draw(seed)
     name = draw.choice(names())
     values = ARGUMENTS[name](draw)
-    which = sorted(draw.sample(range(len(values)), draw.choice((0, 1, 1, 1, 2, 3))))
+    which = sorted(draw.sample(range(len(values)), min(len(values), draw.choice((0, 1, 1, 1, 2, 3)))))
     for i in which:
         values[i] = damaged(draw, values[i], values)
     return name, guarded(values, at_end=draw.flag()), which

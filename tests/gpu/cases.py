@@ -32,6 +32,8 @@ from vlmkernels.triton import (
 
 from .cases_attention import attentions
 from .cases_dense import layers
+from .cases_relative import relative
+from .cases_retrieval import searches
 from .launches import Launch, recording
 from .trials import DTYPES, Executor, Trial, check, far, sanitized
 from .trials_gated import Levels, Linear, Residual
@@ -442,5 +444,6 @@ def gated() -> Iterator[Case]:
     )
 
 
-PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(layers, each), partial(attentions, each))
+PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(searches, each, with_far))
+PARTS += tuple(partial(part, each) for part in (layers, attentions, relative))
 CASES = {case.name: case for part in PARTS for case in part()}

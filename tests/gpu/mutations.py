@@ -27,6 +27,8 @@ from . import (
     mutants_distillation,
     mutants_gated,
     mutants_pairwise,
+    mutants_relative,
+    mutants_retrieval,
     mutants_rows,
 )
 from .cases import CASES
@@ -43,6 +45,8 @@ MUTANTS = [
     *mutants_rows.MUTANTS,
     *mutants_dense.MUTANTS,
     *mutants_gated.MUTANTS,
+    *mutants_relative.MUTANTS,
+    *mutants_retrieval.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"

@@ -22,6 +22,7 @@ from vlmkernels.triton import (
     _dense,
     embedding_distillation,
     gated_residual,
+    relative_representation,
     sigmoid_loss,
     srau,
 )
@@ -44,6 +45,9 @@ TABLES = {
     "_tile_grads": tiles.TILES,
     "_sweep": sigmoid_loss.SWEEP,
     "gated_linear_residual._forward": tiles.TILES,
+    "_retrieval._rank": tiles.STATISTICS,
+    "_retrieval._best_matches": tiles.STATISTICS,
+    "retrieval_ranks._count": tiles.STATISTICS,
     "_attention._forward": _attention.FORWARD,
     "_query_grads": _attention_bwd.QUERY_GRADS,
     "_key_grads": _attention_bwd.KEY_GRADS,
@@ -183,6 +187,12 @@ def test_every_tile_of_the_row_kernels_is_used(launches):
         made = launches[0][name]
         assert {(x.config["BLOCK_R"], x.config["BLOCK_D"]) for x in made} >= tiles_of_rows, name
         assert {x.config["LONG"] for x in made} == {True, False}, name
+    tiles_of_rows = {
+        tuple(relative_representation.blocks(k)[side] for side in ("BLOCK_R", "BLOCK_K"))
+        for k in range(1, 2 * relative_representation.HELD)
+    }
+    made = launches[0]["relative_representation._forward"]
+    assert {(x.config["BLOCK_R"], x.config["BLOCK_K"]) for x in made} >= tiles_of_rows
     forms = {(x.config["DIVERGENCE"], x.config["LONG"]) for x in launches[0]["distillation._forward"]}
     divergences = (*DIVERGENCES, "none")
     assert forms == {(name, long) for name in divergences for long in (True, False)}

@@ -13,6 +13,7 @@ from vlmkernels.triton import _ahead as ahead
 from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _info_nce_bwd as nce_bwd
 from vlmkernels.triton import contrastive_distillation as distilled
+from vlmkernels.triton import contrastive_search_score as decoding
 from vlmkernels.triton import distillation as distil
 from vlmkernels.triton import embedding_distillation as features_distil
 from vlmkernels.triton import gated_linear_residual as linear
@@ -23,9 +24,14 @@ from vlmkernels.triton import interval_attention as interval
 from vlmkernels.triton import linear as one_layer
 from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import linear_distillation as linear_distil
+from vlmkernels.triton import mine_hard_negatives as mining
 from vlmkernels.triton import mlp as two_layers
 from vlmkernels.triton import perceiver_attention as perceiver
+from vlmkernels.triton import relative_representation as powers
+from vlmkernels.triton import relative_similarity as sparse
+from vlmkernels.triton import retrieval_ranks as ranking
 from vlmkernels.triton import sigmoid_loss, srau
+from vlmkernels.triton import topk_similarity as topk
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKLOADS: dict[str, Callable[[], None]] = {}
@@ -139,6 +145,25 @@ def embedding_distillation(n, d, dtype, *, distance="l1", normalize=True, weight
     features_distil.embedding_distillation_bwd(dloss, x, y, weight, distance, normalize, reduction, [True])
 
 
+def relative_representation(n, k, dtype, *, p=8.0):
+    powers.relative_representation(features(n, k, dtype), p)
+
+
+def relative_similarity(n, m, k, length, dtype):
+    image, text = (n, k), (m, length)
+    sparse.relative_similarity(
+        meta(*image, dtype=dtype), meta(*image, dtype=torch.int64), meta(*text, dtype=dtype),
+        meta(*text, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def contrastive_search(b, k, t, d, dtype, *, alpha=0.1, beta=2.0, lengths=False):
+    decoding.contrastive_search_score(
+        meta(b, k), meta(b, k, d, dtype=dtype), meta(b, t, d, dtype=dtype), meta(b, k),
+        meta(b, dtype=torch.int64) if lengths else None, alpha, beta,
+    )  # fmt: skip
+
+
 def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
     x, y, gate = meta(n, d, dtype=dtype), meta(n, d, dtype=low or dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
@@ -212,6 +237,21 @@ def resampler(b, h, latents, media, d, dtype, *, lengths=True, needs=(True,) * 5
     )
 
 
+def search(n, m, d, dtype, *, k=100, quantised=False, normalize=False, both=False):
+    key, scale = (meta(m, d, dtype=torch.int8), meta(m)) if quantised else (features(m, d, dtype), None)
+    topk.topk_similarity(features(n, d, dtype), key, scale, k, normalize, True, both)
+
+
+def ranks(n, m, d, dtype, *, form="pairs"):
+    ranking.retrieval_ranks(features(n, d, dtype), features(m, d, dtype), *targets(n, m, form))
+
+
+def mined(n, m, d, dtype, *, form="pairs", grouped=False, margin=None, normalize=False):
+    groups = targets(n, m, "ids") if grouped else (None, None)
+    sides = features(n, d, dtype), features(m, d, dtype)
+    mining.mine_hard_negatives(*sides, *targets(n, m, form), *groups, 16, margin, normalize)
+
+
 def _add(name: str, call: Callable[..., None], *args, allow_tf32=False, **kwargs) -> None:
     def run():
         with tf32() if allow_tf32 else contextlib.nullcontext():
@@ -241,6 +281,9 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"linear_distillation {name} small", two_models, 64, 256, 512, 1000, dtype)
     _add(f"linear_distillation {name} offline", two_models, 8192, 768, 0, 50257, dtype, k=64)
     _add(f"embedding {name}", embedding_distillation, 8192, 512, dtype)
+    _add(f"relative_representation {name}", relative_representation, 8192, 800, dtype)
+    _add(f"relative_similarity {name}", relative_similarity, 512, 1000, 800, 800, dtype)
+    _add(f"contrastive_search {name}", contrastive_search, 8, 45, 16, 768, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
@@ -248,6 +291,14 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"srau {name} masked", levels, 8192, 1024, dtype, mask=True, paper=True)
     _add(f"gated_linear_residual {name}", gated_linear_residual, 8192, 4096, 1024, dtype, mask=True)
     _add(f"gated_linear_residual {name} small", gated_linear_residual, 256, 512, 2048, dtype, channels=True)
+    _add(f"topk {name}", search, 4096, 60000, 512, dtype)
+    _add(f"topk {name} few", search, 8, 60000, 512, dtype)
+    _add(f"topk {name} int8", search, 512, 60000, 512, dtype, quantised=True, normalize=True)
+    _add(f"topk {name} both", search, 512, 5000, 512, dtype, both=True, normalize=True)
+    _add(f"ranks {name}", ranks, 5000, 5000, 512, dtype)
+    _add(f"ranks {name} ids", ranks, 1000, 5000, 512, dtype, form="ids")
+    _add(f"mined {name}", mined, 4096, 60000, 512, dtype, margin=0.1, normalize=True)
+    _add(f"mined {name} ids", mined, 512, 60000, 512, dtype, form="ids", grouped=True)
     _add(f"linear {name}", layer, 8192, 768, 3072, dtype)
     _add(f"mlp {name}", layers, 8192, 768, 3072, dtype)
     _add(f"gated_mlp {name}", gated_layer, 8192, 2048, 5632, dtype)
@@ -268,6 +319,8 @@ _add("embedding fp16", embedding_distillation, 8192, 1024, FP16)
 _add("gated_residual fp16", gated_residual, 8192, 1024, FP16)
 _add("srau fp16", levels, 8192, 1024, FP16)
 _add("gated_linear_residual fp16", gated_linear_residual, 8192, 1024, 1024, FP16)
+_add("topk fp16", search, 4096, 60000, 512, FP16)
+_add("ranks fp16", ranks, 5000, 5000, 512, FP16)
 _add("attention fp16 64", attention, 8, 16, 16, 1024, 1024, 64, FP16)
 for name in ("", " small", " ragged"):
     size = {"": (4096, 4096), " small": (512, 512), " ragged": (4097, 4099)}[name]
@@ -360,6 +413,12 @@ _add("embedding bf16 weighted", embedding_distillation, 8192, 4096, BF16, distan
 _add("embedding bf16 ragged", embedding_distillation, 4097, 1001, BF16, distance="cosine", weighted=True)
 _add("embedding bf16 long", embedding_distillation, 8192, 20000, BF16, distance="l2", normalize=False)
 _add("embedding bf16 one element", embedding_distillation, 1, 1, BF16)
+_add("relative_representation bf16 long", relative_representation, 512, 20000, BF16, p=2.5)
+_add("relative_representation bf16 one element", relative_representation, 1, 1, BF16)
+_add("relative_similarity bf16 ragged", relative_similarity, 1, 80001, 797, 300, BF16)
+_add("relative_similarity bf16 one element", relative_similarity, 1, 1, 1, 1, BF16)
+_add("contrastive_search bf16 lengths", contrastive_search, 1, 100, 200, 770, BF16, lengths=True)
+_add("contrastive_search bf16 greedy", contrastive_search, 2, 1, 1, 768, BF16, alpha=0.0, beta=0.0)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)

@@ -5,6 +5,7 @@ from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import CAPTIONS, SPLITS, Concept, Emoji3, load_emoji3
 from vlmkernels.data.images import BrokenImageError, read_image
 from vlmkernels.data.lines import CaptionLines
+from vlmkernels.data.masking import mask_tokens, pair_tokens
 from vlmkernels.data.pairs import load_pairs
 from vlmkernels.data.regions import read_regions
 from vlmkernels.data.samples import Collate, Sample, SkipLog
@@ -49,6 +50,8 @@ __all__ = [
     "load_pairs",
     "load_scenes",
     "load_tokenizer",
+    "mask_tokens",
+    "pair_tokens",
     "parse_caption",
     "read_image",
     "read_regions",

@@ -173,6 +173,11 @@ class CsvPairs(Dataset[Sample]):
         """The captions, in item order."""
         return [text for _, text in self._rows]
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the samples, in item order: the images as the table names them."""
+        return [image for image, _ in self._rows]
+
     def image_files(self) -> list[Path]:
         """The paths of the images, in item order."""
         return [self._locate(image) for image, _ in self._rows]

@@ -53,8 +53,9 @@ def _modules(layers: int, encoder_layers: int) -> dict[str, str]:
     """Ours -> theirs of all modules whose weights are stacked or transposed at most."""
     found = dict(WHOLE)
     for i in range(encoder_layers):
-        names = {ours: " ".join(f"encoder.layers.{i}.{n}" for n in x.split()) for ours, x in ENCODER.items()}
-        found |= {f"encoder.layers.{i}.{ours}": theirs for ours, theirs in names.items()}
+        place = f"encoder.layers.{i}."
+        for ours, theirs in ENCODER.items():
+            found[place + ours] = " ".join(place + n for n in theirs.split())
     for i in range(layers):
         place = f"decoder.transformer.h.{i}."
         for ours, theirs in DECODER.items():
@@ -162,12 +163,10 @@ def to_original(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]
         for kind in ("keys", "values"):
             out[f"{place}.attn.running_{kind}"] = table.new_zeros(heads, 0, width // heads)
     for i in range(config.encoder_layers):
-        for part in ("query", "key", "value"):
-            place = f"encoder.layers.{i}.mhatt.attention.c_attn_{part}"
-            out[f"{place}.weight"], out[f"{place}.bias"] = (
-                table.new_zeros(width, width),
-                table.new_zeros(width),
-            )
+        for which in ("query", "key", "value"):
+            place = f"encoder.layers.{i}.mhatt.attention.c_attn_{which}"
+            out[f"{place}.weight"] = table.new_zeros(width, width)
+            out[f"{place}.bias"] = table.new_zeros(width)
     out["decoder.transformer.running_seq"] = torch.zeros(1, dtype=torch.int64)
     out["decoder.running_mask_self_attention"] = torch.zeros(1, 1, 0, dtype=torch.bool)
     return out

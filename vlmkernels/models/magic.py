@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import vlmkernels
 from vlmkernels.models._magic_lm import take, texts_of
 
 K, ALPHA, BETA, NEW_TOKENS, TEXT_TOKENS = 45, 0.1, 2.0, 15, 60  # of the paper's captions of COCO
+SCALE = 100.0  # that of every published CLIP, for scorers that were not trained with one
 CONTEXTS = ("context_length", "n_positions", "max_position_embeddings")  # names of the longest text
 
 
@@ -43,11 +45,37 @@ class DualEncoderScorer:
         image_features: Tensor,  # [B, E]
         texts: Sequence[Sequence[str]],  # B of k
     ) -> Tensor:  # [B, k]
-        device = next(self.model.parameters()).device
-        tokens = self.tokenizer([text for row in texts for text in row]).to(device)
-        found = self.model.encode_text(tokens, normalize=True).unflatten(0, (len(texts), -1))
+        different, place = distinct(texts)
+        tokens = self.tokenizer(different).to(next(self.model.parameters()).device)
+        found = self.model.encode_text(tokens, normalize=True)
         images = nn.functional.normalize(image_features.to(found), dim=-1)
-        return self.model.scale() * torch.einsum("be,bke->bk", images, found)
+        return self.model.scale() * torch.einsum("be,bke->bk", images, found[place.to(found.device)])
+
+
+class ASIFScorer:
+    """An `ASIF`: scale * score, for image features [B, D] of its image encoder.
+
+    ASIF's scores are cosines without a trained scale.
+    """
+
+    def __init__(self, asif: Any, scale: float = SCALE) -> None:
+        self.asif, self.scale = asif, scale
+
+    @torch.no_grad()
+    def similarity(
+        self,
+        image_features: Tensor,  # [B, D]
+        texts: Sequence[Sequence[str]],  # B of k
+    ) -> Tensor:  # [B, k]
+        different, place = distinct(texts)
+        seen, read = self.asif.encode_images(image_features), self.asif.encode_texts(different)
+        scores = [
+            vlmkernels.relative_similarity(
+                tuple(x[row : row + 1] for x in seen), tuple(x[place[row]] for x in read)
+            )
+            for row in range(len(texts))
+        ]
+        return self.scale * torch.cat(scores)
 
 
 class MAGIC:
@@ -126,13 +154,13 @@ class MAGIC:
             similarity = None
             if beta:
                 similarity = self._similarity(image_features, rows, written, ids, text_tokens)
-            best, _ = contrastive_search_score(
+            best, _ = vlmkernels.contrastive_search_score(
                 prob,
                 hidden,
                 context[:, : width + at],
                 similarity,
-                alpha=alpha,
-                beta=beta,
+                alpha=float(alpha),
+                beta=float(beta),
                 context_lengths=lengths,
             )
             token = ids.gather(1, best[:, None])[:, 0]
@@ -210,8 +238,8 @@ class MAGIC:
         elif beta and image_features is None:
             faults.append(f"image_features must be given with beta, got None with beta {beta}")
         if image_features is not None and image_features.shape[:1] != input_ids.shape[:1]:
-            wanted, got = len(input_ids), list(image_features.shape)
-            faults.append(f"image_features must be [{wanted}, ...] like input_ids, got {got}")
+            features = list(image_features.shape)
+            faults.append(f"image_features must be [{len(input_ids)}, ...] like input_ids, got {features}")
         longest = longest_text(self.language_model)
         if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
             given = f"{input_ids.shape[1]} + {max_new_tokens}"
@@ -219,6 +247,13 @@ class MAGIC:
                 f"input_ids and max_new_tokens must be at most {longest} tokens together, got {given}"
             )
         return faults
+
+
+def distinct(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:  # [B, k] int64
+    """The different ones of B times k texts, and which each is: images with like captions share many."""
+    number: dict[str, int] = {}
+    place = [[number.setdefault(text, len(number)) for text in row] for row in texts]
+    return list(number), torch.tensor(place)
 
 
 def likeliest(
@@ -243,24 +278,3 @@ def longest_text(language_model: Any) -> int | None:
 def _is_padded_left(mask: Tensor) -> bool:  # [B, T]
     ones = mask.bool()
     return bool((ones[:, 1:] >= ones[:, :-1]).all()) and bool(ones[:, -1:].all())
-
-
-def contrastive_search_score(
-    prob: Tensor,  # [B, k]
-    hidden: Tensor,  # [B, k, D]
-    context: Tensor,  # [B, t, D]
-    similarity: Tensor | None,  # [B, k]
-    *,
-    alpha: float,
-    beta: float,
-    context_lengths: Tensor | None = None,  # [B]
-) -> tuple[Tensor, Tensor]:  # [B] int64, [B, k]
-    """Best candidate and scores."""
-    cosines = nn.functional.normalize(hidden, dim=2) @ nn.functional.normalize(context, dim=2).mT
-    if context_lengths is not None:
-        inside = torch.arange(context.shape[1], device=context.device) < context_lengths[:, None]
-        cosines = cosines.where(inside[:, None], -torch.inf)
-    score = (1 - alpha) * prob - alpha * cosines.amax(2)
-    if similarity is not None:
-        score = score + beta * similarity.softmax(1)
-    return score.argmax(1), score

@@ -125,8 +125,9 @@ class VisualGPT(Pretrained):
             if not 1 <= tokens.shape[1] <= config.context_length:
                 most = f"1 to context_length {config.context_length}"
                 faults.append(f"tokens must have {most} columns, got {tokens.shape[1]}")
-            if len(tokens) % len(images) if len(images) else len(tokens):
-                got = f"{len(tokens)} and {len(images)}"
+            rows, count = tokens.shape[0], images.shape[0]
+            if rows != count and (count == 0 or rows % count):
+                got = f"{rows} and {count}"
                 faults.append(f"tokens must have as many rows as images, or a multiple of them, got {got}")
             faults += label_faults(labels, tokens, "tokens")
         if faults:
@@ -149,9 +150,12 @@ class VisualGPT(Pretrained):
     def _logits(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
         return tied_logits(hidden, self.transformer["wte"])
 
+    def _embed(self, tokens: Tensor, past: int = 0) -> Tensor:  # [N, T] -> [N, T, D]
+        places = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        return self.transformer["wte"](tokens) + self.transformer["wpe"](places)
+
     def _hidden(self, regions: Regions, tokens: Tensor, kept: Tensor) -> Tensor:  # [B k, T] -> [B k, T, D]
-        x = self.transformer["wte"](tokens)
-        x = x + self.transformer["wpe"].weight[: tokens.shape[1]]
+        x = self._embed(tokens)
         seen = intervals.causal(tokens.shape[1], device=tokens.device)
         for block in self.blocks:
             x = block(x, seen, block.keys_values(regions), regions, kept)
@@ -261,13 +265,12 @@ class VisualDecoding:
 
     def _read(self, tokens: Tensor) -> Tensor:  # [N, t] -> [N, t, D]
         past, length = self.cache.get_seq_length(), tokens.shape[1]
-        table = self.model.transformer
-        x = table["wte"](tokens) + table["wpe"].weight[past : past + length]
+        x = self.model._embed(tokens, past)
         seen = intervals.causal(length, past, device=x.device)
         for index, block in enumerate(self.model.blocks):
             keep = partial(self.cache.update, layer_idx=index)
             x = block(x, seen, self.memory[index], self.regions, keep=keep)
-        return table["ln_f"](x)
+        return self.model.transformer["ln_f"](x)
 
     def step(self, tokens: Tensor, return_hidden: bool = False) -> Any:  # [N] -> [N, V] or StepOutput
         """Logits of the tokens after `tokens`, which are added to the cache."""

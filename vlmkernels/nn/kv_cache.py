@@ -66,8 +66,7 @@ class KVCache:
         """One of the alternatives of each row (`Beside`) joins the tokens read; the others are forgotten."""
         at = index[:, None, None, None]
         for layer_idx, (key, value) in self.beside.items():
-            chosen = (x.take_along_dim(at, 2) for x in (key, value))
-            self.update(*chosen, layer_idx)
+            self.update(key.take_along_dim(at, 2), value.take_along_dim(at, 2), layer_idx)
         self.beside = {}
 
 

@@ -1,6 +1,7 @@
 """The ops: public function, schema, shape function, gradient, and which kernel runs where."""
 
 from vlmkernels.ops.contrastive_distillation import contrastive_distillation
+from vlmkernels.ops.contrastive_search_score import contrastive_search_score
 from vlmkernels.ops.distillation import distillation
 from vlmkernels.ops.embedding_distillation import embedding_distillation
 from vlmkernels.ops.gated_linear_residual import gated_linear_residual
@@ -11,8 +12,12 @@ from vlmkernels.ops.interval_attention import interval_attention
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.linear_distillation import linear_distillation
+from vlmkernels.ops.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.ops.mlp import mlp
 from vlmkernels.ops.perceiver_attention import perceiver_attention
+from vlmkernels.ops.relative_representation import relative_representation
+from vlmkernels.ops.relative_similarity import relative_similarity
+from vlmkernels.ops.retrieval_ranks import retrieval_ranks
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.srau import srau
 from vlmkernels.ops.topk_similarity import topk_similarity
@@ -29,12 +34,20 @@ FAMILIES = {
         "sigmoid_loss",
     ),
     "residual": ("gated_residual", "srau"),
-    "retrieval": ("topk_similarity",),  # no gradients
+    "retrieval": (
+        "contrastive_search_score",
+        "mine_hard_negatives",
+        "relative_representation",
+        "relative_similarity",
+        "retrieval_ranks",
+        "topk_similarity",
+    ),  # no gradients
     "rows": ("distillation", "embedding_distillation"),
 }
 
 __all__ = [
     "contrastive_distillation",
+    "contrastive_search_score",
     "distillation",
     "embedding_distillation",
     "gated_linear_residual",
@@ -45,8 +58,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "mine_hard_negatives",
     "mlp",
     "perceiver_attention",
+    "relative_representation",
+    "relative_similarity",
+    "retrieval_ranks",
     "sigmoid_loss",
     "srau",
     "topk_similarity",

@@ -9,7 +9,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from vlmkernels.reference._retrieval import blocks
+from vlmkernels import _arguments as arguments
+from vlmkernels.ops import _pairwise_targets as targets
+from vlmkernels.reference._retrieval import blocks, key_faults
 
 BLOCK_BYTES = 2**24  # of the rows of a file that are read at a time
 OF_SAFETENSORS = {
@@ -84,16 +86,24 @@ def as_rows(op: str, name: str, source: Any) -> Any:
 
 
 def shape_faults(name: str, rows: Any, query: Tensor) -> list[str]:
-    if query.dim() != 2 or rows.dim() != 2 or query.shape[1] != rows.shape[1]:
-        return [
-            (
-                f"query must be [Q, D] and {name} [M, D], "
-                f"got query {tuple(query.shape)} and {name} {tuple(rows.shape)}"
-            )
-        ]
-    return []
+    if query.dim() == rows.dim() == 2 and query.shape[1] == rows.shape[1]:
+        return []
+    got = f"query {tuple(query.shape)} and {name} {tuple(rows.shape)}"
+    return [f"query must be [Q, D] and {name} [M, D], got {got}"]
 
 
 def no_gradients(ctx: Any, inputs: Any, output: Any) -> None:
     """The results of these ops are constants."""
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def pair_faults(query: Tensor, key: Tensor, positives: Tensor | None, key_ids: Tensor | None) -> list[str]:
+    """Of queries, keys in memory, and which of them match."""
+    faults = shape_faults("key", key, query) + key_faults(query, key, None)
+    faults += arguments.device_faults({"query": query, "key": key})
+    faults += targets.positives_faults(query, key, positives, key_ids)
+    if positives is None and query.dim() == key.dim() == 2 and key.shape[0] < query.shape[0]:
+        faults.append(
+            f"without positives, M must be at least N, got N = {query.shape[0]} and M = {key.shape[0]}"
+        )
+    return faults

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.ops import _pairwise as pairwise
 from vlmkernels.ops._retrieval import SafetensorsSlice, StoredRows, as_rows, no_gradients, shape_faults
 from vlmkernels.reference import _retrieval as plain
 from vlmkernels.reference._pairwise import features
-from vlmkernels.reference.topk_similarity import CANDIDATES, ordered, topk_similarity_fwd
+from vlmkernels.reference.topk_similarity import CANDIDATES, topk_similarity_fwd
 
 RESCORED = 2**22  # features of candidates in memory at a time
 
@@ -59,16 +59,16 @@ def topk_similarity(
     Raises:
         ValueError: naming every invalid argument.
     """
-    key, rescore = (as_rows("topk_similarity", *x) for x in (("key", key), ("rescore", rescore)))
-    faults = _faults(query, key, k, key_scale, rescore, both)
+    keys, full = as_rows("topk_similarity", "key", key), as_rows("topk_similarity", "rescore", rescore)
+    faults = _faults(query, keys, k, key_scale, full, both)
     if faults:
         raise ValueError("topk_similarity: " + "; ".join(faults))
     with torch.no_grad():
-        if rescore is None:
-            found = _search(query, key, key_scale, k, normalize, return_sorted, both)
+        if full is None:
+            found = _search(query, keys, key_scale, k, normalize, return_sorted, both)
             return found if both else found[:2]
-        _, chosen, *_ = _search(query, key, key_scale, CANDIDATES * k, normalize, False, False)
-        return _rescored(query, rescore, chosen, k, normalize, return_sorted)
+        _, chosen, *_ = _search(query, keys, key_scale, CANDIDATES * k, normalize, False, False)
+        return _rescored(query, full, chosen, k, normalize, return_sorted)
 
 
 def _faults(query, key, k, key_scale, rescore, both) -> list[str]:
@@ -108,8 +108,8 @@ def _search(
         indices = torch.cat([found[1], indices + part.start], 1)
         found = plain.best(torch.cat([found[0], values], 1), indices, k)
         if both:
-            of_keys.append(ordered(tuple(columns), return_sorted))
-    found = ordered(found, return_sorted)
+            of_keys.append(plain.ordered(tuple(columns), return_sorted))
+    found = plain.ordered(found, return_sorted)
     if not both:
         return found
     return *found, *map(torch.cat, zip(*of_keys, strict=True))
@@ -131,7 +131,7 @@ def _rescored(
         own = features(query[some], normalize, work)
         theirs = keys[chosen[some]] if isinstance(keys, Tensor) else keys.take(chosen[some])
         scores = (own[:, None] * features(theirs, normalize, work)).sum(-1)
-        parts.append(ordered(plain.best(scores, chosen[some], k), return_sorted))
+        parts.append(plain.ordered(plain.best(scores, chosen[some], k), return_sorted))
     values, indices = map(torch.cat, zip(*parts, strict=True))
     return values, indices
 
@@ -153,3 +153,8 @@ _op: Any = define(
     setup_context=no_gradients,
     autocast=(),
 )
+
+if TRITON:
+    from vlmkernels.triton import topk_similarity as _triton
+
+    kernel("topk_similarity", "CUDA", _triton.topk_similarity, "Triton")

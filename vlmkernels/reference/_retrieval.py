@@ -14,7 +14,7 @@ from vlmkernels.reference._pairwise import check_features, features
 ROWS, COLS = 1024, 8192  # of the similarities that are in memory at a time
 
 
-def precision(query: Tensor, key: Tensor) -> torch.dtype:
+def precision(query: Tensor, key: Any) -> torch.dtype:  # anything with a dtype
     """Of the similarities: float32, float64 if a side is."""
     work = torch.promote_types(query.dtype, torch.float32)
     return work if key.dtype == torch.int8 else torch.promote_types(work, key.dtype)
@@ -52,6 +52,14 @@ def merged(so_far: Best, scores: Tensor, first: int, k: int) -> Best:
     """With the scores of a block, whose first column has the index `first`."""
     at = torch.arange(first, first + scores.shape[1], device=scores.device).expand(scores.shape)
     return best(torch.cat([so_far[0], scores], 1), torch.cat([so_far[1], at], 1), k)
+
+
+def ordered(found: Best, by_value: bool) -> Best:
+    """As they are, by falling value; or by rising index."""
+    if by_value:
+        return found
+    indices, order = found[1].sort(dim=1)
+    return found[0].gather(1, order), indices
 
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -19,6 +19,7 @@ from vlmkernels.reference._retrieval import (
     check_keys,
     merged,
     nothing,
+    ordered,
     precision,
     similarities,
 )
@@ -74,11 +75,3 @@ def topk_similarity_fwd(query, key, key_scale, k, normalize, return_sorted, both
 
 def _joined(parts: list[Best]) -> Best:
     return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
-
-
-def ordered(found: Best, by_value: bool) -> Best:
-    """As they are, by falling value; or by rising index."""
-    if by_value:
-        return found
-    indices, order = found[1].sort(dim=1)
-    return found[0].gather(1, order), indices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ def sum_over_processes(value: Tensor) -> Tensor:
     if process_count() > 1:
         torch.distributed.all_reduce(total)
     return total
+
+
+def joint_list(values: list[Any]) -> list[Any]:
+    """The values of all processes, in the order of the joint batch, the same on all."""
+    if process_count() == 1:
+        return values
+    parts: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def joint_features(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

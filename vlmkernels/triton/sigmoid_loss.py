@@ -5,6 +5,7 @@ multiplied by cuBLAS.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -219,7 +220,7 @@ def _few_rows(
 ) -> None:  # fmt: skip
     """Fills what is not None of the results; sums of several tiles of rows in a second launch."""
     of_all_rows = (None if each else loss, dscale, dbias)
-    parts, count = of_all_rows, tiles.cdiv(len(query), small.ROWS)
+    parts, count = list(of_all_rows), tiles.cdiv(len(query), small.ROWS)
     if count > 1:
         parts = [None if x is None else scale.new_empty(count, dtype=torch.float32) for x in of_all_rows]
     few_rows.run(
@@ -250,7 +251,8 @@ def _many_rows(
 ) -> None:  # fmt: skip
     """Fills what is not None of the results, chunk by chunk of the rows."""
     n, m = len(query), len(key)
-    a = b = buffer = None
+    a = b = None
+    buffer: Any = None
     unit_query, unit_key = query, key
     if normalize:
         a, b, unit_query, unit_key = pairwise.norms(query, key, dkey is not None, dquery is not None)
@@ -272,9 +274,9 @@ def _many_rows(
     with torch.cuda.device_of(query):
         for i, start in enumerate(range(0, n, held)):
             stop = min(start + held, n)
-            tile_grads = None if buffer is None else tiles.rows_of(buffer, 0, stop - start)
+            tile_grads: Any = None if buffer is None else tiles.rows_of(buffer, 0, stop - start)
             first = i * programs[0]
-            partial = [None if x is None else tiles.rows_of(x, first, len(x)) for x in parts]
+            partial: list[Any] = [None if x is None else tiles.rows_of(x, first, len(x)) for x in parts]
             if loss is not None and each:
                 partial[0] = loss.new_empty((col_tiles, stop - start))
             _sweep[(programs[i],)](

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from vlmkernels import retrieval_ranks
 from vlmkernels.data import BrokenImageError, Sample, SkipLog, read_image
 from vlmkernels.train import kinds
 
@@ -95,6 +96,19 @@ def _distinct(names: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
     return torch.tensor(list(first.values())), torch.tensor([number[name] for name in names])
 
 
+def _ids(matches: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor] | None:
+    """Ids [images] and [texts] that are equal where they match; None if an image and a text that do not match
+    share a match, which ids cannot say."""
+    image, text = matches.unbind(dim=1)
+    none = matches.new_full((max(images, texts),), texts)
+    image_ids = none[:images].scatter_reduce(0, image, text, "amin")  # the first of its texts
+    text_ids = none[:texts].scatter_reduce(0, text, image_ids[image], "amin")
+    counts = (ids.bincount(minlength=texts) for ids in (image_ids, text_ids))
+    equal = sum(a * b for a, b in zip(*(count.tolist() for count in counts), strict=True))
+    same = bool((image_ids[image] == text_ids[text]).all())
+    return (image_ids, text_ids) if same and equal == len(matches) else None
+
+
 def retrieval(
     image_features: Tensor,  # [N, E] normalised
     text_features: Tensor,  # [N, E] normalised
@@ -118,8 +132,12 @@ def retrieval(
     text_rows, text_numbers = _distinct(texts)
     images, distinct = image_features[image_rows], text_features[text_rows]
     matches = torch.stack([image_numbers, text_numbers], dim=1).unique(dim=0)  # [P, 2]
-    image_to_text = ranks(images, distinct, matches, scores_at_once=scores_at_once)
-    text_to_image = ranks(distinct, images, matches.flip(1), scores_at_once=scores_at_once)
+    ids = _ids(matches, len(images), len(distinct))
+    if ids is not None:
+        image_to_text, text_to_image = retrieval_ranks(images, distinct, ids)
+    else:
+        image_to_text = ranks(images, distinct, matches, scores_at_once=scores_at_once)
+        text_to_image = ranks(distinct, images, matches.flip(1), scores_at_once=scores_at_once)
     return {
         "images": len(images),
         "texts": len(distinct),
@@ -163,12 +181,11 @@ def classification(
 ) -> dict[str, Any]:
     """Top-1, top-5 and mean-per-class accuracy, with chance levels and the fraction of the largest class.
 
-    A class with the same score as the right one is ranked before it, as in :func:`ranks`.
+    A class with the same score as the right one is ranked before it.
     """
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(weights):
         raise ValueError(f"labels must be in [0, {len(weights)}) and not empty, got {len(labels)} labels")
-    rows = torch.arange(len(labels), device=labels.device)
-    places = ranks(image_features, weights, torch.stack([rows, labels], dim=1))
+    places, _ = retrieval_ranks(image_features, weights, labels)
     right = (places == 1).float()
     sizes = labels.bincount(minlength=len(weights))
     per_class = right.new_zeros(len(weights)).scatter_add_(0, labels, right)[sizes > 0] / sizes[sizes > 0]
@@ -353,8 +370,8 @@ def evaluate(
     "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
     one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
     data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search if
-    ``num_beams`` exceeds 1; no class folders. ``allow_pipe`` is that of ``load_pairs``. Raises
-    FileNotFoundError or ValueError naming what is invalid.
+    ``num_beams`` exceeds 1; no class folders. VisualBERT: that of ``evaluate_matching``. ``allow_pipe`` is
+    that of ``load_pairs``. Raises FileNotFoundError or ValueError naming what is invalid.
     """
     check_batch_size(batch_size)
     dataset = open_data(data, allow_pipe=allow_pipe)
@@ -363,7 +380,7 @@ def evaluate(
     kind.check_images(dataset)
     if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
         takes = " and ".join(kinds.model_types(kinds.embedders()))
-        raise ValueError(f"data: {model_folder} generates captions; classes and templates are for {takes}")
+        raise ValueError(f"data: {model_folder} embeds nothing; classes and templates are for {takes}")
     return kind.evaluate(*loaded, dataset, batch_size=batch_size, templates=templates, num_beams=num_beams)
 
 

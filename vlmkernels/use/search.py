@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from vlmkernels._files import stamp
+from vlmkernels._files import digest, stamp
 from vlmkernels._optional import cache_folder
 from vlmkernels.data._text import printable
 
@@ -65,28 +67,66 @@ def search(
         raise ValueError(f"k must be at least 1, got {k}")
     files = find_images([folder])
     model, tokenizer, transform = load_model(model_folder, device)
+
+    def encode(files: Sequence[Path]) -> tuple[Tensor, list[Path], dict[str, str]]:
+        return encode_files(model, transform, files, batch_size=batch_size)
+
+    embedded = embedded_files(files, encode, (lambda: cache_file(model_folder, folder)) if cache else None)
+    scores = embedded.images @ encode_texts(model, tokenizer, [query_text])[0]
+    return embedded.found(scores, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedFiles:
+    """The images that can be read, their features [N, D], how many of these were in the cache, and the other
+    images with the reason."""
+
+    paths: list[Path]
+    images: Tensor
+    cached: int
+    skipped: dict[str, str]
+
+    def found(
+        self,
+        scores: Tensor,  # [N]
+        k: int,
+    ) -> Found:
+        """The k images with the highest scores."""
+        order = scores.argsort(descending=True, stable=True)[:k].tolist()
+        hits = [Hit(self.paths[i], scores[i].item()) for i in order]
+        return Found(hits, len(self.paths), self.cached, self.skipped)
+
+
+def embedded_files(
+    files: Sequence[Path],
+    encode: Callable[[Sequence[Path]], tuple[Tensor, list[Path], dict[str, str]]],
+    place: Callable[[], Path] | None,
+) -> EmbeddedFiles:
+    """The features of image files by ``encode`` (see :func:`encode_files`) or from the file ``place()``.
+
+    None keeps no features. ValueError when no image can be read.
+    """
     store = None
-    if cache:
+    if place is not None:
         try:
-            store = cache_file(model_folder, folder)
+            store = place()
         except OSError as error:
             log.warning("no embeddings are kept: %s", printable(error))
     known = _read(store) if store else {}
     stamps = {file: stamp(file) for file in files}
     new = [file for file in files if stamps[file] not in known]
-    features, kept, skipped = encode_files(model, transform, new, batch_size=batch_size)
+    features, kept, skipped = encode(new)
     fresh = {stamps[file]: feature for file, feature in zip(kept, features, strict=True)}
     rows = [(file, fresh.get(stamps[file], known.get(stamps[file]))) for file in files]
     paths = [file for file, feature in rows if feature is not None]
     if not paths:
-        raise ValueError(f"folder: none of {len(files)} images in {folder} can be read")
+        raise ValueError(
+            f"folder: none of {len(files)} images can be read, first {next(iter(skipped.items()))}"
+        )
     images = torch.stack([feature for _, feature in rows if feature is not None])
     if store and kept:
         _write(store, images, [stamps[file] for file in paths])
-    scores = images @ encode_texts(model, tokenizer, [query_text])[0]
-    order = scores.argsort(descending=True, stable=True)[:k].tolist()
-    hits = [Hit(paths[i], scores[i].item()) for i in order]
-    return Found(hits, len(paths), len(paths) - len(kept), skipped)
+    return EmbeddedFiles(paths, images, len(paths) - len(kept), skipped)
 
 
 def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
@@ -94,16 +134,13 @@ def cache_file(model_folder: str | os.PathLike[str], folder: str | os.PathLike[s
 
     The name is a hash of the model's files and the folder's path.
     """
-    digest = hashlib.sha256(os.fsencode(os.path.realpath(folder)))
+    found = hashlib.sha256(os.fsencode(os.path.realpath(folder)))
     for file in sorted(path for path in Path(model_folder).iterdir() if path.is_file()):
-        digest.update(os.fsencode(f"\0{file.name}\0"))
-        with open(file, "rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return cache_folder() / "search" / f"{digest.hexdigest()[:32]}.safetensors"
+        found.update(os.fsencode(f"\0{file.name}\0{digest(file)}"))
+    return cache_folder() / "search" / f"{found.hexdigest()[:32]}.safetensors"
 
 
-def _read(store: Path) -> dict[str, torch.Tensor]:
+def _read(store: Path) -> dict[str, Tensor]:
     try:
         features, keys = read_embeddings(store)
         return dict(zip(keys, features, strict=True))
@@ -114,7 +151,7 @@ def _read(store: Path) -> dict[str, torch.Tensor]:
         return {}
 
 
-def _write(store: Path, features: torch.Tensor, keys: list[str]) -> None:
+def _write(store: Path, features: Tensor, keys: list[str]) -> None:
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         write_embeddings(store, features, keys)

@@ -1,8 +1,8 @@
 """BERT encoder: token ids [B, L] -> hidden states [B, L, D] or the [CLS] row [B, D].
 
 Devlin et al. 2018 (arXiv:1810.04805): learned positions, post-norm blocks x = LN(x + attention(x)), x = LN(x
-+ mlp(x)), with GELU by default. One sentence per row, so every token type is 0. Parameter names
-are those of Hugging Face's ALIGN text model.
++ mlp(x)), with GELU by default. In `Bert` there is one sentence per row, so every token type is 0. Parameter
+names are those of Hugging Face's ALIGN text model.
 """
 
 import torch
@@ -73,7 +73,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """LN(word + type 0 + position)."""
+    """LN(word + type + position)."""
 
     def __init__(
         self, vocab_size: int, width: int, max_positions: int, token_types: int, pad_id: int, eps: float
@@ -84,15 +84,26 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(token_types, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
-    def forward(
+    def total(
         self,
         tokens: Tensor,  # [B, L]
         positions: Tensor | None = None,  # [B, L], 0 to L - 1 when None
+        types: Tensor | None = None,  # [B, L], 0 when None
     ) -> Tensor:  # [B, L, D]
+        """The sum before LN."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if types is None:
+            types = tokens.new_zeros(1, 1)
         words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
-        return self.LayerNorm(words + self.token_type_embeddings(tokens.new_zeros(1, 1)) + places)
+        return words + self.token_type_embeddings(types) + places
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, L]
+        positions: Tensor | None = None,  # [B, L]
+    ) -> Tensor:  # [B, L, D]
+        return self.LayerNorm(self.total(tokens, positions))
 
 
 class Encoder(nn.Module):
@@ -123,7 +134,7 @@ class Encoder(nn.Module):
         return last(x, mask, seen, wanted)
 
 
-def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
+def runs_of(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     """The mask as intervals; None where a row is not one run, or that is not known.
 
     Only on the CPU: elsewhere it would wait for the device.
@@ -134,6 +145,17 @@ def _runs(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     if not intervals.are_runs(mask, start, end) or not bool((end > start).all()):
         return None
     return Intervals(start[:, None].expand_as(mask), end[:, None].expand_as(mask))
+
+
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std^2) for a linear layer or a table, biases and the padding row 0, as in BERT."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+        if module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
 
 
 class Bert(nn.Module):
@@ -164,18 +186,7 @@ class Bert(nn.Module):
         self.pooler = (
             nn.ModuleDict({"dense": nn.Linear(width, width)}).requires_grad_(False) if pooler else None
         )
-        self.apply(self._init)
-
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        """N(0, 0.02^2), biases and the padding row 0, as in BERT."""
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.padding_idx is not None:
-                nn.init.zeros_(module.weight[module.padding_idx])
+        self.apply(initialise)
 
     def _mask(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:  # [B, L] bool
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
@@ -222,7 +233,7 @@ class Bert(nn.Module):
         for a wrong shape or dtype.
         """
         mask = self._mask(tokens, attention_mask)
-        seen = _runs(mask)
+        seen = runs_of(mask)
         if not cls_only:
             return self._encode(tokens, mask, seen)
         dropout = self.training and self.dropout

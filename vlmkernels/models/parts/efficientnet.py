@@ -2,17 +2,19 @@
 
 Tan & Le 2019 (arXiv:1905.11946): one table of seven stages of MBConv blocks (B0), widened and deepened by the
 compound rule, channels = round8(width * c) and repeats = ceil(depth * n). The 1x1 head convolution is
-omitted, as in ALIGN (Jia et al. 2021, section 4): the feature is the pooled output of the last stage, 320 *
-width channels.
+omitted, as in ALIGN (Jia et al. 2021, section 4), unless it is asked for: the feature is the pooled output of
+the last stage, 320 * width channels.
 
 A block maps x to project(SE(depthwise(expand(x)))) with batch norm after every convolution and SiLU after the
 first two. Blocks after the first of a stage add x, and in training drop their branch for whole samples
-(stochastic depth, with a probability that rises linearly with the block's index). Parameter names are those
-of Hugging Face's ALIGN vision model.
+(stochastic depth, with a probability that rises linearly with the block's index). Lite variants have no SE,
+ReLU6 in place of SiLU, and neither the stem nor the repeats of the first and last stage are scaled. Parameter
+names are those of Hugging Face's ALIGN vision model.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,8 +33,15 @@ COEFFICIENTS: dict[str, tuple[float, float, int]] = {
     "b7": (2.0, 3.1, 600),
     "l2": (4.3, 5.3, 800),
 }
+LITE: dict[str, tuple[float, float, int]] = {
+    "lite0": (1.0, 1.0, 224),
+    "lite1": (1.0, 1.1, 240),
+    "lite2": (1.1, 1.2, 260),
+    "lite3": (1.2, 1.4, 280),
+    "lite4": (1.4, 1.8, 300),
+}
 
-STEM_CHANNELS = 32
+STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 KERNELS = (3, 3, 5, 3, 5, 5, 3)
 EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
 REPEATS = (1, 2, 2, 3, 3, 4, 1)
@@ -73,8 +82,12 @@ class StridedPad(nn.Module):
         return F.pad(x, (*self.amounts(x.shape[3]), *self.amounts(x.shape[2])))
 
 
+def _activation(lite: bool) -> Callable[[Tensor], Tensor]:
+    return F.relu6 if lite else F.silu
+
+
 class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation, squeezed to a quarter of the *input* channels."""
+    """Inverted bottleneck; squeeze-and-excitation, unless lite, to a quarter of the *input* channels."""
 
     def __init__(
         self,
@@ -89,8 +102,10 @@ class MBConv(nn.Module):
         padding: str,
         eps: float,
         momentum: float,
+        lite: bool,
     ):
         super().__init__()
+        self.activation = _activation(lite)
         wide, squeezed = c_in * expansion, max(1, c_in // 4)
         self.residual = stride == 1 and not first
         self.drop_rate = drop_rate
@@ -110,9 +125,11 @@ class MBConv(nn.Module):
                 "depthwise_norm": nn.BatchNorm2d(wide, eps=eps, momentum=momentum),
             }
         )
-        self.squeeze_excite = nn.ModuleDict(
-            {"reduce": nn.Conv2d(wide, squeezed, 1), "expand": nn.Conv2d(squeezed, wide, 1)}
-        )
+        self.squeeze_excite: nn.ModuleDict | None = None
+        if not lite:
+            self.squeeze_excite = nn.ModuleDict(
+                {"reduce": nn.Conv2d(wide, squeezed, 1), "expand": nn.Conv2d(squeezed, wide, 1)}
+            )
         self.projection = nn.ModuleDict(
             {
                 "project_conv": nn.Conv2d(wide, c_out, 1, bias=False),
@@ -123,21 +140,23 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H', W']
         h = x
         if self.expansion is not None:
-            h = F.silu(self.expansion["expand_bn"](self.expansion["expand_conv"](h)))
+            h = self.activation(self.expansion["expand_bn"](self.expansion["expand_conv"](h)))
         h = self.depthwise_conv["depthwise_conv"](self.pad(h))
-        h = F.silu(self.depthwise_conv["depthwise_norm"](h))
-        gate = F.silu(self.squeeze_excite["reduce"](h.mean((2, 3), keepdim=True)))
-        h = h * self.squeeze_excite["expand"](gate).sigmoid()
+        h = self.activation(self.depthwise_conv["depthwise_norm"](h))
+        if self.squeeze_excite is not None:
+            gate = self.activation(self.squeeze_excite["reduce"](h.mean((2, 3), keepdim=True)))
+            h = h * self.squeeze_excite["expand"](gate).sigmoid()
         h = self.projection["project_bn"](self.projection["project_conv"](h))
         return x + drop_branch(h, self.drop_rate, self.training) if self.residual else h
 
 
 class EfficientNet(nn.Module):
-    """Stem, MBConv stages and global mean; `feature_dim` is the number of channels it returns.
+    """Stem, MBConv stages, a head if any, and global mean; `feature_dim` is the number of channels returned.
 
     width, depth: compound coefficients (`COEFFICIENTS`). strides: of the seven stages; the stem adds 2.
     drop_rate: stochastic depth of the block after the last (block i of n uses drop_rate * i / n).
-    momentum is torch's weight of the *new* batch statistic: TensorFlow's 0.99 is 0.01 here.
+    momentum is torch's weight of the *new* batch statistic: TensorFlow's 0.99 is 0.01 here. lite: as
+    EfficientNet-Lite (`LITE`). head: channels of a 1x1 convolution after the last stage.
     """
 
     def __init__(
@@ -150,9 +169,12 @@ class EfficientNet(nn.Module):
         padding: str = "same",
         eps: float = 1e-3,
         momentum: float = 0.01,
+        lite: bool = False,
+        head: int | None = None,
     ):
         super().__init__()
-        stem = round_channels(STEM_CHANNELS, width)
+        self.activation = _activation(lite)
+        stem = STEM_CHANNELS if lite else round_channels(STEM_CHANNELS, width)
         self.padding = padding
         self.total_stride = 2 * math.prod(strides)
         self.pad = StridedPad(3, padding)
@@ -163,13 +185,16 @@ class EfficientNet(nn.Module):
             }
         )
         blocks: list[nn.Module] = []
-        n_blocks = sum(round_repeats(n, depth) for n in REPEATS)
+        counts = [round_repeats(n, depth) for n in REPEATS]
+        if lite:
+            counts[0], counts[-1] = REPEATS[0], REPEATS[-1]
+        n_blocks = sum(counts)
         c_in = stem
         for kernel, expansion, repeats, channels, stride in zip(
-            KERNELS, EXPANSIONS, REPEATS, CHANNELS, strides, strict=True
+            KERNELS, EXPANSIONS, counts, CHANNELS, strides, strict=True
         ):
             c_out = round_channels(channels, width)
-            for j in range(round_repeats(repeats, depth)):
+            for j in range(repeats):
                 block = MBConv(
                     c_in,
                     c_out,
@@ -181,11 +206,20 @@ class EfficientNet(nn.Module):
                     padding=padding,
                     eps=eps,
                     momentum=momentum,
+                    lite=lite,
                 )
                 blocks.append(block)
                 c_in = c_out
         self.encoder = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
-        self.feature_dim = c_in
+        self.head: nn.ModuleDict | None = None
+        if head is not None:
+            self.head = nn.ModuleDict(
+                {
+                    "convolution": nn.Conv2d(c_in, head, 1, bias=False),
+                    "batchnorm": nn.BatchNorm2d(head, eps=eps, momentum=momentum),
+                }
+            )
+        self.feature_dim = c_in if head is None else head
         self.apply(self._init)
 
     @staticmethod
@@ -198,14 +232,54 @@ class EfficientNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H/32, W/32]
-        """The last stage's map, before pooling."""
+        """The map before pooling, of the last stage or of the head."""
         if self.padding == "fixed" and min(images.shape[2:]) < self.total_stride:
             raise ValueError(
                 f"images must have sides of at least {self.total_stride} pixels with padding 'fixed', "
                 f"got {images.shape[2]} x {images.shape[3]}"
             )
-        x = F.silu(self.embeddings["batchnorm"](self.embeddings["convolution"](self.pad(images))))
-        return self.encoder["blocks"](x)
+        x = self.activation(self.embeddings["batchnorm"](self.embeddings["convolution"](self.pad(images))))
+        x = self.encoder["blocks"](x)
+        return (
+            x if self.head is None else self.activation(self.head["batchnorm"](self.head["convolution"](x)))
+        )
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C]
         return self.features(images).mean((2, 3))
+
+
+# The names of EfficientNet-PyTorch (and of its Lite fork) and those here.
+_THEIR_NAMES = {
+    r"_conv_stem\.": "embeddings.convolution.",
+    r"_bn0\.": "embeddings.batchnorm.",
+    r"_conv_head\.": "head.convolution.",
+    r"_bn1\.": "head.batchnorm.",
+    r"_blocks\.(\d+)\._expand_conv\.": r"encoder.blocks.\1.expansion.expand_conv.",
+    r"_blocks\.(\d+)\._bn0\.": r"encoder.blocks.\1.expansion.expand_bn.",
+    r"_blocks\.(\d+)\._depthwise_conv\.": r"encoder.blocks.\1.depthwise_conv.depthwise_conv.",
+    r"_blocks\.(\d+)\._bn1\.": r"encoder.blocks.\1.depthwise_conv.depthwise_norm.",
+    r"_blocks\.(\d+)\._se_(reduce|expand)\.": r"encoder.blocks.\1.squeeze_excite.\2.",
+    r"_blocks\.(\d+)\._project_conv\.": r"encoder.blocks.\1.projection.project_conv.",
+    r"_blocks\.(\d+)\._bn2\.": r"encoder.blocks.\1.projection.project_bn.",
+}
+
+
+def from_efficientnet_pytorch(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an EfficientNet of EfficientNet-PyTorch or its Lite fork under the names here.
+
+    Its classifier, `_fc`, is left out. ValueError lists names that are not of such a model.
+    """
+    renamed, unknown = {}, []
+    for name, tensor in state_dict.items():
+        if name.startswith("_fc."):
+            continue
+        for theirs, ours in _THEIR_NAMES.items():
+            new, count = re.subn(f"^{theirs}", ours, name)
+            if count:
+                renamed[new] = tensor
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"state_dict must be of EfficientNet-PyTorch, but has {', '.join(unknown)}")
+    return renamed

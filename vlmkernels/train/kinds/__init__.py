@@ -24,6 +24,7 @@ KINDS = {
     "simvlm": "vlmkernels.train.kinds.simvlm:SimVLM",
     "virtex": "vlmkernels.train.kinds.virtex:VirTex",
     "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
+    "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
 }
 
 
@@ -47,6 +48,11 @@ def embedders() -> list[Kind]:
 def captioners() -> list[Kind]:
     """The kinds whose models generate captions of images."""
     return [kind for kind in every() if kind.captions]
+
+
+def matchers() -> list[Kind]:
+    """The kinds whose models judge whether a text belongs to an image."""
+    return [kind for kind in every() if kind.matches]
 
 
 def probed() -> list[Kind]:

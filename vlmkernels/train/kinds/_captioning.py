@@ -84,7 +84,7 @@ class CaptionKind(Kind):
 class Captioning:
     """The task: the loss is the mean over the counted tokens of all processes, times ``weight``."""
 
-    scores = ("perplexity", "token_accuracy")
+    scores: tuple[str, ...] = ("perplexity", "token_accuracy")
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class ContrastiveCaptioning(Captioning):
 
     def __init__(self, weight: float, margin: float, *rest: Any) -> None:
         super().__init__(*rest)
-        self.weight, self.margin = weight, margin
+        self.contrastive_weight, self.margin = weight, margin
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
@@ -57,9 +57,13 @@ class ContrastiveCaptioning(Captioning):
         def measure() -> Values:
             values = measure_captions()
             contrastive = objective.sum_over_processes((term.detach() * share).double()).item()
-            return {**values, "loss": values["loss"] + self.weight * contrastive, "contrastive": contrastive}
+            return {
+                **values,
+                "loss": values["loss"] + self.contrastive_weight * contrastive,
+                "contrastive": contrastive,
+            }
 
-        return loss + self.weight * term * (share * objective.process_count()), measure
+        return loss + self.contrastive_weight * term * (share * objective.process_count()), measure
 
 
 class LanguageModel(RowKind):
