@@ -76,10 +76,9 @@ def _pairs(
             for tile in range(0, col_tiles):
                 cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 col_inside = cols < m
-                inside = row_inside[:, None] & col_inside[None, :]
                 cosine, x, log, same = tile_losses(
                     Q, K, SCALE, BIAS, None, None, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside,
-                    inside, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+                    None, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
                 )  # fmt: skip
                 if LOSS is not None:
                     loss += tl.sum(tl.maximum(x, 0.0) + log, 1)
@@ -116,10 +115,9 @@ def _pairs(
         for tile in range(0, row_tiles):
             rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             row_inside = rows < n
-            inside = row_inside[:, None] & col_inside[None, :]
             cosine, x, log, same = tile_losses(
                 Q, K, SCALE, BIAS, None, None, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside,
-                inside, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+                None, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
             )  # fmt: skip
             g = tile_gradient(x, log, same, COEF, rows, row_inside)
             y = tl.load(
