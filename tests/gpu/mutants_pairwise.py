@@ -229,7 +229,7 @@ MUTANTS = [
     ),
     Mutation(
         SWEEP, SIGMOID_TILES, "loss of pairs past the end counted", IDS,
-        "col_inside[None, :], x, NOTHING)", "col_inside[None, :], x, x)",
+        "x = tl.where(inside, x, NOTHING)", "x = tl.where(inside, x, x)",
     ),
     Mutation(
         SWEEP, SIGMOID, "tiles of columns store one sum", OF_ROWS,

@@ -78,7 +78,7 @@ def _pairs(
                 col_inside = cols < m
                 cosine, x, log, same = tile_losses(
                     Q, K, SCALE, BIAS, None, None, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside,
-                    stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+                    None, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
                 )  # fmt: skip
                 if LOSS is not None:
                     loss += tl.sum(tl.maximum(x, 0.0) + log, 1)
@@ -117,7 +117,7 @@ def _pairs(
             row_inside = rows < n
             cosine, x, log, same = tile_losses(
                 Q, K, SCALE, BIAS, None, None, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside,
-                stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+                None, stride_q, stride_k, n, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
             )  # fmt: skip
             g = tile_gradient(x, log, same, COEF, rows, row_inside)
             y = tl.load(

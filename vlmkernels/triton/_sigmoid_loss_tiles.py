@@ -28,9 +28,9 @@ def _log2_1p(e):
 
 @triton.jit
 def tile_losses(
-    Q, K, SCALE, BIAS, A, B, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside, stride_q, stride_k, last,
-    m, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q, K, SCALE, BIAS, A, B, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside, inside, stride_q,
+    stride_k, last, m, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each pair: similarity, x, log, whether it is positive. Its loss is softplus(x) = max(x, 0) + log."""
     cosine = similarities(
@@ -43,7 +43,9 @@ def tile_losses(
     z = cosine * (LOG2E * tl.load(SCALE).to(tl.float32)) + LOG2E * tl.load(BIAS).to(tl.float32)
     same = pairwise.is_positive(QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside)
     x = tl.where(same, -z, z)
-    x = tl.where(row_inside[:, None] & col_inside[None, :], x, NOTHING)
+    if inside is None:  # found here, it takes a program with more to keep no registers during the product
+        inside = row_inside[:, None] & col_inside[None, :]
+    x = tl.where(inside, x, NOTHING)
     return cosine, x, _log2_1p(tl.exp2(-tl.abs(x))), same
 
 

@@ -63,9 +63,10 @@ def _sweep(
     rows = start + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, col_inside = rows < stop, cols < m
+    inside = row_inside[:, None] & col_inside[None, :]
     cosine, x, log, same = tile_losses(
-        Q, K, SCALE, BIAS, A, B, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside, stride_q, stride_k,
-        stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        Q, K, SCALE, BIAS, A, B, QUERY_IDS, KEY_IDS, rows, cols, row_inside, col_inside, inside, stride_q,
+        stride_k, stop, m, depth, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     if LOSS is not None:
         loss = tl.maximum(x, 0.0) + log
@@ -81,7 +82,6 @@ def _sweep(
             tl.store(DBIAS + program, tl.sum(grads))
         if OUT is not None:
             at = (rows - start).to(tl.int64)[:, None] * stride_out + cols[None, :]
-            inside = row_inside[:, None] & col_inside[None, :]
             tl.store(OUT + at, (GAIN * grads).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -303,10 +303,11 @@ def _launch_finish(
 ) -> None:
     (n, depth), m, (dquery, dkey, *sums) = query.shape, len(key), results
     programs = n * (dquery is not None) + m * (dkey is not None)
+    options = pairwise.row_options(depth if programs else count)
     if any(x is not None for x in sums):
         programs += 1 + (sums[1] is not None)
     with torch.cuda.device_of(query):
         _finish[(programs,)](
             query, key, query_acc, key_acc, a, b, *parts, scale, of_all, *results, query.stride(0),
-            key.stride(0), n, m, depth, count, factor, inv_gain, **pairwise.row_options(depth),
+            key.stride(0), n, m, depth, count, factor, inv_gain, **options,
         )  # fmt: skip
