@@ -30,7 +30,8 @@ def step(config, shard, number, wrap=lambda model: model):
     model = wrap(kind.build_model(config, tokenizer).double().train())
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(len(TEXTS), 3, 16, 16, generator=generator, dtype=torch.float64)
-    samples = [{"image": images[i], "text": TEXTS[i], "key": f"k{i}"} for i in shard]
+    rest = {"label": -1, "concept": -1}
+    samples = [{"image": images[i], "text": TEXTS[i], "key": f"k{i}", **rest} for i in shard]
     task = kind.build_task(config, tokenizer, 16)
     loss, measure = task.loss(model, task.collate(samples), number, True)
     loss.backward()
