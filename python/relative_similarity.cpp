@@ -123,7 +123,6 @@ Tensor relative_similarity(const Tensor& image_values, const Tensor& image_indic
   need.countable({n, m});
   const Tensor out = on_huge_pages(at::empty({n, m}, image_values.options().dtype(sum_type(dtype))));
   if (out.numel() == 0) return out;
-  if (images.k == 0 || texts.k == 0) return out.zero_();
   // Reads of a table, for either side as the one in tables
   const int64_t of_images = ceil_div(n, kTableRows) * m * texts.k, of_texts = ceil_div(m, kTableRows) * n * images.k;
   const bool images_in_tables = of_images <= of_texts;
@@ -131,7 +130,7 @@ Tensor relative_similarity(const Tensor& image_values, const Tensor& image_indic
   with_storage(dtype, [&](auto type) {
     using T = decltype(type);
     acc_t<T>* result = data<acc_t<T>>(out);
-    if (columns > kMostColumns) {
+    if (images.k == 0 || texts.k == 0 || columns > kMostColumns) {
       by_merging<T>(images, texts, result);
     } else if (images_in_tables) {
       by_tables<T>(images, texts, columns, result, m, 1);

@@ -198,6 +198,7 @@ def test_errors_name_every_argument(tmp_path):
         AnchorFolder.create(tmp_path, image_width=0, text_width=2, dtype="int8")
     with pytest.raises(FileNotFoundError, match=r"anchors.json does not exist; pass a folder"):
         AnchorFolder(tmp_path)
+    make(tmp_path)
     anchors = make(tmp_path, 5)
     with pytest.raises(ValueError, match="folder must have no anchors yet"):
         make(tmp_path)

@@ -14,6 +14,7 @@ from vlmkernels.cli import main
 from vlmkernels.data.gpt2_tokenizer import Gpt2Tokenizer
 from vlmkernels.models import MAGIC, CausalLM, DecoderConfig
 from vlmkernels.train import TrainConfig, train
+from vlmkernels.use.asif import Encoders, build
 from vlmkernels.use.bundle import load_bundle
 from vlmkernels.use.images import find_images, read_files
 from vlmkernels.use.magic import load_judge, load_writer, magic, write_guided
@@ -103,6 +104,21 @@ def test_the_command_prints_a_line_for_each_image(parts, table, tmp_path, capsys
         assert all(line.split(": ")[1].startswith("red dot") for line in lines)
         assert "broken.png" in captured.err
         assert "1 skipped" in captured.err
+
+
+def test_anchors_of_asif_are_a_scorer(parts, table, tmp_path):
+    """Two encoders and the pairs of a table: the captions are guided, by scores that are cosines."""
+    build(tmp_path / "anchors", [str(table)], encoders=Encoders.of(parts["clip"], parts["clip"], "cpu"))
+    judge = load_judge(tmp_path / "anchors", "cpu")
+    assert judge.scale == 100
+    images = [image for _, image in read_files(judge.transform, find_images([table.parent]), {})]
+    features = judge.encode(images)
+    cosines = judge.scorer.similarity(features, [["red dot", ""]] * len(images)) / judge.scale
+    assert cosines.shape == (22, 2)
+    assert ((cosines >= 0) & (cosines <= 1)).all()
+    found = magic([table.parent], parts["lm"], tmp_path / "anchors", device="cpu", k=6, length=8)
+    writer = load_writer(parts["lm"], "cpu")
+    assert [text for _, text in found.captions] == write_guided(writer, judge, features, k=6, length=8)
 
 
 def test_a_gpt2_of_hugging_face(parts):

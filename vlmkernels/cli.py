@@ -289,7 +289,11 @@ def caption(folder: str, inputs: tuple[str, ...], **options: Any) -> None:
     help="RUN/final of a trained language model, or a folder of Hugging Face's GPT-2.",
 )
 @click.option(
-    "--scorer", required=True, metavar="RUN/final", help="A trained model that embeds images and texts."
+    "--scorer",
+    required=True,
+    metavar="FOLDER",
+    help="RUN/final of a trained model that embeds images and texts, a folder of ASIF's anchors, or asif: "
+    "the encoders of the extra [asif] with the embedded emoji.",
 )
 @click.option("--prompt", default="", metavar="TEXT", help="Start of every caption.")
 @click.option(

@@ -12,7 +12,7 @@ from vlmkernels.triton import interval_attention as triton_interval
 from vlmkernels.triton import perceiver_attention as triton_perceiver
 
 from .interpreter import interpreting
-from .trials import DTYPES, check
+from .trials import DTYPES, check, thirds
 from .trials_attention import Interval, Perceiver, any_intervals, heads_last, problem
 
 SIZES = [
@@ -59,9 +59,11 @@ def test_bounds_outside_the_keys_are_clipped(dtype):
     check(Interval(*problem(1, 1, 1, 6, 20, 16, 16, torch.float32), start, end))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("grid", "tq", "tk"), [((2, 5), 10, 10), ((1, 40), 35, 50), ((3, 1), 5, 3)], ids=str)
-def test_relative_bias(grid, tq, tk, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), thirds(DTYPES, [((2, 5), 10, 10), ((1, 40), 35, 50), ((3, 1), 5, 3)])
+)
+def test_relative_bias(dtype, sizes):
+    grid, tq, tk = sizes
     bias = torch.randn(2, 2 * grid[0] - 1, 2 * grid[1] - 1)
     inputs = (*problem(2, 2, 1, tq, tk, 16, 16, dtype), *any_intervals(2, tq, tk))
     *_, dbias = check(Interval(*inputs, bias=bias, grid=grid))

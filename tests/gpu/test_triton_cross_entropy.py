@@ -16,7 +16,7 @@ from vlmkernels.triton import linear_cross_entropy as launcher
 
 from .interpreter import interpreting
 from .launches import recording
-from .trials import DTYPES, check, sanitized
+from .trials import DTYPES, check, sanitized, thirds
 from .trials_pairwise import CrossEntropy
 
 EVERY = {"bias": True, "column_scale": True, "smoothing": 0.2}
@@ -52,10 +52,10 @@ def test_chunks(dtype, ignored, spread):
 
 
 @pytest.mark.usefixtures("seven_rows")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "chunks"), [(0, 1), (1, 1), (7, 1), (8, 2), (30, 5)])
-def test_chunks_in_which_no_row_counts_are_left_out(rows, chunks, dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "left"), thirds(DTYPES, [(0, 1), (1, 1), (7, 1), (8, 2), (30, 5)]))
+def test_chunks_in_which_no_row_counts_are_left_out(dtype, left, monkeypatch):
     """To the same bits as with them, which is what a captured graph does."""
+    rows, chunks = left
     trial = CrossEntropy(30, 150, 12, dtype, **EVERY, ignored=0.0)
     trial.target[torch.randperm(30)[rows:]] = -1
     with recording() as launches:
@@ -149,12 +149,16 @@ def truth(work, hidden, weight, bias, dloss, **options):
 
 @pytest.mark.usefixtures("triton_sweep")
 @pytest.mark.parametrize(
-    ("dtype", "knows"), [(torch.float32, True), *((t, False) for t in (*DTYPES, torch.float64))]
+    ("of", "reduction", "ignored"),
+    thirds(
+        [(torch.float32, True), *((t, False) for t in (*DTYPES, torch.float64))],
+        ["mean", "sum", "none"],
+        [0.0, 0.4, 1.0],
+    ),
 )
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
-def test_linear_cross_entropy(dtype, knows, reduction, ignored, monkeypatch):
+def test_linear_cross_entropy(of, reduction, ignored, monkeypatch):
     """Rows are dropped on the host, or by the kernel where the host does not know them."""
+    dtype, knows = of
     monkeypatch.setattr(sweep, "_host_knows", lambda x: knows)
     hidden, weight, bias = (torch.randn(size).to(dtype) for size in ((20, 24), (70, 24), (70,)))
     target, column_scale = torch.randint(0, 70, (20,)), torch.rand(70)

@@ -16,7 +16,7 @@ from vlmkernels.triton import linear_distillation as launcher
 from .interpreter import interpreting
 from .launches import recording
 from .test_triton_rows import REDUCTIONS, kernels_of
-from .trials import DTYPES, check, sanitized
+from .trials import DTYPES, check, sanitized, thirds
 from .trials_pairwise import TwoModels
 
 ONLINE = [{"divergence": name} for name in ("forward_kl", "reverse_kl", "jsd")]
@@ -37,8 +37,7 @@ def seven_rows(monkeypatch):
     monkeypatch.setattr(_rows, "TOTAL", 4)
 
 
-@of_forms
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "form"), thirds(DTYPES, [*ONLINE, *OFFLINE]))
 def test_block(dtype, form):
     check(TwoModels(12, 37, 60, dtype, targets=False, temperature=1.0, **form))
     check(TwoModels(12, 37, 60, dtype, hard_weight=0.4, biases=True, **form))

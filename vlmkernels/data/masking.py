@@ -22,7 +22,8 @@ def pair_tokens(
     The type is 1 in the second text and its [SEP]. L is that of the longest row, 2 without rows. Of two texts
     that are too long for the tokenizer's `context_length` the longer one is cut first.
     """
-    rows, starts = [], []
+    rows: list[list[int]] = []
+    starts: list[int] = []
     for text, second in zip(texts, seconds, strict=True):
         first, other = tokenizer.encode(text), [] if second is None else tokenizer.encode(second)
         room = tokenizer.context_length - (2 if second is None else 3)

@@ -1,4 +1,4 @@
-"""The inputs of a VisualBERT and their checks: tokens and regions with their masks, types and positions."""
+"""The inputs of a VisualBERT, tokens and regions with masks, types and positions: checks and embeddings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkernels._modules import is_traced
+from vlmkernels.models.parts.bert import Embeddings
+from vlmkernels.nn.dense import Linear
 
 OF_TEXT = ("attention_mask", "token_types", "positions")
 OF_REGIONS = ("region_mask", "region_types")
@@ -34,7 +36,8 @@ class Inputs:
 
         What the regions have once, [B, ...], serves all texts of an image.
         """
-        choices, flat = self.tokens.shape[1], {}
+        choices = self.tokens.shape[1]
+        flat: dict[str, Tensor] = {}
         for name in (field.name for field in fields(self)):
             x = getattr(self, name)
             if x is None:
@@ -86,6 +89,40 @@ class Inputs:
             if x is not None and (list(x.shape) != shape or (name not in MASKS and x.dtype not in INTEGERS)):
                 faults.append(f"{name} must be {number} {shape}, got {got(x)}")
         return faults
+
+
+class JointEmbeddings(Embeddings):
+    """LN of the text's sums and the regions', one after the other."""
+
+    def __init__(self, config: Any) -> None:
+        sizes = config.vocab_size, config.width, config.max_positions, config.token_types
+        super().__init__(*sizes, config.pad_id, config.eps)
+        self.region_type, self.pad_id = config.region_type, config.pad_id
+        # Which would take the gradient of the head from padding's row where the table is sharded.
+        self.word_embeddings.padding_idx = None
+        self.visual_token_type_embeddings = nn.Embedding(config.token_types, config.width)
+        self.visual_position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.visual_projection = Linear(config.region_width, config.width)
+
+    def words(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
+        """With no gradient for padding, as in transformers."""
+        words = self.word_embeddings(tokens)
+        return torch.where((tokens == self.pad_id)[..., None], words.detach(), words)
+
+    def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]  # [B, L + V, D]
+        text = self.total(inputs.tokens, inputs.positions, inputs.token_types)
+        if inputs.regions is None:
+            return self.LayerNorm(text)
+        types, aligned = inputs.region_types, inputs.alignment
+        if types is None:
+            types = torch.full((1, 1), self.region_type, device=text.device)
+        place = self.visual_position_embeddings(types.new_zeros(1, 1))
+        if aligned is not None:
+            known = (aligned != -1)[..., None]  # [B, V, A, 1]
+            words = self.position_embeddings(aligned.clamp_min(0)) * known
+            place = place + words.sum(2) / known.sum(2).clamp_min(1)
+        regions = self.visual_projection(inputs.regions) + place + self.visual_token_type_embeddings(types)
+        return self.LayerNorm(torch.cat([text, regions.to(text.dtype)], 1))
 
 
 def label_faults(

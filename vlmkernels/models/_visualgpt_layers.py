@@ -248,10 +248,12 @@ class VisualBlock(nn.Module):
     ) -> Tensor:  # [B k, T, D]
         rate = self.config.dropout if self.training else 0.0
         a = _drop(add(x, self.attn, self.ln_1(x), seen, None, keep), rate)
-        images = len(memory[0])
-        rows = len(a) * a.shape[1] // max(images, 1)  # of the texts of an image together
-        e = self.cross(self.ln_1(a).reshape(images, rows, a.shape[-1]), memory, regions)
-        e = e.reshape(len(e), *a.shape)  # [L, B k, T, D]
+        together, images = self.ln_1(a), memory[0].shape[0]
+        if images != a.shape[0]:  # the texts of an image in one row
+            together = together.reshape(images, a.shape[0] // images * a.shape[1], a.shape[2])
+        e = self.cross(together, memory, regions)
+        if images != a.shape[0]:
+            e = e.reshape(e.shape[0], *a.shape)  # [L, B k, T, D]
         r = self.fused(a, e, row_mask)
         y = _drop(add(r, self.mlp, self.ln_2(r)), rate)
         if self.config.strict_compat and row_mask is not None:
@@ -260,10 +262,11 @@ class VisualBlock(nn.Module):
 
     def fused(self, a: Tensor, e: Tensor, row_mask: Tensor | None) -> Tensor:  # [B k, T, D], [L, B k, T, D]
         if self.config.fusion == "residual":
-            return a + e.sum(0) / math.sqrt(len(e))
-        texts = self.gate_text(a).chunk(len(e), -1)
+            return a + e.sum(0) / math.sqrt(e.shape[0])
+        texts = self.gate_text(a).chunk(len(self.gate_visual), -1)
         logits = [
-            add(text, gate, level) for gate, level, text in zip(self.gate_visual, e, texts, strict=True)
+            add(text, gate, level)
+            for gate, level, text in zip(self.gate_visual, e.unbind(), texts, strict=True)
         ]
         tau, orientation = self.config.tau, self.config.orientation
         return vlmkernels.srau(a, e, torch.stack(logits), tau, row_mask=row_mask, orientation=orientation)

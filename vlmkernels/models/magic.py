@@ -18,6 +18,7 @@ import vlmkernels
 from vlmkernels.models._magic_lm import take, texts_of
 
 K, ALPHA, BETA, NEW_TOKENS, TEXT_TOKENS = 45, 0.1, 2.0, 15, 60  # of the paper's captions of COCO
+SCALE = 100.0  # that of every published CLIP, for scorers that were not trained with one
 CONTEXTS = ("context_length", "n_positions", "max_position_embeddings")  # names of the longest text
 
 
@@ -49,6 +50,32 @@ class DualEncoderScorer:
         found = self.model.encode_text(tokens, normalize=True)
         images = nn.functional.normalize(image_features.to(found), dim=-1)
         return self.model.scale() * torch.einsum("be,bke->bk", images, found[place.to(found.device)])
+
+
+class ASIFScorer:
+    """An `ASIF`: scale * score, for image features [B, D] of its image encoder.
+
+    ASIF's scores are cosines without a trained scale.
+    """
+
+    def __init__(self, asif: Any, scale: float = SCALE) -> None:
+        self.asif, self.scale = asif, scale
+
+    @torch.no_grad()
+    def similarity(
+        self,
+        image_features: Tensor,  # [B, D]
+        texts: Sequence[Sequence[str]],  # B of k
+    ) -> Tensor:  # [B, k]
+        different, place = distinct(texts)
+        seen, read = self.asif.encode_images(image_features), self.asif.encode_texts(different)
+        scores = [
+            vlmkernels.relative_similarity(
+                tuple(x[row : row + 1] for x in seen), tuple(x[place[row]] for x in read)
+            )
+            for row in range(len(texts))
+        ]
+        return self.scale * torch.cat(scores)
 
 
 class MAGIC:
@@ -132,8 +159,8 @@ class MAGIC:
                 hidden,
                 context[:, : width + at],
                 similarity,
-                alpha=alpha,
-                beta=beta,
+                alpha=float(alpha),
+                beta=float(beta),
                 context_lengths=lengths,
             )
             token = ids.gather(1, best[:, None])[:, 0]

@@ -106,8 +106,7 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, config: VirTexConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        pad = None if config.pad_id == config.eos_id else config.pad_id
-        self.words = nn.Embedding(config.vocab_size, config.width, padding_idx=pad)
+        self.words = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context_length, config.width)
         self.layer_norm = LayerNorm(config.width, eps=1e-8)
 
@@ -162,9 +161,9 @@ class VirTex(Pretrained):
                     nn.init.normal_(parameter, std=STD)
                 elif name.endswith("bias"):
                     nn.init.zeros_(parameter)
-        if self.embedding.words.padding_idx is not None:
+        if self.config.pad_id != self.config.eos_id:
             with torch.no_grad():
-                self.embedding.words.weight[self.embedding.words.padding_idx].zero_()
+                self.embedding.words.weight[self.config.pad_id].zero_()
 
     def grid_features(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, C, H / stride, W / stride]
         """The trunk's last map. ValueError for anything but a floating [B, 3, H, W]."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +31,9 @@ from vlmkernels import intervals
 from vlmkernels._activations import ACTIVATIONS
 from vlmkernels._modules import is_traced
 from vlmkernels.models import _visualbert_sources as sources
-from vlmkernels.models._visualbert_inputs import Inputs, got, label_faults
+from vlmkernels.models._visualbert_inputs import Inputs, JointEmbeddings, got, label_faults
 from vlmkernels.models.parts import padding
-from vlmkernels.models.parts.bert import Embeddings, Encoder, initialise, runs_of
+from vlmkernels.models.parts.bert import Encoder, initialise, runs_of
 from vlmkernels.models.parts.image_grid import ImageGrid
 from vlmkernels.models.parts.pretrained import Pretrained, below
 from vlmkernels.models.parts.token_loss import IGNORE
@@ -48,16 +49,16 @@ SIZES = (
 
 @dataclass(frozen=True)
 class VisualBertConfig:
-    """Sizes of a VisualBERT. Defaults: the published one of COCO and VQA, on regions of 2048 numbers.
+    """Sizes of a VisualBERT. Defaults: the published one of COCO and VQA.
 
     `answers` is the number of classes of the heads "vqa" and "nlvr2". `match_label` is the class of the
     pretraining head that means "the text belongs to the image": 1 in the published code and its weights, 0
     in the documentation of transformers. `region_type` is the type of a region for which none is given: 0 in
     the published code, 1 in transformers. `context_length` is the number of tokens to which a text is
     truncated, `max_positions` the size of the position table. `dropout` acts on hidden states and attention.
+    `init_std` is that of new weights: BERT's for its width; a narrow model learns faster with more.
     Regions of `visual_dim` numbers are given, or with `conv_blocks` they come from an image tower for images
-    of `image_size`: a ResNet with these blocks, of width `conv_width` and on (`ImageGrid`); `conv_pool` is
-    the pooling of its stem.
+    of `image_size`: a ResNet of these blocks, width `conv_width` and pooling `conv_pool` (`ImageGrid`).
     """
 
     head: str = "pretraining"
@@ -76,6 +77,7 @@ class VisualBertConfig:
     dropout: float = 0.1
     activation: str = "gelu"
     eps: float = 1e-12
+    init_std: float = 0.02
     pad_id: int = 0
     image_size: int = 224
     conv_blocks: tuple[int, ...] = ()
@@ -104,8 +106,9 @@ class VisualBertConfig:
             faults.append(f"pad_id must be an id below {self.vocab_size}, got {self.pad_id}")
         if self.activation not in ACTIVATIONS:
             faults.append(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if not self.eps >= 0:
-            faults.append(f"eps must not be negative, got {self.eps}")
+        for name in ("eps", "init_std"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout}")
         if faults:
@@ -125,33 +128,6 @@ class VisualBertConfig:
     def cells(self) -> int:
         """Regions of an image by the tower, without boxes."""
         return (self.image_size // self.stride) ** 2 if self.conv_blocks else 0
-
-
-class JointEmbeddings(Embeddings):
-    """LN of the text's sums and the regions', one after the other."""
-
-    def __init__(self, config: VisualBertConfig) -> None:
-        sizes = config.vocab_size, config.width, config.max_positions, config.token_types
-        super().__init__(*sizes, config.pad_id, config.eps)
-        self.region_type = config.region_type
-        self.visual_token_type_embeddings = nn.Embedding(config.token_types, config.width)
-        self.visual_position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.visual_projection = Linear(config.region_width, config.width)
-
-    def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]  # [B, L + V, D]
-        text = self.total(inputs.tokens, inputs.positions, inputs.token_types)
-        if inputs.regions is None:
-            return self.LayerNorm(text)
-        types, aligned = inputs.region_types, inputs.alignment
-        if types is None:
-            types = torch.full((1, 1), self.region_type, device=text.device)
-        place = self.visual_position_embeddings(types.new_zeros(1, 1))
-        if aligned is not None:
-            known = (aligned != -1)[..., None]  # [B, V, A, 1]
-            words = self.position_embeddings(aligned.clamp_min(0)) * known
-            place = place + words.sum(2) / known.sum(2).clamp_min(1)
-        regions = self.visual_projection(inputs.regions) + place + self.visual_token_type_embeddings(types)
-        return self.LayerNorm(torch.cat([text, regions.to(text.dtype)], 1))
 
 
 class JointEncoder(nn.Module):
@@ -202,17 +178,20 @@ class Predictions(nn.Module):
         self.activation = ACTIVATIONS[config.activation].module()
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [V]
-        """The input of the table, and the bias, as a copy: sharded weights are whole within a call only."""
+    def forward(
+        self,
+        hidden: Tensor,  # [..., D]
+        table: Tensor,  # [V, D]
+        labels: Tensor | None = None,  # [...]
+    ) -> Tensor:  # [..., V], or with labels the loss []
         hidden = self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
-        return hidden, self.bias.clone()
+        if labels is None:
+            return vlmkernels.linear(hidden, table, self.bias)
+        return vlmkernels.linear_cross_entropy(hidden, table, labels, bias=self.bias, ignore_index=IGNORE)
 
 
 class VisualBERT(Pretrained):
-    """The joint encoder, its head, and an image tower if the config has one.
-
-    Texts are rows of ids: [CLS], the words, [SEP], perhaps a second text and its [SEP] (of type 1), padding.
-    """
+    """The joint encoder, its head, and an image tower if the config has one; texts are BERT's rows of ids."""
 
     model_type: ClassVar[str] = "visualbert"
     config_class: ClassVar[type] = VisualBertConfig
@@ -231,7 +210,8 @@ class VisualBERT(Pretrained):
         if head == "phrases":
             inner = width // config.heads
             self.attention = nn.ModuleDict({name: Linear(width, inner) for name in ("query", "key", "value")})
-        self.apply(initialise)
+        self.apply(partial(initialise, std=config.init_std))
+        nn.init.zeros_(self.visual_bert.embeddings.word_embeddings.weight[config.pad_id])
         sources.copy_text_tables(self.visual_bert.embeddings)
         self.tower: ImageGrid | None = None
         if config.conv_blocks:
@@ -357,11 +337,11 @@ class VisualBERT(Pretrained):
         """A VisualBERT with the weights of one of transformers' VisualBert classes, in evaluation mode.
 
         `source` is a state dict, a file or a folder. What shapes do not determine is read from config.json
-        beside a file; for a state dict `heads` must be given. A head with a table of words has two classes
-        for whether a text belongs to its image, and nothing in the files says which is which: `match_label`
-        must be given, 1 for weights of the published code (those that transformers offers were converted from
-        it), 0 where training followed the documentation of transformers.
-        `fields` of VisualBertConfig override all. ValueError lists what does not fit.
+        beside a file; for a state dict `heads` must be given. Nothing says which class of a pretraining head
+        means that a text belongs to its image: `match_label` must be given, 1 for weights of the published
+        code (those that transformers offers were converted from it), 0 where training followed the
+        documentation of transformers. `fields` of VisualBertConfig override all. ValueError lists what does
+        not fit.
         """
         return cls.with_weights(*sources.from_hf(VisualBertConfig, source, fields))
 
@@ -434,14 +414,12 @@ class VisualBERT(Pretrained):
             cls, words = hidden[: len(first)], hidden[len(first) :]
         out = {"match_logits": self.cls["seq_relationship"](self.visual_bert.pool(cls))}
         if labels is not None or return_logits:
-            words, bias = self.cls["predictions"](words)
+            predictions = self.cls["predictions"]
             table = table_for(words, self.visual_bert.embeddings.word_embeddings)
             if labels is not None:
-                out["masked_lm_loss"] = vlmkernels.linear_cross_entropy(
-                    words, table, labels, bias=bias, ignore_index=IGNORE
-                )
+                out["masked_lm_loss"] = predictions(words, table, labels)
             if return_logits:
-                logits = vlmkernels.linear(words, table, bias)
+                logits = predictions(words, table)
                 out["logits"] = logits.view(*x.shape[:2], -1) if every else logits
         if match is not None:
             label = self.config.match_label
@@ -491,6 +469,7 @@ CONFIGS: dict[str, VisualBertConfig] = {
         heads=4,
         mlp_width=512,
         dropout=0.0,
+        init_std=0.06,
         image_size=48,
         conv_blocks=(1, 1, 1),
         conv_width=16,

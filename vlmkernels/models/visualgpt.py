@@ -125,8 +125,9 @@ class VisualGPT(Pretrained):
             if not 1 <= tokens.shape[1] <= config.context_length:
                 most = f"1 to context_length {config.context_length}"
                 faults.append(f"tokens must have {most} columns, got {tokens.shape[1]}")
-            if len(tokens) % len(images) if len(images) else len(tokens):
-                got = f"{len(tokens)} and {len(images)}"
+            rows, count = tokens.shape[0], images.shape[0]
+            if rows != count and (count == 0 or rows % count):
+                got = f"{rows} and {count}"
                 faults.append(f"tokens must have as many rows as images, or a multiple of them, got {got}")
             faults += label_faults(labels, tokens, "tokens")
         if faults:

@@ -9,10 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmkernels.reference.contrastive_search_score import contrastive_search_score_fwd, faults_of
+from vlmkernels.triton import _tiles as tiles
 
 CANDIDATES = 64  # at most, of a tile of products
 TOKENS = 32
-FEATURES = 64  # of a step
+FEATURES = 32  # of a step
 LEAST: tl.constexpr = tl.constexpr(1e-12)  # norm that divides
 
 
@@ -107,7 +108,7 @@ def _forward(
 
 def blocks(k: int) -> dict:
     """The tile of products for k candidates."""
-    block_m = min(max(triton.next_power_of_2(k), 16), CANDIDATES)
+    block_m = min(max(tiles.next_power_of_2(k), 16), CANDIDATES)
     return {"BLOCK_M": block_m, "BLOCK_N": TOKENS, "BLOCK_K": FEATURES}
 
 
@@ -127,11 +128,11 @@ def contrastive_search_score(
     (b, k, depth), t = hidden.shape, context.shape[1]
     score = prob.new_empty((b, k), dtype=torch.float32)
     best = prob.new_empty(b, dtype=torch.int64)
-    similarity = None if similarity is None or beta == 0 else similarity.contiguous()
-    lengths = None if context_lengths is None else context_lengths.contiguous()
+    similarity = tiles.contiguous(similarity) if beta != 0 else None
     with torch.cuda.device_of(prob):
         _forward[(b,)](
-            prob.contiguous(), hidden.contiguous(), context.contiguous(), similarity, lengths, score, best,
+            prob.contiguous(), hidden.contiguous(), context.contiguous(), similarity,
+            tiles.contiguous(context_lengths), score, best,
             k, t, depth, alpha, beta, EACH=alpha != 0, **blocks(k), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return best, score

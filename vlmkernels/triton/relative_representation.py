@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmkernels.reference.relative_representation import power_faults, relative_representation_fwd
 from vlmkernels.triton import _rows as rows
+from vlmkernels.triton import _tiles as tiles
 
 TILE = 2048  # similarities of the rows of a program
 HELD = 8192  # similarities of a row that stay in registers
@@ -80,7 +81,7 @@ def _forward(
 
 def blocks(k: int) -> dict:
     """Tile and launch for rows of k similarities."""
-    block_k = min(triton.next_power_of_2(k), HELD)
+    block_k = min(tiles.next_power_of_2(k), HELD)
     block_r = max(TILE // block_k, 1)
     return {"BLOCK_R": block_r, "BLOCK_K": block_k} | rows.options(block_r * block_k)
 
@@ -99,7 +100,7 @@ def relative_representation(
     fraction, whole = math.modf(min(p, MOST_WHOLE))
     form = blocks(k)
     with torch.cuda.device_of(similarities):
-        _forward[(triton.cdiv(n, form["BLOCK_R"]),)](
+        _forward[(tiles.cdiv(n, form["BLOCK_R"]),)](
             similarities, out, similarities.stride(0), n, k, int(whole), int(whole).bit_length(), fraction,
             LONG=k > form["BLOCK_K"], **form,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmkernels.reference.relative_similarity import check, relative_similarity_fwd
 from vlmkernels.triton import _rows as rows
+from vlmkernels.triton import _tiles as tiles
 
 TEXTS = 16  # of a program
 ENTRIES = 64  # of each text that are searched for at once
@@ -78,7 +79,7 @@ def relative_similarity(
     out = v.new_empty((n, m), dtype=torch.float32)
     steps = k.bit_length()
     with torch.cuda.device_of(v):
-        _forward[(n * triton.cdiv(m, TEXTS),)](
+        _forward[(n * tiles.cdiv(m, TEXTS),)](
             v, at_v, w, at_w, out, n, k, m, length, 1 << (steps - 1), steps, TEXTS, ENTRIES,
             **rows.options(TEXTS * ENTRIES),
         )  # fmt: skip

@@ -19,19 +19,23 @@ from vlmkernels.models.magic import (
     BETA,
     MAGIC,
     NEW_TOKENS,
+    ASIFScorer,
     DualEncoderScorer,
     K,
     Scorer,
     longest_text,
 )
+from vlmkernels.models.parts.anchors import MANIFEST
 from vlmkernels.models.parts.pretrained import read_config
 from vlmkernels.train import kinds
 
+from .asif import open_asif
 from .bundle import check_batch_size, inference, load_model, usable
 from .caption import Captioned
 from .images import find_images, read_files
 
 GPT2 = "gpt2"  # the model_type of Hugging Face's folders
+ASIF = "asif"  # as a scorer: with the packaged encoders and the embedded anchors
 START = "<-start_of_text->"  # of the paper's language models
 
 
@@ -92,10 +96,15 @@ def load_writer(folder: str | os.PathLike[str], device: str = "auto") -> Writer:
 
 
 def load_judge(folder: str | os.PathLike[str], device: str = "auto") -> Judge:
-    """The scorer in a folder: RUN/final of a model that embeds images and texts.
+    """The scorer in a folder: RUN/final of a model that embeds images and texts, or anchors of ASIF.
 
-    FileNotFoundError or ValueError name what is missing or invalid.
+    "asif" is ASIF with the encoders that packages ship and the embedded emoji as anchors. FileNotFoundError
+    or ValueError name what is missing or invalid, ModuleNotFoundError a package.
     """
+    if str(folder) == ASIF or (Path(folder) / MANIFEST).is_file():
+        asif: Any = open_asif(None if str(folder) == ASIF else folder, device=device)
+        scorer, encoder = ASIFScorer(asif), asif.image_encoder
+        return Judge(scorer, scorer.scale, encoder.prepare, encoder.encode)
     model, tokenizer, transform = load_model(folder, device)
 
     dual: Any = model

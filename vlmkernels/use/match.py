@@ -47,7 +47,8 @@ def match(
     found = list(read_files(transform, [Path(image)], skipped))
     if not found:
         raise ValueError(f"image: {image} cannot be read: {skipped[str(image)]}")
-    kind, odds = kinds.of_model(model), []
+    kind = kinds.of_model(model)
+    odds: list[float] = []
     with inference(model) as place:
         regions, mask = kind.pictures(model, found[0][1][None].to(place))
         for start in range(0, len(texts), batch_size):

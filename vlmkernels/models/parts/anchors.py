@@ -141,8 +141,8 @@ class AnchorFolder:
         ]
         if dtype not in DTYPES:
             faults.append(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if (path / MANIFEST).exists():
-            faults.append(f"folder must have no anchors yet, got {path}")
+        if (path / MANIFEST).exists() and _read(path).shards:
+            faults.append(f"folder must have no anchors yet (`add` goes on with it), got {path}")
         if faults:
             raise ValueError("anchors: " + "; ".join(faults))
         path.mkdir(parents=True, exist_ok=True)

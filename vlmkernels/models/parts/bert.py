@@ -84,6 +84,9 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(token_types, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
+    def words(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
+        return self.word_embeddings(tokens)
+
     def total(
         self,
         tokens: Tensor,  # [B, L]
@@ -95,7 +98,7 @@ class Embeddings(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         if types is None:
             types = tokens.new_zeros(1, 1)
-        words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
+        words, places = self.words(tokens), self.position_embeddings(positions)
         return words + self.token_type_embeddings(types) + places
 
     def forward(
@@ -147,13 +150,13 @@ def runs_of(mask: Tensor) -> Intervals | None:  # [B, L] bool -> [B, L] each
     return Intervals(start[:, None].expand_as(mask), end[:, None].expand_as(mask))
 
 
-def initialise(module: nn.Module) -> None:
-    """N(0, 0.02^2) for a linear layer or a table, biases and the padding row 0, as in BERT."""
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std^2) for a linear layer or a table, biases and the padding row 0, as in BERT."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         if module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 

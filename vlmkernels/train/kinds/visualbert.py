@@ -97,7 +97,7 @@ class VisualBert(WordPieceKind):
             return super().new_model(config, tokenizer)
         chosen = dataclasses.asdict(self.sizes(config))
         fields = {name: value for name, value in chosen.items() if name not in BERT_SIZES}
-        return self.model.from_bert(options.bert, **{**fields, "pad_id": tokenizer.pad_id})
+        return visualbert.VisualBERT.from_bert(options.bert, **{**fields, "pad_id": tokenizer.pad_id})
 
     def own_inputs(self, config: TrainConfig) -> dict[str, Any]:
         folder = self.own_options(config).bert
@@ -187,7 +187,10 @@ class Pretraining:
         """What a step draws: tokens, types, labels [B, L]; match and whether the image is seen, bool [B]."""
         options = self.options
         joint = objective.joint_list([*zip(batch["keys"], batch["texts"], strict=True)])
-        firsts, seconds, match, sees, generators = [], [], [], [], []
+        firsts: list[str] = []
+        seconds: list[str | None] = []
+        match, sees = list[bool](), list[bool]()
+        generators = []
         for key, text in zip(batch["keys"], batch["texts"], strict=True):
             rng = sample_rng(self.seed, "masked", step, key, text)
             own = {text, *self.captions.get(key, ())}
