@@ -8,6 +8,9 @@ NAN, FAR = "topk_similarity, NaN, float32", "topk_similarity, far rows, bfloat16
 MINED, GROUPED = "mine_hard_negatives, ragged, float32", "mine_hard_negatives, options, bfloat16"
 RANKS, BY_ID = "retrieval_ranks, ragged, float32", "retrieval_ranks, options, bfloat16"
 RANKS_NAN, RANKS_FAR = "retrieval_ranks, NaN, float32", "retrieval_ranks, far rows, bfloat16"
+NAN_BY_ID = "retrieval_ranks, NaN by id, float32"
+ALL = "topk_similarity, more than there are, float32"
+
 
 # fmt: off
 MUTANTS = [
@@ -16,16 +19,12 @@ MUTANTS = [
         "(4294967295 - indices.to(tl.int64))", "indices.to(tl.int64)",
     ),
     Mutation(
-        RANK, "_retrieval", "negative scores in the order of their magnitudes", TOP,
+        RANK, "_retrieval", "negative scores in the order of their magnitudes", ALL,
         "order = bits ^ ((bits >> 31) & 0x7FFFFFFF)", "order = bits",
     ),
     Mutation(
         RANK, "_retrieval", "NaN above all", NAN,
         "    order = tl.where(scores != scores, -2147483648, order)\n", "",
-    ),
-    Mutation(
-        RANK, "_retrieval", "-0 below 0", TOP,
-        "bits = tl.where(scores == 0.0, 0.0, scores)", "bits = tl.where(scores == 0.0, -scores, scores)",
     ),
     Mutation(
         RANK, "_retrieval", "matches are candidates", MINED,
@@ -47,19 +46,19 @@ MUTANTS = [
         "_ranked(scores, (row0 + rows)[:, None])", "_ranked(scores, (col0 + cols)[None, :])",
     ),
     Mutation(
-        BEST, "_retrieval", "pairs past the end match", MINED,
-        "    same &= row_inside[:, None] & col_inside[None, :]\n", "",
-    ),
-    Mutation(
         BEST, "_retrieval", "best of all", RANKS,
         "order = tl.where(same, order_of(scores), -2147483648)", "order = order_of(scores)",
     ),
     Mutation(
-        BEST, "_retrieval", "results of neighbouring tiles overlap", RANKS,
+        BEST, "_retrieval", "pairs past the end match", BY_ID,
+        "    same &= row_inside[:, None] & col_inside[None, :]\n", "",
+    ),
+    Mutation(
+        BEST, "_retrieval", "results of neighbouring tiles overlap", BY_ID,
         "tl.store(ROWS + col_tile.to(tl.int64) * n + rows, tl.max", "tl.store(ROWS + rows, tl.max",
     ),
     Mutation(
-        BEST, "_retrieval", "NaN no better than a number", RANKS_NAN,
+        BEST, "_retrieval", "NaN no better than a number", NAN_BY_ID,
         "tl.where(scores != scores, 0x7FFFFFFF, order)", "tl.where(scores != scores, -2147483647, order)",
     ),
     Mutation(
