@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "pack.h"
-#include "simd.h"
+#include "registers.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
@@ -28,22 +28,6 @@ double square(const S* x, int64_t count) {
   return sum;
 }
 
-// Vectors of one register, of which the compiler keeps as many as there are.
-#if defined(__AVX512F__)
-constexpr int64_t kRegister = 64;
-#elif defined(__AVX__)
-constexpr int64_t kRegister = 32;
-#else
-constexpr int64_t kRegister = 16;
-#endif
-template <class A>
-struct Registers {
-  static constexpr int64_t lanes = kRegister / sizeof(A);
-  typedef A type __attribute__((vector_size(kRegister)));
-};
-template <class A>
-using Register = typename Registers<A>::type;
-
 template <class A>
 A dot_of_rest(const A* x, const A* y, int64_t count) {
   A sum = 0;
@@ -67,11 +51,12 @@ __attribute__((noinline)) void four_dots(const A* x, const A* y, int64_t d, A* s
         const int64_t at = c + half * lanes;
         Register<A> v[X];
 #pragma GCC unroll 4
-        for (int i = 0; i < X; ++i) __builtin_memcpy(&v[i], x + i * d + at, kRegister);
+        for (int i = 0; i < X; ++i) v[i] = from_memory(x + i * d + at);
 #pragma GCC unroll 4
         for (int j = 0; j < Y; ++j) {
-          Register<A> w;
-          __builtin_memcpy(&w, y + j * d + at, kRegister);
+          const A* row = y + j * d + at;
+          if (X == 1) __builtin_prefetch(row + 8 * d);  // rows are shorter than what hardware needs to see a stream
+          const Register<A> w = from_memory(row);
 #pragma GCC unroll 4
           for (int i = 0; i < X; ++i) some[half][i][j] += v[i] * w;
         }
@@ -83,7 +68,7 @@ __attribute__((noinline)) void four_dots(const A* x, const A* y, int64_t d, A* s
       for (int j = 0; j < Y; ++j) {
         const Register<A> both = some[0][i][j] + some[1][i][j];
         A lane[lanes], total = 0;
-        __builtin_memcpy(lane, &both, kRegister);
+        __builtin_memcpy(lane, &both, sizeof(both));
 #pragma omp simd reduction(+ : total)
         for (int64_t l = 0; l < lanes; ++l) total += lane[l];
         sums[i * Y + j] += total + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);

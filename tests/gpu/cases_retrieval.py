@@ -45,11 +45,12 @@ def searches(each: Callable, far: Callable) -> Iterator:
     yield from each("topk_similarity", "int8", lambda t: TopK(20, 90, 40, t, quantised=True), quick=(BF16,))
     make = lambda t: TopK(20, 90, 40, t, quantised=True, normalize=True)  # noqa: E731
     yield from each("topk_similarity", "int8, normalised", make)
-    yield from each(
-        "topk_similarity", "more than there are", lambda t: TopK(5, 7, 3, t, both=True), quick=(FP32,)
-    )
+    make = lambda t: TopK(5, 7, 3, t, both=True)  # noqa: E731
+    yield from each("topk_similarity", "more than there are", make, quick=(FP32,))
     yield from each("topk_similarity", "float32 keys", lambda t: TopK(9, 40, 20, t, keys=FP32), HALF)
     yield from each("retrieval_ranks", "index", lambda t: Ranks(70, 90, 20, t, form="index"), quick=(FP32,))
+    make = lambda t: Ranks(30, 40, 16, t, form="ids", nan=True)  # noqa: E731
+    yield from each("retrieval_ranks", "NaN by id", make, quick=(FP32,))
     for form in ("pairs", "index", "ids"):
         make = lambda t, f=form: Mined(40, 90, 12, t, form=f, margin=0.5, grouped=True)  # noqa: E731
         yield from each("mine_hard_negatives", f"{form}, groups", make)

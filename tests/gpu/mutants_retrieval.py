@@ -3,12 +3,14 @@
 from .mutants import Mutation
 
 RANK, BEST, COUNT = "_retrieval._rank", "_retrieval._best_matches", "retrieval_ranks._count"
-ALL = "topk_similarity, more than there are, float32"
 TOP, BOTH = "topk_similarity, ragged, float32", "topk_similarity, options, bfloat16"
 NAN, FAR = "topk_similarity, NaN, float32", "topk_similarity, far rows, bfloat16"
 MINED, GROUPED = "mine_hard_negatives, ragged, float32", "mine_hard_negatives, options, bfloat16"
 RANKS, BY_ID = "retrieval_ranks, ragged, float32", "retrieval_ranks, options, bfloat16"
 RANKS_NAN, RANKS_FAR = "retrieval_ranks, NaN, float32", "retrieval_ranks, far rows, bfloat16"
+NAN_BY_ID = "retrieval_ranks, NaN by id, float32"
+ALL = "topk_similarity, more than there are, float32"
+
 
 # fmt: off
 MUTANTS = [
@@ -48,12 +50,16 @@ MUTANTS = [
         "order = tl.where(same, order_of(scores), -2147483648)", "order = order_of(scores)",
     ),
     Mutation(
+        BEST, "_retrieval", "pairs past the end match", BY_ID,
+        "    same &= row_inside[:, None] & col_inside[None, :]\n", "",
+    ),
+    Mutation(
         BEST, "_retrieval", "results of neighbouring tiles overlap", BY_ID,
         "tl.store(ROWS + col_tile.to(tl.int64) * n + rows, tl.max", "tl.store(ROWS + rows, tl.max",
     ),
     Mutation(
-        BEST, "_retrieval", "the least of the matches", BY_ID,
-        "tl.max(order, 1), mask=row_inside)", "tl.min(order, 1), mask=row_inside)",
+        BEST, "_retrieval", "NaN no better than a number", NAN_BY_ID,
+        "tl.where(scores != scores, 0x7FFFFFFF, order)", "tl.where(scores != scores, -2147483647, order)",
     ),
     Mutation(
         COUNT, "retrieval_ranks", "equal scores are below", RANKS,

@@ -19,7 +19,7 @@ def same(got, want):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), f"shape or dtype of result {i}"
         nan = torch.equal(ours.isnan(), theirs.isnan())
         assert nan, f"NaN of result {i} elsewhere"
-        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"wrong result {i}"
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()), f"result {i}"
 
 
 class TopK:
