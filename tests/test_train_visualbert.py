@@ -82,7 +82,7 @@ def test_it_looks_at_its_images(tmp_path):
     values = tiny_values(seen, tmp_path / "run", "visualbert", model_options=sizes, augment={}, epochs=45)
     options = {"mask_rate": 0.3, "image_dropout": 0.1, "batch_size": 24, "lr": 5e-3, "warmup_steps": 10}
     final = train("visualbert", TrainConfig(**{**values, **options})).final
-    found = evaluate(final, str(unseen), batch_size=36)
+    found = evaluate(final, str(unseen), batch_size=128)
     assert found.gain["none"].value >= 3 * found.gain["none"].error > 0, found
     assert found.gain["another"].value > 0, found
     assert found.perplexity["own"] < found.perplexity["none"], found
