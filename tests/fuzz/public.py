@@ -192,7 +192,7 @@ def drawn(seed: int) -> tuple[str, dict[str, Any], list[str]]:
     draw = Draw(seed)
     name = draw.choice(ops.__all__)
     values = ARGUMENTS[name](draw)
-    which = sorted(draw.sample(sorted(values), draw.choice((0, 1, 1, 1, 2, 3))))
+    which = sorted(draw.sample(sorted(values), min(len(values), draw.choice((0, 1, 1, 1, 2, 3)))))
     for each in which:
         values[each] = _damaged(draw, values[each], list(values.values()))
     kept = guarded(list(values.values()), at_end=draw.flag())

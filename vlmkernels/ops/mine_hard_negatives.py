@@ -55,6 +55,9 @@ def mine_hard_negatives(
     faults += [
         fault.replace("positives", "groups") for fault in targets.positives_faults(query, key, own, other)
     ]
+    if groups is not None and (own is None or other is None):
+        got = f"({type(own).__name__}, {type(other).__name__})"
+        faults.append(f"groups must be of the queries and of the keys, or None, got {got}")
     if margin is not None and not -float("inf") < margin < float("inf"):
         faults.append(f"margin must be finite, got {margin}")
     if faults:
