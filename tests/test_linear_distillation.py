@@ -46,6 +46,7 @@ OPS = {
 SIZES = [(1, 1, 2, 3), (37, 130, 33, 20), (130, 37, 64, 70), (300, 700, 70, 33)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", OPS)
 @of_dtypes
 @of_forms

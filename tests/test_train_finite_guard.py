@@ -63,6 +63,7 @@ def on_the_device(monkeypatch):
     monkeypatch.setattr(finite_guard.FiniteGuard, "__init__", init)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "read later"])
 @pytest.mark.parametrize("fault", SPOILT)
 @pytest.mark.parametrize(("kind", "optimizer"), [("clip", "adamw"), ("clip", "sgd"), ("simvlm", "adamw")])
