@@ -236,6 +236,7 @@ def test_second_derivative_is_refused():
         dh.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 def test_registration(permuted, vector):

@@ -36,6 +36,7 @@ def losses(model, rows, folder, **options):
     return torch.tensor(seen), dict(model.named_parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "options"),
     [

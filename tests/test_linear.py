@@ -209,6 +209,7 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_registration(permuted, activation):
