@@ -36,6 +36,7 @@ from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.bert import Encoder, initialise, runs_of
 from vlmkernels.models.parts.image_grid import ImageGrid
 from vlmkernels.models.parts.pretrained import Pretrained, below
+from vlmkernels.models.parts.resnet import map_stride
 from vlmkernels.models.parts.token_loss import IGNORE
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn.dense import Linear, table_for, take_rows
@@ -117,7 +118,7 @@ class VisualBertConfig:
     @property
     def stride(self) -> int:
         """Pixels a side of a region of the tower."""
-        return 2 ** (len(self.conv_blocks) + self.conv_pool)
+        return map_stride(self.conv_blocks, pool=self.conv_pool)
 
     @property
     def region_width(self) -> int:
