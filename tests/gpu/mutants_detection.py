@@ -55,15 +55,15 @@ MUTANTS = [
     ),
     Mutation(
         FORWARD, "roi_align", "weights of two columns swapped", POOLED,
-        "a * (1.0 - beyond)[None, :] + b * beyond[None, :]", "a * beyond[None, :] + b * (1.0 - beyond)[None, :]",
+        "a * (1.0 - beyond)[None, :] + b * beyond", "a * beyond[None, :] + b * (1.0 - beyond)",
     ),
     Mutation(
         FORWARD, "roi_align", "bins in columns of the picture", BLOCKS,
-        "(bins // w).to(tl.float32), (bins % w).to(tl.float32)", "(bins // h).to(tl.float32), (bins % h).to(tl.float32)",
+        "(bins // w).to(tl.float32), (bins % w)", "(bins // h).to(tl.float32), (bins % h)",
     ),
     Mutation(
         FORWARD, "roi_align", "first picture for all", POOLED,
-        "((picture * channels + plane.to(tl.int64)) * height", "(plane.to(tl.int64) * height",
+        "((picture * channels + plane.to(tl.int64)) * image_rows", "(plane.to(tl.int64) * image_rows",
     ),
     Mutation(
         FORWARD, "roi_align", "no shift by half a pixel", POOLED,
@@ -99,6 +99,6 @@ MUTANTS = [
     ),
     Mutation(
         BACKWARD, "roi_align", "columns stored without their bound", POOLED,
-        "((row < height) & (col < width))[None, :]", "(row < height)[None, :]",
+        "((row < image_rows) & (col < image_cols))[None, :]", "(row < image_rows)[None, :]",
     ),
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def _overlaps(
     threshold,
     BLOCK_R: tl.constexpr,
 ):
-    """Bit b of HITS[i, w]: box 32 w + b, behind box i, goes if that stays. Words before box i are left out."""
+    """Bit b of HITS[i, w]: box 32 w + b, behind box i, goes if that stays. Words before i are left out."""
     first = tl.program_id(1) * BLOCK_R
     word = tl.program_id(0)
     if (word + 1) * WORD > first:

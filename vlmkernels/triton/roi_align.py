@@ -60,12 +60,12 @@ def _sample(step, bin, start, size, samples, length):
 
 @triton.jit
 def _forward(
-    FEATURES,  # [B, channels, height, width]
+    FEATURES,  # [B, channels, image_rows, image_cols]
     BOXES,  # [K, 5]
     OUT,  # [K, channels, h, w]
     channels,
-    height,
-    width,
+    image_rows,
+    image_cols,
     h,
     w,
     scale,
@@ -83,18 +83,18 @@ def _forward(
     picture = tl.load(BOXES + box * 5).to(tl.int64)
     x1, y1 = tl.load(BOXES + box * 5 + 1), tl.load(BOXES + box * 5 + 2)
     x2, y2 = tl.load(BOXES + box * 5 + 3), tl.load(BOXES + box * 5 + 4)
-    top, _, y_size, y_samples, y_tried = _axis(y1, y2, scale, offset, h, ratio, height, ALIGNED)
-    left, _, x_size, x_samples, x_tried = _axis(x1, x2, scale, offset, w, ratio, width, ALIGNED)
+    top, _, y_size, y_samples, y_tried = _axis(y1, y2, scale, offset, h, ratio, image_rows, ALIGNED)
+    left, _, x_size, x_samples, x_tried = _axis(x1, x2, scale, offset, w, ratio, image_cols, ALIGNED)
     row_bin, col_bin = (bins // w).to(tl.float32), (bins % w).to(tl.float32)
-    at = FEATURES + ((picture * channels + plane.to(tl.int64)) * height * width)[:, None]
+    at = FEATURES + ((picture * channels + plane.to(tl.int64)) * image_rows * image_cols)[:, None]
     sums = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
     for i in range(y_tried):
-        y, in_rows = _sample(i, row_bin, top, y_size, y_samples, height)
+        y, in_rows = _sample(i, row_bin, top, y_size, y_samples, image_rows)
         row = y.to(tl.int32)
         below = y - row.to(tl.float32)
-        rows = at + (row.to(tl.int64) * width)[None, :]
+        rows = at + (row.to(tl.int64) * image_cols)[None, :]
         for j in range(x_tried):
-            x, in_cols = _sample(j, col_bin, left, x_size, x_samples, width)
+            x, in_cols = _sample(j, col_bin, left, x_size, x_samples, image_cols)
             col = x.to(tl.int32)
             beyond = x - col.to(tl.float32)
             here = stored & (in_rows & in_cols)[None, :]
@@ -102,8 +102,8 @@ def _forward(
             cols = rows + col[None, :]
             a = tl.load(cols, mask=here, other=0.0).to(tl.float32)
             b = tl.load(cols + 1, mask=right, other=0.0).to(tl.float32)
-            c = tl.load(cols + width, mask=down, other=0.0).to(tl.float32)
-            d = tl.load(cols + width + 1, mask=down & right, other=0.0).to(tl.float32)
+            c = tl.load(cols + image_cols, mask=down, other=0.0).to(tl.float32)
+            d = tl.load(cols + image_cols + 1, mask=down & right, other=0.0).to(tl.float32)
             above = a * (1.0 - beyond)[None, :] + b * beyond[None, :]
             under = c * (1.0 - beyond)[None, :] + d * beyond[None, :]
             sums += above * (1.0 - below)[None, :] + under * below[None, :]
@@ -134,11 +134,11 @@ def _weights(bin, start, size, samples, tried, length, pixels, BLOCK_B: tl.const
 def _backward(
     DOUT,  # [K, channels, h, w]
     BOXES,  # [K, 5]
-    DFEATURES,  # [B, channels, height, width]
+    DFEATURES,  # [B, channels, image_rows, image_cols]
     count,  # K
     channels,
-    height,
-    width,
+    image_rows,
+    image_cols,
     h,
     w,
     scale,
@@ -150,7 +150,7 @@ def _backward(
     SIDE: tl.constexpr,
     SOME: tl.constexpr,
 ):
-    across = tl.cdiv(width, SIDE)
+    across = tl.cdiv(image_cols, SIDE)
     blocks = tl.cdiv(channels, BLOCK_C)
     first_row = tl.program_id(0) // across * SIDE
     first_col = tl.program_id(0) % across * SIDE
@@ -168,18 +168,18 @@ def _backward(
         y1 = tl.load(BOXES + some * 5 + 2, mask=there, other=0.0)
         x2 = tl.load(BOXES + some * 5 + 3, mask=there, other=0.0)
         y2 = tl.load(BOXES + some * 5 + 4, mask=there, other=0.0)
-        top, tall, _, _, _ = _axis(y1, y2, scale, offset, h, ratio, height, ALIGNED)
-        left, wide, _, _, _ = _axis(x1, x2, scale, offset, w, ratio, width, ALIGNED)
+        top, tall, _, _, _ = _axis(y1, y2, scale, offset, h, ratio, image_rows, ALIGNED)
+        left, wide, _, _, _ = _axis(x1, x2, scale, offset, w, ratio, image_cols, ALIGNED)
         near = own & _reaches(top, tall, first_row, SIDE) & _reaches(left, wide, first_col, SIDE)
         if tl.sum(near.to(tl.int32), 0) > 0:
             for box in range(first, tl.minimum(first + SOME, count)):
                 x1, y1 = tl.load(BOXES + box * 5 + 1), tl.load(BOXES + box * 5 + 2)
                 x2, y2 = tl.load(BOXES + box * 5 + 3), tl.load(BOXES + box * 5 + 4)
                 top, tall, y_size, y_samples, y_tried = _axis(
-                    y1, y2, scale, offset, h, ratio, height, ALIGNED
+                    y1, y2, scale, offset, h, ratio, image_rows, ALIGNED
                 )
                 left, wide, x_size, x_samples, x_tried = _axis(
-                    x1, x2, scale, offset, w, ratio, width, ALIGNED
+                    x1, x2, scale, offset, w, ratio, image_cols, ALIGNED
                 )
                 is_near = _reaches(top, tall, first_row, SIDE) & _reaches(left, wide, first_col, SIDE)
                 if is_near & (tl.load(BOXES + box * 5).to(tl.int32) == picture):
@@ -193,7 +193,7 @@ def _backward(
                             y_size,
                             y_samples,
                             y_tried,
-                            height,
+                            image_rows,
                             rows,
                             BLOCK_B,
                             SIDE,
@@ -204,7 +204,7 @@ def _backward(
                             x_size,
                             x_samples,
                             x_tried,
-                            width,
+                            image_cols,
                             cols,
                             BLOCK_B,
                             SIDE,
@@ -215,9 +215,14 @@ def _backward(
                         sums = tl.dot(grad, both, sums, input_precision="ieee")
     pixels = tl.arange(0, SIDE * SIDE)
     row, col = first_row + pixels // SIDE, first_col + pixels % SIDE
-    to = DFEATURES + ((picture.to(tl.int64) * channels + plane.to(tl.int64)) * height * width)[:, None]
-    inside = (plane < channels)[:, None] & ((row < height) & (col < width))[None, :]
-    tl.store(to + (row.to(tl.int64) * width + col)[None, :], sums.to(DFEATURES.dtype.element_ty), mask=inside)
+    to = (
+        DFEATURES
+        + ((picture.to(tl.int64) * channels + plane.to(tl.int64)) * image_rows * image_cols)[:, None]
+    )
+    inside = (plane < channels)[:, None] & ((row < image_rows) & (col < image_cols))[None, :]
+    tl.store(
+        to + (row.to(tl.int64) * image_cols + col)[None, :], sums.to(DFEATURES.dtype.element_ty), mask=inside
+    )
 
 
 def blocks(channels: int, bins: int, least: int) -> dict:
