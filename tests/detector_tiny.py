@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks import peers
 from tests.parity import peer
-from vlmkernels.models.detector import Detector
+from vlmkernels.models.detector import Detector, DetectorConfig
 
 CLASSES, NARROW, WIDTH, FEATURES = 5, 4, 8, 16
 LIMITS = {
@@ -20,6 +20,12 @@ OURS = {
     "min_size": 64, "max_size": 96, "rpn_samples": 32, "box_samples": 16, "rpn_before_nms": (60, 40),
     "rpn_after_nms": (30, 20), "score_threshold": 0.1, "detections": 8,
 }  # fmt: skip
+TINY = DetectorConfig(
+    classes=4, class_agnostic=True, conv_blocks=(1, 1, 1), conv_width=8, frozen_norm=False, width=8,
+    head_norm="all", box_convs=1, box_width=16, mask_convs=1, min_size=64, max_size=64,
+    anchor_sides=(16, 32, 48, 64), rpn_before_nms=(40, 20), rpn_after_nms=(20, 10), rpn_samples=32,
+    box_samples=16, detections=5, score_threshold=0.0, candidates=20,
+)  # fmt: skip
 needs_torchvision = pytest.mark.skipif(
     peers.why_not("torchvision") is not None, reason=f"torchvision: {peers.why_not('torchvision')}"
 )

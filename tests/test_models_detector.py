@@ -7,7 +7,7 @@ import torch
 
 from tests.detector_tiny import needs_torchvision, ours_of, pictures, torchvision_detector, use_python
 from tests.parity import close, peer
-from vlmkernels.models.detector import CONFIGS, Detector, DetectorConfig
+from vlmkernels.models.detector import CONFIGS, Detector
 
 THEIR_LOSSES = {
     "objectness_loss": "loss_objectness",
@@ -16,12 +16,6 @@ THEIR_LOSSES = {
     "box_loss": "loss_box_reg",
     "mask_loss": "loss_mask",
 }
-TINY = DetectorConfig(
-    classes=4, class_agnostic=True, conv_blocks=(1, 1, 1), conv_width=8, frozen_norm=False, width=8,
-    head_norm="all", box_convs=1, box_width=16, mask_convs=1, min_size=64, max_size=64,
-    anchor_sides=(16, 32, 48, 64), rpn_before_nms=(40, 20), rpn_after_nms=(20, 10), rpn_samples=32,
-    box_samples=16, detections=5, score_threshold=0.0, candidates=20,
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -100,7 +100,9 @@ class DetectorConfig:
         sizes = ("conv_blocks", "conv_width", "width", "rpn_convs", "box_linears", "box_width")
         counts = ("rpn_before_nms", "rpn_after_nms", "rpn_samples", "box_samples", "candidates", "detections")
         faults = below(self, 1, *sizes, *counts, "min_size", "max_size", "anchor_sides")
-        faults += below(self, 2, "classes") + below(self, 0, "box_convs", "mask_convs", "trainable_layers", "norm_eps")
+        faults += below(self, 2, "classes") + below(
+            self, 0, "box_convs", "mask_convs", "trainable_layers", "norm_eps"
+        )
         faults += below(self, 1e-6, "image_std", "anchor_ratios", "box_beta")
         if not self.conv_blocks or len(self.anchor_sides) != len(self.conv_blocks) + 1:
             got = f"{len(self.conv_blocks)} and {len(self.anchor_sides)}"
@@ -155,26 +157,26 @@ class Sampled(NamedTuple):
 
 
 class RoIHeads(nn.Module):
-    """Classes, boxes and masks of regions. Subclasses have other classifiers (`class_losses`, `scores`)."""
+    """Classes, boxes and masks of regions.
 
-    def __init__(self, config: DetectorConfig) -> None:
+    A subclass may have another `classifier`, modules by name, with its own `class_losses` and `scores`.
+    """
+
+    def __init__(self, config: DetectorConfig, classifier: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.config = config
         self.box_head = box_head(config)
         kinds = 1 if config.class_agnostic else config.classes
-        self.box_predictor = nn.ModuleDict(
-            {**self.classifier(), "bbox_pred": Linear(config.box_width, 4 * kinds)}
-        )
+        if classifier is None:
+            classifier = {"cls_score": Linear(config.box_width, config.classes)}
+        codes = Linear(config.box_width, 4 * kinds)
+        self.box_predictor = nn.ModuleDict({**classifier, "bbox_pred": codes})
         if config.masks:
             width = config.width
             layer = partial(convolution, width, width, 3, norm=config.head_norm != "none", relu=True)
             self.mask_head = nn.Sequential(*(layer() for _ in range(config.mask_convs)))
             up, logits = nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, kinds, 1)
             self.mask_predictor = nn.ModuleDict({"conv5_mask": up, "mask_fcn_logits": logits})
-
-    def classifier(self) -> dict[str, nn.Module]:
-        """The parts of the classifier, by name."""
-        return {"cls_score": Linear(self.config.box_width, self.config.classes)}
 
     def class_losses(
         self,
