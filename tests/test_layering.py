@@ -148,7 +148,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_parts_of_models_know_no_system():
-    """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT and ViLD one."""
+    """And a system is made of parts, not of others; Flamingo has two in it, VisualGPT and ViLD have one."""
     systems = ("align", "asif", "clip", "decoder", "detector", "flamingo", "simvlm", "vild", "virtex")
     systems += ("visualbert", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."

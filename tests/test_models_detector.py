@@ -1,5 +1,6 @@
 """The detector against torchvision's: losses, every gradient, proposals, detections, names; and its parts."""
 
+import dataclasses
 import re
 
 import pytest
@@ -121,3 +122,117 @@ def test_weights_of_torchvisions_first_versions_load():
         assert model.state_dict()[name].equal(value), name
     with pytest.raises(ValueError, match="it has no 'roi_heads"):
         Detector.from_torchvision_state_dict({"conv1.weight": torch.zeros(1)})
+
+
+def tiny(**fields):
+    torch.manual_seed(2)
+    return Detector(dataclasses.replace(TINY, **fields))
+
+
+def test_images_without_objects_and_without_detections():
+    model = tiny(score_threshold=1.0)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 40, 64)]
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    targets = [{**none, "masks": torch.zeros(0, *image.shape[1:])} for image in images]
+    out = model.train()(images, targets)
+    assert out["loss"].isfinite()
+    assert [float(out[name]) for name in ("rpn_box_loss", "box_loss", "mask_loss")] == [0, 0, 0]
+    assert out["class_loss"] > 0
+    for found, image in zip(model.eval().detect(images), images, strict=True):
+        assert [list(part.shape) for part in found] == [[0, 4], [0], [0], [0, *image.shape[1:]]]
+
+
+def test_a_detector_learns_where_the_squares_are():
+    """One picture; boxes, classes and masks of training come back as detections."""
+    image, masks = torch.zeros(3, 64, 64), torch.zeros(2, 64, 64)
+    boxes = torch.tensor([[6.0, 8.0, 28.0, 30.0], [32.0, 34.0, 60.0, 58.0]])
+    for number, (left, top, right, bottom) in enumerate(boxes.int().tolist()):
+        image[number, top:bottom, left:right] = masks[number, top:bottom, left:right] = 1
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}]
+    model = tiny(head_norm="none", conv_width=8, width=16, candidates=None, detections=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        losses = model([image], targets, generators=[torch.Generator().manual_seed(step)])
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    model.train()  # the norms by the statistics of the one picture
+    found = model.detect([image])[0]
+    order = found.labels.argsort()
+    assert found.labels[order].tolist() == [1, 3]
+    assert box.overlaps(found.boxes[order], boxes).diagonal().min() > 0.6
+    assert ((found.masks[order] > 0.5) == masks.bool()).float().mean() > 0.95
+
+
+def test_what_is_trained():
+    def frozen(layers):
+        model = tiny(trainable_layers=layers)
+        parts = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
+        return parts | {
+            name for name, p in model.named_parameters() if not p.requires_grad and "body" not in name
+        }
+
+    assert frozen(4) == frozen(5) == set()
+    assert frozen(2) == {"conv1", "bn1", "layer1"}
+    assert frozen(0) == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    assert not any(
+        isinstance(m, torch.nn.BatchNorm2d) for m in tiny(frozen_norm=True).backbone.body.modules()
+    )
+
+
+def test_boxes_from_codes_and_codes_of_boxes():
+    torch.manual_seed(0)
+    corner, side = torch.rand(2, 20, 2).double().unbind(0)
+    boxes = torch.cat([corner, corner + 0.1 + side], 1)
+    weights = (10.0, 10.0, 5.0, 5.0)
+    codes = box.encode(boxes.flip(0), boxes, weights)
+    close(box.decode(codes[:, None], boxes, weights)[:, 0], boxes.flip(0))
+    assert box.clip(torch.tensor([[-3.0, 2.0, 50.0, 60.0]]), (20, 30)).tolist() == [[0, 2, 30, 20]]
+    limit = box.decode(torch.full((1, 1, 4), 1e4), torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 1, 1, 1))
+    close(limit[0, 0, 2:] - limit[0, 0, :2], torch.full((2,), 62.5), tolerance=1e-3)
+
+
+def test_targets_of_boxes():
+    quality = torch.tensor([[0.1, 0.5, 0.7, 0.2, 0.0], [0.3, 0.4, 0.1, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    below, between = box.BELOW, box.BETWEEN
+    assert box.match(quality, 0.6, 0.4).tolist() == [below, between, 0, below, below]
+    # The second target's best is the second box, which overlaps the first one more; the third has none
+    assert box.match(quality, 0.6, 0.4, rescue=True).tolist() == [below, 0, 0, below, below]
+    assert box.match(quality[:0], 0.6, 0.4, rescue=True).tolist() == [below] * 5
+
+
+def test_samples_of_boxes():
+    labels = torch.tensor([0, 2, -1, 1, 0, 0, 3, 0, -1])
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        found = box.sample(labels, 4, 0.5, generator)
+        assert found.tolist() == sorted(set(found.tolist()))
+        assert (labels[found] > 0).sum() == 2
+        assert (labels[found] == 0).sum() == 2
+        assert box.sample(labels, 4, 0.5, generator.manual_seed(seed)).equal(found)
+    assert (labels[box.sample(labels, 100, 0.1)] >= 0).sum() == 7
+
+
+def test_errors_name_every_argument():
+    model, (images, targets) = tiny(), pictures()
+    images = [image.float() for image in images]
+    wrong = [
+        {**targets[0], "boxes": targets[0]["boxes"][:, [2, 1, 0, 3]], "labels": torch.tensor([1, 4])},
+        {**targets[1], "masks": targets[1]["masks"][:, :5]},
+    ]
+    message = r"\[0\]: boxes must have positive .*\[0\]: labels must be in \[1, 4\).*\[1\]: masks must be \[1, 48, 40\]"
+    with pytest.raises(ValueError, match=message):
+        model(images, wrong)
+    with pytest.raises(ValueError, match=r"targets must be one for each of the 2 images, got 1; generators"):
+        model(images, targets[:1], generators=[])
+    with pytest.raises(ValueError, match=r"targets\[1\]: must have boxes, labels, masks, got boxes"):
+        model(images, [targets[0], {"boxes": torch.zeros(0, 4)}])
+    with pytest.raises(ValueError, match=r"images must be floating \[3, H, W\], got torch.uint8"):
+        model.detect([torch.zeros(3, 8, 8, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="images must be one or more"):
+        model.detect([])
+    message = (
+        "classes must be at least 2.*anchor_sides one more.*head_norm must be one of.*rpn_nms must be in"
+    )
+    with pytest.raises(ValueError, match=message):
+        DetectorConfig(classes=1, anchor_sides=(8,), head_norm="some", rpn_nms=2.0)
