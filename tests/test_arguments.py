@@ -55,7 +55,7 @@ def test_float8_features_do_not_reach_a_kernel():
         vlmkernels.linear(x, x)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.__all__ if op not in ops.FAMILIES["retrieval"]])
+@pytest.mark.parametrize("op", [op for op in ops.__all__ if op not in ops.WITHOUT_GRADIENTS])
 def test_recomputed_in_the_backward(op):
     """Gradient checkpointing, which gives a backward what was saved once."""
     values = arguments(op)

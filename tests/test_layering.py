@@ -15,7 +15,7 @@ import torch
 
 import vlmkernels
 from benchmarks.cases import all_cases
-from vlmkernels.ops import FAMILIES
+from vlmkernels.ops import FAMILIES, WITHOUT_GRADIENTS
 from vlmkernels.train import kinds
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-DIFFERENTIABLE = [op for op in OPS if op not in FAMILIES["retrieval"]]
+DIFFERENTIABLE = [op for op in OPS if op not in WITHOUT_GRADIENTS]
 BENCHMARKED = {case.op for case in all_cases()}
 
 
