@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
-from tests.detector_tiny import needs_torchvision, ours_of, pictures, torchvision_detector, use_python
+from tests.detector_tiny import TINY, needs_torchvision, ours_of, pictures, torchvision_detector, use_python
 from tests.parity import close, peer
-from vlmkernels.models.detector import CONFIGS, Detector
+from vlmkernels.models.detector import CONFIGS, Detector, DetectorConfig
+from vlmkernels.models.parts import boxes as box
 
 THEIR_LOSSES = {
     "objectness_loss": "loss_objectness",
@@ -136,41 +137,40 @@ def test_images_without_objects_and_without_detections():
     targets = [{**none, "masks": torch.zeros(0, *image.shape[1:])} for image in images]
     out = model.train()(images, targets)
     assert out["loss"].isfinite()
-    assert [float(out[name]) for name in ("rpn_box_loss", "box_loss", "mask_loss")] == [0, 0, 0]
+    assert [out[name].item() for name in ("rpn_box_loss", "box_loss", "mask_loss")] == [0, 0, 0]
     assert out["class_loss"] > 0
     for found, image in zip(model.eval().detect(images), images, strict=True):
         assert [list(part.shape) for part in found] == [[0, 4], [0], [0], [0, *image.shape[1:]]]
 
 
 def test_a_detector_learns_where_the_squares_are():
-    """One picture; boxes, classes and masks of training come back as detections."""
+    """One picture; boxes, classes and masks of training come back as the best detection of each class."""
     image, masks = torch.zeros(3, 64, 64), torch.zeros(2, 64, 64)
     boxes = torch.tensor([[6.0, 8.0, 28.0, 30.0], [32.0, 34.0, 60.0, 58.0]])
     for number, (left, top, right, bottom) in enumerate(boxes.int().tolist()):
         image[number, top:bottom, left:right] = masks[number, top:bottom, left:right] = 1
     targets = [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}]
-    model = tiny(head_norm="none", conv_width=8, width=16, candidates=None, detections=2).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    samples = {"box_samples": 32, "box_positive": 0.5, "candidates": None}
+    model = tiny(head_norm="none", width=16, detections=10, **samples).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in range(60):
         losses = model([image], targets, generators=[torch.Generator().manual_seed(step)])
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-    model.train()  # the norms by the statistics of the one picture
-    found = model.detect([image])[0]
-    order = found.labels.argsort()
-    assert found.labels[order].tolist() == [1, 3]
-    assert box.overlaps(found.boxes[order], boxes).diagonal().min() > 0.6
-    assert ((found.masks[order] > 0.5) == masks.bool()).float().mean() > 0.95
+    found = model.detect([image])[0]  # in training mode: the norms by the statistics of the one picture
+    first = [found.labels.tolist().index(label) for label in (1, 3)]
+    assert found.scores[first].min() > 0.3
+    assert box.overlaps(found.boxes[first], boxes).diagonal().min() > 0.5
+    assert ((found.masks[first] > 0.5) == masks.bool()).float().mean() > 0.95
 
 
 def test_what_is_trained():
     def frozen(layers):
         model = tiny(trainable_layers=layers)
-        parts = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
-        return parts | {
-            name for name, p in model.named_parameters() if not p.requires_grad and "body" not in name
-        }
+        names = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert all(name.startswith("backbone.body.") for name in names)
+        return {name.split(".")[2] for name in names}
 
     assert frozen(4) == frozen(5) == set()
     assert frozen(2) == {"conv1", "bn1", "layer1"}
@@ -220,19 +220,18 @@ def test_errors_name_every_argument():
         {**targets[0], "boxes": targets[0]["boxes"][:, [2, 1, 0, 3]], "labels": torch.tensor([1, 4])},
         {**targets[1], "masks": targets[1]["masks"][:, :5]},
     ]
-    message = r"\[0\]: boxes must have positive .*\[0\]: labels must be in \[1, 4\).*\[1\]: masks must be \[1, 48, 40\]"
+    message = r"\[0\]: boxes must have positive .*\[0\]: labels must be in \[1, 4\).*"
+    message += r"\[1\]: masks must be \[1, 48, 40\]"
     with pytest.raises(ValueError, match=message):
         model(images, wrong)
     with pytest.raises(ValueError, match=r"targets must be one for each of the 2 images, got 1; generators"):
         model(images, targets[:1], generators=[])
-    with pytest.raises(ValueError, match=r"targets\[1\]: must have boxes, labels, masks, got boxes"):
-        model(images, [targets[0], {"boxes": torch.zeros(0, 4)}])
+    with pytest.raises(ValueError, match=r"targets\[1\]: must have labels, masks, got boxes"):
+        model(images, [targets[1], {"boxes": torch.zeros(0, 4)}])
     with pytest.raises(ValueError, match=r"images must be floating \[3, H, W\], got torch.uint8"):
         model.detect([torch.zeros(3, 8, 8, dtype=torch.uint8)])
     with pytest.raises(ValueError, match="images must be one or more"):
         model.detect([])
-    message = (
-        "classes must be at least 2.*anchor_sides one more.*head_norm must be one of.*rpn_nms must be in"
-    )
+    message = r"classes must be at least 2.*anchor_sides one more.*head_norm must be one.*rpn_nms must be"
     with pytest.raises(ValueError, match=message):
         DetectorConfig(classes=1, anchor_sides=(8,), head_norm="some", rpn_nms=2.0)

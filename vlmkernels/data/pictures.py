@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 LEAST = 1.0  # pixels a side of a box that stays after a crop
@@ -97,6 +98,10 @@ class Picture:
         picture = picture.resized(size)
         top, left = (rng.randint(0, max(extent - side, 0)) for extent in size)
         return picture.window(left, top, side)
+
+    def to_pil(self) -> Image.Image:
+        """The image alone."""
+        return Image.fromarray((self.image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
     def target(self) -> dict[str, Tensor]:
         """What a detector is trained with; `proposals` and `embeddings` only if there are some."""

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels.models import _detector_images as frames
 from vlmkernels.models import _detector_weights as weights
-from vlmkernels.models._detector_rpn import RPN, Losses
+from vlmkernels.models._detector_rpn import RPN
+from vlmkernels.models._detector_rpn import Losses as Losses
 from vlmkernels.models.parts import boxes as box
 from vlmkernels.models.parts.boxes import wide
 from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict, naming
@@ -381,7 +382,7 @@ class Detector(Pretrained):
         *,
         classes: Any = None,
         generators: Sequence[torch.Generator] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The losses of a batch of images of any sizes, and their sum.
 
         Args:
@@ -394,23 +395,11 @@ class Detector(Pretrained):
         Returns:
             `loss`, and its parts `objectness_loss`, `rpn_box_loss`, `class_loss`, `box_loss`, `mask_loss`:
             means over the sampled anchors or regions of the batch, of masks over the pixels of the positives.
+            `counts`: of how many each part is the mean, by its name without "_loss".
 
         Raises:
             ValueError: naming every argument that does not fit.
         """
-        found = self.loss_sums(images, targets, classes=classes, generators=generators)
-        parts = {f"{name}_loss": total / max(count, 1) for name, (total, count) in found.items()}
-        return {**parts, "loss": torch.stack(list(parts.values())).sum()}
-
-    def loss_sums(
-        self,
-        images: Sequence[Tensor] | Tensor,
-        targets: Sequence[Mapping[str, Tensor]],
-        *,
-        classes: Any = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Losses:
-        """The parts of the loss as sums with their counts, for means over several batches."""
         self._check(images, targets, classes, generators)
         batch, maps = self._read(images)
         sides = zip(targets, batch.originals, batch.sizes, strict=True)
@@ -420,7 +409,10 @@ class Detector(Pretrained):
         boxes = [target["boxes"].to(found.anchors) for target in targets]
         losses = self.rpn.losses(found, boxes, draws)
         sampled = self.roi_heads.sample(self.rpn.proposals(found, batch.sizes), targets, draws)
-        return losses | self.roi_heads.losses(maps[:-1], self.strides, sampled, targets, classes)
+        losses |= self.roi_heads.losses(maps[:-1], self.strides, sampled, targets, classes)
+        parts = {f"{name}_loss": total / max(count, 1) for name, (total, count) in losses.items()}
+        counts = {name: count for name, (_, count) in losses.items()}
+        return {**parts, "loss": torch.stack(list(parts.values())).sum(), "counts": counts}
 
     @torch.no_grad()
     def detect(
@@ -440,6 +432,15 @@ class Detector(Pretrained):
             masks = None if each.masks is None else frames.paste(each.masks, boxes, original)
             result.append(each._replace(boxes=boxes, masks=masks))
         return result
+
+    @torch.no_grad()
+    def propose(self, images: Sequence[Tensor] | Tensor) -> list[Tensor]:  # [P, 4] of each image
+        """The proposals of each image in its own pixels, the best first; args and errors as in `forward`."""
+        self._check(images, None, None, None)
+        batch, maps = self._read(images)
+        found = self.rpn.proposals(self.rpn(maps, batch.pixels.shape[-2:]), batch.sizes)
+        sizes = zip(found, batch.sizes, batch.originals, strict=True)
+        return [box.rescale(*each) for each in sizes]
 
     def _read(self, images: Sequence[Tensor] | Tensor) -> tuple[frames.Batch, list[Tensor]]:
         dtype = next(self.parameters()).dtype

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
@@ -28,15 +28,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vlmkernels
-from vlmkernels.models._detector_rpn import Losses
 from vlmkernels.models._vild_teacher import TEMPLATES, TextEncoder, text_embeddings
 from vlmkernels.models._vild_teacher import crop_embeddings as crop_embeddings
 from vlmkernels.models._vild_teacher import relative_encoders as relative_encoders
+from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.detector import (
     BOX_SIDE,
     Detections,
     Detector,
     DetectorConfig,
+    Losses,
     RoIHeads,
     Sampled,
     box_head,
@@ -73,7 +74,8 @@ class ViLDConfig:
     are not used. `embed_dim` is the width of the teacher's embeddings. `temperature` divides cosines,
     `distill_weight` is w. `text_share` is the exponent of the first head's probabilities for base classes in
     an ensemble, and of the second's for novel ones. `base` are the names of the classes that had boxes in
-    training, if it is known.
+    training, if it is known. With `teacher` the model contains that CLIP, frozen, so that its classes can be
+    any texts wherever it is loaded.
     """
 
     detector: DetectorConfig = field(default=DETECTOR)
@@ -83,6 +85,7 @@ class ViLDConfig:
     distill_weight: float = 0.5
     text_share: float = 2 / 3
     base: tuple[str, ...] = ()
+    teacher: ClipConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", tuple(self.base))
@@ -91,6 +94,9 @@ class ViLDConfig:
             faults.append(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if not self.detector.class_agnostic:
             faults.append("detector must be class_agnostic, since classes are known only in a call")
+        if self.teacher is not None and self.teacher.embed_dim != self.embed_dim:
+            got = f"{self.embed_dim} and {self.teacher.embed_dim}"
+            faults.append(f"embed_dim must be that of the teacher, got {got}")
         if not self.temperature > 0:
             faults.append(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.text_share <= 1:
@@ -211,6 +217,16 @@ class ViLD(Pretrained):
     def __init__(self, config: ViLDConfig) -> None:
         super().__init__(config)
         self.detector = Detector(config.detector, ViLDHeads(config))
+        self.teacher: CLIP | None = None
+        if config.teacher is not None:
+            self.teacher = CLIP(config.teacher).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> ViLD:
+        """The teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def forward(
         self,
@@ -219,7 +235,7 @@ class ViLD(Pretrained):
         classes: Classes,
         *,
         generators: Sequence[torch.Generator] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The losses of a batch of images, and their sum, as `Detector.forward`.
 
         Args:
@@ -237,18 +253,6 @@ class ViLD(Pretrained):
         """
         self._check(classes, targets)
         return self.detector(images, targets, classes=classes, generators=generators)
-
-    def loss_sums(
-        self,
-        images: Sequence[Tensor] | Tensor,
-        targets: Sequence[Mapping[str, Tensor]],
-        classes: Classes,
-        *,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Losses:
-        """The parts of the loss as sums with their counts, for means over several batches."""
-        self._check(classes, targets)
-        return self.detector.loss_sums(images, targets, classes=classes, generators=generators)
 
     def detect(self, images: Sequence[Tensor] | Tensor, classes: Classes) -> list[Detections]:
         """What is in each image, in its own pixels. Put the model in evaluation mode first.

@@ -191,5 +191,5 @@ class ModifiedResNet(nn.Module):
         for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         for module in self.modules():
-            if isinstance(module, Bottleneck):
+            if isinstance(module, Bottleneck) and isinstance(module.bn3, nn.BatchNorm2d):
                 nn.init.zeros_(module.bn3.weight)  # every block starts as its shortcut

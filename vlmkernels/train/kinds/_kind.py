@@ -68,6 +68,7 @@ class Kind(abc.ABC):
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
     has_features: ClassVar[bool] = False  # of images: `vlmkernels probe`
+    detects: ClassVar[bool] = False  # objects of categories: `vlmkernels detect` and `propose`
     matches: ClassVar[bool] = False  # judges texts of an image: `vlmkernels match`
 
     def own_options(self, config: TrainConfig) -> Any:
