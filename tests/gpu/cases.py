@@ -32,6 +32,7 @@ from vlmkernels.triton import (
 
 from .cases_attention import attentions
 from .cases_dense import layers
+from .cases_detection import boxes
 from .cases_relative import relative
 from .cases_retrieval import searches
 from .launches import Launch, recording
@@ -445,5 +446,5 @@ def gated() -> Iterator[Case]:
 
 
 PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(searches, each, with_far))
-PARTS += tuple(partial(part, each) for part in (layers, attentions, relative))
+PARTS += tuple(partial(part, each) for part in (layers, attentions, relative, boxes))
 CASES = {case.name: case for part in PARTS for case in part()}

@@ -68,8 +68,9 @@ SUMS = {
     "_attention_bwd._query_ranges",
     "_rows._total",
     "gated_residual._combine",
+    "nms._scan",
 }
-ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients"}  # one program
+ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients", "nms._scan"}  # one program
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],

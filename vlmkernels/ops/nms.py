@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define, unknown_size
+from vlmkernels._library import TRITON, define, kernel, unknown_size
 from vlmkernels.reference.nms import nms_faults, nms_fwd
 
 
@@ -59,3 +59,8 @@ _op = define(
     flops=lambda *_, **__: 0,
     setup_context=_setup_context,
 )
+
+if TRITON:
+    from vlmkernels.triton import nms as _triton
+
+    kernel("nms", "CUDA", _triton.nms, "Triton")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vlmkernels import _arguments as arguments
-from vlmkernels._library import define
+from vlmkernels._library import TRITON, define, kernel
 from vlmkernels.reference.roi_align import (
     option_faults,
     roi_align_bwd,
@@ -109,3 +109,9 @@ _bwd = define(
     fake=_fake_bwd,
     flops=lambda *_, **__: 0,
 )
+
+if TRITON:
+    from vlmkernels.triton import roi_align as _triton
+
+    kernel("roi_align", "CUDA", _triton.roi_align, "Triton")
+    kernel("roi_align_bwd", "CUDA", _triton.roi_align_bwd, "Triton")

@@ -162,7 +162,7 @@ class _Axis:
 def check_pictures(op: str, picture: Tensor, batch: int) -> None:
     """A device assertion where reading them would synchronise."""
     valid = ((picture >= 0) & (picture < batch) & (picture == picture.floor())).all()
-    if picture.is_cuda:
+    if picture.is_cuda or picture.is_meta:
         torch._assert_async(valid, f"{op}: boxes[:, 0] must be indices of pictures")
     elif not valid:
         raise IndexError(

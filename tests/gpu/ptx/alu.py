@@ -215,7 +215,7 @@ def _arithmetic():
     yield from _uniform("div", "s32 u32 u64", divide, 2)
     yield from _uniform("rem", "s32 u32", np.fmod, 2)
     yield from _uniform("div.full", "f32", np.divide, 2)
-    yield from _uniform("div.rn", "f64", np.divide, 2)
+    yield from _uniform("div.rn", "f32 f64", np.divide, 2)
     yield from _uniform("neg", "s32 f32 f64", np.negative, 1)
     yield from _uniform("abs", "s32 f32 f64", np.abs, 1)
     yield from _uniform("abs.ftz", "f32", lambda x: flushed(np.abs(x)), 1)
