@@ -1,8 +1,11 @@
+import collections
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -123,11 +126,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def _left_out(items):
+    """Of the cases of each test marked `sampled(n)` one in n stays, at least one: drawn by their names."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if (mark := item.get_closest_marker("sampled")) and "slow" not in item.keywords:
+            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, n), drawn in cases.items():
+        drawn.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        yield from drawn[math.ceil(len(drawn) / n) :]
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
     # Nothing is left out for good: `make test` has a part of each exhaustive run, `make test-all` the whole.
     skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for item in [*(item for item in items if "slow" in item.keywords), *_left_out(items)]:
+        item.add_marker(skip)
