@@ -137,6 +137,20 @@ def test_parts_of_the_loss_and_what_they_teach(variant):
     )
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_proposals(count):
+    """One row has no statistics of a batch; without any, every weight still has a gradient."""
+    model, (images, targets) = model_of("ensemble").train(), batch()
+    few = [
+        {**target, "proposals": target["proposals"][:keep], "embeddings": target["embeddings"][:keep]}
+        for target, keep in zip(targets, (count, 0), strict=True)
+    ]
+    out = model(images, few, classes())
+    out["loss"].backward()
+    assert bool(out["distillation_loss"] > 0) == (count == 1)
+    assert all(p.grad is not None for p in model.detector.roi_heads.parameters())
+
+
 def test_detections_and_the_saved_model(tmp_path):
     model = model_of("ensemble", base=("cat",)).eval()
     images = [image.float() for image in batch()[0]]

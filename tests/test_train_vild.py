@@ -10,7 +10,7 @@ from vlmkernels.cli import main
 from vlmkernels.data.composites import load_composites
 from vlmkernels.data.proposals import Proposals
 from vlmkernels.models.detector import Detections
-from vlmkernels.train import TrainConfig, load_bundle, train
+from vlmkernels.train import TrainConfig, kinds, load_bundle, objective, train
 from vlmkernels.use.detect import propose
 from vlmkernels.use.detection_scores import evaluate_detection
 from vlmkernels.use.evaluate import evaluate
@@ -71,6 +71,28 @@ def test_a_run_resumes_bit_for_bit(clip, proposals, tmp_path):
         parts = [value for name, value in line.items() if name.endswith("_loss")]
         assert line["loss"] == pytest.approx(sum(parts))
         assert line["distillation_loss"] > 0
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_the_losses_of_the_parts_of_a_batch_add_up(clip, proposals, tmp_path, monkeypatch, first):
+    """As on two processes, the second of which may have no samples; norms by their running statistics."""
+    config = TrainConfig(**values(clip, tmp_path, proposals=proposals, prompt="a {}|{}"))
+    kind = kinds.find("vild")
+    tokenizer = kind.build_tokenizer(config, None)
+    model, task = kind.build_model(config, tokenizer).eval(), kind.build_task(config, tokenizer)
+    source = load_composites(**DATA, transform=kind.drawn_transform(config, None))
+    task.prepare(source, torch.device("cpu"))
+    samples, totals = [source[i] for i in range(4)], []
+    monkeypatch.setattr(objective, "sum_over_processes", lambda value: totals.append(value) or value)
+    whole, _ = task.loss(model, task.collate(samples), 3, False)
+    monkeypatch.setattr(objective, "process_count", lambda: 2)
+    parts = []
+    for part in (samples[:first], samples[first:]):
+        known = iter(totals)
+        monkeypatch.setattr(objective, "sum_over_processes", lambda value, known=known: next(known))
+        parts.append(task.loss(model, task.collate(part), 3, False)[0])
+    assert (parts[1] == 0) == (first == 4)
+    assert (sum(parts) / 2).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_evaluation_and_commands(final, tmp_path, capsys):
@@ -138,6 +160,14 @@ def id_of(image):
     return float((image * torch.linspace(0, 1, image.numel()).view_as(image)).sum())
 
 
+def test_other_kinds_refuse_boxes(clip, tmp_path):
+    config = TrainConfig(**tiny_values("composites", tmp_path, data_options=DATA))
+    with pytest.raises(ValueError, match="data: clip needs images with texts, got Composites"):
+        train("clip", config)
+    with pytest.raises(ValueError, match="data: clip needs images with texts"):
+        evaluate(clip, "composites:test")
+
+
 def test_errors_name_the_setting(clip, final, proposals, tmp_path):
     def message(**more):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -152,6 +182,6 @@ def test_errors_name_the_setting(clip, final, proposals, tmp_path):
     found = message(prompt="a photo|{}", augment={"crop_scale": [1, 1]}, **text)
     assert "prompt must have a {}" in found
     assert "augment of vild must have scales and flip, got crop_scale" in found
-    assert "needs boxes" in message(data="scenes", data_options={}, **text)
-    with pytest.raises(ValueError, match="data: vild needs boxes"):
+    assert "vild needs images with boxes" in message(data="scenes", data_options={}, **text)
+    with pytest.raises(ValueError, match="data: vild needs images with boxes"):
         evaluate(final, "scenes:test")

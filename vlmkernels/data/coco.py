@@ -56,7 +56,8 @@ def write_coco(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (file, picture) in enumerate(pictures, 1):
         picture.to_pil().save(folder / file)
         height, width = picture.image.shape[1:]

@@ -22,6 +22,15 @@ class Batch(NamedTuple):
     originals: list[tuple[int, int]]
 
 
+class Detections(NamedTuple):
+    """What was found in an image, the best first; `masks` are probabilities."""
+
+    boxes: Tensor  # [n, 4]
+    scores: Tensor  # [n]
+    labels: Tensor  # [n] int64
+    masks: Tensor | None  # [n, H, W]
+
+
 def faults_of(images: Sequence[Tensor], like: Tensor) -> list[str]:
     """Why these are no images for a model with the parameter `like`."""
     if not len(images):

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 import vlmkernels
 from vlmkernels.models import _detector_images as frames
 from vlmkernels.models import _detector_weights as weights
+from vlmkernels.models._detector_images import Detections as Detections
 from vlmkernels.models._detector_rpn import RPN
 from vlmkernels.models._detector_rpn import Losses as Losses
 from vlmkernels.models.parts import boxes as box
 from vlmkernels.models.parts.boxes import wide
 from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict, naming
-from vlmkernels.models.parts.pyramid import Pyramid, convolution
+from vlmkernels.models.parts.pyramid import Pyramid, RowNorm, convolution
 from vlmkernels.models.parts.resnet import FrozenBatchNorm, ResNet
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn.dense import Linear
@@ -39,6 +40,7 @@ NORMS = ("none", "convolutions", "all")
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 BOX_LEAST = 1e-2  # the sides of a box that is kept
 BOX_SIDE, MASK_SIDE = 7, 14  # of a pooled region
+LARGEST = 8192  # side of an image
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class DetectorConfig:
         faults += below(self, 2, "classes") + below(
             self, 0, "box_convs", "mask_convs", "trainable_layers", "norm_eps"
         )
-        faults += below(self, 1e-6, "image_std", "anchor_ratios", "box_beta")
+        positive = (*self.image_std, *self.anchor_ratios, self.box_beta)
+        if not min(positive) > 0:
+            faults.append(f"image_std, anchor_ratios and box_beta must be positive, got {positive}")
         if not self.conv_blocks or len(self.anchor_sides) != len(self.conv_blocks) + 1:
             got = f"{len(self.conv_blocks)} and {len(self.anchor_sides)}"
             faults.append(f"conv_blocks must be one or more and anchor_sides one more of them, got {got}")
@@ -117,17 +121,11 @@ class DetectorConfig:
                 faults.append(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.rpn_overlaps[0] <= self.rpn_overlaps[1] <= 1:
             faults.append(f"rpn_overlaps must be ascending in [0, 1], got {self.rpn_overlaps}")
+        for name in ("min_size", "max_size"):
+            if getattr(self, name) > LARGEST:
+                faults.append(f"{name} must be at most {LARGEST}, got {getattr(self, name)}")
         if faults:
             raise ValueError("DetectorConfig: " + "; ".join(faults))
-
-
-class Detections(NamedTuple):
-    """What was found in an image, the best first; `masks` are probabilities."""
-
-    boxes: Tensor  # [n, 4]
-    scores: Tensor  # [n]
-    labels: Tensor  # [n] int64
-    masks: Tensor | None  # [n, H, W]
 
 
 class Backbone(nn.Module):
@@ -187,7 +185,7 @@ class RoIHeads(nn.Module):
         classes: Any,
     ) -> Losses:
         """Of the regions' classes; `classes` is what `Detector.forward` was given."""
-        head = self.box_predictor["cls_score"]
+        head: Any = self.box_predictor["cls_score"]
         loss = vlmkernels.linear_cross_entropy(features, head.weight, labels, bias=head.bias, reduction="sum")
         return {"class": (loss, len(labels))}
 
@@ -340,7 +338,7 @@ def box_head(config: DetectorConfig) -> nn.Sequential:
         name = str(len(parts)) if config.box_convs else f"fc{6 + index}"
         parts.append((name, Linear(width, config.box_width)))
         if config.head_norm == "all":
-            parts.append((f"norm{index}", nn.BatchNorm1d(config.box_width)))
+            parts.append((f"norm{index}", RowNorm(config.box_width)))
         parts.append((str(len(parts)), nn.ReLU()))
         width = config.box_width
     return nn.Sequential(OrderedDict(parts))
@@ -454,7 +452,7 @@ class Detector(Pretrained):
         classes: Any,
         generators: Sequence[torch.Generator] | None,
     ) -> None:
-        faults = frames.faults_of(images, next(self.parameters()))
+        faults = frames.faults_of(list(images), next(self.parameters()))
         for name, given in (("targets", targets), ("generators", generators)):
             if given is not None and len(given) != len(images):
                 faults.append(f"{name} must be one for each of the {len(images)} images, got {len(given)}")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def detect(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             drawn = _drawn(image, found, kept, categories)
-            target = folder / f"{number:04d}-{file.stem}.png"
-            write_atomic(target, lambda partial, drawn=drawn: drawn.save(partial, format="PNG"))
+            write_atomic(folder / f"{number:04d}-{file.stem}.png", partial(drawn.save, format="PNG"))
     if folder is not None and objects:
         rows = {file: [dataclasses.asdict(each) for each in found] for file, found in objects.items()}
         write_text(folder / DETECTIONS, json.dumps(rows, indent=2) + "\n")

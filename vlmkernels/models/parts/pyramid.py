@@ -17,6 +17,16 @@ def convolution(
     return nn.Sequential(*parts, *([nn.ReLU()] if relu else []))
 
 
+class RowNorm(nn.BatchNorm1d):
+    """BatchNorm of rows [K, F]; one row alone, which has no statistics, is normalised by the running ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class Pyramid(nn.Module):
     """Maps of one width from those of the stages, each with what the smaller know, and one half the last."""
 

@@ -108,18 +108,14 @@ class Vild(Kind):
             faults.append(f"augment: scales must be two ascending positive numbers, got {scales}")
         return faults
 
-    def check_images(self, dataset: Any) -> None:
-        if not hasattr(dataset, "picture"):
-            raise ValueError(f"data: {self.name} needs boxes (composites or COCO's JSON), got {dataset!r}")
-
     def build_transform(self, config: TrainConfig) -> Any:
         """The teacher's, of crops."""
         return read_transform(Path(self._teacher_folder(config)))
 
     def drawn_transform(self, config: TrainConfig, transform: Any) -> Jitter:
-        sizes = vild.CONFIGS[config.model] if config.init is not None else self.sizes(config)
-        side = sizes.detector.max_size
-        if config.init is not None:
+        if config.init is None:
+            side = self.sizes(config).detector.max_size
+        else:
             side = read_config(config.init)["detector"]["max_size"]
         scales, flip = config.augment.get("scales", SCALES), config.augment.get("flip", True)
         return Jitter(side, scales, bool(flip), self.own_options(config).proposals)
