@@ -126,12 +126,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def _left_out(items):
-    """Of the cases of each test marked `sampled(n)` one in n stays, at least one: drawn by their names."""
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="one in N of the cases of each test")
+
+
+def _left_out(items, share):
+    """Of the cases of a test one in `share` stays, of one that is marked `sampled(n)` one in n of them.
+
+    At least one does; they are drawn by their names.
+    """
     cases = collections.defaultdict(list)
     for item in items:
-        if (mark := item.get_closest_marker("sampled")) and "slow" not in item.keywords:
-            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+        if "slow" not in item.keywords:
+            mark = item.get_closest_marker("sampled")
+            cases[item.nodeid.partition("[")[0], share * (mark.args[0] if mark else 1)].append(item)
     for (_, n), drawn in cases.items():
         drawn.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         yield from drawn[math.ceil(len(drawn) / n) :]
@@ -142,5 +150,8 @@ def pytest_collection_modifyitems(config, items):
         return
     # Nothing is left out for good: `make test` has a part of each exhaustive run, `make test-all` the whole.
     skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
-    for item in [*(item for item in items if "slow" in item.keywords), *_left_out(items)]:
+    for item in [
+        *(item for item in items if "slow" in item.keywords),
+        *_left_out(items, config.getoption("one_in")),
+    ]:
         item.add_marker(skip)

@@ -59,7 +59,8 @@ MUTANTS = [
     ),
     Mutation(
         FORWARD, "roi_align", "bins in columns of the picture", BLOCKS,
-        "(bins // w).to(tl.float32), (bins % w)", "(bins // h).to(tl.float32), (bins % h)",
+        "    row_bin, col_bin = (bins // w).to(tl.float32), (bins % w)",
+        "    row_bin, col_bin = (bins // h).to(tl.float32), (bins % h)", 2,
     ),
     Mutation(
         FORWARD, "roi_align", "first picture for all", POOLED,
@@ -79,7 +80,7 @@ MUTANTS = [
     ),
     Mutation(
         BACKWARD, "roi_align", "boxes of other pictures", POOLED,
-        "if is_near & (tl.load(BOXES + box * 5).to(tl.int32) == picture):", "if is_near:",
+"return own & _reaches(top", "return _reaches(top",
     ),
     Mutation(
         BACKWARD, "roi_align", "last boxes left out", BLOCKS,

@@ -35,8 +35,9 @@ def _axis(low, high, scale, offset, bins, ratio, length, ALIGNED: tl.constexpr):
     if not ALIGNED:
         extent = tl.where(extent < 1.0, 1.0, extent)
     size = tl.div_rn(extent, bins + low * 0.0)
-    samples = tl.ceil(tl.where(size > 0.0, size, 0.0)).to(tl.int32)
-    samples = tl.where(ratio > 0, ratio, samples)
+    some = tl.where(size > 0.0, size, 0.0)
+    whole = some.to(tl.int32)
+    samples = tl.where(ratio > 0, ratio, tl.where(whole.to(tl.float32) < some, whole + 1, whole))
     # Beyond, samples are at most a pixel and at least half a pixel apart
     tried = tl.where(samples > TRIED, tl.minimum(samples, 2 * length + 16), samples)
     return start, extent, size, samples, tried
@@ -120,6 +121,22 @@ def _reaches(start, extent, first, SIDE: tl.constexpr):
 
 
 @triton.jit
+def _is_near(
+    BOXES, box, there, picture, row, col, scale, offset, h, w, ratio, image_rows, image_cols,
+    ALIGNED: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Whether a box of the picture may read pixels of the square that begins at row and col."""
+    own = tl.load(BOXES + box * 5, mask=there, other=-1.0).to(tl.int32) == picture
+    x1 = tl.load(BOXES + box * 5 + 1, mask=there, other=0.0)
+    y1 = tl.load(BOXES + box * 5 + 2, mask=there, other=0.0)
+    x2 = tl.load(BOXES + box * 5 + 3, mask=there, other=0.0)
+    y2 = tl.load(BOXES + box * 5 + 4, mask=there, other=0.0)
+    top, tall, _, _, _ = _axis(y1, y2, scale, offset, h, ratio, image_rows, ALIGNED)
+    left, wide, _, _, _ = _axis(x1, x2, scale, offset, w, ratio, image_cols, ALIGNED)
+    return own & _reaches(top, tall, row, SIDE) & _reaches(left, wide, col, SIDE)
+
+
+@triton.jit
 def _weights(bin, start, size, samples, tried, length, pixels, BLOCK_B: tl.constexpr, SIDE: tl.constexpr):
     """[BLOCK_B, SIDE]: what the samples of a bin read of a pixel."""
     sums = tl.zeros([BLOCK_B, SIDE], tl.float32)
@@ -162,53 +179,36 @@ def _backward(
     sums = tl.zeros([BLOCK_C, SIDE * SIDE], tl.float32)
     for first in range(0, count, SOME):
         some = first + tl.arange(0, SOME)
-        there = some < count
-        own = tl.load(BOXES + some * 5, mask=there, other=-1.0).to(tl.int32) == picture
-        x1 = tl.load(BOXES + some * 5 + 1, mask=there, other=0.0)
-        y1 = tl.load(BOXES + some * 5 + 2, mask=there, other=0.0)
-        x2 = tl.load(BOXES + some * 5 + 3, mask=there, other=0.0)
-        y2 = tl.load(BOXES + some * 5 + 4, mask=there, other=0.0)
-        top, tall, _, _, _ = _axis(y1, y2, scale, offset, h, ratio, image_rows, ALIGNED)
-        left, wide, _, _, _ = _axis(x1, x2, scale, offset, w, ratio, image_cols, ALIGNED)
-        near = own & _reaches(top, tall, first_row, SIDE) & _reaches(left, wide, first_col, SIDE)
+        near = _is_near(
+            BOXES, some, some < count, picture, first_row, first_col, scale, offset, h, w, ratio, image_rows,
+            image_cols, ALIGNED, SIDE,
+        )  # fmt: skip
         if tl.sum(near.to(tl.int32), 0) > 0:
             for box in range(first, tl.minimum(first + SOME, count)):
-                x1, y1 = tl.load(BOXES + box * 5 + 1), tl.load(BOXES + box * 5 + 2)
-                x2, y2 = tl.load(BOXES + box * 5 + 3), tl.load(BOXES + box * 5 + 4)
-                top, tall, y_size, y_samples, y_tried = _axis(
-                    y1, y2, scale, offset, h, ratio, image_rows, ALIGNED
-                )
-                left, wide, x_size, x_samples, x_tried = _axis(
-                    x1, x2, scale, offset, w, ratio, image_cols, ALIGNED
-                )
-                is_near = _reaches(top, tall, first_row, SIDE) & _reaches(left, wide, first_col, SIDE)
-                if is_near & (tl.load(BOXES + box * 5).to(tl.int32) == picture):
+                is_near = _is_near(
+                    BOXES, box, box < count, picture, first_row, first_col, scale, offset, h, w, ratio,
+                    image_rows, image_cols, ALIGNED, SIDE,
+                )  # fmt: skip
+                if is_near:
+                    x1, y1 = tl.load(BOXES + box * 5 + 1), tl.load(BOXES + box * 5 + 2)
+                    x2, y2 = tl.load(BOXES + box * 5 + 3), tl.load(BOXES + box * 5 + 4)
+                    top, _, y_size, y_samples, y_tried = _axis(
+                        y1, y2, scale, offset, h, ratio, image_rows, ALIGNED
+                    )
+                    left, _, x_size, x_samples, x_tried = _axis(
+                        x1, x2, scale, offset, w, ratio, image_cols, ALIGNED
+                    )
                     share = 1.0 / tl.maximum(y_samples.to(tl.float32) * x_samples.to(tl.float32), 1.0)
                     grads = DOUT + ((number + box) * channels + plane)[:, None] * (h * w)
                     for first_bin in range(0, h * w, BLOCK_B):
                         bins = first_bin + tl.arange(0, BLOCK_B)
+                        row_bin, col_bin = (bins // w).to(tl.float32), (bins % w).to(tl.float32)
                         y = _weights(
-                            (bins // w).to(tl.float32),
-                            top,
-                            y_size,
-                            y_samples,
-                            y_tried,
-                            image_rows,
-                            rows,
-                            BLOCK_B,
-                            SIDE,
-                        )
+                            row_bin, top, y_size, y_samples, y_tried, image_rows, rows, BLOCK_B, SIDE
+                        )  # fmt: skip
                         x = _weights(
-                            (bins % w).to(tl.float32),
-                            left,
-                            x_size,
-                            x_samples,
-                            x_tried,
-                            image_cols,
-                            cols,
-                            BLOCK_B,
-                            SIDE,
-                        )
+                            col_bin, left, x_size, x_samples, x_tried, image_cols, cols, BLOCK_B, SIDE
+                        )  # fmt: skip
                         both = tl.reshape((share * y)[:, :, None] * x[:, None, :], [BLOCK_B, SIDE * SIDE])
                         inside = (plane < channels)[:, None] & (bins < h * w)[None, :]
                         grad = tl.load(grads + bins[None, :], mask=inside, other=0.0).to(tl.float32)

@@ -78,6 +78,11 @@ def _stage(channels: int, width: int, blocks: int, stride: int, **options: Any) 
     return nn.Sequential(first, *(Bottleneck(4 * width, width, 1, **options) for _ in range(blocks - 1)))
 
 
+def map_stride(blocks: Sequence[int], *, pool: bool) -> int:
+    """Pixels a side of a position of the map of `ResNet(blocks, width, pool=pool)`."""
+    return 2 ** (max(len(blocks), 1) + pool)
+
+
 class ResNet(nn.Module):
     """Stem and stages, `layer1` and on, without a head: images to the map of the last stage.
 
@@ -100,13 +105,13 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
-        self.channels, self.stride = width, 4 if pool else 2
+        self.channels, self.stride = width, map_stride(blocks, pool=pool)
         self.stages = [f"layer{1 + index}" for index in range(len(blocks))]
         for index, name in enumerate(self.stages):
             inner, stride = width * 2**index, 1 if index == 0 else 2
             options = {"widen": widen, "stochastic_depth": stochastic_depth, "norm": norm}
             self.add_module(name, _stage(self.channels, inner, blocks[index], stride, **options))
-            self.channels, self.stride = 4 * inner, self.stride * stride
+            self.channels = 4 * inner
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
