@@ -188,9 +188,7 @@ class ViLDHeads(RoIHeads):
         pooled = box.pool(maps, strides, boxes, BOX_SIDE)
         count = len(pooled)
         if not count:  # every weight keeps a gradient, for which data-parallel training would wait
-            return {
-                "distillation": (0 * torch.stack([weight.sum() for weight in self.parameters()]).sum(), 0)
-            }
+            return {"distillation": (0 * torch.stack([each.sum() for each in self.parameters()]).sum(), 0)}
         student = wide(self.image_embeddings(pooled))
         teacher = torch.cat([target["embeddings"] for target in targets]).to(student)
         loss = vlmkernels.embedding_distillation(student, teacher, distance="l1", reduction="sum")
