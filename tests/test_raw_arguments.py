@@ -442,3 +442,10 @@ def test_features_of_widths_that_differ_are_refused_before_they_are_read(op):
         options = [None, False, 0.0, True, "none", 0] if op == "info_nce" else [True, "none", *ALL[:3]]
         with pytest.raises(ValueError, match=rf"{op}: query must be \[N, D\] and key \[M, D\]"):
             getattr(torch.ops.vlmkernels, op)(*values, *options)
+
+
+@pytest.mark.parametrize("given", [(), (None,), (None, torch.ones(2)), (torch.ones(3), None, torch.ones(2))])
+def test_scale_grads_has_four_results_whatever_is_left_out(given):
+    found = torch.ops.vlmkernels.scale_grads(torch.tensor(2.0), *given)
+    wanted = [torch.empty(0) if x is None else 2 * x for x in (*given, *[None] * (4 - len(given)))]
+    assert [x.tolist() for x in found] == [x.tolist() for x in wanted]
