@@ -250,6 +250,8 @@ ALONE = {"linear_distillation", *vlmkernels.ops.WITHOUT_GRADIENTS}
 def test_an_op_does_not_wait(name, dtype):
     if KERNELS.get((op_of(name), "CUDA"), "").startswith("CUDA C++"):
         pytest.skip("the extension's kernel asks for the stream of a card")
+    if (op_of(name), dtype) == ("roi_align", torch.float64):
+        pytest.skip("the reference runs, which reads the boxes on the host")
     op, tensors, options = calls(dtype)[name]
     tensors, options = moved(tensors, "meta"), {k: moved(x, "meta") for k, x in options.items()}
     with on_a_card() as card:

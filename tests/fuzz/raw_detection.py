@@ -9,7 +9,7 @@ from .draw import Draw
 def corners(draw: Draw, count: int) -> Tensor:
     """Boxes of all kinds: small, large, far from the picture, empty, with corners in the wrong order."""
     at = 20 * torch.randn(count, 2) + draw.choice((0, 10, 1000))
-    return torch.cat([at, at + draw.choice((0.5, 10, 1e6)) * torch.randn(count, 2).abs()], 1)
+    return torch.cat([at, at + draw.choice((0.5, 10, 3000)) * torch.randn(count, 2).abs()], 1)
 
 
 def nms(draw: Draw) -> list:

@@ -35,7 +35,7 @@ MUTANTS = [
     ),
     Mutation(
         SCAN, "nms", "boxes that went suppress others of later words", RAGGED,
-        "stays = (((here >> bit) & 1) == 0) &", "stays =",
+        "stays = (((here >> row) & 1) == 0) &", "stays =",
     ),
     Mutation(
         SCAN, "nms", "bits of the next box for those of the next word", RAGGED,

@@ -10,6 +10,7 @@ from vlmkernels.reference.nms import nms_faults, nms_fwd, order_of
 from vlmkernels.triton import _tiles as tiles
 
 WORD = tl.constexpr(32)  # bits
+TOGETHER = tl.constexpr(8)  # boxes whose bits are read at once
 ROWS = 64  # boxes of a program, which compares them with those of one word
 MOST = 2**17  # boxes, whose bits take 2 GiB
 
@@ -75,9 +76,11 @@ def _scan(
             hits = tl.load(at + bit * words + word, mask=inside, other=0)
             here |= tl.where(((here >> bit) & 1) == 0, hits, 0)
         tl.store(KEPT + word, ~here)
-        for bit in tl.static_range(WORD):
-            stays = (((here >> bit) & 1) == 0) & (word * WORD + bit < n)
-            gone |= tl.load(at + bit * words + cols, mask=(cols > word) & (cols < words) & stays, other=0)
+        for first in range(0, WORD, TOGETHER):
+            for step in tl.static_range(TOGETHER):
+                row = first + step
+                stays = (((here >> row) & 1) == 0) & (word * WORD + row < n)
+                gone |= tl.load(at + row * words + cols, mask=(cols > word) & (cols < words) & stays, other=0)
         at += WORD * words
 
 
@@ -103,7 +106,7 @@ def kept_bits(
             enable_fp_fusion=False,
         )  # fmt: skip
         block = tiles.next_power_of_2(words)
-        _scan[(1,)](hits, kept, n, words, block, num_warps=8 if block > 512 else 4, enable_fp_fusion=False)
+        _scan[(1,)](hits, kept, n, words, block, num_warps=16 if block > 1024 else 4, enable_fp_fusion=False)
     return kept
 
 

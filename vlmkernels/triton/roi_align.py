@@ -225,9 +225,9 @@ def _backward(
     )
 
 
-def blocks(channels: int, bins: int, least: int) -> dict:
-    """Channels and bins of a program, at least `least` of each."""
-    block_c = min(max(tiles.next_power_of_2(channels), least), 64)
+def blocks(channels: int, bins: int, least: int, most: int) -> dict:
+    """Bins of a program, and from `least` to `most` channels."""
+    block_c = min(max(tiles.next_power_of_2(channels), least), most)
     block_b = min(max(tiles.next_power_of_2(bins), 16), BINS)
     return {"BLOCK_C": block_c, "BLOCK_B": block_b, "num_warps": 4, "enable_fp_fusion": False}
 
@@ -249,7 +249,7 @@ def roi_align(
     features, boxes = features.contiguous(), boxes.contiguous()
     _, channels, height, width = features.shape
     out = features.new_empty((len(boxes), channels, out_height, out_width))
-    form = blocks(channels, out_height * out_width, 1)
+    form = blocks(channels, out_height * out_width, 1, 16)
     grid = (
         len(boxes) * tiles.cdiv(channels, form["BLOCK_C"]),
         tiles.cdiv(out_height * out_width, form["BLOCK_B"]),
@@ -281,7 +281,7 @@ def roi_align_bwd(
     dout, boxes = dout.contiguous(), boxes.contiguous()
     count, channels, h, w = dout.shape
     dfeatures = dout.new_empty((batch, channels, height, width))
-    form = blocks(channels, h * w, 16)
+    form = blocks(channels, h * w, 16, 32) | {"num_warps": 8}
     squares = tiles.cdiv(height, SIDE) * tiles.cdiv(width, SIDE)
     with torch.cuda.device_of(dout):
         _backward[squares, batch * tiles.cdiv(channels, form["BLOCK_C"])](
