@@ -13,7 +13,7 @@ def test_shipped_configurations_are_valid():
     assert {"clip-emoji", "clip-emoji-long", "align-emoji", "siglip-emoji"} <= set(shipped_configs())
     for name in shipped_configs():
         config = TrainConfig(**read_config(name))
-        assert config.data.startswith(("emoji3:", "scenes:"))
+        assert config.data.startswith(("emoji3:", "scenes:", "composites:"))
         assert read_config(name + ".yaml") == read_config(name)
     assert TrainConfig(**read_config("clip-emoji-long")).epochs == 60
 

@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from tests.train_tiny import assert_same_run, tiny_values, write_pairs, write_tar
+from tests.two_processes import FORKED
 from vlmkernels.cli import main
 from vlmkernels.train import TrainConfig, checkpoint, train
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +252,8 @@ def test_damaged_lines_of_the_metrics_do_not_take_others_along(run, whole):
 
 def child(values, workers, ready):
     torch.set_num_threads(1)
+    # Or its workers would be children of the server of forks, which lives on, and would not see their end
+    multiprocessing.set_start_method("fork", force=True)
     if ready is not None:
         save = checkpoint.save
 
@@ -270,8 +270,8 @@ def child(values, workers, ready):
 def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(whole, table, tmp_path, capsys, workers):
     run = tmp_path / "run"
     values = {**whole[1], "out": str(run), "resume": "auto"}
-    ready = CONTEXT.Event()
-    first = CONTEXT.Process(target=child, args=(values, workers, ready))
+    ready = FORKED.Event()
+    first = FORKED.Process(target=child, args=(values, workers, ready))
     first.start()
     try:
         assert ready.wait(120)
