@@ -41,14 +41,15 @@ demo: setup
 
 test: setup $(VENV)/nvcc
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
-	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS)
-	$(if $(NATIVE),$(MAKE) test-native)
+	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 2 -n 2 --dist loadfile $(OP_TESTS)
+	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 2")
 
-# The op tests with every other instruction set that this machine has, and the kernels without torch.
+# The op tests (SHARE="--one-in 2": half of the cases of each) with every other instruction set that this machine has, and the
+# kernels without torch.
 .PHONY: test-native
 test-native: setup
 	set -e; for isa in $$($(BIN)/python -m tests.instruction_sets --others); do \
-	  VLMKERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(OP_TESTS); done
+	  VLMKERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=1 $(PYTEST) $(SHARE) -n 2 --dist loadfile $(OP_TESTS); done
 	if test -d $(BUILD); then $(BIN)/cmake --build $(BUILD) --target test_csrc && $(BIN)/ctest --test-dir $(BUILD) --output-on-failure; fi
 
 # The suite without the peers under another torch, in a copy of the tree with an environment of its own:

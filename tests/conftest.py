@@ -1,8 +1,11 @@
+import collections
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -123,11 +126,32 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="one in N of the cases of each test")
+
+
+def _left_out(items, share):
+    """Of the cases of a test one in `share` stays, of one that is marked `sampled(n)` one in n of them.
+
+    At least one does; they are drawn by their names.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if "slow" not in item.keywords:
+            mark = item.get_closest_marker("sampled")
+            cases[item.nodeid.partition("[")[0], share * (mark.args[0] if mark else 1)].append(item)
+    for (_, n), drawn in cases.items():
+        drawn.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        yield from drawn[math.ceil(len(drawn) / n) :]
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
     # Nothing is left out for good: `make test` has a part of each exhaustive run, `make test-all` the whole.
     skip = pytest.mark.skip(reason="slow: run by `make test-all` (pytest -m 'slow or not slow')")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for item in [
+        *(item for item in items if "slow" in item.keywords),
+        *_left_out(items, config.getoption("one_in")),
+    ]:
+        item.add_marker(skip)

@@ -43,6 +43,9 @@ PAIRS = [  # queries, keys, width
     (100, 100, 2000),
 ]  # fmt: skip
 ROWS = [(1, 1), (3, 333), (300, 7), (700, 2600), (1, 70_000), (2000, 130)]  # rows, classes
+BOXES = [  # pictures, channels, height, width, boxes
+    (1, 1, 1, 9, 1), (2, 3, 30, 41, 77), (1, 20, 9, 50, 700), (3, 5, 17, 16, 300), (1, 2, 90, 70, 2000),
+]  # fmt: skip
 
 Case = tuple[str, Callable[..., Tensor], list[Tensor]]
 
@@ -57,6 +60,7 @@ def cases(dtype: torch.dtype, most: int | None = None) -> Iterator[Case]:
         (_of_rows, ROWS),
         (_relative, PAIRS),
         (_retrieval, PAIRS),
+        (_detection, BOXES),
     ):
         for size in sizes[:most]:
             yield from make(dtype, *size)
@@ -181,6 +185,19 @@ def _relative(dtype, n, m, d) -> Iterator[Case]:
     hidden, context, prob = (y.detach() for y in _rows(dtype, (3, n, d), (3, min(m, 60), d), (3, n)))
     op = _first(vlmkernels.contrastive_search_score, -1, alpha=0.5, beta=2.0)
     yield "contrastive_search_score", op, [prob, hidden, context, prob]
+
+
+def _detection(dtype, pictures, channels, height, width, count) -> Iterator[Case]:
+    corners = torch.rand(count, 2) * torch.tensor([width, height])
+    corners = torch.cat([corners, corners + 20 * torch.rand(count, 2)], 1)
+    boxes = torch.cat([torch.randint(pictures, (count, 1)), corners], 1)
+    features = _rows(dtype, (pictures, channels, height, width))
+    for options in ({}, {"sampling_ratio": 2, "aligned": False}):
+        yield "roi_align", _with(vlmkernels.roi_align, boxes=boxes, output_size=(7, 5), **options), features
+    scores, groups = torch.randn(count).to(dtype), torch.randint(3, (count,))
+    for group in (None, groups):
+        op = _with(vlmkernels.nms, iou_threshold=0.3, groups=group)
+        yield "nms", lambda *tensors, op=op: op(*tensors).double(), [corners.to(dtype), scores]
 
 
 def _first(op: Callable, which: int = 0, **options: Any) -> Callable[..., Tensor]:

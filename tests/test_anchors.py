@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import signal
 import threading
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 
 from tests.kills import die_before
+from tests.two_processes import FORKED
 from vlmkernels.models.parts import anchors as module
 from vlmkernels.models.parts.anchors import MANIFEST, AnchorFolder, AnchorTensors
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.test_anchors"])
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +170,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, action, after)
     for moment in range(1, 1000):
         folder = tmp_path / str(moment)
         make(folder, 20)
-        process = CONTEXT.Process(target=change, args=(folder, action, moment))
+        process = FORKED.Process(target=change, args=(folder, action, moment))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

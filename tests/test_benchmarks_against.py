@@ -43,6 +43,7 @@ def rows(*trees, names=("made up/case",), **options) -> list[dict]:
     return list(against.compare("ops", names, trees, **settings))
 
 
+@pytest.mark.slow
 def test_a_slower_tree_is_called_slower_and_a_faster_one_is_not(tree):
     quick, slow = tree("quick", "time.sleep(0.002)"), tree("slow", "time.sleep(0.02)")
     (row,) = rows(slow, quick)
@@ -54,6 +55,7 @@ def test_a_slower_tree_is_called_slower_and_a_faster_one_is_not(tree):
     assert row["ratio"]["p20"] > 1.5
 
 
+@pytest.mark.slow
 def test_a_tree_with_another_result_is_not_timed(tree):
     (row,) = rows(tree("now"), tree("then", factor=2.01))
     assert "moved by 5.0e-03" in row["why_not"]
@@ -67,22 +69,26 @@ def test_a_case_that_fails_has_its_reason_and_the_next_is_timed(tree):
     assert row["why_not"] == "the process ended with status 3"
 
 
+@pytest.mark.slow
 def test_a_new_case_has_no_earlier_time(tree):
     (row,) = rows(tree("now"), tree("then"), names=["made up/other"])
     assert row["why_not"] == against.NEW
 
 
+@pytest.mark.slow
 def test_memory_of_both_trees(tree):
     (row,) = rows(tree("now", "y = torch.ones(8 << 20)"), tree("then"), memory=True)
     assert row["extra_bytes"] > 30 << 20
     assert row["before_bytes"] < 2 << 20
 
 
+@pytest.mark.slow
 def test_what_a_tree_prints_does_not_mix_with_the_answers(tree):
     (row,) = rows(tree("now", 'print("{}")'), tree("then"))
     assert "ratio" in row
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "name"), [("ops", "gated_residual/"), ("models", "CLIP tiny, texts")])
 def test_this_tree_against_itself(kind, name):
     settings = {"kind": kind, "quick": True, "device": "cpu", "threads": 1}

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_both_runs_of_a_seed_learn_the_same():
     run = end_to_end.train_seed(0, {"max_steps": 3, "batch_size": 16})
     ours, plain = end_to_end.OURS, end_to_end.PLAIN

@@ -156,6 +156,7 @@ def test_on_a_gpu_the_card_is_found_by_its_name(tmp_path, small_predictions, in_
 # Untested, green, red
 
 
+@pytest.mark.slow
 def test_tests_judge_the_rows_of_the_same_sources_whenever_they_run(tmp_path, monkeypatch):
     assert quick(OP, "--only", "timing", results=tmp_path) == 0
     assert states(tmp_path) == ["untested"] * 4
@@ -173,6 +174,7 @@ def test_tests_judge_the_rows_of_the_same_sources_whenever_they_run(tmp_path, mo
     assert states(tmp_path) == ["green"] * 4
 
 
+@pytest.mark.slow
 def test_a_red_op_is_timed_and_stays_out_of_the_docs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(residual_launchers, "gated_residual", lambda x, y, gate, row_mask: x.clone())
     assert quick(OP, "gated_linear_residual", "--form", "bf16", results=tmp_path) == 1
@@ -246,6 +248,7 @@ def test_what_a_tool_said_of_one_op_stays_when_the_time_ends_in_the_next(tmp_pat
 # Where it stops, and goes on
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch, capsys):
     ticking = iter(range(1000))
     monkeypatch.setattr(
@@ -310,6 +313,7 @@ def test_without_time_nothing_runs_and_what_is_left_is_said(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_written_and_the_rest_is_shown(tmp_path, monkeypatch, capsys):
     write, count = results.write_atomically, iter(range(100))
 
@@ -332,6 +336,7 @@ def test_a_full_disk_keeps_what_was_written_and_the_rest_is_shown(tmp_path, monk
     assert list(stored_in(tmp_path)["rows"]) == ROWS
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_room_again_gets_everything(tmp_path, monkeypatch):
     write, count = results.write_atomically, iter(range(100))
 
@@ -345,6 +350,7 @@ def test_a_disk_that_has_room_again_gets_everything(tmp_path, monkeypatch):
     assert list(stored_in(tmp_path)["rows"]) == ROWS
 
 
+@pytest.mark.slow
 def test_results_of_another_machine_are_added_to_those_that_are_here(tmp_path, capsys):
     there, here = tmp_path / "there", tmp_path / "here"
     assert quick(OP, "--only", "timing", "--form", "bf16", results=here) == 0

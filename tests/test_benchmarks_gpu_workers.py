@@ -47,6 +47,7 @@ def test_a_task_that_raises_dies_or_hangs_costs_itself_alone(tmp_path):
     assert not any(os.path.exists(f"/proc/{process}") for process in processes)
 
 
+@pytest.mark.slow
 def test_tasks_run_beside_each_other_until_the_deadline(tmp_path):
     function = partial(work, folder=tmp_path)
     deadline, found = Deadline(minutes=10), {}
@@ -82,6 +83,7 @@ def lose(task):
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_that_has_lost_its_device_gets_no_other_task():
     found = dict(outcomes(lose, [1, 2, "loses", 3], workers=1, limit=60, deadline=Deadline()))
     assert found[1] == found[2] != found[3]

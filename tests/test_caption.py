@@ -45,6 +45,7 @@ def images(count):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_caption_is_what_the_model_finds_likeliest(finals, kind):
     """Greedy decoding by the caches equals the argmax of whole forward passes, token by token."""

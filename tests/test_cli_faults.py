@@ -118,6 +118,7 @@ def test_a_folder_that_may_not_be_written(finals, pictures, tmp_path, capsys, mo
     assert err == f"Error: out: {tmp_path / 'x.npz'} cannot be written: Permission denied\n"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
 def test_a_full_disk(finals, tmp_path, ending):
     """A limit on the size of files fails the writes that a full disk would fail."""
@@ -145,6 +146,7 @@ def test_output_that_cannot_be_written(finals, pictures):
     assert b"Error: [Errno 28] No space left on device" in err
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("command", ["search", "eval", "info"])
 def test_nobody_reads_the_output(finals, pictures, command):
     made, table = finals

@@ -312,6 +312,7 @@ def test_kept_logits_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
 @pytest.mark.parametrize("store_bytes", [0, 2**24])
 def test_memory(peak_memory, store_bytes):

@@ -193,13 +193,21 @@ def retrieval(dtype):
     yield "mine_hard_negatives filtered", vlmkernels.mine_hard_negatives, (query, key, 5), filtered
 
 
+def detection(dtype):
+    corners = torch.arange(40.0).reshape(10, 4)
+    boxes = torch.cat([torch.arange(10.0)[:, None] % 2, corners], 1)
+    features = random(2, 5, 30, 41, dtype=dtype)
+    yield "roi_align", vlmkernels.roi_align, (features, boxes, 7), {"spatial_scale": 0.5}
+    lists = [corners[:3], corners[3:]]
+    yield "roi_align of lists", vlmkernels.roi_align, (features, lists, (3, 5)), {"sampling_ratio": 2}
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def calls(dtype):
-    return {
-        name: call for make in (losses, rows, attention, layers, retrieval) for name, *call in make(dtype)
-    }
+    every = (losses, rows, attention, layers, retrieval, detection)
+    return {name: call for make in every for name, *call in make(dtype)}
 
 
 def moved(value, device):
@@ -220,7 +228,8 @@ def step(op, tensors, options):
     results = out if isinstance(out, tuple) else (out,)
     if not any(x.requires_grad for x in results):
         return results
-    return out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
+    trained = [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
+    return out, *torch.autograd.grad(out, trained, torch.ones_like(out))
 
 
 def op_of(name):
@@ -228,11 +237,12 @@ def op_of(name):
 
 
 def test_no_op_is_missing():
-    assert {op_of(name) for name in calls(torch.float32)} == set(vlmkernels.ops.__all__)
+    """But for the one whose values decide on the size of its result."""
+    assert {*map(op_of, calls(torch.float32)), "nms"} == set(vlmkernels.ops.__all__)
 
 
 # Whose forward forms the gradients by itself, or which have none
-ALONE = {"linear_distillation", *vlmkernels.ops.FAMILIES["retrieval"]}
+ALONE = {"linear_distillation", *vlmkernels.ops.WITHOUT_GRADIENTS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,6 +19,7 @@ def differing(found: determinism.Found) -> dict[str, dict[str, int]]:
     return {op: {name: n[0] for name, n in dtypes.items() if n[0]} for op, dtypes in found.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", determinism.DTYPES)
 def test_bits_do_not_depend_on_the_number_of_threads(products, dtype):
     products("own")

@@ -59,7 +59,8 @@ OPS = {
 
 
 def test_every_op_is_counted():
-    assert {*OPS, *FAMILIES["attention"], *FAMILIES["retrieval"]} == set(vlmkernels.ops.__all__)
+    others = (op for family in ("attention", "detection", "retrieval") for op in FAMILIES[family])
+    assert {*OPS, *others} == set(vlmkernels.ops.__all__)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -153,6 +154,15 @@ def test_sparse_products_count_nothing():
         with FlopCounterMode(display=False) as counter:
             library.relative_similarity(rep, rep)
         assert counter.get_total_flops() == 0
+
+
+def test_boxes_count_nothing():
+    boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 3, 3]])
+    for library in (vlmkernels, reference):
+        features = torch.randn(1, 2, 5, 6, requires_grad=True)
+        assert counted(lambda x, of=library: of.nms(boxes, x, 0.5), [torch.rand(2)]) == (0, 0)
+        out = counted(vlmkernels.roi_align, [features, [boxes], 2])
+    assert out == (0, 0)
 
 
 def test_every_op_has_a_formula():

@@ -34,7 +34,7 @@ def fuzz(*options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("kind", "count"), [("raw", 800), ("public", 600)])
+@pytest.mark.parametrize(("kind", "count"), [("raw", 400), ("public", 300)])
 def test_calls_end_in_a_result_or_an_error(kind, count):
     assert f"{count} calls: " in fuzz(kind, "--count", str(count))
 

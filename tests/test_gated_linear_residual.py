@@ -81,6 +81,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "d", "k"), SHAPES, ids=str)
@@ -235,6 +236,7 @@ def test_second_derivative_is_refused():
         dh.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 def test_registration(permuted, vector):

@@ -9,6 +9,7 @@ from vlmkernels.testing import unit_features
 NATIVE = "reference" not in vlmkernels.info()["ops"]["info_nce"]["CPU"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
 @pytest.mark.parametrize("store_bytes", [0, 2**24])
 def test_memory(peak_memory, store_bytes):

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import peers
+from tests.two_processes import run_two
 from vlmkernels.integrations import patch
 
 LIBRARIES = ("open_clip", "sentence_transformers")
@@ -58,4 +59,4 @@ def worker(rank, folder):
 
 @pytest.mark.skipif(not HERE, reason="neither open_clip nor sentence-transformers is installed")
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_two(worker, (str(tmp_path),))

@@ -12,6 +12,7 @@ import vlmkernels
 from benchmarks import peers
 from tests.peers.families import tokens
 from tests.peers.language_models import LANGUAGE_MODELS, causal_inputs, masked_inputs
+from tests.two_processes import run_two
 
 pytestmark = pytest.mark.skipif(
     peers.why_not("transformers") is not None, reason=f"transformers: {peers.why_not('transformers')}"
@@ -35,6 +36,7 @@ def losses(model, rows, folder, **options):
     return torch.tensor(seen), dict(model.named_parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -114,4 +116,4 @@ def worker(rank, folder):
 
 def test_two_processes(tmp_path):
     """The same loss and gradients as the plain model, under DistributedDataParallel and fully_shard."""
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_two(worker, (str(tmp_path),))

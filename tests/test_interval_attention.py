@@ -178,6 +178,7 @@ def test_second_derivative_is_refused():
         dq.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("tq", [3, 9])
 def test_registration(permuted, tq):

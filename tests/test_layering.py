@@ -15,7 +15,7 @@ import torch
 
 import vlmkernels
 from benchmarks.cases import all_cases
-from vlmkernels.ops import FAMILIES
+from vlmkernels.ops import FAMILIES, WITHOUT_GRADIENTS
 from vlmkernels.train import kinds
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ KERNELS = {
     "mlp": DENSE,
     "gated_mlp": DENSE,
 }
-DIFFERENTIABLE = [op for op in OPS if op not in FAMILIES["retrieval"]]
+DIFFERENTIABLE = [op for op in OPS if op not in WITHOUT_GRADIENTS]
 BENCHMARKED = {case.op for case in all_cases()}
 
 
@@ -148,10 +148,12 @@ def imports(path: Path) -> set[str]:
 
 
 def test_parts_of_models_know_no_system():
-    """And a system is made of parts, not of another system; Flamingo has two in it, VisualGPT one."""
-    systems = ("align", "asif", "clip", "decoder", "flamingo", "simvlm", "virtex", "visualbert", "visualgpt")
+    """And a system is made of parts, not of others; Flamingo and ViLD have two in them, VisualGPT one."""
+    systems = ("align", "asif", "clip", "decoder", "detector", "flamingo", "simvlm", "vild", "virtex")
+    systems += ("visualbert", "visualgpt")
     folder, room = ROOT / "vlmkernels" / "models", "vlmkernels.models."
     joined = {"flamingo": {"clip", "decoder"}, "few_shot": {"decoder"}}
+    joined |= {"vild": {"clip", "detector"}}
     joined |= {"visualgpt": {"decoder"}, "_visualgpt_layers": {"decoder"}}
     for path in [*folder.glob("parts/*.py"), *folder.glob("[!_]*.py"), *folder.glob("_[!_]*.py")]:
         read = {name.removeprefix(room).split(".")[0].lstrip("_") for name in imports(path) if room in name}

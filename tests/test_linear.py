@@ -40,6 +40,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "o", "k"), SHAPES, ids=str)
@@ -208,6 +209,7 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_registration(permuted, activation):

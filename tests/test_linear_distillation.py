@@ -46,6 +46,7 @@ OPS = {
 SIZES = [(1, 1, 2, 3), (37, 130, 33, 20), (130, 37, 64, 70), (300, 700, 70, 33)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", OPS)
 @of_dtypes
 @of_forms
@@ -105,6 +106,7 @@ def test_softmax_of_almost_no_temperature_is_the_largest_class(teacher, divergen
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("teacher", "divergence", "classes", "dtype"),

@@ -128,6 +128,7 @@ def test_each_family_of_open_clip_computes_the_same(tmp_path):
         assert_same_as_open_clip(CLIP.from_open_clip_folder(folder), peer)
 
 
+@pytest.mark.sampled(3)
 @needs_open_clip
 @pytest.mark.parametrize("name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-H-14-CLIPA"])
 def test_large_models_with_one_layer(name, tmp_path):

@@ -85,6 +85,7 @@ def test_the_language_model_called_alone_keeps_to_them():
     assert set(rows_of(model.lang_encoder.transformer.wte.weight.grad)) <= {MEDIA, END}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", [copy.deepcopy, assigned])
 def test_compiled_models_keep_to_them(way):
     model = way(flamingo())

@@ -79,6 +79,7 @@ def test_results_have_the_same_shapes_whoever_computes_them():
     assert shapes() == theirs
 
 
+@pytest.mark.slow
 @other_install
 def test_exported_losses_move_between_installs(tmp_path):
     here, there = str(tmp_path / "here.pt2"), str(tmp_path / "there.pt2")

@@ -69,6 +69,7 @@ def same(got, want):
     return all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-3, 14.3, 100.0])
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_forward_and_gradients(dtype, scale, rows, cols, dim):
     assert_op_as_good(op, plain, inputs(query, key, scale, *bias))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-3, 14.3, 100.0])
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_second_derivative_is_refused():
         dq.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_registration(permuted):
     tensors = [t.detach() for t in inputs(2, 4, 2, 9, 8, 5, 6, 5)]

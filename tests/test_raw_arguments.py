@@ -35,6 +35,7 @@ MOST = [ones(()).expand(2**40, 2**20)] * 2
 W, LAYER, SOFT = ones(6, 3), (ones(4, 2), ones(6, 2)), (1.0, "jsd", 0.5, 0.0)
 TOP = ones(4, 2), torch.tensor([[1, 5]] * 4)
 STATES = ones(4, 3, 2), ones(4, 5, 2)
+FEATURES, BOXES, ROI = ones(1, 2, 4, 5), zeros(3, 5), (1.0, 0, True)
 KL, L1 = (1.0, "forward_kl", 0.5, 0.0, -100), ("l1", True)
 CALLS = [  # the op, its arguments, and what the error says
     (
@@ -267,6 +268,30 @@ CALLS = [  # the op, its arguments, and what the error says
         [ones(()), X, X, None, *L1, "none", ALL[:1]],
         r"dloss must be .*\[4\] of",
     ),
+    ("nms", [ones(4, 5), ones(4), None, 0.5], r"boxes must be .*\[\*, 4\]"),
+    ("nms", [ones(3, 4), ones(4), None, 0.5], r"scores must be .*\[3\]"),
+    ("nms", [ones(4, 4), ones(4), IDS[:3], 0.5], r"groups must be .*\[4\] of int32 or int64"),
+    ("nms", [ones(4, 4), ones(4), ones(4), 0.5], r"groups must be .*got float32"),
+    ("nms", [ones(4, 4), ones(4), None, 1.5], r"iou_threshold must be in \[0, 1\], got 1.5"),
+    ("roi_align", [ones(2, 4, 5), BOXES, 2, 2, *ROI], r"features must be .*\[\*, \*, \*, \*\]"),
+    ("roi_align", [FEATURES, ones(3, 4), 2, 2, *ROI], r"boxes must be .*\[\*, 5\]"),
+    ("roi_align", [FEATURES, BOXES, 0, 2, *ROI], r"from 1 to 4096 rows and columns, got 0 x 2"),
+    ("roi_align", [FEATURES, BOXES, 2, 2, 0.0, 0, True], r"spatial_scale must be positive and finite, got 0"),
+    ("roi_align", [FEATURES, BOXES, 2, 2, 1.0, -1, True], r"sampling_ratio must be from 0 .*got -1"),
+    ("roi_align", [ones(1, 1, 1, 1).expand(1, 1, 2**21, 1), BOXES, 2, 2, *ROI], r"at most 1048576 rows"),
+    (
+        "roi_align",
+        [ones(1, 1, 1, 1).expand(2**40, 2**20, 1, 1), BOXES, 2, 2, *ROI],
+        r"too large for one call",
+    ),
+    ("roi_align_bwd", [ones(2, 2, 7, 7), BOXES, 1, 4, 5, *ROI, ALL[:1]], r"dout must be .*\[3, \*, \*, \*\]"),
+    (
+        "roi_align_bwd",
+        [ones(3, 2, 7, 7), BOXES, -1, 4, 5, *ROI, ALL[:1]],
+        r"batch must be at least 0, got -1",
+    ),
+    ("roi_align_bwd", [ones(3, 2, 7, 7), BOXES, 1, -4, 5, *ROI, ALL[:1]], r"rows and columns, got -4 x 5"),
+    ("roi_align_bwd", [ones(3, 2, 7, 7), BOXES, 2**40, 2**19, 5, *ROI, ALL[:1]], r"too large for one call"),
     ("relative_representation", [ones(4), 8.0], r"similarities must be .*\[\*, \*\]"),
     ("relative_representation", [X, -8.0], r"p must be positive and finite, got -8"),
     ("relative_representation", [MOST[0], 8.0], r"too large for one call"),
@@ -417,3 +442,10 @@ def test_features_of_widths_that_differ_are_refused_before_they_are_read(op):
         options = [None, False, 0.0, True, "none", 0] if op == "info_nce" else [True, "none", *ALL[:3]]
         with pytest.raises(ValueError, match=rf"{op}: query must be \[N, D\] and key \[M, D\]"):
             getattr(torch.ops.vlmkernels, op)(*values, *options)
+
+
+@pytest.mark.parametrize("given", [(), (None,), (None, torch.ones(2)), (torch.ones(3), None, torch.ones(2))])
+def test_scale_grads_has_four_results_whatever_is_left_out(given):
+    found = torch.ops.vlmkernels.scale_grads(torch.tensor(2.0), *given)
+    wanted = [torch.empty(0) if x is None else 2 * x for x in (*given, *[None] * (4 - len(given)))]
+    assert [x.tolist() for x in found] == [x.tolist() for x in wanted]

@@ -50,6 +50,7 @@ def assert_recorded(recorded, module):
         torch.testing.assert_close(recorded(*batch), module(*batch), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @every
 @torch.no_grad()
@@ -86,6 +87,7 @@ def test_export_beside_a_model_on_packed_weights():
         torch.export.export(model, (images, tokens), dynamic_shapes=({0: rows}, {0: rows, 1: length}))
 
 
+@pytest.mark.sampled(2)
 @every
 @torch.no_grad()
 def test_trace_holds_for_other_batches_and_lengths(name):

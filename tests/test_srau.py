@@ -131,6 +131,7 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("levels", [(), (3,)], ids=["one level", "three levels"])
 def test_registration(permuted, levels):

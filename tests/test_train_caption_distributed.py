@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.train_tiny import metrics, per_sample_norm, tiny_values, train_parts, weights, write_pairs
+from tests.two_processes import run_two
 from vlmkernels.train import TrainConfig, kinds, load_bundle, train
 
 KINDS = ("lm", "flamingo", "simvlm", "virtex", "visualgpt")
@@ -70,7 +71,7 @@ def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
     table = write_pairs(folder, 23)
     parts = train_parts(table, folder / "parts", lm_epochs=3)
-    torch.multiprocessing.spawn(worker, (str(folder), str(table), parts), nprocs=2)
+    run_two(worker, (str(folder), str(table), parts))
     with per_sample_norm():
         for kind in KINDS:
             train(kind, TrainConfig(**run_values(table, folder / f"one-{kind}", kind, parts)))

@@ -22,6 +22,7 @@ from tests.train_tiny import (
     weights,
     write_pairs,
 )
+from tests.two_processes import run_two
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.train import TrainConfig, kinds, loop, objective, train
@@ -96,7 +97,7 @@ def run_values(table, out, kind):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
     table = write_pairs(folder, 23)
-    torch.multiprocessing.spawn(worker, (str(folder), str(table)), nprocs=2)
+    run_two(worker, (str(folder), str(table)))
     with per_sample_norm():
         for kind in KINDS:
             train(kind, TrainConfig(**run_values(table, folder / f"one-{kind}", kind)))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
+from tests.two_processes import run_two
 from vlmkernels.cli import main
 from vlmkernels.train import TrainConfig, checkpoint, finite_guard, loop, train
 from vlmkernels.train.kinds._captioning import Captioning
@@ -63,6 +64,7 @@ def on_the_device(monkeypatch):
     monkeypatch.setattr(finite_guard.FiniteGuard, "__init__", init)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "read later"])
 @pytest.mark.parametrize("fault", SPOILT)
 @pytest.mark.parametrize(("kind", "optimizer"), [("clip", "adamw"), ("clip", "sgd"), ("simvlm", "adamw")])
@@ -260,7 +262,7 @@ def full_disk(*arguments):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_processes_stop_together(table, tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path), str(table)), nprocs=2)
+    run_two(worker, (str(tmp_path), str(table)))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     bad_loss = "FloatingPointError: the loss is nan at step 4; lower lr or raise warmup_steps"
     for name in ("clip", "lm", "later"):

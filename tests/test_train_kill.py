@@ -1,6 +1,5 @@
 """A run that is killed at any moment, also while it saves, goes on and ends as if nothing had happened."""
 
-import multiprocessing
 import random
 import signal
 import sys
@@ -11,11 +10,10 @@ import torch
 
 from tests.kills import die_before
 from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
+from tests.two_processes import FORKED
 from vlmkernels._files import write_bytes
 from vlmkernels.train import checkpoint, load_bundle
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
 STEPS = ((checkpoint, "_exchange"), (checkpoint._Digesting, "write"))
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -31,7 +29,7 @@ def child(kind, values, moment=None):
 
 
 def start(*arguments):
-    process = CONTEXT.Process(target=child, args=arguments)
+    process = FORKED.Process(target=child, args=arguments)
     process.start()
     return process
 
@@ -116,7 +114,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
             for name in ("a", "b"):
                 (final / name).write_text("old")
         write_bytes(folder / "file", b"old")
-        process = CONTEXT.Process(target=write_again, args=(folder, moment))
+        process = FORKED.Process(target=write_again, args=(folder, moment))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

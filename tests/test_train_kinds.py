@@ -33,7 +33,7 @@ def test_the_table_says_what_there_is():
     for name, kind in zip(kinds.KINDS, kinds.every(), strict=True):
         assert kind.name == name
         assert kind.configs
-    with pytest.raises(ValueError, match=r"kind must be one of clip, .*, visualbert, got 'made-up'"):
+    with pytest.raises(ValueError, match=r"kind must be one of clip, .*, vild, got 'made-up'"):
         kinds.find("made-up")
 
 

@@ -224,7 +224,7 @@ def test_trains_on_tars(table, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("clop", {}, "kind must be one of clip, align, siglip, .*, visualgpt, visualbert, got 'clop'"),
+        ("clop", {}, "kind must be one of clip, align, siglip, .*, visualgpt, visualbert, vild, got 'clop'"),
         ("clip", {"model": "ViT-Z"}, "clip has no configuration 'ViT-Z'; it has .*ViT-B-32"),
         ("clip", {"model_options": {"depth": 3}}, "model_options: unknown fields depth; known are embed_dim"),
         ("clip", {"precision": "fp16", "device": "cpu"}, "precision fp16 needs a CUDA device"),

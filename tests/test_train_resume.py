@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +13,9 @@ import pytest
 import torch
 
 from tests.train_tiny import assert_same_run, tiny_values, write_pairs, write_tar
+from tests.two_processes import FORKED
 from vlmkernels.cli import main
 from vlmkernels.train import TrainConfig, checkpoint, train
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vlmkernels.train.loop"])
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +267,8 @@ def child(values, workers, ready):
 def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(whole, table, tmp_path, capsys, workers):
     run = tmp_path / "run"
     values = {**whole[1], "out": str(run), "resume": "auto"}
-    ready = CONTEXT.Event()
-    first = CONTEXT.Process(target=child, args=(values, workers, ready))
+    ready = FORKED.Event()
+    first = FORKED.Process(target=child, args=(values, workers, ready))
     first.start()
     try:
         assert ready.wait(120)

@@ -26,6 +26,7 @@ from tests.train_tiny import (
     write_pairs,
     write_tar,
 )
+from tests.two_processes import run_two
 from vlmkernels.train import TrainConfig, objective, train
 from vlmkernels.train.batches import BatchPlan
 
@@ -93,7 +94,7 @@ def setup(tmp_path_factory):
 def pair_of_runs(setup):
     folder, damaged, parts = setup
     arguments = (str(folder), str(damaged), parts, str(folder / "{0..1}.tar"))
-    torch.multiprocessing.spawn(worker, arguments, nprocs=2)
+    run_two(worker, arguments)
     with per_sample_norm():
         for kind in KINDS:
             train(kind, TrainConfig(**run_values(damaged, folder / f"one-{kind}", kind, parts)))

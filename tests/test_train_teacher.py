@@ -14,9 +14,10 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load
 
-from tests.test_train_kill import CONTEXT, die_before
+from tests.test_train_kill import die_before
 from tests.test_train_skips import COUNT, write_damaged
 from tests.train_tiny import TINY_CLIP, assert_same_run, metrics, tiny_values, weights, write_tar
+from tests.two_processes import FORKED
 from vlmkernels.data import load_pairs
 from vlmkernels.train import TrainConfig, feature_store, train
 from vlmkernels.train.feature_store import FeatureStore, Table
@@ -256,7 +257,7 @@ def make_in_turn(file, log):
 
 def test_of_several_processes_one_computes(tmp_path):
     file, log = tmp_path / "cache" / "features.safetensors", tmp_path / "log"
-    processes = [CONTEXT.Process(target=make_in_turn, args=(file, log)) for _ in range(4)]
+    processes = [FORKED.Process(target=make_in_turn, args=(file, log)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -311,7 +312,7 @@ def worker(rank, folder, out):
 
 @needs_gloo
 def test_two_processes_train_as_one(folder, tmp_path, cache):
-    torch.multiprocessing.spawn(worker, (folder, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(worker, (folder, tmp_path), nprocs=2)  # whose output is captured
     assert len(files(cache)) == 1
     shutil.rmtree(cache)
     for way in WAYS:

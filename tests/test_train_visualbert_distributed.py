@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.train_tiny import metrics, per_sample_norm, tiny_values, weights, write_pairs
+from tests.two_processes import run_two
 from vlmkernels.data import WordPieceTokenizer
 from vlmkernels.train import TrainConfig, kinds, train
 
@@ -67,7 +68,7 @@ def worker(rank, folder, table):
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
     table = write_pairs(folder, 23)
-    torch.multiprocessing.spawn(worker, (str(folder), str(table)), nprocs=2)
+    run_two(worker, (str(folder), str(table)))
     with per_sample_norm():
         train("visualbert", TrainConfig(**run_values(table, folder / "one")))
     return folder, table

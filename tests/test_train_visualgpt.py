@@ -18,6 +18,7 @@ from tests.train_tiny import (
     write_pairs,
     write_tar,
 )
+from tests.two_processes import run_two
 from vlmkernels.cli import main
 from vlmkernels.data import BrokenImageError, CsvPairs, load_scenes, read_regions
 from vlmkernels.train import TrainConfig, kinds, load_bundle, train
@@ -218,7 +219,7 @@ def two_values(table, out):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes_draw_and_train_as_one(tmp_path):
     table = write_pairs(tmp_path, 23)
-    torch.multiprocessing.spawn(worker, (str(tmp_path), str(table)), nprocs=2)
+    run_two(worker, (str(tmp_path), str(table)))
     with per_sample_norm():
         train("visualgpt", TrainConfig(**two_values(table, tmp_path / "one")))
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

@@ -9,13 +9,14 @@ from torch._ops import OpOverloadPacket
 import vlmkernels as vk
 from tests.every_model import build
 from vlmkernels import _native, intervals
-from vlmkernels.ops import FAMILIES
+from vlmkernels.ops import WITHOUT_GRADIENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 START, END = intervals.causal(5)
 W, V = torch.randn(8, 6), torch.randn(6, 8)
 TARGET = torch.tensor([3, 0, -100, 7])
+CORNERS = torch.tensor([[1.0, 0, 0, 5, 4], [0, 1, 1, 9, 9]])
 TEACHER, CLASSES, TOP = torch.randn(6, 3), torch.randn(8, 3), torch.tensor([[0, 7, 2]] * 4)
 
 # Each as a function of one tensor, which is every operand that can have a derivative.
@@ -41,6 +42,7 @@ OPS = {
     ),
     "sigmoid_loss": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0), (6, 4)),
     "sigmoid_loss streamed": (lambda x: vk.sigmoid_loss(x, x + 1, 2.0, 0.0, reduction="none"), (6, 4)),
+    "roi_align": (lambda x: vk.roi_align(x, CORNERS, 2), (2, 3, 5, 6)),
     "srau": (lambda x: vk.srau(x[0], x, 2 * x, 0.2), (3, 4, 6)),
     "interval_attention": (lambda x: vk.interval_attention(x, x, x, START, END), (2, 2, 5, 8)),
     "perceiver_attention": (lambda x: vk.perceiver_attention(x, x, x, x, x), (2, 2, 5, 8)),
@@ -49,7 +51,7 @@ every = pytest.mark.parametrize("op", OPS)
 
 
 def test_no_op_is_missing():
-    assert {*(name.split()[0] for name in OPS), *FAMILIES["retrieval"]} == set(vk.ops.__all__)
+    assert {*(name.split()[0] for name in OPS), *WITHOUT_GRADIENTS} == set(vk.ops.__all__)
 
 
 @every
@@ -67,8 +69,10 @@ def test_forward_mode_is_refused(op):
                 fn(dual)
 
 
+APART = torch.arange(4.0)[:, None] * 3 + torch.tensor([0, 0, 2, 2])
 AT = torch.arange(6).repeat(4, 1)
 INDICES = {
+    "nms": lambda x: (vk.nms(APART, x[:, 0], 0.5),),
     "mine_hard_negatives": lambda x: (vk.mine_hard_negatives(x, x + 1, 2),),
     "retrieval_ranks": lambda x: vk.retrieval_ranks(x, x + 1),
     "topk_similarity": lambda x: vk.topk_similarity(x, x + 1, 2),
@@ -81,7 +85,7 @@ INDICES = {
 
 
 def test_ops_without_a_derivative():
-    assert set(INDICES) == set(FAMILIES["retrieval"])
+    assert set(INDICES) == set(WITHOUT_GRADIENTS)
     x = torch.randn(4, 6)
     for op, fn in INDICES.items():
         first = "topk_similarity" if op == "relative_representation" else op

@@ -89,6 +89,28 @@ TINY_VISUALBERT = {
     "max_positions": 16,
     "vocab_size": 200,
 }
+TINY_VILD = {
+    "detector": {
+        "classes": 2,
+        "class_agnostic": True,
+        "conv_blocks": [1, 1, 1],
+        "conv_width": 4,
+        "frozen_norm": False,
+        "width": 8,
+        "box_width": 16,
+        "mask_convs": 1,
+        "min_size": 64,
+        "max_size": 64,
+        "anchor_sides": [16, 24, 32, 48],
+        "rpn_before_nms": [40, 20],
+        "rpn_after_nms": [20, 10],
+        "rpn_samples": 16,
+        "box_samples": 16,
+        "score_threshold": 0.0,
+        "candidates": 40,
+        "detections": 5,
+    },
+}
 TINY = {
     "clip": TINY_CLIP,
     "siglip": TINY_CLIP,
@@ -99,6 +121,7 @@ TINY = {
     "virtex": TINY_VIRTEX,
     "visualgpt": TINY_VISUALGPT,
     "visualbert": TINY_VISUALBERT,
+    "vild": TINY_VILD,
 }
 WORDS = ("red", "green", "blue", "dark", "light", "square", "stripe", "dot", "cross", "ring")
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -124,6 +124,9 @@ def _is_of(value: object, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
+    if get_origin(hint) is Sequence:
+        (part,) = get_args(hint)
+        return isinstance(value, (list, tuple)) and all(_is_of(each, part) for each in value)
     return isinstance(value, (hint, *_ALSO.get(hint, ()))) and (not isinstance(value, Tensor) or dense(value))
 
 
@@ -132,10 +135,14 @@ def _type_text(hint: Any) -> str:
         return " or ".join(map(_type_text, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"({', '.join(map(_type_text, get_args(hint)))})"
+    if get_origin(hint) is Sequence:
+        return f"list of {', '.join(map(_type_text, get_args(hint)))}"
     return {Tensor: "dense Tensor", NoneType: "None"}.get(hint, hint.__name__)
 
 
 def _value_text(value: object) -> str:
+    if isinstance(value, list) and value:
+        return f"list of {' and '.join(sorted(set(map(_value_text, value))))}"
     if isinstance(value, tuple):
         return f"({', '.join(map(_value_text, value))})"
     if isinstance(value, Tensor) and not dense(value):

@@ -248,6 +248,11 @@ def _autocast_of(included: int, excluded: int) -> frozenset[str] | None:
     )
 
 
+def unknown_size() -> Any:
+    """In a shape function: a size that the numbers decide."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 def empty_grads(tensors: Iterable[Tensor], needs: Iterable[bool]) -> tuple[Tensor, ...]:
     """Memory for the gradients of some tensors; one that is not needed has size 0."""
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needs, strict=True))

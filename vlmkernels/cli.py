@@ -113,7 +113,8 @@ def _train_options(command: Callable) -> Callable:
 def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None:
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
-    --vision and --language-model), SimVLM, VirTex, VisualGPT or VisualBERT.
+    --vision and --language-model), SimVLM, VirTex, VisualGPT, VisualBERT or ViLD
+    (vild, from the CLIP of --clip).
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
     that eval, probe, embed, search, caption and match take. A run that was stopped continues, bit for bit,
@@ -180,7 +181,8 @@ def evaluate(
 ) -> None:
     """Measure retrieval R@1/5/10 both ways and zero-shot accuracy, with chance levels; for a captioning
     model perplexity, BLEU, CIDEr and, on scenes, the fraction of right slots; for a VisualBERT the accuracy
-    of matching and the perplexity of masked words, with the image, another one and none.
+    of matching and the perplexity of masked words, with the image, another one and none; for a ViLD the
+    average precision of base and novel classes, on composites or COCO's JSON.
     """
     from vlmkernels.use.evaluate import evaluate as run
 
@@ -333,6 +335,45 @@ def match(folder: str, image: str, texts: tuple[str, ...], **options: Any) -> No
     from vlmkernels.use.match import match as run
 
     click.echo(run(folder, image, texts, **options))
+
+
+@commands.command()
+@click.option("--model", "folder", required=True, metavar="RUN/final", help="Folder of a trained model.")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--categories", required=True, metavar="A,B,C", help="What to find, separated by commas.")
+@click.option("--out", metavar="FOLDER", help="For annotated images and detections.json.")
+@click.option("--threshold", default=0.3, show_default=True, metavar="X", help="Lowest score to show.")
+@click.option(
+    "--template", "templates", multiple=True, metavar="TEXT", help="Prompt with {}; may be repeated."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+def detect(folder: str, inputs: tuple[str, ...], categories: str, **options: Any) -> None:
+    """Find objects of any categories in images, by a ViLD: files, and folders with all below them."""
+    from vlmkernels.use.detect import detect as run
+
+    names = [name.strip() for name in categories.split(",") if name.strip()]
+    templates = options.pop("templates") or None
+    done = run(folder, inputs, names, templates=templates, **options)
+    _count_skipped(done.skipped)
+    if done.objects:
+        click.echo(done)
+
+
+@commands.command()
+@click.option("--model", "folder", required=True, metavar="RUN/final", help="Folder of a trained model.")
+@click.option("--data", required=True, help="composites[:SPLIT], or a .json file in COCO's format.")
+@click.option("--out", required=True, metavar="FILE", help="File to write, .safetensors.")
+@click.option("--most", default=20, show_default=True, metavar="N", help="Proposals of an image.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or a torch device.")
+def propose(folder: str, data: str, out: str, most: int, device: str) -> None:
+    """Write the proposals of a ViLD for every image, with its teacher's embeddings of their crops: what
+    another one is trained with (vlmkernels train vild --proposals).
+    """
+    from vlmkernels.use.detect import propose as run
+
+    done = run(folder, data, out, most=most, device=device)
+    _count_skipped(done.skipped)
+    click.echo(done)
 
 
 def _count_skipped(skipped: dict[str, str]) -> None:

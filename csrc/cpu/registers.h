@@ -1,5 +1,9 @@
 #pragma once
 // Vectors of one register of the instruction set: wider ones (vector.h) go through memory where they have no register.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 namespace vlmk::VLMK_ISA {
@@ -26,6 +30,29 @@ VLMK_INLINE Register<A> from_memory(const A* from) {
   Register<A> x;
   __builtin_memcpy(&x, from, sizeof(x));
   return x;
+}
+VLMK_INLINE Register<float> floats_from_memory(const float* from) { return from_memory(from); }
+VLMK_INLINE Register<double> floats_from_memory(const double* from) { return from_memory(from); }
+VLMK_INLINE Register<float> floats_from_memory(const int8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return Register<float>{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
+                         static_cast<float>(from[3])};
+#endif
+}
+VLMK_INLINE Register<float> floats_from_memory(const bf16* from) {
+#if defined(__AVX512F__)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+#elif defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+#else
+  return Register<float>{to_acc(from[0]), to_acc(from[1]), to_acc(from[2]), to_acc(from[3])};
+#endif
 }
 
 }  // namespace

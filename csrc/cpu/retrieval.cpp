@@ -9,6 +9,7 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 constexpr int64_t kFewAtOnce = 8;  // keys that stay in the first cache while queries go by
+constexpr int kQueriesAtOnce = 4;
 
 VLMK_INLINE float to_acc(int8_t x) { return x; }
 
@@ -29,115 +30,121 @@ double square(const S* x, int64_t count) {
 }
 
 template <class A>
-A dot_of_rest(const A* x, const A* y, int64_t count) {
+A sum_of(const A (&lane)[Registers<A>::lanes]) {
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t l = 0; l < Registers<A>::lanes; ++l) total += lane[l];
+  return total;
+}
+
+template <class A, class S>
+A dot_of_rest(const A* x, const S* y, int64_t count) {
   A sum = 0;
-  for (int64_t c = 0; c < count; ++c) sum += x[c] * y[c];
+  for (int64_t c = 0; c < count; ++c) sum += x[c] * to_acc(y[c]);
   return sum;
 }
 
-// Four products of X rows x and Y rows y, all `d` apart, formed at a time: sums[i][j] = <x_i, y_j>. Eight sums that do not wait
-// for one another.
-template <int X, int Y, class A>
-__attribute__((noinline)) void four_dots(const A* x, const A* y, int64_t d, A* sums) {
-  static_assert(X * Y == 4);
-  constexpr int64_t lanes = Registers<A>::lanes, step = 2 * lanes, part = kSumDepth * step;
-  for (int i = 0; i < 4; ++i) sums[i] = 0;
+// <x, y> with y read once, in order, as hardware foresees. Four sums that do not wait for one another.
+template <class A, class S>
+A dot_of_one(const A* x, const S* y, int64_t d) {
+  constexpr int64_t lanes = Registers<A>::lanes, step = 4 * lanes, part = kSumDepth * step;
+  A sum = 0;
   for (int64_t c0 = 0; c0 < d; c0 += part) {
     const int64_t end = min_(c0 + part, d), whole = c0 + (end - c0) / step * step;
-    Register<A> some[2][X][Y] = {};
+    Register<A> some[4] = {};
     for (int64_t c = c0; c < whole; c += step) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = c + half * lanes;
-        Register<A> v[X];
 #pragma GCC unroll 4
-        for (int i = 0; i < X; ++i) v[i] = from_memory(x + i * d + at);
-#pragma GCC unroll 4
-        for (int j = 0; j < Y; ++j) {
-          const A* row = y + j * d + at;
-          if (X == 1) __builtin_prefetch(row + 8 * d);  // rows are shorter than what hardware needs to see a stream
-          const Register<A> w = from_memory(row);
-#pragma GCC unroll 4
-          for (int i = 0; i < X; ++i) some[half][i][j] += v[i] * w;
-        }
-      }
+      for (int u = 0; u < 4; ++u) some[u] += from_memory(x + c + u * lanes) * floats_from_memory(y + c + u * lanes);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < X; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Y; ++j) {
-        const Register<A> both = some[0][i][j] + some[1][i][j];
-        A lane[lanes], total = 0;
-        __builtin_memcpy(lane, &both, sizeof(both));
-#pragma omp simd reduction(+ : total)
-        for (int64_t l = 0; l < lanes; ++l) total += lane[l];
-        sums[i * Y + j] += total + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);
-      }
-    }
+    const Register<A> all = (some[0] + some[1]) + (some[2] + some[3]);
+    A lane[lanes];
+    __builtin_memcpy(lane, &all, sizeof(all));
+    sum += sum_of(lane) + dot_of_rest(x + whole, y + whole, end - whole);
   }
+  return sum;
 }
 
-// sums[j] = <x, y_j> of four rows, which are widened in registers.
+// The same of types that no register converts: the sums of the four quarters of a row.
 template <class S>
-__attribute__((noinline)) void four_dots_of(const float* x, const S* y, int64_t d, float* sums) {
-  const S *y0 = y, *y1 = y + d, *y2 = y + 2 * d, *y3 = y + 3 * d;
-  for (int i = 0; i < 4; ++i) sums[i] = 0;
+float dot_widened(const float* x, const S* y, int64_t d) {
+  float sum = 0;
   for (int64_t c0 = 0; c0 < d; c0 += 4 * kSumDepth) {
-    const int64_t end = min_(c0 + 4 * kSumDepth, d);
+    const int64_t count = min_(4 * kSumDepth, d - c0), quarter = count / 4, q = quarter;
+    const float* v = x + c0;
+    const S* w = y + c0;
     float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t c = c0; c < end; ++c) {
-      const float v = x[c];
-      s0 += v * to_acc(y0[c]), s1 += v * to_acc(y1[c]), s2 += v * to_acc(y2[c]), s3 += v * to_acc(y3[c]);
+    for (int64_t c = 0; c < quarter; ++c) {
+      s0 += v[c] * to_acc(w[c]), s1 += v[q + c] * to_acc(w[q + c]);
+      s2 += v[2 * q + c] * to_acc(w[2 * q + c]), s3 += v[3 * q + c] * to_acc(w[3 * q + c]);
     }
-    sums[0] += s0, sums[1] += s1, sums[2] += s2, sums[3] += s3;
+    sum += (s0 + s1) + (s2 + s3) + dot_of_rest(v + 4 * q, w + 4 * q, count - 4 * q);
   }
+  return sum;
 }
 
-// out[j] = <x, y_j>; the last rows are counted twice rather than read past.
-template <class A, class S>
-void dots_of_one(const A* x, const S* y, int64_t count, int64_t d, A* out) {
-  for (int64_t j = 0; j < count; j += 4) {
-    A sums[4];
-    if (j + 4 > count) {
-      for (; j < count; ++j) {
-        A sum = 0;
-        for (int64_t c0 = 0; c0 < d; c0 += kSumPart) {
-          A part = 0;
-#pragma omp simd reduction(+ : part)
-          for (int64_t c = c0; c < min_(c0 + kSumPart, d); ++c) part += x[c] * static_cast<A>(to_acc(y[j * d + c]));
-          sum += part;
-        }
-        out[j] = sum;
+// out[i][j] = <x_i, y_j> of X rows x and Y rows y, all `d` apart. Each product is summed in one order whatever X and Y are.
+// Meanwhile the `stride` values after `ahead` of every register of a row are fetched.
+template <int X, int Y, class A>
+__attribute__((noinline)) void dots(const A* x, const A* y, int64_t d, const A* ahead, int64_t stride, A* out, int64_t ldo) {
+  constexpr int64_t lanes = Registers<A>::lanes, part = kSumDepth * lanes;
+  A sums[X][Y] = {};
+  for (int64_t c0 = 0; c0 < d; c0 += part) {
+    const int64_t end = min_(c0 + part, d), whole = c0 + (end - c0) / lanes * lanes;
+    Register<A> some[X][Y] = {};
+    for (int64_t c = c0; c < whole; c += lanes, ahead += stride) {
+      __builtin_prefetch(ahead);
+      Register<A> w[Y];
+#pragma GCC unroll 2
+      for (int j = 0; j < Y; ++j) w[j] = from_memory(y + j * d + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < X; ++i) {
+        const Register<A> v = from_memory(x + i * d + c);
+#pragma GCC unroll 2
+        for (int j = 0; j < Y; ++j) some[i][j] += v * w[j];
       }
-      return;
     }
-    if constexpr (std::is_same_v<S, A>) {
-      four_dots<1, 4>(x, y + j * d, d, sums);
-    } else {
-      four_dots_of(x, y + j * d, d, sums);
+    A lane[X][Y][lanes];
+#pragma GCC unroll 4
+    for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Y; ++j) __builtin_memcpy(lane[i][j], &some[i][j], sizeof(some[i][j]));
     }
-    for (int i = 0; i < 4; ++i) out[j + i] = sums[i];
+    for (int i = 0; i < X; ++i) {
+      for (int j = 0; j < Y; ++j) {
+        sums[i][j] += sum_of(lane[i][j]) + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);
+      }
+    }
+  }
+  for (int i = 0; i < X; ++i) {
+    for (int j = 0; j < Y; ++j) out[i * ldo + j] = sums[i][j];
   }
 }
 
-// out[i][j] = <x_i, y_j>, two rows by two.
+// out[i][j] = <x_i, y_j> of the keys y that the first cache holds: each group of queries fetches its share of the next.
 template <class A>
 void dots_of_few(const A* x, int64_t n, const A* y, int64_t count, int64_t d, A* out, int64_t ldo) {
-  for (int64_t i = 0; i < n; i += 2) {
-    const A* row = x + i * d;
-    if (i + 1 == n) return dots_of_one(row, y, count, d, out + i * ldo);
-    const int64_t pairs = count / 2 * 2;
-    for (int64_t j = 0; j < pairs; j += 2) {
-      A sums[4];
-      four_dots<2, 2>(row, y + j * d, d, sums);
-      for (int u = 0; u < 2; ++u) {
-        for (int v = 0; v < 2; ++v) out[(i + u) * ldo + j + v] = sums[2 * u + v];
+  constexpr int64_t lanes = Registers<A>::lanes;
+  const int64_t groups = ceil_div(n, kQueriesAtOnce), stride = ceil_div(2 * lanes, groups), share = 2 * d / groups;
+  for (int64_t i = 0; i < n; i += kQueriesAtOnce) {
+    const auto rows = [&](auto keys, int64_t j) {
+      constexpr int Y = decltype(keys)::value;
+      const A* ahead = y + (j + kFewAtOnce) * d + i / kQueriesAtOnce * share;
+      A* to = out + i * ldo + j;
+      switch (n - i) {
+        case 1:
+          return dots<1, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+        case 2:
+          return dots<2, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+        case 3:
+          return dots<3, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+        default:
+          return dots<kQueriesAtOnce, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
       }
-    }
-    for (int64_t u = 0; pairs < count && u < 2; ++u) {
-      dots_of_one(row + u * d, y + pairs * d, 1, d, out + (i + u) * ldo + pairs);
-    }
+    };
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) rows(std::integral_constant<int, 2>(), j);
+    if (j < count) rows(std::integral_constant<int, 1>(), j);
   }
 }
 
@@ -190,7 +197,15 @@ void retrieval_few(const A* queries, int64_t n, const S* keys, int64_t count, in
                    A* out, int64_t ldo) {
   constexpr bool same = std::is_same_v<S, A>, in_registers = same || std::is_same_v<A, float>;
   if (in_registers && n == 1) {
-    if constexpr (in_registers) dots_of_one(queries, keys, count, d, out);
+    if constexpr (in_registers) {
+      for (int64_t j = 0; j < count; ++j) {
+        if constexpr (same || std::is_same_v<S, int8_t> || std::is_same_v<S, bf16>) {
+          out[j] = dot_of_one(queries, keys + j * d, d);
+        } else {
+          out[j] = dot_widened(queries, keys + j * d, d);
+        }
+      }
+    }
   } else {
     for (int64_t j0 = 0; j0 < count; j0 += kFewAtOnce) {
       const int64_t some = min_(kFewAtOnce, count - j0);

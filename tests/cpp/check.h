@@ -25,6 +25,8 @@ void plain_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, in
 
 // test_dense.cc: the kernels on blocks of products.
 void test_dense_layers();
+// test_detection.cc: suppression of boxes and features of boxes.
+void test_detection();
 // test_relative.cc: relative representations and the score of contrastive search.
 void test_relative();
 // test_residual.cc: gates of residuals.

@@ -469,6 +469,7 @@ int main() {
   test_distillation();
   test_embedding_distillation();
   test_dense_layers();
+  test_detection();
   test_relative();
   test_retrieval();
   test_bfloat16_rounding();

@@ -10,7 +10,7 @@ from torch import Tensor
 import vlmkernels
 from vlmkernels import ops, reference
 
-from . import raw, raw_retrieval
+from . import raw, raw_detection, raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
 from .draw import Draw
@@ -147,6 +147,21 @@ def embedding_distillation(draw: Draw) -> dict[str, Any]:
 @arguments
 def srau(draw: Draw) -> dict[str, Any]:
     return named("srau", raw.srau(draw))
+
+
+@arguments
+def nms(draw: Draw) -> dict[str, Any]:
+    return named("nms", raw_detection.nms(draw))
+
+
+@arguments
+def roi_align(draw: Draw) -> dict[str, Any]:
+    values = named("roi_align", raw_detection.roi_align(draw))
+    size = values["out_height"], values["out_width"]
+    if draw.flag():
+        pictures = range(len(values["features"]))
+        values["boxes"] = tuple(raw_detection.corners(draw, draw.size()) for _ in pictures)
+    return {**without(values, "out_height", "out_width"), "output_size": draw.choice((size, size[1]))}
 
 
 @arguments

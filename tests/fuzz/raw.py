@@ -10,14 +10,14 @@ from torch import Tensor
 from vlmkernels.reference._dense import ACTIVATIONS
 from vlmkernels.reference.contrastive_distillation import DIVERGENCES
 
-from . import raw_retrieval
+from . import raw_detection, raw_retrieval
 from .children import Wrong
 from .damage import damaged, shown
 from .draw import Draw, targets, work
 from .memory import guarded
 
 ops = torch.ops.vlmkernels
-ARGUMENTS: dict[str, Callable[[Draw], list]] = {**raw_retrieval.ARGUMENTS}
+ARGUMENTS: dict[str, Callable[[Draw], list]] = {**raw_detection.ARGUMENTS, **raw_retrieval.ARGUMENTS}
 
 
 def arguments(make: Callable[[Draw], list]) -> Callable[[Draw], list]:

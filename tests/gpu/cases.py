@@ -1,7 +1,8 @@
 """The cases of every Triton kernel and every entry of the tables of tiles, on small ragged inputs.
 
 A case runs under any executor: `case.run(executor)`. `case.launched()` gives its launches without running
-them. `CASES` maps names to cases; those of a default run have `slow` False.
+them. `CASES` maps names to cases; those of a default run have `slow` False: the simulator of compiled code
+takes those in `SIMULATED`, the interpreter the others.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from vlmkernels.triton import (
 
 from .cases_attention import attentions
 from .cases_dense import layers
+from .cases_detection import boxes
 from .cases_relative import relative
 from .cases_retrieval import searches
 from .launches import Launch, recording
@@ -445,5 +447,41 @@ def gated() -> Iterator[Case]:
 
 
 PARTS = (by_pairs, by_teacher, by_classes, by_rows, gated, partial(searches, each, with_far))
-PARTS += tuple(partial(part, each) for part in (layers, attentions, relative))
+PARTS += tuple(partial(part, each) for part in (layers, attentions, relative, boxes))
 CASES = {case.name: case for part in PARTS for case in part()}
+
+# Each kernel once, in a type of one width; the interpreter takes the other default cases.
+SIMULATED = {
+    "info_nce, chunks, float16",
+    "info_nce, of each row, float32",
+    "info_nce, long, bfloat16",
+    "info_nce, few rows, float32",
+    "sigmoid_loss, ragged, by ids, float32",
+    "sigmoid_loss, few rows, each, float16",
+    "sigmoid_loss, one tile, float32",
+    "scale_grads, four, bfloat16",
+    "contrastive_distillation, ragged, float32",
+    "contrastive_distillation, chunks, float16",
+    "linear_cross_entropy, ragged, float32",
+    "linear_distillation, offline, all classes, bfloat16",
+    "distillation, JSD, float32",
+    "distillation, far rows, bfloat16",
+    "embedding_distillation, cosine, float32",
+    "embedding_distillation, far rows, bfloat16",
+    "gated_residual, channels, masked, bfloat16",
+    "srau, paper, masked, bfloat16",
+    "srau, one level, wide, float32",
+    "gated_linear_residual, ragged, float32",
+    "gated_linear_residual, large tiles, bfloat16",
+    "topk_similarity, NaN, float32",
+    "retrieval_ranks, NaN, float32",
+    "mine_hard_negatives, far rows, bfloat16",
+    "gated_mlp, ragged, float32",
+    "mlp, no bias, float16",
+    "interval_attention, frozen queries, float32",
+    "interval_attention, bias, batches together, float32",
+    "interval_attention, far rows, bfloat16",
+    "relative_representation, fraction, float32",
+    "relative_similarity, ragged, bfloat16",
+    "contrastive_search_score, no token is alike, float32",
+}

@@ -93,6 +93,7 @@ class Entry(NamedTuple):
     target: str
 
 
+@functools.cache
 def entries(target: str) -> dict[str, Entry]:
     """What is compiled for a target, by `workload: kernel`; launches of equal code count once."""
     out: dict[str, Entry] = {}

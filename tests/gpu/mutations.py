@@ -24,6 +24,7 @@ from . import (
     mutants,
     mutants_classes,
     mutants_dense,
+    mutants_detection,
     mutants_distillation,
     mutants_gated,
     mutants_pairwise,
@@ -47,6 +48,7 @@ MUTANTS = [
     *mutants_gated.MUTANTS,
     *mutants_relative.MUTANTS,
     *mutants_retrieval.MUTANTS,
+    *mutants_detection.MUTANTS,
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_testing.md"
 UNSEEN = "not seen"

@@ -30,7 +30,7 @@ from vlmkernels.triton import _contrastive_distillation_bwd as distilled_bwd
 from vlmkernels.triton import _tiles as tiles
 from vlmkernels.triton import contrastive_distillation as distilled
 
-from .cases import CASES
+from .cases import CASES, SIMULATED
 from .trials import DTYPES
 
 HALF = {torch.bfloat16, torch.float16}
@@ -68,12 +68,19 @@ SUMS = {
     "_attention_bwd._query_ranges",
     "_rows._total",
     "gated_residual._combine",
+    "nms._scan",
 }
-ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients"}  # one program
+ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients", "nms._scan"}  # one program
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * c.slow) for c in CASES.values()],
-                         ids=list(CASES))  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case.slow or name in SIMULATED))
+        for name, case in CASES.items()
+    ],
+    ids=list(CASES),
+)
 def test_as_good_as_the_reference(case):
     case.run()
 

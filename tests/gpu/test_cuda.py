@@ -74,6 +74,7 @@ def test_kernels(name, order):
     trial.check(requests)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_kernels_under_sanitizers(mode):
     """All cases in one process: to start one for the thread sanitizer takes over a second."""
@@ -113,6 +114,7 @@ def test_types_without_kernels_are_refused():
         cuda.run(cuda.program("plain"), [request])
 
 
+@pytest.mark.slow
 def test_the_op_on_the_bridge_of_cuda():
     """The tests of the op, with the bridge of CUDA tensors and its kernels in place of those for the CPU."""
     code = (

@@ -27,6 +27,7 @@ def cheapest(seen: tuple[str, ...]) -> str:
 ROWS = recorded(SECTION)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("i", range(len(MUTANTS)), ids=[mutation.name for mutation in MUTANTS])
 def test_seen(i):
     assert verdict(MUTANTS[i], RUNGS[cheapest(ROWS[i][2:])]) is not None

@@ -133,6 +133,11 @@ def quotient(a: float, b: float):
     return sign * 0.0 if a == 0 or math.isinf(b) else Fraction(a) / Fraction(b)
 
 
+def toward_zero(x: float, bits: int) -> int:
+    most = 2 ** (bits - 1)
+    return 0 if math.isnan(x) else int(max(-most, min(x, most - 1)))
+
+
 def root(x: float):
     return math.sqrt(x) if not x < 0 else math.nan
 
@@ -235,7 +240,7 @@ rows("min.f32", "", extremum(min), operands=2)
 rows("max.f32", "", extremum(max), operands=2)
 rows("div.s32 div.u32 div.u64", "", truncated, operands=2)
 rows("rem.s32 rem.u32", "", lambda a, b: a - truncated(a, b) * b, operands=2)
-rows("div.full.f32 div.rn.f64", "", quotient, operands=2)
+rows("div.full.f32 div.rn.f32 div.rn.f64", "", quotient, operands=2)
 rows("neg.s32 neg.f32 neg.f64", "", operator.neg, operands=1)
 rows("abs.s32 abs.f32 abs.f64", "", abs, operands=1)
 rows("abs.ftz.f32", "", lambda x: abs(flush(x)), operands=1)
@@ -288,6 +293,10 @@ rows("cvt.f64.f32", "f32", lambda x: x, to="f64")
 rows("cvt.rn.f32.f64", "f64", lambda x: x, to="f32")
 rows("cvt.rn.f32.s32", "s32", lambda x: Fraction(x), to="f32")
 rows("cvt.rni.f32.f32", "f32", lambda x: math.copysign(round(x), x) if math.isfinite(x) else x)
+rows("cvt.rn.f32.u32", "u32", lambda x: Fraction(x), to="f32")
+rows("cvt.rzi.f32.f32", "f32", lambda x: math.copysign(math.trunc(x), x) if math.isfinite(x) else x)
+rows("cvt.rzi.s32.f32", "f32", lambda x: toward_zero(x, 32), to="s32")
+rows("cvt.rzi.s64.f32", "f32", lambda x: toward_zero(x, 64), to="s64")
 rows("cvt.f32.bf16", "b16", of_sixteen(torch.bfloat16), to="f32")
 rows("cvt.f32.f16", "b16", of_sixteen(torch.float16), to="f32")
 rows("cvt.rn.bf16.f32", "f32", sixteen(torch.bfloat16), to="b16")

@@ -12,8 +12,10 @@ from vlmkernels.triton import interval_attention as triton_interval
 from vlmkernels.triton import perceiver_attention as triton_perceiver
 
 from .interpreter import interpreting
-from .trials import DTYPES, check, thirds
+from .trials import DTYPES, check, grid
 from .trials_attention import Interval, Perceiver, any_intervals, heads_last, problem
+
+pytestmark = pytest.mark.sampled(3)
 
 SIZES = [
     (1, 1, 1, 1, 1, 1, 1),
@@ -60,7 +62,7 @@ def test_bounds_outside_the_keys_are_clipped(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes"), thirds(DTYPES, [((2, 5), 10, 10), ((1, 40), 35, 50), ((3, 1), 5, 3)])
+    ("dtype", "sizes"), grid(DTYPES, [((2, 5), 10, 10), ((1, 40), 35, 50), ((3, 1), 5, 3)])
 )
 def test_relative_bias(dtype, sizes):
     grid, tq, tk = sizes

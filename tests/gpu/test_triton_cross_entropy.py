@@ -16,8 +16,10 @@ from vlmkernels.triton import linear_cross_entropy as launcher
 
 from .interpreter import interpreting
 from .launches import recording
-from .trials import DTYPES, check, sanitized, thirds
+from .trials import DTYPES, check, grid, sanitized
 from .trials_pairwise import CrossEntropy
+
+pytestmark = pytest.mark.sampled(3)
 
 EVERY = {"bias": True, "column_scale": True, "smoothing": 0.2}
 ALL = (True, True, True)
@@ -52,7 +54,7 @@ def test_chunks(dtype, ignored, spread):
 
 
 @pytest.mark.usefixtures("seven_rows")
-@pytest.mark.parametrize(("dtype", "left"), thirds(DTYPES, [(0, 1), (1, 1), (7, 1), (8, 2), (30, 5)]))
+@pytest.mark.parametrize(("dtype", "left"), grid(DTYPES, [(0, 1), (1, 1), (7, 1), (8, 2), (30, 5)]))
 def test_chunks_in_which_no_row_counts_are_left_out(dtype, left, monkeypatch):
     """To the same bits as with them, which is what a captured graph does."""
     rows, chunks = left
@@ -150,7 +152,7 @@ def truth(work, hidden, weight, bias, dloss, **options):
 @pytest.mark.usefixtures("triton_sweep")
 @pytest.mark.parametrize(
     ("of", "reduction", "ignored"),
-    thirds(
+    grid(
         [(torch.float32, True), *((t, False) for t in (*DTYPES, torch.float64))],
         ["mean", "sum", "none"],
         [0.0, 0.4, 1.0],

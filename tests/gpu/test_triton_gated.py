@@ -12,6 +12,8 @@ from .interpreter import interpreting
 from .trials import DTYPES, check
 from .trials_gated import Linear
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1), (37, 130, 45), (70, 24, 96), (5, 3, 0)], ids=str)

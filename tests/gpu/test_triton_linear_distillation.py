@@ -16,8 +16,10 @@ from vlmkernels.triton import linear_distillation as launcher
 from .interpreter import interpreting
 from .launches import recording
 from .test_triton_rows import REDUCTIONS, kernels_of
-from .trials import DTYPES, check, sanitized, thirds
+from .trials import DTYPES, check, grid, sanitized
 from .trials_pairwise import TwoModels
+
+pytestmark = pytest.mark.sampled(3)
 
 ONLINE = [{"divergence": name} for name in ("forward_kl", "reverse_kl", "jsd")]
 OFFLINE = [{"divergence": name, "k": 20} for name in ("forward_kl", "jsd")]
@@ -37,7 +39,7 @@ def seven_rows(monkeypatch):
     monkeypatch.setattr(_rows, "TOTAL", 4)
 
 
-@pytest.mark.parametrize(("dtype", "form"), thirds(DTYPES, [*ONLINE, *OFFLINE]))
+@pytest.mark.parametrize(("dtype", "form"), grid(DTYPES, [*ONLINE, *OFFLINE]))
 def test_block(dtype, form):
     check(TwoModels(12, 37, 60, dtype, targets=False, temperature=1.0, **form))
     check(TwoModels(12, 37, 60, dtype, hard_weight=0.4, biases=True, **form))

@@ -25,16 +25,18 @@ from vlmkernels.triton import info_nce, sigmoid_loss
 
 from .interpreter import interpreting
 from .launches import recording
-from .trials import DTYPES, check, thirds
+from .trials import DTYPES, check, grid
 from .trials_gated import Residual
 from .trials_pairwise import InfoNCE, Problem, Sigmoid
+
+pytestmark = pytest.mark.sampled(3)
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1), (37, 130, 37), (65, 63, 96)]
 ROWS = {"symmetric": False}
 
 
-@pytest.mark.parametrize(("normalize", "size", "dtype"), thirds((False, True), SIZES, DTYPES))
+@pytest.mark.parametrize(("normalize", "size", "dtype"), grid((False, True), SIZES, DTYPES))
 def test_info_nce_of_each_form(size, dtype, normalize):
     n, m, d = size
     scale = 1.0 if n == 1 else 10.0  # the rounding of one large logit is luck
@@ -156,7 +158,7 @@ def test_raw_sizes_that_do_not_fit_are_refused():
         sigmoid_loss.sigmoid_loss(query, key, scale, scale, None, None, False, "mean", True, True, True)
 
 
-@pytest.mark.parametrize(("normalize", "size", "dtype"), thirds((False, True), SIZES, DTYPES))
+@pytest.mark.parametrize(("normalize", "size", "dtype"), grid((False, True), SIZES, DTYPES))
 def test_sigmoid_loss(size, dtype, normalize):
     n, m, d = size
     scale = 1.0 if n == 1 else 10.0  # the rounding of one large logit is luck

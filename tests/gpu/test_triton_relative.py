@@ -11,6 +11,8 @@ from .launches import recording
 from .trials import DTYPES, check, sanitized
 from .trials_relative import Powers, Search, Sparse
 
+pytestmark = pytest.mark.sampled(3)
+
 
 @pytest.fixture
 def blocks(monkeypatch):

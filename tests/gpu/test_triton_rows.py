@@ -17,8 +17,10 @@ from vlmkernels.reference.embedding_distillation import (
 from vlmkernels.triton import _rows, distillation, embedding_distillation
 
 from .launches import recording
-from .trials import DTYPES, check, sanitized, thirds
+from .trials import DTYPES, check, grid, sanitized
 from .trials_rows import Features, Logits
+
+pytestmark = pytest.mark.sampled(3)
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
@@ -43,7 +45,7 @@ def sizes_of_blocks(request):
 
 @pytest.mark.usefixtures("sizes_of_blocks")
 @pytest.mark.parametrize(
-    ("size", "std", "divergence", "dtype"), thirds([(9, 5), (6, 130)], [0.01, 8.0], DIVERGENCES, DTYPES)
+    ("size", "std", "divergence", "dtype"), grid([(9, 5), (6, 130)], [0.01, 8.0], DIVERGENCES, DTYPES)
 )
 def test_distillation(size, std, divergence, dtype):
     options = {"divergence": divergence, "std": std, "ignored": 0.0}
@@ -53,7 +55,7 @@ def test_distillation(size, std, divergence, dtype):
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
-    ("hard_weight", "reduction", "divergence"), thirds([0.0, 0.5, 1.0], REDUCTIONS, DIVERGENCES)
+    ("hard_weight", "reduction", "divergence"), grid([0.0, 0.5, 1.0], REDUCTIONS, DIVERGENCES)
 )
 def test_reductions_and_ignored_rows(hard_weight, reduction, divergence):
     for temperature, ignored in ((0.25, 0.4), (1.0, 0.4), (1.0, 1.0)):
@@ -76,7 +78,7 @@ def test_large_logits(dtype, divergence):
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
     ("dtype", "masked", "least"),
-    thirds(
+    grid(
         DTYPES[:2],
         [slice(0, 70), slice(70, None), slice(None, None, 3)],
         [-torch.inf, torch.finfo(torch.float32).min],

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,14 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Executor = Callable[[], AbstractContextManager]
 
 
-def thirds(*axes: Sequence) -> list:
-    """All combinations, of which a third is not slow: every value meets each of an axis of three there."""
-    return [
-        pytest.param(*values, marks=[pytest.mark.slow] * (sum(places) % 3 > 0))
-        for places, values in zip(
-            itertools.product(*map(range, map(len, axes))), itertools.product(*axes), strict=True
-        )
-    ]
+def grid(*axes: Sequence) -> list[tuple]:
+    """Every combination."""
+    return list(itertools.product(*axes))
 
 
 class Trial(Protocol):

@@ -26,10 +26,12 @@ from vlmkernels.triton import linear_cross_entropy as cross
 from vlmkernels.triton import linear_distillation as linear_distil
 from vlmkernels.triton import mine_hard_negatives as mining
 from vlmkernels.triton import mlp as two_layers
+from vlmkernels.triton import nms as suppression
 from vlmkernels.triton import perceiver_attention as perceiver
 from vlmkernels.triton import relative_representation as powers
 from vlmkernels.triton import relative_similarity as sparse
 from vlmkernels.triton import retrieval_ranks as ranking
+from vlmkernels.triton import roi_align as pooling
 from vlmkernels.triton import sigmoid_loss, srau
 from vlmkernels.triton import topk_similarity as topk
 
@@ -164,6 +166,16 @@ def contrastive_search(b, k, t, d, dtype, *, alpha=0.1, beta=2.0, lengths=False)
     )  # fmt: skip
 
 
+def nms(n, dtype, *, groups=False):
+    suppression.kept_bits(meta(n, 4, dtype=dtype), meta(n, dtype=torch.int64) if groups else None, 0.5)
+
+
+def roi_align(batch, channels, height, width, boxes, size, dtype, *, ratio=2, aligned=True):
+    options, corners = (0.25, ratio, aligned), meta(boxes, 5)
+    out = pooling.roi_align(meta(batch, channels, height, width, dtype=dtype), corners, size, size, *options)
+    pooling.roi_align_bwd(out, corners, batch, height, width, *options, [True])
+
+
 def gated_residual(n, d, dtype, *, channels=False, mask=False, need_y=True, need_gate=True, low=None):
     x, y, gate = meta(n, d, dtype=dtype), meta(n, d, dtype=low or dtype), meta(d if channels else 1)
     row_mask = meta(n, dtype=torch.bool) if mask else None
@@ -284,6 +296,8 @@ for name, dtype in (("bf16", BF16), ("fp32", FP32)):
     _add(f"relative_representation {name}", relative_representation, 8192, 800, dtype)
     _add(f"relative_similarity {name}", relative_similarity, 512, 1000, 800, 800, dtype)
     _add(f"contrastive_search {name}", contrastive_search, 8, 45, 16, 768, dtype)
+    _add(f"nms {name}", nms, 10_000, dtype)
+    _add(f"roi_align {name}", roi_align, 2, 256, 200, 304, 1000, 7, dtype)
     _add(f"gated_residual {name}", gated_residual, 8192, 768, dtype)
     _add(f"gated_residual {name} channels", gated_residual, 8192, 1024, dtype, channels=True, mask=True)
     _add(f"gated_residual {name} wide", gated_residual, 8192, 4096, dtype)
@@ -419,6 +433,11 @@ _add("relative_similarity bf16 ragged", relative_similarity, 1, 80001, 797, 300,
 _add("relative_similarity bf16 one element", relative_similarity, 1, 1, 1, 1, BF16)
 _add("contrastive_search bf16 lengths", contrastive_search, 1, 100, 200, 770, BF16, lengths=True)
 _add("contrastive_search bf16 greedy", contrastive_search, 2, 1, 1, 770, BF16, alpha=0.0, beta=0.0)
+_add("nms fp32 groups", nms, 999, FP32, groups=True)
+_add("nms fp32 many", nms, 100_000, FP32)
+_add("nms bf16 one box", nms, 1, BF16)
+_add("roi_align bf16 masks", roi_align, 2, 256, 200, 304, 1000, 14, BF16, ratio=0, aligned=False)
+_add("roi_align bf16 one element", roi_align, 1, 1, 1, 1, 1, 1, BF16)
 _add("gated_residual bf16 ragged", gated_residual, 4097, 1001, BF16, mask=True)
 _add("gated_residual bf16 frozen gate", gated_residual, 8192, 1024, BF16, need_gate=False)
 _add("gated_residual bf16 gate alone", gated_residual, 8192, 1024, BF16, need_y=False)

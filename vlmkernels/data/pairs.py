@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmkernels.data.coco import CocoPictures
+from vlmkernels.data.composites import Composites, PictureTransform, load_composites
 from vlmkernels.data.csv_pairs import CsvPairs
 from vlmkernels.data.emoji import Emoji3, load_emoji3
 from vlmkernels.data.lines import CaptionLines
@@ -18,14 +20,15 @@ from vlmkernels.data.tar_pairs import TarPairs
 def load_pairs(
     spec: str,
     *,
-    transform: Transform | None = None,
+    transform: Transform | PictureTransform | None = None,
     seed: int = 0,
     allow_pipe: bool = False,
     **options: Any,
-) -> Emoji3 | Scenes | CaptionLines | CsvPairs | TarPairs:
+) -> Emoji3 | Scenes | Composites | CocoPictures | CaptionLines | CsvPairs | TarPairs:
     """Open the data set given by `spec`; its samples are `Sample`s.
 
-    spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), "scenes" or "scenes:SPLIT" (`load_scenes`), the path of
+    spec: "emoji3" or "emoji3:SPLIT" (`load_emoji3`), "scenes" or "scenes:SPLIT" (`load_scenes`), "composites"
+        or "composites:SPLIT" (`load_composites`), a .json file in COCO's format (`CocoPictures`), the path of
         a .csv, .tsv or .txt table (`CsvPairs`), or webdataset tars as a path, brace pattern or URL with
         ".tar" (`TarPairs`); or "lines:FILE", captions without images (`CaptionLines`).
     transform: applied to every RGB image, e.g. `image_transform(224)`. seed: of all random choices.
@@ -37,7 +40,11 @@ def load_pairs(
     """
     arguments = {"transform": transform, "seed": seed, **options}
     name, _, split = spec.partition(":")
-    embedded: dict[str, Callable[..., Any]] = {"emoji3": load_emoji3, "scenes": load_scenes}
+    embedded: dict[str, Callable[..., Any]] = {
+        "emoji3": load_emoji3,
+        "scenes": load_scenes,
+        "composites": load_composites,
+    }
     if name in embedded:
         return _open(embedded[name], split or "train", arguments)
     if name == "lines":
@@ -48,8 +55,11 @@ def load_pairs(
         return _open(TarPairs, spec, {**arguments, "allow_pipe": allow_pipe})
     if Path(spec).suffix.lower() in (".csv", ".tsv", ".txt"):
         return _open(CsvPairs, spec, arguments)
+    if Path(spec).suffix.lower() == ".json":
+        return _open(CocoPictures, spec, arguments)
     raise ValueError(
-        "spec must be emoji3[:SPLIT], scenes[:SPLIT], a .csv, .tsv or .txt file, .tar shards or lines:FILE, "
+        "spec must be emoji3[:SPLIT], scenes[:SPLIT], composites[:SPLIT], a .csv, .tsv or .txt file, "
+        "COCO's .json, .tar shards or lines:FILE, "
         f"got {spec!r}"
     )
 

@@ -24,6 +24,7 @@ from vlmkernels.models.parts.attention import (
     split_heads,
 )
 from vlmkernels.models.parts.pretrained import below
+from vlmkernels.models.parts.resnet import map_stride
 from vlmkernels.models.parts.transformer import LayerNorm
 from vlmkernels.nn.dense import MLP, Linear, add
 
@@ -100,7 +101,7 @@ class VisualGPTConfig:
     @property
     def stride(self) -> int:
         """Pixels a side of a position of the grid."""
-        return 2 ** (len(self.conv_blocks) + self.conv_pool)
+        return map_stride(self.conv_blocks, pool=self.conv_pool)
 
     @property
     def grid(self) -> int:

@@ -31,7 +31,7 @@ from vlmkernels.intervals import Intervals
 from vlmkernels.models.parts.attention import CrossAttention, Keep, MultiheadSelfAttention
 from vlmkernels.models.parts.generation import StepOutput, generate
 from vlmkernels.models.parts.pretrained import Pretrained, below
-from vlmkernels.models.parts.resnet import ResNet
+from vlmkernels.models.parts.resnet import ResNet, map_stride
 from vlmkernels.models.parts.token_loss import IGNORE
 from vlmkernels.models.parts.transformer import Block, LayerNorm
 from vlmkernels.nn.dense import Linear, table_for, tied_logits
@@ -76,7 +76,7 @@ class SimVLMConfig:
             raise ValueError("SimVLMConfig: " + "; ".join(too_small))
         heads = max(self.width // 64, 1) if self.heads is None else self.heads
         object.__setattr__(self, "heads", heads)
-        stride = 16 if self.conv_pool else 8
+        stride = map_stride(self.conv_blocks, pool=self.conv_pool)
         faults = []
         if self.form not in FORMS:
             faults.append(f"form must be one of {FORMS}, got {self.form!r}")
@@ -103,7 +103,7 @@ class SimVLMConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of image tokens."""
-        side = self.image_size // (16 if self.conv_pool else 8)
+        side = self.image_size // map_stride(self.conv_blocks, pool=self.conv_pool)
         return side, side
 
 

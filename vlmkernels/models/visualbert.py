@@ -36,6 +36,7 @@ from vlmkernels.models.parts import padding
 from vlmkernels.models.parts.bert import Encoder, initialise, runs_of
 from vlmkernels.models.parts.image_grid import ImageGrid
 from vlmkernels.models.parts.pretrained import Pretrained, below
+from vlmkernels.models.parts.resnet import map_stride
 from vlmkernels.models.parts.token_loss import IGNORE
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn.dense import Linear, table_for, take_rows
@@ -56,7 +57,8 @@ class VisualBertConfig:
     in the documentation of transformers. `region_type` is the type of a region for which none is given: 0 in
     the published code, 1 in transformers. `context_length` is the number of tokens to which a text is
     truncated, `max_positions` the size of the position table. `dropout` acts on hidden states and attention.
-    `init_std` is that of new weights: BERT's for its width; a narrow model learns faster with more.
+    `init_std` is the standard deviation of new weights: BERT's for its width; a narrow model needs about
+    1 / sqrt(width), or its matching stays at chance for long.
     Regions of `visual_dim` numbers are given, or with `conv_blocks` they come from an image tower for images
     of `image_size`: a ResNet of these blocks, width `conv_width` and pooling `conv_pool` (`ImageGrid`).
     """
@@ -117,7 +119,7 @@ class VisualBertConfig:
     @property
     def stride(self) -> int:
         """Pixels a side of a region of the tower."""
-        return 2 ** (len(self.conv_blocks) + self.conv_pool)
+        return map_stride(self.conv_blocks, pool=self.conv_pool)
 
     @property
     def region_width(self) -> int:
@@ -469,7 +471,7 @@ CONFIGS: dict[str, VisualBertConfig] = {
         heads=4,
         mlp_width=512,
         dropout=0.0,
-        init_std=0.06,
+        init_std=0.09,
         image_size=48,
         conv_blocks=(1, 1, 1),
         conv_width=16,

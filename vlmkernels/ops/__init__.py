@@ -14,10 +14,12 @@ from vlmkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.ops.linear_distillation import linear_distillation
 from vlmkernels.ops.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.ops.mlp import mlp
+from vlmkernels.ops.nms import nms
 from vlmkernels.ops.perceiver_attention import perceiver_attention
 from vlmkernels.ops.relative_representation import relative_representation
 from vlmkernels.ops.relative_similarity import relative_similarity
 from vlmkernels.ops.retrieval_ranks import retrieval_ranks
+from vlmkernels.ops.roi_align import roi_align
 from vlmkernels.ops.sigmoid_loss import sigmoid_loss
 from vlmkernels.ops.srau import srau
 from vlmkernels.ops.topk_similarity import topk_similarity
@@ -26,6 +28,7 @@ from vlmkernels.ops.topk_similarity import topk_similarity
 FAMILIES = {
     "attention": ("interval_attention", "perceiver_attention"),
     "dense": ("gated_linear_residual", "gated_mlp", "linear", "mlp"),
+    "detection": ("nms", "roi_align"),
     "pairwise": (
         "contrastive_distillation",
         "info_nce",
@@ -41,9 +44,12 @@ FAMILIES = {
         "relative_similarity",
         "retrieval_ranks",
         "topk_similarity",
-    ),  # no gradients
+    ),
     "rows": ("distillation", "embedding_distillation"),
 }
+
+# Their results are indices, ranks and scores.
+WITHOUT_GRADIENTS = ("nms", *FAMILIES["retrieval"])
 
 __all__ = [
     "contrastive_distillation",
@@ -60,10 +66,12 @@ __all__ = [
     "linear_distillation",
     "mine_hard_negatives",
     "mlp",
+    "nms",
     "perceiver_attention",
     "relative_representation",
     "relative_similarity",
     "retrieval_ranks",
+    "roi_align",
     "sigmoid_loss",
     "srau",
     "topk_similarity",

@@ -57,12 +57,20 @@ def _each_times(dloss: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(dloss.new_empty(0) if x is None else (x * dloss).to(x.dtype) for x in grads)
 
 
+def _scale_on_cpu(
+    dloss: Tensor, a: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None,
+    d: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The dispatcher leaves out what has its default at the end: there are four results all the same."""
+    return _each_times(dloss, a, b, c, d)
+
+
 _scale = define_part(
     "scale_grads(Tensor dloss, Tensor? a=None, Tensor? b=None, Tensor? c=None, Tensor? d=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     flops=lambda *_, **__: 0,
 )
-kernel("scale_grads", "CPU", _each_times, "PyTorch")
+kernel("scale_grads", "CPU", _scale_on_cpu, "PyTorch")
 if TRITON:
     from vlmkernels.triton._ahead import MOST, scale_grads
 

@@ -14,10 +14,12 @@ from vlmkernels.reference.linear_cross_entropy import linear_cross_entropy
 from vlmkernels.reference.linear_distillation import linear_distillation
 from vlmkernels.reference.mine_hard_negatives import mine_hard_negatives
 from vlmkernels.reference.mlp import mlp
+from vlmkernels.reference.nms import nms
 from vlmkernels.reference.perceiver_attention import perceiver_attention
 from vlmkernels.reference.relative_representation import relative_representation
 from vlmkernels.reference.relative_similarity import relative_similarity
 from vlmkernels.reference.retrieval_ranks import retrieval_ranks
+from vlmkernels.reference.roi_align import roi_align
 from vlmkernels.reference.sigmoid_loss import sigmoid_loss
 from vlmkernels.reference.srau import srau
 from vlmkernels.reference.topk_similarity import topk_similarity
@@ -37,10 +39,12 @@ __all__ = [
     "linear_distillation",
     "mine_hard_negatives",
     "mlp",
+    "nms",
     "perceiver_attention",
     "relative_representation",
     "relative_similarity",
     "retrieval_ranks",
+    "roi_align",
     "sigmoid_loss",
     "srau",
     "topk_similarity",

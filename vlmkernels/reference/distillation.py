@@ -114,7 +114,9 @@ def distillation_fwd(
         stats[:, 5] = _centred(student, 1.0).exp().sum(1)
         log_s, log_p = (_centred(x, temperature).log_softmax(1) for x in (student, teacher))
         if divergence == "reverse_kl":
-            stats[:, 4] = _kl(log_s, log_p)
+            s = _centred(student, temperature).softmax(1)
+            ratio = _log_ratio(student, teacher, stats[:, :4, None].unbind(1), temperature)
+            stats[:, 4] = (s * ratio.where(s != 0, 0)).sum(1)
         elif divergence == "jsd":
             stats[:, 4] = _kl(log_s, _log_mixture(log_s, log_p, beta))
     rest = (temperature, divergence, beta, hard_weight, ignore_index, reduction, [need_student])
@@ -154,7 +156,8 @@ def distillation_bwd(
         if divergence == "forward_kl":
             d = s - p
         elif divergence == "reverse_kl":
-            d = s * (log_s - log_p - mean).where(s != 0, 0)
+            ratio = _log_ratio(student, teacher, (top_s, sum_s, top_p, sum_p), temperature)
+            d = s * (ratio - mean).where(s != 0, 0)
         else:
             d = (1 - beta) * s * (log_s - _log_mixture(log_s, log_p, beta) - mean).where(s != 0, 0)
         dstudent = (1 - hard_weight) * temperature * u * d
@@ -178,6 +181,12 @@ def _rows(student: Tensor, teacher: Tensor, target: Tensor | None, ignore_index:
 def _centred(logits: Tensor, temperature: float) -> Tensor:
     """(logits - maximum) / T, which rounds less than logits / T."""
     return (logits - logits.detach().amax(1, keepdim=True)) / temperature if logits.shape[1] else logits
+
+
+def _log_ratio(student: Tensor, teacher: Tensor, stats: Sequence[Tensor], temperature: float) -> Tensor:
+    """log s - log p [N, V]: the rounding of its constant, log(sum_p / sum_s), is that of its mean as well."""
+    top_s, sum_s, top_p, sum_p = stats  # [N, 1] each
+    return ((student - top_s) / temperature - (teacher - top_p) / temperature) + (sum_p.log() - sum_s.log())
 
 
 def _divergence(log_s: Tensor, log_p: Tensor, divergence: str, beta: float) -> Tensor:  # [N]

@@ -95,7 +95,7 @@ class TrainConfig:
     data: str = option(
         "emoji3:style-train",
         "emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file of filepath and title, or webdataset tars; for kinds "
-        "without images also lines:FILE, a caption a line",
+        "without images also lines:FILE, a caption a line; for detectors composites[:SPLIT] or COCO's JSON",
     )
     data_options: dict[str, Any] = option(
         {}, "options of vlmkernels.data.load_pairs, such as {caption: label_tags}"

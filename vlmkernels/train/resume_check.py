@@ -41,10 +41,11 @@ def with_later_fields(earlier: RunIdentity, model: Any) -> RunIdentity:
 
 
 def _with_defaults(transform: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an image transform, or of several views, all of them."""
+    """All fields of an image transform, or of several views; those of another class as they are."""
     if "transforms" in transform:
         return {"transforms": [_with_defaults(each) for each in transform["transforms"]]}
-    return {**ImageTransform().to_dict(), **transform}
+    known = ImageTransform().to_dict()
+    return {**known, **transform} if transform.keys() <= known.keys() else transform
 
 
 def inputs_identity(source: Any, tokenizer: Path, transform: Any, model: Any) -> RunIdentity:

@@ -370,15 +370,17 @@ def evaluate(
     "scenes[:SPLIT]", a CSV/TSV file or webdataset tars, for retrieval (emoji3 has classes too); a folder with
     one folder of images per class, for zero-shot classification with ``templates`` ("{}" is the name); or a
     data set. Flamingo, SimVLM and language models: that of ``evaluate_captions``, by beam search if
-    ``num_beams`` exceeds 1; no class folders. VisualBERT: that of ``evaluate_matching``. ``allow_pipe`` is
-    that of ``load_pairs``. Raises FileNotFoundError or ValueError naming what is invalid.
+    ``num_beams`` exceeds 1; no class folders. VisualBERT: that of ``evaluate_matching``. ViLD: that of
+    ``evaluate_detection``, on composites or COCO's JSON. ``allow_pipe`` is that of ``load_pairs``. Raises
+    FileNotFoundError or ValueError naming what is invalid.
     """
     check_batch_size(batch_size)
     dataset = open_data(data, allow_pipe=allow_pipe)
     loaded = load_model(model_folder, device, fitting=kinds.every())
     kind = kinds.of_model(loaded[0])
     kind.check_images(dataset)
-    if not kind.embeds and (templates is not None or isinstance(dataset, ClassFolders)):
+    prompted = templates is not None and not kind.detects
+    if not kind.embeds and (prompted or isinstance(dataset, ClassFolders)):
         takes = " and ".join(kinds.model_types(kinds.embedders()))
         raise ValueError(f"data: {model_folder} embeds nothing; classes and templates are for {takes}")
     return kind.evaluate(*loaded, dataset, batch_size=batch_size, templates=templates, num_beams=num_beams)

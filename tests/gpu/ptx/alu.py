@@ -190,6 +190,18 @@ def convert(to: type, of: type | None = None) -> Callable:
     return lambda x: (x if of is None else x.astype(of)).astype(to)
 
 
+def toward_zero(to: type) -> Callable:
+    """Whole numbers of `to`: the nearest one for what lies outside, 0 for NaN."""
+    low, high = np.iinfo(to).min, np.iinfo(to).max
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        inside = (x >= np.float64(low)) & (x < np.float64(high))
+        beyond = np.where(x > 0, high, np.where(x < 0, low, 0))
+        return np.where(inside, np.where(inside, x, 0).astype(to), beyond).astype(to)
+
+    return convert
+
+
 def same(x: np.ndarray) -> np.ndarray:
     return x
 
@@ -215,7 +227,7 @@ def _arithmetic():
     yield from _uniform("div", "s32 u32 u64", divide, 2)
     yield from _uniform("rem", "s32 u32", np.fmod, 2)
     yield from _uniform("div.full", "f32", np.divide, 2)
-    yield from _uniform("div.rn", "f64", np.divide, 2)
+    yield from _uniform("div.rn", "f32 f64", np.divide, 2)
     yield from _uniform("neg", "s32 f32 f64", np.negative, 1)
     yield from _uniform("abs", "s32 f32 f64", np.abs, 1)
     yield from _uniform("abs.ftz", "f32", lambda x: flushed(np.abs(x)), 1)
@@ -297,7 +309,11 @@ def _moves():
     yield "cvt.f64.f32", Op("f64", ("f32",), convert(np.float64))
     yield "cvt.rn.f32.f64", Op("f32", ("f64",), convert(np.float32))
     yield "cvt.rn.f32.s32", Op("f32", ("s32",), convert(np.float32))
+    yield "cvt.rn.f32.u32", Op("f32", ("u32",), convert(np.float32))
     yield "cvt.rni.f32.f32", Op("f32", ("f32",), np.rint)
+    yield "cvt.rzi.f32.f32", Op("f32", ("f32",), np.trunc)
+    for to in ("s32", "s64"):
+        yield f"cvt.rzi.{to}.f32", Op(to, ("f32",), toward_zero(NUMPY[to]))
     yield "cvt.f32.bf16", Op("f32", ("b16",), from_bf16)
     yield "cvt.f32.f16", Op("f32", ("b16",), from_f16)
     yield "cvt.rn.bf16.f32", Op("b16", ("f32",), to_bf16)

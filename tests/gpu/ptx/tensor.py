@@ -100,4 +100,5 @@ SHUFFLES = {f"shfl.sync.{mode}.b32": mode for mode in ("bfly", "down", "idx", "u
 REDUCTIONS = {
     "redux.sync.min.s32": (np.minimum, np.iinfo(np.int32).max),
     "redux.sync.max.s32": (np.maximum, np.iinfo(np.int32).min),
+    "redux.sync.add.s32": (np.add, 0),
 }

@@ -25,6 +25,7 @@ KINDS = {
     "virtex": "vlmkernels.train.kinds.virtex:VirTex",
     "visualgpt": "vlmkernels.train.kinds.visualgpt:VisualGPT",
     "visualbert": "vlmkernels.train.kinds.visualbert:VisualBert",
+    "vild": "vlmkernels.train.kinds.vild:Vild",
 }
 
 
@@ -53,6 +54,11 @@ def captioners() -> list[Kind]:
 def matchers() -> list[Kind]:
     """The kinds whose models judge whether a text belongs to an image."""
     return [kind for kind in every() if kind.matches]
+
+
+def detectors() -> list[Kind]:
+    """The kinds whose models find objects of any categories in images."""
+    return [kind for kind in every() if kind.detects]
 
 
 def probed() -> list[Kind]:

@@ -68,6 +68,7 @@ class Kind(abc.ABC):
     embeds: ClassVar[bool] = False  # images and texts: `vlmkernels embed` and `search`
     captions: ClassVar[bool] = False  # images: `vlmkernels caption`
     has_features: ClassVar[bool] = False  # of images: `vlmkernels probe`
+    detects: ClassVar[bool] = False  # objects of categories: `vlmkernels detect` and `propose`
     matches: ClassVar[bool] = False  # judges texts of an image: `vlmkernels match`
 
     def own_options(self, config: TrainConfig) -> Any:
@@ -117,7 +118,10 @@ class Kind(abc.ABC):
         return config_from_dict(type(base), {**{name: getattr(base, name) for name in fields}, **options})
 
     def check_images(self, dataset: Any) -> None:
-        """ValueError for data without the images that this kind needs."""
+        """ValueError for data without what this kind needs: images, or images with boxes."""
+        if self.detects != hasattr(dataset, "picture"):
+            needs = "images with boxes (composites, COCO's JSON)" if self.detects else "images with texts"
+            raise ValueError(f"data: {self.name} needs {needs}, got {dataset!r}")
         if self.sees_images and not getattr(dataset, "has_images", True):
             raise ValueError(f"data: {self.name} needs images, which {dataset!r} does not have")
 
