@@ -8,7 +8,8 @@
 Each system is trained by its shipped configurations, each a call of `vlmkernels train`, and captions 1,000
 test scenes. Flamingo and VisualGPT start from the language model of `lm-scenes`, which is trained once and
 counted in both. A Flamingo then reads a few captioned scenes before the one to caption, in which an object
-has a name that no training caption has (`benchmarks.shots`). A training or an evaluation whose result is in
+has a name that no training caption has (`benchmarks.shots`), and linear classifiers read what the tokens of
+its frozen tower hold (`benchmarks.tower_probe`). A training or an evaluation whose result is in
 --out is not repeated. Results are kept in benchmarks/results/captioners/, a file for each system and seed,
 and the tables are made of all that are there.
 """
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import experiment, shots
+from benchmarks import experiment, shots, tower_probe
 from benchmarks.experiment import Result, once, train_part
 from vlmkernels._files import write_text
 from vlmkernels.data import load_scenes
@@ -69,6 +70,8 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
             "evaluation": {**found.to_dict(), "captions": found.captions[:5]},
         }
         if system == "flamingo":
+            tower = out.absolute() / f"clip-seed{seed}" / "final"
+            judged["tower"] = tower_probe.probe_tower(tower, (40, 20) if quick else tower_probe.SCENES)
             judged["shots"] = shots.measure(bundle, 8 if quick else shots.EPISODES)
         return judged
 
@@ -135,7 +138,11 @@ def measured_on(results: Sequence[Result]) -> str:
 def with_tables(page: str, results: Sequence[Result]) -> str:
     """The page with the tables between their markers. ValueError if it has not these markers."""
     flamingos = [result for result in results if result["system"] == "flamingo"]
-    tables = {"table": f"{table(results)}\n\n{measured_on(results)}", "shots": shots.table(flamingos)}
+    tables = {
+        "table": f"{table(results)}\n\n{measured_on(results)}",
+        "tower": tower_probe.table(flamingos),
+        "shots": shots.table(flamingos),
+    }
     end = "<!-- /captioners -->"
     for name, text in tables.items():
         start = f"<!-- captioners: {name} -->"

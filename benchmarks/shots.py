@@ -27,6 +27,7 @@ KNOWN = 24  # objects of the training scenes
 NAMES = ("blicket", "dax", "wug", "toma", "zorp", "fep", "gazzer", "kiki")  # in no caption of the scenes
 TASKS = {"known": "a known object, a new name", "unseen": "an unseen object, its own name"}
 BATCH = 50
+NEW_TOKENS = 28  # of a caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,24 @@ def right(caption: str, scenes: Scenes, episode: Episode) -> bool:
     return len(objects) > slot and objects[slot] == episode.name
 
 
+def prompt(tokenizer: Any, scenes: Scenes, episode: Episode, shots: int) -> list[int]:
+    """Ids of so many captioned scenes and of the image to caption."""
+    ids: list[int] = []
+    for index in episode.shots[:shots]:
+        words = tokenizer.encode(renamed(scenes.scene(index).caption, episode))
+        ids += [tokenizer.image_id, *words, tokenizer.endofchunk_id]
+    return [*ids, tokenizer.image_id]
+
+
+def fitting(bundle: Bundle, scenes: Scenes, made: Sequence[Episode]) -> list[int]:
+    """The numbers of shots for which every prompt and a caption fit into the context."""
+    room = bundle.tokenizer.context_length - NEW_TOKENS
+    longest = {
+        shots: max(len(prompt(bundle.tokenizer, scenes, one, shots)) for one in made) for shots in SHOTS
+    }
+    return [shots for shots, length in longest.items() if length <= room]
+
+
 @torch.no_grad()
 def write(bundle: Bundle, scenes: Scenes, made: Sequence[Episode], shots: int, shuffled: bool) -> list[str]:
     """A caption of each episode's query after so many of its shots."""
@@ -94,19 +113,14 @@ def write(bundle: Bundle, scenes: Scenes, made: Sequence[Episode], shots: int, s
     texts: list[str] = []
     sources = others(made) if shuffled else made
     for first in range(0, len(made), BATCH):
-        rows, images = [], []
+        images = []
         for one, source in zip(made[first : first + BATCH], sources[first : first + BATCH], strict=True):
-            ids: list[int] = []
-            for index in one.shots[:shots]:
-                words = tokenizer.encode(renamed(scenes.scene(index).caption, one))
-                ids += [tokenizer.image_id, *words, tokenizer.endofchunk_id]
-            rows.append([*ids, tokenizer.image_id])
             shown = [*source.shots[:shots], one.query]
             images.append(torch.stack([bundle.transform(scenes[index]["image"]) for index in shown]))
+        rows = [prompt(tokenizer, scenes, one, shots) for one in made[first : first + BATCH]]
         tokens, mask = left_padded(rows, tokenizer.pad_id)
-        written = model.generate(
-            torch.stack(images)[:, :, None], tokens, attention_mask=mask, max_new_tokens=28
-        )
+        seen = torch.stack(images)[:, :, None]
+        written = model.generate(seen, tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS)
         texts += [tokenizer.decode(row) for row in written.tolist()]
     return texts
 
@@ -120,7 +134,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 
 
 def measure(bundle: Bundle, episodes_of_each: int = EPISODES) -> dict[str, Any]:
-    """For each task and number of shots the fraction of right names, with true and with shuffled shots."""
+    """For each task and number of shots the fraction of right names, with true and with shuffled shots.
+
+    Numbers of shots that the context has no room for are left out.
+    """
     scenes = load_scenes("test", size=4000, objects=len(OBJECTS), seed=1)
     found: dict[str, Any] = {"episodes": episodes_of_each}
     for task in TASKS:
@@ -131,7 +148,7 @@ def measure(bundle: Bundle, episodes_of_each: int = EPISODES) -> dict[str, Any]:
                     right(caption, scenes, one)
                     for caption, one in zip(write(bundle, scenes, made, shots, shuffled), made, strict=True)
                 )
-                for shots in SHOTS
+                for shots in fitting(bundle, scenes, made)
                 if shots or not shuffled
             }
     return found

@@ -1,9 +1,10 @@
 """The captioners beside each other: what is claimed, the tables, and the episodes with new names."""
 
 import pytest
+import torch
 
 from benchmarks import captioners_experiment as experiment
-from benchmarks import shots
+from benchmarks import shots, tower_probe
 from benchmarks.experiment import results_folder, stored
 from vlmkernels.data import load_scenes
 from vlmkernels.data.scenes import OBJECTS
@@ -23,6 +24,7 @@ def result(system="flamingo", seed=0, slots=0.95, seconds=100.0):
         "parameters": 2_000_000,
         "trained_parameters": 1_000_000,
         "evaluation": {"slots": found, "reference_scores": {"CIDEr": 1.0}},
+        "tower": {"object": 0.9, "place": 0.8, "object_share": 0.2, "place_share": 0.1},
         "shots": {"episodes": 10, **{task: {"true": each, "shuffled": shuffled} for task in shots.TASKS}},
     }
 
@@ -52,11 +54,13 @@ def test_table_has_systems_means_seeds_and_trainings():
 
 def test_tables_stand_between_their_markers():
     end = "<!-- /captioners -->"
-    page = f"a <!-- captioners: table --> old {end} b <!-- captioners: shots -->{end} c"
+    page = f"a <!-- captioners: table --> old {end} b <!-- captioners: tower -->{end}"
+    page += f"<!-- captioners: shots -->{end} c"
     written = experiment.with_tables(page, [result()])
     assert experiment.with_tables(written, [result()]) == written
     assert "old" not in written
     assert written.index("| Flamingo |") < written.index(" b ") < written.index("| true |")
+    assert "| the place of a patch | 80.0 % | 10.0 % |" in written
     assert "| a known object, a new name | shuffled |  | 0.0 % | 0.0 % | 0.0 % |" in written
     with pytest.raises(ValueError, match="the page must have the markers"):
         experiment.with_tables("no markers", [result()])
@@ -96,6 +100,25 @@ def test_right_is_the_name_in_the_slot_of_the_object():
     assert not shots.right(f"a {first}", scenes, one)
     assert not shots.right(scenes.scene(0).caption, scenes, one)
     assert shots.renamed(f"a fox above an {second}", one) == "a fox above a dax"
+
+
+def test_what_is_read_of_a_tower():
+    scenes = load_scenes("train", size=60)
+    objects = tower_probe.objects_of(scenes)
+    for index, row in enumerate(objects):
+        scene = scenes.scene(index)
+        assert [scenes.objects[i] for i in row if i < 24] == [
+            name for _, name in sorted(zip(scene.cells, scene.objects, strict=True))
+        ]
+    places = torch.arange(36.0).view(1, 6, 6)  # the number of each place is its token
+    cells = tower_probe.by_cell(places.reshape(1, 36, 1), 2)[..., 0]
+    assert cells.view(4, 3, 3).equal(
+        torch.stack([places[0, y : y + 3, x : x + 3] for y in (0, 3) for x in (0, 3)])
+    )
+    codes = torch.eye(25)[objects]  # [60, 4, 25]
+    assert tower_probe.share(codes.flatten(0, 1), objects.flatten()) == pytest.approx(1)
+    half = torch.cat([codes, codes[torch.randperm(60)]], -1).flatten(0, 1)
+    assert 0.5 < tower_probe.share(half, objects.flatten()) < 0.75
 
 
 def test_prompts_are_padded_on_the_left():
