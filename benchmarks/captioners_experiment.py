@@ -140,8 +140,8 @@ def with_tables(page: str, results: Sequence[Result]) -> str:
     flamingos = [result for result in results if result["system"] == "flamingo"]
     tables = {
         "table": f"{table(results)}\n\n{measured_on(results)}",
-        "tower": tower_probe.table(flamingos),
-        "shots": shots.table(flamingos),
+        "tower": tower_probe.table(flamingos) if flamingos else "",
+        "shots": shots.table(flamingos) if flamingos else "",
     }
     end = "<!-- /captioners -->"
     for name, text in tables.items():
