@@ -13,27 +13,21 @@ for each seed, and the table is made of all that are there.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo
-from benchmarks.flamingo_experiment import stored, train_part
-from vlmkernels._files import write_text
+from benchmarks import demo, experiment
+from benchmarks.experiment import once, train_part
 from vlmkernels.data import load_emoji3
 from vlmkernels.train import kinds, load_bundle
 from vlmkernels.train.config import read_config, settings_of, write_config
 from vlmkernels.use.evaluate import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "distill"
-COMMAND = "python -m benchmarks.distill_experiment"
+NAME = "distill"
+RESULTS = experiment.results_folder(NAME)
 CONFIG = "distill-emoji"
 TEACHER_EPOCHS = "20"  # twice the configuration's: one hardly better than its student teaches little
 ROWS = {"teacher": "teacher", "alone": "student alone", "distilled": "student with the teacher"}
@@ -60,11 +54,10 @@ def judge(final: Path) -> dict[str, Any]:
 
 def run_part(kind: str, config: str, seed: int, folder: Path, quick: bool, *flags: str) -> dict[str, Any]:
     """Train and judge one model, unless an earlier call has."""
-    result = folder.with_suffix(".json")
-    if not result.is_file():
-        found = {**train_part(kind, config, seed, folder, quick, *flags), **judge(folder / "final")}
-        write_text(result, json.dumps(found, indent=1) + "\n")
-    return json.loads(result.read_text(encoding="utf-8"))
+    return once(
+        folder.with_suffix(".json"),
+        lambda: {**train_part(kind, config, seed, folder, quick, *flags), **judge(folder / "final")},
+    )
 
 
 def run_seed(seed: int, out: Path, quick: bool) -> dict[str, Any]:
@@ -138,30 +131,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="a few steps, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("runs/distill"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
-    args = parser.parse_args(arguments)
-    folder = args.results or (args.out if args.quick else RESULTS)
-    words = sys.argv[1:] if arguments is None else arguments
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        result = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.distill_experiment", *words]),
-            "machine": demo.machine(),
-            "seed": seed,
-            **run_seed(seed, args.out, args.quick),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
-    claims = verdict(stored(folder))
-    for claim, holds in claims.items():
-        print(f"  {'yes' if holds else 'NO '} {claim}")
-    print(f"{table(stored(folder))}\nResults: {folder}")
-    return all(claims.values())
+    args = experiment.parser_of(NAME, __doc__).parse_args(arguments)
+    results, _ = experiment.each_seed(
+        NAME, arguments, args, lambda seed: run_seed(seed, args.out, args.quick)
+    )
+    held = experiment.show(verdict(results))
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
+    return held
 
 
 if __name__ == "__main__":

@@ -13,38 +13,29 @@ benchmarks/results/flamingo/, a file for each seed, and the table is made of all
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import random
-import shlex
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from benchmarks import demo
-from vlmkernels._files import write_text
+from benchmarks import experiment
+from benchmarks.experiment import train_part
 from vlmkernels.data import Sample, Scenes, load_scenes, slot_accuracy
 from vlmkernels.use.evaluate import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "flamingo"
-COMMAND = "python -m benchmarks.flamingo_experiment"
+NAME = "flamingo"
+RESULTS = experiment.results_folder(NAME)
 ROWS = {
     "language_model": "language model, no image",
     "own_images": "Flamingo, own images",
     "other_images": "Flamingo, images of other scenes",
     "unseen_style": "Flamingo, own images in an unseen style",
 }
-QUICK = ("--max-steps", "2", "--batch-size", "8")
 KEPT = 0.1  # of the gain with its own images, what a Flamingo with other images may keep
 
 
@@ -70,29 +61,6 @@ def chance(scenes: Scenes) -> dict[str, float]:
     return slot_accuracy([names[image_of[i]] for i in range(len(names))], names)
 
 
-def train_part(kind: str, config: str, seed: int, out: Path, quick: bool, *flags: str) -> dict[str, Any]:
-    """One training in a process of its own, into the folder ``out``, made anew; its time, steps and loss."""
-    if (out / "config.yaml").is_file():
-        shutil.rmtree(out)
-    command = [sys.executable, "-m", "vlmkernels", "train", kind, "--config", config, *flags]
-    command += ["--seed", str(seed), "--out", str(out), "--keep", "1", "--device", "cpu", "--no-tensorboard"]
-    command += QUICK if quick else ()
-    start, cpu = time.perf_counter(), _cpu_seconds()
-    done = subprocess.run(command, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"training {kind} with seed {seed} ended with exit status {done.returncode}")
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
-    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - cpu}
-    return {**seconds, "steps": last["step"], "loss": last["loss"]}
-
-
-def _cpu_seconds() -> float:
-    """Processor time of the finished child processes, all cores together."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
 def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
     """Train the three models of a seed and judge them on ``scenes`` test scenes, those of seed 0."""
     out = out.absolute()
@@ -113,7 +81,6 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     shown = {name: {**found.to_dict(), "captions": found.captions[:5]} for name, found in judged.items()}
     return {
-        "seed": seed,
         "trained": trained,
         "evaluation_seconds": seconds,
         "chance": chance(test),
@@ -136,12 +103,6 @@ def verdict(run: dict[str, Any]) -> dict[str, bool]:
             slots[other] - floor <= KEPT * (slots[own] - floor)
         ),
     }
-
-
-def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, by seed."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("seed-*.json")]
-    return sorted(found, key=lambda result: result["seed"])
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -169,32 +130,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=1000, help="test scenes of each kind")
-    parser.add_argument("--quick", action="store_true", help="a few steps and scenes, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("runs/flamingo"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
-    args = parser.parse_args(arguments)
-    folder = args.results or (args.out if args.quick else RESULTS)
-    words = sys.argv[1:] if arguments is None else arguments
-    held = True
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        run = run_seed(seed, args.out, 8 if args.quick else args.scenes, args.quick)
-        run["verdict"] = verdict(run)
-        for claim, holds in run["verdict"].items():
-            print(f"  {'yes' if holds else 'NO '} {claim}", flush=True)
-            held = held and holds
-        result = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.flamingo_experiment", *words]),
-            "machine": demo.machine(),
-            **run,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
-    print(f"{table(stored(folder))}\nResults: {folder}")
+    args = experiment.parser_of(NAME, __doc__, scenes=1000).parse_args(arguments)
+    scenes = 8 if args.quick else args.scenes
+    results, held = experiment.each_seed(
+        NAME, arguments, args, lambda seed: run_seed(seed, args.out, scenes, args.quick), verdict
+    )
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
     return held
 
 

@@ -22,14 +22,11 @@ Results are in benchmarks/results/magic/, a file for each seed; the table is mad
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,17 +34,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import demo
-from benchmarks.flamingo_experiment import stored, train_part
+from benchmarks import experiment
+from benchmarks.experiment import once, train_part
 from benchmarks.paired import Comparison, compare
 from vlmkernels._files import write_text
 from vlmkernels.data import load_scenes, read_image
 from vlmkernels.use.caption_scores import plain_tokens
 from vlmkernels.use.magic import Judge, load_judge, load_writer, write_guided
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "magic"
-COMMAND = "python -m benchmarks.magic_experiment"
+NAME = "magic"
+RESULTS = experiment.results_folder(NAME)
 CONFIG = "lm-captions"
 PHOTOS, SCENES = "photographs", "scenes"
 CAPTIONS = "coco_captions.txt"
@@ -161,10 +157,7 @@ def run_seed(setting: str, seed: int, out: Path, pictures: Sequence[Picture], qu
 
 def train_once(kind: str, config: str, seed: int, folder: Path, quick: bool, *flags: str) -> dict[str, Any]:
     """Train a model, unless an earlier call has."""
-    result = folder.with_suffix(".json")
-    if not result.is_file():
-        write_text(result, json.dumps(train_part(kind, config, seed, folder, quick, *flags)) + "\n")
-    return json.loads(result.read_text(encoding="utf-8"))
+    return once(folder.with_suffix(".json"), lambda: train_part(kind, config, seed, folder, quick, *flags))
 
 
 def per_picture(results: Sequence[dict[str, Any]], row: str, measure: str) -> list[float]:
@@ -216,13 +209,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scenes", type=int, default=200, help="test scenes, without photographs")
-    parser.add_argument("--quick", action="store_true", help="a few steps and pictures, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("runs/magic"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
-    args = parser.parse_args(arguments)
+    args = experiment.parser_of(NAME, __doc__, seeds=[0], scenes=200).parse_args(arguments)
     photos = os.environ.get("VLMKERNELS_PHOTOS")
     setting = PHOTOS if photos else SCENES
     if not photos:
@@ -231,29 +218,20 @@ def main(arguments: Sequence[str] | None = None) -> bool:
         pictures = photographs(Path(photos), 4 if args.quick else None)
     else:
         pictures = scenes(4 if args.quick else args.scenes)
-    folder = (args.results or (args.out / "results" if args.quick else RESULTS)) / setting
-    words = sys.argv[1:] if arguments is None else arguments
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        result = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.magic_experiment", *words]),
-            "machine": demo.machine(),
-            "setting": setting,
-            "seed": seed,
-            **run_seed(setting, seed, args.out, pictures, args.quick),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
-    results = stored(folder)
+    folder = experiment.folder_of(NAME, args) / setting
+    results, _ = experiment.each_seed(
+        NAME,
+        arguments,
+        args,
+        lambda seed: {"setting": setting, **run_seed(setting, seed, args.out, pictures, args.quick)},
+        folder=folder,
+    )
     for row in ("alone", "guided"):
         for each in results[-1]["captions"][row][:5]:
             print(f"  {ROWS[row]}: {each['picture']}: {each['caption']}")
-    claims = verdict(results)
-    for claim, holds in claims.items():
-        print(f"  {'yes' if holds else 'NO '} {claim}")
+    held = experiment.show(verdict(results))
     print(f"{table(results)}\nResults: {folder}")
-    return all(claims.values())
+    return held
 
 
 if __name__ == "__main__":

@@ -14,25 +14,19 @@ are kept in benchmarks/results/virtex/, a file for each seed, and the table is m
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo
-from benchmarks.flamingo_experiment import stored, train_part
-from vlmkernels._files import write_text
+from benchmarks import experiment
+from benchmarks.experiment import once, train_part
 from vlmkernels.data import Scenes, load_scenes
 from vlmkernels.use.probe import probe
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "virtex"
-COMMAND = "python -m benchmarks.virtex_experiment"
+NAME = "virtex"
 CONFIG = "virtex-scenes"
 TASKS = ("bicaptioning", "captioning")
 ROWS = {
@@ -55,14 +49,14 @@ def scenes(quick: bool) -> tuple[Scenes, Scenes]:
 def run_task(task: str, seed: int, out: Path, quick: bool) -> dict[str, Any]:
     """Train and probe one model, unless an earlier call has."""
     folder = out.absolute() / f"{task}-{seed}"
-    result = folder.with_suffix(".json")
-    if not result.is_file():
+
+    def make() -> dict[str, Any]:
         settings = {**SETTINGS, "model-options": json.dumps({**NETWORK, "task": task})}
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         trained = train_part("virtex", CONFIG, seed, folder, quick, *flags)
-        scores = probe(folder / "final", *scenes(quick), device="cpu").to_dict()
-        write_text(result, json.dumps({**trained, "probe": scores}, indent=1) + "\n")
-    return json.loads(result.read_text(encoding="utf-8"))
+        return {**trained, "probe": probe(folder / "final", *scenes(quick), device="cpu").to_dict()}
+
+    return once(folder.with_suffix(".json"), make)
 
 
 def run_seed(seed: int, out: Path, quick: bool) -> dict[str, Any]:
@@ -115,29 +109,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether captions teach features in every seed."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="a few steps, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("runs/virtex"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
-    args = parser.parse_args(arguments)
-    folder = args.results or (args.out / "results" if args.quick else RESULTS)
-    words = sys.argv[1:] if arguments is None else arguments
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        result = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.virtex_experiment", *words]),
-            "machine": demo.machine(),
-            "seed": seed,
-            **run_seed(seed, args.out, args.quick),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
-    claims = verdict(stored(folder))
-    for claim, holds in claims.items():
-        print(f"  {'yes' if holds else 'NO '} {claim}")
-    print(f"{table(stored(folder))}\nResults: {folder}")
+    args = experiment.parser_of(NAME, __doc__).parse_args(arguments)
+    results, _ = experiment.each_seed(
+        NAME, arguments, args, lambda seed: run_seed(seed, args.out, args.quick)
+    )
+    claims = verdict(results)
+    experiment.show(claims)
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
     return all(holds for claim, holds in claims.items() if "random weights" in claim)
 
 

@@ -15,31 +15,25 @@ are there.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import demo
-from benchmarks.flamingo_experiment import stored, train_part
+from benchmarks import experiment
+from benchmarks.experiment import once, train_part
 from benchmarks.measure import pairs, peak_extra, spread
-from vlmkernels._files import write_text
 from vlmkernels.data import load_scenes
 from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
 from vlmkernels.use.evaluate import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "visualbert"
-COMMAND = "python -m benchmarks.visualbert_experiment"
+NAME = "visualbert"
 CONFIG = "visualbert-scenes"
 SCENES = {"objects": 12, "image_size": 32}
 NETWORK = {
@@ -60,14 +54,15 @@ HEAD = "head.json"
 def run_part(name: str, seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
     """Train and judge one model, unless an earlier call has."""
     folder = out.absolute() / f"{name}-{seed}"
-    result = folder.with_suffix(".json")
-    if not result.is_file():
+
+    def make() -> dict[str, Any]:
         flags = [word for key, value in TRAININGS[name].items() for word in (f"--{key}", str(value))]
         trained = train_part("visualbert", CONFIG, seed, folder, quick, *flags)
         test = load_scenes("test", size=scenes, **SCENES)
         judged = evaluate(folder / "final", test, batch_size=64, device="cpu")
-        write_text(result, json.dumps({**trained, "judged": judged.to_dict()}, indent=1) + "\n")
-    return json.loads(result.read_text(encoding="utf-8"))
+        return {**trained, "judged": judged.to_dict()}
+
+    return once(folder.with_suffix(".json"), make)
 
 
 def verdict(result: dict[str, Any]) -> dict[str, bool]:
@@ -195,38 +190,22 @@ def head_table(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=1000, help="test scenes")
-    parser.add_argument("--quick", action="store_true", help="a few steps and scenes, to try the script")
+    parser = experiment.parser_of(NAME, __doc__, scenes=1000)
     parser.add_argument("--head", action="store_true", help="measure the head instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/visualbert"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
     args = parser.parse_args(arguments)
-    folder = args.results or (args.out if args.quick else RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = sys.argv[1:] if arguments is None else arguments
-    origin = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([*COMMAND.split(), *words]),
-        "machine": demo.machine(),
-    }
+    folder = experiment.folder_of(NAME, args)
     if args.head:
         found = measure_head(args.quick)
-        write_text(folder / HEAD, json.dumps({**origin, **found}, indent=1) + "\n")
+        experiment.write_result(folder / HEAD, {**experiment.origin(NAME, arguments), **found})
         print(f"{found['masked']} masked tokens; {found['sizes']}\n{head_table(found)}")
         return found["bytes"]["masked rows"] < found["bytes"]["all rows"]
-    held = True
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        scenes = 32 if args.quick else args.scenes
-        result = {name: run_part(name, seed, args.out, scenes, args.quick) for name in TRAININGS}
-        for claim, holds in verdict(result).items():
-            print(f"  {'yes' if holds else 'NO '} {claim}", flush=True)
-            held = held and holds
-        written = {**origin, "seed": seed, **result}
-        write_text(folder / f"seed-{seed}.json", json.dumps(written, indent=1) + "\n")
-    print(f"{table(stored(folder))}\nResults: {folder}")
+    scenes = 32 if args.quick else args.scenes
+
+    def run_seed(seed: int) -> dict[str, Any]:
+        return {name: run_part(name, seed, args.out, scenes, args.quick) for name in TRAININGS}
+
+    results, held = experiment.each_seed(NAME, arguments, args, run_seed, verdict)
+    print(f"{table(results)}\nResults: {folder}")
     return held
 
 

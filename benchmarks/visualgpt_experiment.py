@@ -13,25 +13,19 @@ benchmarks/results/visualgpt/, a file for each seed, and the table is made of al
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo
-from benchmarks.flamingo_experiment import stored, train_part
-from vlmkernels._files import write_text
+from benchmarks import experiment
+from benchmarks.experiment import train_part
 from vlmkernels.data import load_scenes
 from vlmkernels.use.evaluate import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "visualgpt"
-COMMAND = "python -m benchmarks.visualgpt_experiment"
+NAME = "visualgpt"
 SCENES = 8000  # of training
 SHARES = (1, 5)  # in percent
 FUSIONS = {"srau": "gates (srau)", "residual": "plain cross-attention"}
@@ -69,7 +63,7 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> dict[str, Any]:
             if (fusion, share) == ("srau", SHARES[-1]):
                 more = flags(size, REWARDED_STEPS, self_critical=5, lr=2e-4, model_options="{}")
                 train("self_critical", "--init", str(final), *more)
-    return {"seed": seed, "trained": trained, "evaluation": judged}
+    return {"trained": trained, "evaluation": judged}
 
 
 def verdict(run: dict[str, Any]) -> dict[str, bool]:
@@ -112,32 +106,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=1000, help="test scenes")
-    parser.add_argument("--quick", action="store_true", help="a few steps and scenes, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("runs/visualgpt"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="folder of the result files")
-    args = parser.parse_args(arguments)
-    folder = args.results or (args.out if args.quick else RESULTS)
-    words = sys.argv[1:] if arguments is None else arguments
-    held = True
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        run = run_seed(seed, args.out, 8 if args.quick else args.scenes, args.quick)
-        run["verdict"] = verdict(run)
-        for claim, holds in run["verdict"].items():
-            print(f"  {'yes' if holds else 'NO '} {claim}", flush=True)
-            held = held and holds
-        result = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join([*COMMAND.split(), *words]),
-            "machine": demo.machine(),
-            **run,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"seed-{seed}.json", json.dumps(result, indent=1) + "\n")
-    print(f"{table(stored(folder))}\nResults: {folder}")
+    args = experiment.parser_of(NAME, __doc__, scenes=1000).parse_args(arguments)
+    scenes = 8 if args.quick else args.scenes
+    results, held = experiment.each_seed(
+        NAME, arguments, args, lambda seed: run_seed(seed, args.out, scenes, args.quick), verdict
+    )
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
     return held
 
 

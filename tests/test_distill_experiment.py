@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from benchmarks import distill_experiment as experiment
+from benchmarks.experiment import ROOT, stored
 from vlmkernels.data import load_emoji3
 from vlmkernels.train import TrainConfig, train
 from vlmkernels.train.config import read_config
@@ -64,10 +65,10 @@ def test_the_student_alone_has_the_same_settings(tmp_path):
 
 
 def test_committed_results_hold_and_are_those_of_the_docs():
-    results = experiment.stored(experiment.RESULTS)
+    results = stored(experiment.RESULTS)
     assert [each["seed"] for each in results] == [0, 1, 2]
     assert all(experiment.verdict(results).values())
-    docs = (experiment.ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert experiment.table(results) in docs
 
 

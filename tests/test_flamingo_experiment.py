@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import flamingo_experiment as experiment
+from benchmarks.experiment import ROOT, stored
 from vlmkernels.data import load_scenes, slot_accuracy
 
 
@@ -79,23 +80,23 @@ def test_table_has_means_and_seeds():
 
 
 def test_committed_results_hold_for_every_seed_and_are_those_of_the_docs():
-    results = experiment.stored(experiment.RESULTS)
+    results = stored(experiment.RESULTS)
     assert [each["seed"] for each in results] == [0, 1, 2]
     for each in results:
         assert all(experiment.verdict(each).values())
         assert each["verdict"] == experiment.verdict(each)
         assert all(rows["samples"] >= 500 for rows in each["evaluation"].values())
-    docs = (experiment.ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert experiment.table(results) in docs
 
 
 @pytest.mark.slow
 def test_the_experiment_runs(tmp_path, capsys):
     experiment.main(["--quick", "--seeds", "3", "--out", str(tmp_path / "runs")])
-    (stored,) = experiment.stored(tmp_path / "runs")
-    assert stored["seed"] == 3
-    assert set(stored["evaluation"]) == set(experiment.ROWS)
-    assert stored["trained"]["flamingo"]["steps"] == 2
-    assert {row["samples"] for row in stored["evaluation"].values()} == {8}
-    assert stored["verdict"] == experiment.verdict(stored)
+    (result,) = stored(tmp_path / "runs" / "results")
+    assert result["seed"] == 3
+    assert set(result["evaluation"]) == set(experiment.ROWS)
+    assert result["trained"]["flamingo"]["steps"] == 2
+    assert {row["samples"] for row in result["evaluation"].values()} == {8}
+    assert result["verdict"] == experiment.verdict(result)
     assert "Flamingo, own images" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import magic_experiment as experiment
+from benchmarks.experiment import ROOT, stored
 from vlmkernels.data import load_scenes
 
 PICTURES = ("a", "b", "c", "d", "e", "f", "g", "h")
@@ -71,10 +72,10 @@ def test_pictures(tmp_path):
 
 def test_stored_results_are_those_of_the_docs():
     """Of each kind of picture there is a result of; a table in the docs has a result."""
-    docs = (experiment.ROOT / "docs" / "magic.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "magic.md").read_text(encoding="utf-8")
     tables = 0
     for setting in (experiment.PHOTOS, experiment.SCENES):
-        if results := experiment.stored(experiment.RESULTS / setting):
+        if results := stored(experiment.RESULTS / setting):
             tables += 1
             assert experiment.table(results) in docs
             assert len(results[0]["captions"]["guided"]) >= 36
@@ -89,9 +90,9 @@ def test_the_script_runs(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "VLMKERNELS_PHOTOS is not set" in out
     assert "| guided by another picture |" in out
-    (stored,) = experiment.stored(tmp_path / "out" / "results" / "scenes")
-    assert stored["setting"] == "scenes"
-    assert {row: len(each) for row, each in stored["captions"].items()} == dict.fromkeys(experiment.ROWS, 4)
-    assert all(-1 <= each["score"] <= 1 for row in stored["captions"].values() for each in row)
+    (result,) = stored(tmp_path / "out" / "results" / "scenes")
+    assert result["setting"] == "scenes"
+    assert {row: len(each) for row, each in result["captions"].items()} == dict.fromkeys(experiment.ROWS, 4)
+    assert all(-1 <= each["score"] <= 1 for row in result["captions"].values() for each in row)
     experiment.main(["--quick", "--seeds", "0", "--out", str(tmp_path / "out")])  # trains nothing again
-    assert stored["trained"] == experiment.stored(tmp_path / "out" / "results" / "scenes")[0]["trained"]
+    assert result["trained"] == stored(tmp_path / "out" / "results" / "scenes")[0]["trained"]

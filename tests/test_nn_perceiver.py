@@ -256,6 +256,20 @@ def test_saved_memory():
     assert bytes_of[0] > 2 * bytes_of[1]
 
 
+def test_places_of_patches():
+    """Embeddings of the places are added to the tokens; without them the tokens have no order."""
+    placed = PerceiverResampler(24, **SIZES, max_num_patches=9).double()
+    plain = PerceiverResampler(24, **SIZES).double()
+    missing, unexpected = plain.load_state_dict(placed.state_dict(), strict=False)
+    assert (missing, unexpected) == ([], ["patch_embs"])
+    x = torch.randn(2, 3, 2, 7, 24, dtype=torch.double)
+    torch.testing.assert_close(placed(x), plain(x + placed.patch_embs[:7]))
+    torch.testing.assert_close(plain(x), plain(x.flip(3)))
+    assert (placed(x) - placed(x.flip(3))).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"x has 10 visual tokens, there are embeddings for 9"):
+        placed(torch.randn(1, 1, 1, 10, 24, dtype=torch.double))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"heads must be a multiple of kv_heads, got 4 and 3"):
         PerceiverResampler(24, heads=4, kv_heads=3)

@@ -119,6 +119,22 @@ def test_flamingo_trains_resampler_and_gated_layers_only(values, tmp_path, parts
     assert all(not trained[name].equal(fresh[name]) for name in new)
 
 
+def test_gates_have_a_learning_rate_of_their_own(values, parts):
+    kind, tokenizer = kinds.find("flamingo"), load_bundle(parts["language_model"]).tokenizer
+    config = TrainConfig(**values("flamingo", lr=1e-3, gate_lr=2e-2, weight_decay=0.5))
+    model = kind.build_model(config, tokenizer)
+    *rest, gates = kind.parameter_groups(config, model)
+    assert gates["lr_scale"] == pytest.approx(20)
+    assert gates["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in gates["params"]} == {"attn_gate", "ff_gate"}
+    plain = model.parameter_groups(0.5)
+    assert [group["weight_decay"] for group in rest] == [group["weight_decay"] for group in plain]
+    found = [id(p) for group in (*rest, gates) for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for group in plain for p in group["params"])
+    assert kind.parameter_groups(TrainConfig(**values("flamingo")), model) is None
+
+
 def test_flamingo_starts_as_its_language_model(values, parts):
     """With the gates at zero the first loss is that of the language model on the same rows."""
     tokenizer = load_bundle(parts["language_model"]).tokenizer
@@ -236,6 +252,12 @@ def test_starts_from_a_trained_captioner(values, tmp_path, kind):
             "vision must be the folder of a trained clip .*, got None; language_model must be",
         ),
         ("flamingo", {"vision": "nowhere"}, "nowhere"),
+        ("flamingo", {"gate_lr": 0.0}, "gate_lr must be positive, got 0.0"),
+        (
+            "flamingo",
+            {"renamed": 1.5},
+            r"renamed must be in \[0, 1\], got 1.5; images_per_row must",
+        ),
         (
             "simvlm",
             {"vision": "somewhere"},

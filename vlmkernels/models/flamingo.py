@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -26,7 +26,7 @@ from vlmkernels.models.clip import CONFIGS as CLIP_CONFIGS
 from vlmkernels.models.clip import ClipConfig, image_tower
 from vlmkernels.models.decoder import CausalLM, DecoderConfig
 from vlmkernels.models.parts import generation, token_loss
-from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict
+from vlmkernels.models.parts.pretrained import LATER, Pretrained, below, config_from_dict
 from vlmkernels.models.parts.weight_files import read_state_dict
 from vlmkernels.nn.cross_attention import GatedCrossAttentionBlock
 from vlmkernels.nn.media_cache import MediaCache
@@ -41,9 +41,9 @@ class FlamingoConfig:
     None is given to `Flamingo` as a module, of `vision_width` (of its patch tokens), of `language_width` and
     `language_layers`. `cross_attn_every_n_layers`: a gated block stands before every n-th layer, the first
     before layer n. `normalize_patches` sends the patch tokens through CLIP's last LayerNorm, as open_clip
-    does from version 2.24 on; OpenFlamingo's weights were made without. `max_num_media` and `max_num_frames`
-    of None mean no embedding of the image's and the frame's place. `train_embeddings`: the rows of the two
-    tokens in the input embedding are trained.
+    does from version 2.24 on; OpenFlamingo's weights were made without. `max_num_media`, `max_num_frames`
+    and `max_num_patches` of None mean no embedding of the image's, the frame's and the patch's place.
+    `train_embeddings`: the rows of the two tokens in the input embedding are trained.
     """
 
     media_token_id: int
@@ -66,6 +66,7 @@ class FlamingoConfig:
     only_attend_immediate_media: bool = True
     normalize_patches: bool = False
     train_embeddings: bool = True
+    max_num_patches: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         nested: tuple[tuple[str, Any], ...] = (("vision", ClipConfig), ("language", DecoderConfig))
@@ -94,8 +95,10 @@ class FlamingoConfig:
             elif own is not None and given not in (None, own):
                 faults.append(f"{name} must be {own}, as in `{part}`, got {given}")
         counts = ("cross_attn_every_n_layers", "num_latents", "resampler_depth", "heads", "dim_head")
-        widths = ("vision_width", "language_width", "language_layers", "max_num_media", "max_num_frames")
-        faults += below(self, 1, *counts, "resampler_heads", "resampler_dim_head", "ff_mult", *widths)
+        widths = ("vision_width", "language_width", "language_layers")
+        places = ("max_num_media", "max_num_frames", "max_num_patches")
+        more = ("resampler_heads", "resampler_dim_head", "ff_mult")
+        faults += below(self, 1, *counts, *more, *widths, *places)
         if faults:
             raise ValueError("FlamingoConfig: " + "; ".join(faults))
 
@@ -173,6 +176,7 @@ class Flamingo(Pretrained):
             num_latents=c.num_latents,
             max_num_media=c.max_num_media,
             max_num_frames=c.max_num_frames,
+            max_num_patches=c.max_num_patches,
             ff_mult=c.ff_mult,
         )
         self.lang_encoder = lang_encoder.requires_grad_(False)
@@ -271,15 +275,13 @@ class Flamingo(Pretrained):
         """`logits` [B, T, V] of the next token and, with labels, `loss`: mean NLL of those not -100, or 0.
 
         With labels, `return_logits=False` saves the logits, which the loss of a linear head does not need.
-        Text attends to the last image before it (or, with ``only_attend_immediate_media=False``, all of
-        them); image i of a sample belongs to its i-th `config.media_token_id`, and images beyond the last are
-        never attended to. `vision_x` is pixels, patch tokens from `encode_vision` (the encoder is frozen, so
-        they may be cached), or None for text only. The labels are shifted here (see `few_shot.media_labels`).
-        Positions count from the first token that is not padding.
+        Text attends to the last image before it (with ``only_attend_immediate_media=False``, to all of them);
+        image i of a sample belongs to its i-th `config.media_token_id`; images beyond the last are not seen.
+        `vision_x` is pixels, patch tokens from `encode_vision` (which may be cached), or None for text only.
+        Labels are shifted here (see `few_shot.media_labels`). Positions count from the first real token.
 
         Raises:
-            ValueError: naming every invalid argument; on the CPU also for more image tokens than
-                images.
+            ValueError: naming every invalid argument; on the CPU also for more image tokens than images.
         """
         if not torch.compiler.is_compiling():
             self._train_two_rows()
@@ -363,10 +365,9 @@ class Flamingo(Pretrained):
         """
         chunk = lang_x.shape[-1] if prefill_chunk is None else prefill_chunk
         if lang_x.numel() == 0 or chunk < 1:
-            shape = list(lang_x.shape)
             raise ValueError(
-                f"Flamingo: lang_x must be prompts [B, T], got {shape}, and prefill_chunk at least 1, "
-                f"got {prefill_chunk}"
+                f"Flamingo: lang_x must be prompts [B, T], got {list(lang_x.shape)}, "
+                f"and prefill_chunk at least 1, got {prefill_chunk}"
             )
         if attention_mask is not None and not attention_mask[..., -1].bool().all():
             raise ValueError(
@@ -443,10 +444,8 @@ def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 def _not_in_shapes(tower: nn.Module) -> list[Any]:
     """Heads, epsilons, pooling and activation of each module that has them."""
-    names = ("heads", "eps", "pool")
-    found = [
-        (*(getattr(part, name, None) for name in names), activation_of(part)) for part in tower.modules()
-    ]
+    of = ("heads", "eps", "pool")
+    found = [(*(getattr(part, name, None) for name in of), activation_of(part)) for part in tower.modules()]
     return [each for each in found if each != (None,) * 4]
 
 

@@ -78,6 +78,8 @@ class PerceiverResampler(nn.Module):
         kv_heads: heads of keys and values, `heads` when None.
         max_num_media, max_num_frames: number of learned embeddings of the position of an image in the sample
             and of a frame in the video; no embeddings when None.
+        max_num_patches: the same of the place of a visual token in its frame. Attention has no order: without
+            them a place is known only as far as the encoder's tokens hold it. The paper has none.
         ff_mult, ff_dim: hidden width of the feed-forward layers, ``dim * ff_mult`` unless given as `ff_dim`.
         activation: "gelu", "relu", "squared_relu" (Flamingo's paper) or "swiglu".
         norm, eps: "layernorm" or "rmsnorm".
@@ -98,6 +100,7 @@ class PerceiverResampler(nn.Module):
         num_latents: int = 64,
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
+        max_num_patches: int | None = None,
         ff_mult: float = 4,
         ff_dim: int | None = None,
         activation: str = "gelu",
@@ -109,8 +112,9 @@ class PerceiverResampler(nn.Module):
         kv_heads = kv_heads or heads
         faults = layers.option_faults(
             dim=dim, depth=depth, dim_head=dim_head, heads=heads, kv_heads=kv_heads, num_latents=num_latents,
-            max_num_media=max_num_media or 1, max_num_frames=max_num_frames or 1, ff_mult=ff_mult,
-            ff_dim=ff_dim or 1, activation=activation, norm=norm, eps=eps,
+            max_num_media=max_num_media or 1, max_num_frames=max_num_frames or 1,
+            max_num_patches=max_num_patches or 1, ff_mult=ff_mult, ff_dim=ff_dim or 1,
+            activation=activation, norm=norm, eps=eps,
         )  # fmt: skip
         if faults:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(faults))
@@ -118,6 +122,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
+        self.patch_embs = nn.Parameter(torch.randn(max_num_patches, dim)) if max_num_patches else None
         hidden = ff_dim or int(dim * ff_mult)
         self.layers = nn.ModuleList()
         for _ in range(depth):
@@ -145,11 +150,13 @@ class PerceiverResampler(nn.Module):
             ValueError: naming every invalid argument.
         """
         x = self._check(x, media_lengths)
-        images, frames = x.shape[1:3]
+        images, frames, patches = x.shape[1:4]
         if self.frame_embs is not None:
             x = x + self.frame_embs[:frames, None]
         if self.media_time_embs is not None:
             x = x + self.media_time_embs[:images, None]
+        if self.patch_embs is not None:
+            x = x + self.patch_embs[:patches]
         lengths = None if media_lengths is None else media_lengths.flatten()
         latents = self.latents[None]
         media = self._media_of_layers(x.flatten(0, 1).flatten(1, 2))
@@ -208,7 +215,11 @@ class PerceiverResampler(nn.Module):
                 f"x must be [B, T, F, v, D], [B, T, v, D] or [B, v, D] with D = {self.dim}, got {got}"
             )
         else:
-            limits = (("images", 1, self.media_time_embs), ("frames", 2, self.frame_embs))
+            limits = (
+                ("images", 1, self.media_time_embs),
+                ("frames", 2, self.frame_embs),
+                ("visual tokens", 3, self.patch_embs),
+            )
             for what, where, table in limits:
                 if table is not None and x.shape[where] > len(table):
                     faults.append(f"x has {x.shape[where]} {what}, there are embeddings for {len(table)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels.data import CaptionCollate, CaptionTokenizer, ClipTokenizer, WordPieceTokenizer
+from vlmkernels.data.renaming import Renaming
 from vlmkernels.models.decoder import IGNORE
 from vlmkernels.models.few_shot import media_labels
 from vlmkernels.train import objective
@@ -140,6 +141,11 @@ class RowOptions(Options):
         "lm, flamingo: consecutive pairs in one row of tokens; the other kinds have one per row",
         least=1,
     )
+    renamed: float = option(
+        0.0,
+        "lm, flamingo: fraction of the rows of several pairs in which a word that two captions have is "
+        "replaced by a made-up one in all of them, so that a row has to be read to be understood",
+    )
 
 
 class RowKind(CaptionKind):
@@ -147,12 +153,21 @@ class RowKind(CaptionKind):
 
     options = RowOptions
 
+    def faults(self, config: TrainConfig) -> list[str]:
+        faults, options = super().faults(config), self.own_options(config)
+        if not 0 <= options.renamed <= 1:
+            faults.append(f"renamed must be in [0, 1], got {options.renamed}")
+        if options.renamed and options.images_per_row == 1:
+            faults.append("images_per_row must be at least 2 with renamed, got 1")
+        return faults
+
     def build_task(self, config: TrainConfig, tokenizer: Any, image_size: Any = None) -> Captioning:
         return Captioning(self, tokenizer, self.collate(config, tokenizer, image_size), config.seed)
 
     def collate(self, config: TrainConfig, tokenizer: Any, image_size: Any) -> CaptionCollate:
-        per_row = self.own_options(config).images_per_row
-        return CaptionCollate(tokenizer, self.layout, per_row, image_size)
+        options = self.own_options(config)
+        renaming = Renaming(options.renamed, config.seed) if options.renamed else None
+        return CaptionCollate(tokenizer, self.layout, options.images_per_row, image_size, renaming)
 
     def labels(self, tokenizer: CaptionTokenizer, tokens: Tensor) -> Tensor:  # [R, T]
         """Labels [R, T] of the rows, -100 where not counted."""

@@ -31,6 +31,10 @@ class FlamingoOptions(RowOptions):
         "flamingo, visualgpt: folder of a trained language model (RUN/final of train lm), which a flamingo "
         "keeps frozen and a visualgpt starts from",
     )
+    gate_lr: float | None = option(
+        None,
+        "flamingo: peak learning rate of the gates, which have no weight decay then; as lr when not given",
+    )
 
 
 class Flamingo(RowKind):
@@ -45,6 +49,8 @@ class Flamingo(RowKind):
 
     def faults(self, config: TrainConfig) -> list[str]:
         faults, options = super().faults(config), self.own_options(config)
+        if options.gate_lr is not None and options.gate_lr <= 0:
+            faults.append(f"gate_lr must be positive, got {options.gate_lr}")
         for name, wanted in PARTS.items():
             folder = getattr(options, name)
             if config.init is not None:
@@ -74,6 +80,18 @@ class Flamingo(RowKind):
             endofchunk_token_id=tokenizer.endofchunk_id,
         )
         return flamingo.Flamingo(sizes, vision_encoder=tower.visual, lang_encoder=language)
+
+    def parameter_groups(self, config: TrainConfig, module: Any) -> list[dict] | None:
+        rate = self.own_options(config).gate_lr
+        if rate is None:
+            return None
+        gates = [gate for block in module.gated_blocks() for gate in (block.attn_gate, block.ff_gate)]
+        known = {id(gate) for gate in gates}
+        rest = [
+            {**group, "params": [p for p in group["params"] if id(p) not in known]}
+            for group in module.parameter_groups(config.weight_decay)
+        ]
+        return [*rest, {"params": gates, "weight_decay": 0.0, "lr_scale": rate / config.lr}]
 
     def caption_loss(
         self, model: Any, tokenizer: CaptionTokenizer, batch: dict[str, Any], *, with_logits: bool
