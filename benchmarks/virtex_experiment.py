@@ -5,11 +5,12 @@
     python -m benchmarks.virtex_experiment --quick      seconds, to try the script; numbers mean nothing
 
 For each seed `vlmkernels train virtex --config virtex-scenes` is run with a smaller network on 4,800 smaller
-scenes of 12 objects for 1,200 steps, with both directions (bicaptioning) and with the forward one alone on the
-same batches. The probe of `vlmkernels probe` then measures the features of both, and of the same network with
-random weights of the seed: it is trained on the first scenes of the training split and tested on scenes whose
-combinations of objects no training scene has. A training whose result is in --out is not repeated. Results
-are kept in benchmarks/results/virtex/, a file for each seed, and the table is made of all that are there.
+scenes of 12 objects for 1,200 steps, with both directions (bicaptioning) and with the forward one alone on
+the same batches. The probe of `vlmkernels probe` then measures the features of both, and of the same network
+with random weights of the seed: it is trained on the first scenes of the training split and tested on scenes
+whose combinations of objects no training scene has. A training whose result is in --out is not repeated.
+Results are kept in benchmarks/results/virtex/, a file for each seed, and the table is made of all that are
+there.
 """
 
 from __future__ import annotations
