@@ -5,7 +5,7 @@
     python -m benchmarks.virtex_experiment --quick      seconds, to try the script; numbers mean nothing
 
 For each seed `vlmkernels train virtex --config virtex-scenes` is run with a smaller network on 4,800 smaller
-scenes of 12 objects for 300 steps, with both directions (bicaptioning) and with the forward one alone on the
+scenes of 12 objects for 1,200 steps, with both directions (bicaptioning) and with the forward one alone on the
 same batches. The probe of `vlmkernels probe` then measures the features of both, and of the same network with
 random weights of the seed: it is trained on the first scenes of the training split and tested on scenes whose
 combinations of objects no training scene has. A training whose result is in --out is not repeated. Results
@@ -43,7 +43,7 @@ ROWS = {
 SCENES = {"objects": 12, "image_size": 32}
 PROBED, JUDGED = 800, 500  # scenes to train the probe on, and to test it on
 NETWORK = {"image_size": 32, "conv_pool": True, "width": 64, "heads": 2, "vocab_size": 2050}
-SETTINGS = {"epochs": 2, "batch-size": 32, "lr": 2e-3, "data-options": json.dumps({**SCENES, "size": 4800})}
+SETTINGS = {"epochs": 8, "batch-size": 32, "lr": 2e-3, "data-options": json.dumps({**SCENES, "size": 4800})}
 
 
 def scenes(quick: bool) -> tuple[Scenes, Scenes]:

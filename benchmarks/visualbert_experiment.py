@@ -6,7 +6,7 @@
     python -m benchmarks.visualbert_experiment --head       step time and memory of the masked words' head
 
 For each seed `vlmkernels train visualbert --config visualbert-scenes` is run twice, on smaller scenes of 12
-objects for 500 steps: as it is, and as a control that never sees an image (`--image-dropout 1`). Both are
+objects for 1,000 steps: as it is, and as a control that never sees an image (`--image-dropout 1`). Both are
 judged on test scenes: right captions against those of other scenes, and the perplexity of masked words, with
 the scene's own image, with another one's and with none. A training whose result is in --out is not repeated.
 Results are kept in benchmarks/results/visualbert/, a file for each seed, and the table is made of all that
@@ -51,7 +51,7 @@ NETWORK = {
     "mlp_width": 256,
     "init_std": 0.125,
 }
-SETTINGS = {"epochs": 4, "data-options": json.dumps(SCENES), "model-options": json.dumps(NETWORK)}
+SETTINGS = {"data-options": json.dumps(SCENES), "model-options": json.dumps(NETWORK)}
 TRAININGS: dict[str, dict[str, Any]] = {"images": SETTINGS, "words": {**SETTINGS, "image-dropout": 1}}
 ERRORS = 3  # standard errors by which a claim must hold
 HEAD = "head.json"
@@ -71,8 +71,13 @@ def run_part(name: str, seed: int, out: Path, scenes: int, quick: bool) -> dict[
 
 
 def verdict(result: dict[str, Any]) -> dict[str, bool]:
-    """The claims for each seed. Chance is 0.5; a control has to be nearer to it than ``ERRORS``."""
-    judged, blind = result["images"]["judged"], result["words"]["judged"]
+    """The claims for each seed. Chance is 0.5; a control has to be nearer to it than ``ERRORS``.
+
+    The perplexity without an image is the lower one of both models: the one that never saw an image expects
+    the combinations of the training scenes, of which the test scenes have none.
+    """
+    judged = result["images"]["judged"]
+    blind = min(result[name]["judged"]["perplexity"]["none"] for name in TRAININGS)
     own, another = (judged["match"][picture]["accuracy"] for picture in ("own", "another"))
     perplexity = judged["perplexity"]
     gains = judged["gain"]
@@ -87,10 +92,8 @@ def verdict(result: dict[str, Any]) -> dict[str, bool]:
             gains["none"]
         ),
         f"and than with another image, by {ERRORS} standard errors": above(gains["another"]),
-        "lower perplexity than a model that never saw an image": (
-            perplexity["own"] < blind["perplexity"]["none"]
-        ),
-        "with another image: not so, too": perplexity["another"] >= blind["perplexity"]["none"],
+        "lower perplexity than either model without an image": perplexity["own"] < blind,
+        "with another image: not so, too": perplexity["another"] >= blind,
         "both have the same steps": result["images"]["steps"] == result["words"]["steps"],
     }
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -251,6 +252,8 @@ def test_damaged_lines_of_the_metrics_do_not_take_others_along(run, whole):
 
 def child(values, workers, ready):
     torch.set_num_threads(1)
+    # Or its workers would be children of the server of forks, which lives on, and would not see their end
+    multiprocessing.set_start_method("fork", force=True)
     if ready is not None:
         save = checkpoint.save
 

@@ -53,7 +53,9 @@ JUDGED = ("images", "judged")
         (changed((*JUDGED, "gain", "none", "error"), 0.4), [2]),
         (changed((*JUDGED, "gain", "another", "value"), -1.0), [3]),
         (changed((*JUDGED, "perplexity", "own"), 4.5), [4]),
+        (changed((*JUDGED, "perplexity", "none"), 1.9), [4]),
         (changed((*JUDGED, "perplexity", "another"), 3.9), [5]),
+        (changed(("words", "judged", "perplexity", "none"), 10.0), []),
         (changed(("words", "steps"), 8), [6]),
     ],
 )

@@ -141,8 +141,8 @@ def _type_text(hint: Any) -> str:
 
 
 def _value_text(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value_text, value))}]"
+    if isinstance(value, list) and value:
+        return f"list of {' and '.join(sorted(set(map(_value_text, value))))}"
     if isinstance(value, tuple):
         return f"({', '.join(map(_value_text, value))})"
     if isinstance(value, Tensor) and not dense(value):

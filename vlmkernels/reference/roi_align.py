@@ -99,8 +99,9 @@ def roi_align_bwd(
         return dout.new_empty(0)
     work = torch.promote_types(dout.dtype, torch.float32)
     dfeatures = dout.new_zeros((batch, dout.shape[1], height, width), dtype=work)
-    options = tuple(dout.shape[2:]), spatial_scale, sampling_ratio, aligned
-    parts = _parts("roi_align_bwd", boxes.to(work), batch, (height, width), *options)
+    bins = (dout.shape[2], dout.shape[3])
+    options = (spatial_scale, sampling_ratio, aligned)
+    parts = _parts("roi_align_bwd", boxes.to(work), batch, (height, width), bins, *options)
     for part, grad in zip(parts, dout.to(work), strict=True):
         dfeatures[part.picture, :, part.rows, part.cols] += part.down.T @ grad @ part.across
     return dfeatures.to(dout.dtype)
