@@ -144,16 +144,17 @@ def test_scores_of_known_detections():
 
 @pytest.mark.slow
 def test_it_finds_what_it_was_trained_on(clip, tmp_path):
-    """Boxes of base classes in its own training pictures, against those of a model hardly trained."""
+    """Objects of base classes in its own training pictures; a novel class has no boxes there."""
     data = {"size": 24, "image_size": 64, "objects": 5}
-    sizes = {"variant": "text", "detector": {**TINY["vild"]["detector"], "conv_width": 8, "width": 16}}
-    common = {"data_options": data, "epochs": 40, "batch_size": 8, "model_options": sizes, "lr": 4e-3}
-    common |= {"augment": {"scales": [1.0, 1.0], "flip": False}, "weight_decay": 0.01}
-    scores = {}
-    for steps in (1, 120):
-        done = train("vild", TrainConfig(**values(clip, tmp_path / str(steps), max_steps=steps, **common)))
-        scores[steps] = evaluate(done.final, load_composites(**data)).box["base"]["AP50"]
-    assert scores[1] < 0.1 < 0.3 < scores[120], scores
+    detector = {**TINY["vild"]["detector"], "conv_width": 8, "width": 16, "detections": 10}
+    detector |= {"rpn_samples": 64, "box_samples": 32, "box_positive": 0.5}
+    common = {"data_options": data, "epochs": 60, "batch_size": 6, "lr": 5e-3, "weight_decay": 0.01}
+    common["model_options"] = {"variant": "text", "detector": detector}
+    common["augment"] = {"scales": [1.0, 1.0], "flip": False}
+    done = train("vild", TrainConfig(**values(clip, tmp_path / "run", **common)))
+    scores = evaluate(done.final, load_composites(**data))
+    assert scores.box["base"]["AP50"] > 0.4, scores
+    assert scores.mask["base"]["AP50"] > 0.3, scores
 
 
 def id_of(image):

@@ -161,7 +161,7 @@ def _model_options(command: Callable) -> Callable:
     default="emoji3:style-test",
     show_default=True,
     help="emoji3[:SPLIT], scenes[:SPLIT], a CSV/TSV file or webdataset tars; or a folder with a folder of "
-    "images per class.",
+    "images per class; for detectors composites[:SPLIT] or COCO's JSON.",
 )
 @click.option(
     "--template", "templates", multiple=True, metavar="TEXT", help="Class prompt with {}; may be repeated."

@@ -360,12 +360,16 @@ class Detector(Pretrained):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As torchvision: the RPN N(0, 0.01), the heads by their fan-out, the pyramid by its fan-in."""
+        """As torchvision: RPN N(0, 0.01), heads by their fan-out, pyramid by its fan-in; but the logits of
+        masks N(0, 0.001), whose fan-out is the number of classes.
+        """
         for name, module in self.named_modules():
             if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or name.startswith("backbone.body."):
                 continue
             if name.startswith("rpn."):
                 nn.init.normal_(module.weight, std=0.01)
+            elif name.endswith("mask_fcn_logits"):
+                nn.init.normal_(module.weight, std=0.001)
             elif name.startswith("backbone.fpn."):
                 nn.init.kaiming_uniform_(module.weight, a=1)
             else:
