@@ -36,7 +36,7 @@ class Pooling:
     ):  # fmt: skip
         corners = torch.rand(boxes, 2) * torch.tensor([width, height]) / scale
         corners = torch.cat([corners, corners + torch.rand(boxes, 2) * 8 / scale], 1)
-        special = [[-50, -50, -40, -40], [3, 3, 3, 3], [-4, -5, width + 5, 4], [2, 1, 5, height + 6]]
+        special = [[-50, -50, -40, -40], [3, 3, 3, 3], [-4.3, -5.2, width + 5.1, 4.4], [2, 1, 5, height + 6]]
         special += [[float("nan"), 0, 4, 4], [-1e6, 0, 2e6, height], [4, 4, 1, 1]]
         corners[: len(special)] = torch.tensor(special[:boxes]) / scale
         picture = torch.randint(batch, (boxes, 1))
