@@ -44,7 +44,7 @@ PAIRS = [  # queries, keys, width
 ]  # fmt: skip
 ROWS = [(1, 1), (3, 333), (300, 7), (700, 2600), (1, 70_000), (2000, 130)]  # rows, classes
 BOXES = [  # pictures, channels, height, width, boxes
-    (1, 1, 1, 9, 1), (2, 3, 30, 41, 77), (1, 8, 9, 50, 130), (3, 5, 17, 16, 60), (1, 2, 70, 50, 300),
+    (1, 1, 1, 9, 1), (2, 3, 30, 41, 20), (1, 8, 9, 50, 40), (3, 5, 17, 16, 30), (1, 2, 70, 50, 70),
 ]  # fmt: skip
 
 Case = tuple[str, Callable[..., Tensor], list[Tensor]]
@@ -194,7 +194,8 @@ def _detection(dtype, pictures, channels, height, width, count) -> Iterator[Case
     features = _rows(dtype, (pictures, channels, height, width))
     for options in ({}, {"sampling_ratio": 2, "aligned": False}):
         yield "roi_align", _with(vlmkernels.roi_align, boxes=boxes, output_size=(7, 5), **options), features
-    scores, groups = torch.randn(count).to(dtype), torch.randint(3, (count,))
+    corners = corners.repeat(10, 1) + torch.randn(10 * count, 1)
+    scores, groups = torch.randn(len(corners)).to(dtype), torch.randint(3, (len(corners),))
     for group in (None, groups):
         op = _with(vlmkernels.nms, iou_threshold=0.3, groups=group)
         yield "nms", lambda *tensors, op=op: op(*tensors).double(), [corners.to(dtype), scores]
