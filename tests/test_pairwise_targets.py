@@ -28,7 +28,7 @@ LOSSES = {  # public and raw call for targets
         ((None, torch.arange(4)), "(NoneType, Tensor)"),
         ((torch.arange(4), None), "(Tensor, NoneType)"),
         ((torch.arange(4),), "(Tensor)"),
-        ([torch.arange(4), torch.arange(4)], "list"),
+        ([torch.arange(4), torch.arange(4)], "list of Tensor"),
         ((), "()"),
     ],
     ids=str,
