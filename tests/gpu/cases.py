@@ -484,4 +484,6 @@ SIMULATED = {
     "relative_representation, fraction, float32",
     "relative_similarity, ragged, bfloat16",
     "contrastive_search_score, no token is alike, float32",
+    "nms, groups, bfloat16",
+    "roi_align, ragged, float32",
 }
