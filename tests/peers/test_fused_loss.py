@@ -11,7 +11,8 @@ from tests.peers.table import committed, fused
 
 def cases(families):
     for family in families:  # one may be not installed: `make setup` installs all of them
-        marks = [pytest.mark.skip(reason=family.why_not)] if family.why_not else []
+        why_not = f"{family.library}: {family.why_not}"  # the import's error
+        marks = [pytest.mark.skip(reason=why_not)] if family.why_not else []
         yield pytest.param(family, id=family.name, marks=marks)
 
 

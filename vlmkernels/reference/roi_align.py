@@ -74,7 +74,9 @@ def roi_align_fwd(
     work = torch.promote_types(features.dtype, torch.float32)
     options = (out_height, out_width), spatial_scale, sampling_ratio, aligned
     out = [
-        part.down @ features[part.picture, :, part.rows, part.cols].to(work) @ part.across.T
+        _product(
+            part.down, features[part.picture, :, part.rows, part.cols].to(work).contiguous(), part.across.T
+        )
         for part in _parts("roi_align", boxes.to(work), batch, sizes, *options)
     ]
     if not out:
@@ -103,8 +105,19 @@ def roi_align_bwd(
     options = (spatial_scale, sampling_ratio, aligned)
     parts = _parts("roi_align_bwd", boxes.to(work), batch, (height, width), bins, *options)
     for part, grad in zip(parts, dout.to(work), strict=True):
-        dfeatures[part.picture, :, part.rows, part.cols] += part.down.T @ grad @ part.across
+        dfeatures[part.picture, :, part.rows, part.cols] += _product(part.down.T, grad, part.across)
     return dfeatures.to(dout.dtype)
+
+
+def _product(down: Tensor, x: Tensor, across: Tensor) -> Tensor:
+    """down @ x @ across, whose weights are not negative: a weight of 0 leaves out what is no number."""
+    if x.isfinite().all():
+        return down @ x @ across
+    out = down @ x.where(x.isfinite(), 0) @ across
+    for value, there in ((math.inf, x == math.inf), (-math.inf, x == -math.inf), (math.nan, x.isnan())):
+        reached = (down != 0).to(x) @ there.to(x) @ (across != 0).to(x) > 0
+        out = out + torch.zeros_like(out).masked_fill(reached, value)
+    return out
 
 
 def _parts(
