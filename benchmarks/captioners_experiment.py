@@ -7,11 +7,12 @@
 
 Each system is trained by its shipped configurations, each a call of `vlmkernels train`, and captions 1,000
 test scenes. Flamingo and VisualGPT start from the language model of `lm-scenes`, which is trained once and
-counted in both. A Flamingo then reads a few captioned scenes before the one to caption, in which an object
-has a name that no training caption has (`benchmarks.shots`), and linear classifiers read what the tokens of
-its frozen tower hold (`benchmarks.tower_probe`). A training or an evaluation whose result is in
---out is not repeated. Results are kept in benchmarks/results/captioners/, a file for each system and seed,
-and the tables are made of all that are there.
+counted in both. A Flamingo then captions scenes without their images (`benchmarks.reading`), and reads a few
+captioned scenes before the one to caption, in which an object has a name that no training caption has
+(`benchmarks.shots`); linear classifiers read what the tokens of its frozen tower hold
+(`benchmarks.tower_probe`). A training or an evaluation whose result is in --out is not repeated. Results are
+kept in benchmarks/results/captioners/, a file for each system and seed, and the tables are made of all that
+are there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import experiment, shots, tower_probe
+from benchmarks import experiment, reading, shots, tower_probe
 from benchmarks.experiment import Result, once, train_part
 from vlmkernels._files import write_text
 from vlmkernels.data import load_scenes
@@ -70,7 +71,10 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
             "evaluation": {**found.to_dict(), "captions": found.captions[:5]},
         }
         if system == "flamingo":
-            tower = out.absolute() / f"clip-seed{seed}" / "final"
+            tower, language_model = (
+                out.absolute() / f"{kind}-seed{seed}" / "final" for kind in ("clip", "lm")
+            )
+            judged["reading"] = reading.measure(final, language_model, 8 if quick else reading.SCENES)
             judged["tower"] = tower_probe.probe_tower(tower, (40, 20) if quick else tower_probe.SCENES)
             judged["shots"] = shots.measure(bundle, 8 if quick else shots.EPISODES)
         return judged
@@ -85,7 +89,7 @@ def minutes(result: Result) -> float:
 
 
 def verdict(results: Sequence[Result]) -> dict[str, bool]:
-    """The claims about each Flamingo: near those that train everything, and as quickly."""
+    """The claims about each Flamingo: near those that train everything, as quickly, and from its images."""
     claims = {}
     for result in results:
         if result["system"] == "flamingo":
@@ -94,6 +98,8 @@ def verdict(results: Sequence[Result]) -> dict[str, bool]:
                 slots >= GOAL["slots"]
             )
             claims[f"seed {result['seed']}: within {GOAL['minutes']:g} minutes"] = taken <= GOAL["minutes"]
+            kept = f"at most {reading.KEPT:.0%} of the gain with other images"
+            claims[f"seed {result['seed']}: {kept}"] = reading.reads(result)
     return claims
 
 
@@ -140,6 +146,7 @@ def with_tables(page: str, results: Sequence[Result]) -> str:
     flamingos = [result for result in results if result["system"] == "flamingo"]
     tables = {
         "table": f"{table(results)}\n\n{measured_on(results)}",
+        "reading": reading.table(flamingos) if flamingos else "",
         "tower": tower_probe.table(flamingos) if flamingos else "",
         "shots": shots.table(flamingos) if flamingos else "",
     }
