@@ -7,12 +7,12 @@
 
 Each system is trained by its shipped configurations, each a call of `vlmkernels train`, and captions 1,000
 test scenes. Flamingo and VisualGPT start from the language model of `lm-scenes`, which is trained once and
-counted in both. A Flamingo then captions scenes without their images (`benchmarks.reading`), and reads a few
-captioned scenes before the one to caption, in which an object has a name that no training caption has
-(`benchmarks.shots`); linear classifiers read what the tokens of its frozen tower hold
-(`benchmarks.tower_probe`). A training or an evaluation whose result is in --out is not repeated. Results are
-kept in benchmarks/results/captioners/, a file for each system and seed, and the tables are made of all that
-are there.
+counted in both. A Flamingo then captions scenes without their images (`benchmarks.reading`), and linear
+classifiers read what the tokens of its frozen tower hold (`benchmarks.tower_probe`). One that was trained on
+rows of several scenes reads a few captioned ones before the one to caption, in which an object has a name
+that no training caption has (`benchmarks.shots`). A training or an evaluation whose result is in --out is not
+repeated. Results are kept in benchmarks/results/captioners/, a file for each system and seed, and the tables
+are made of all that are there.
 """
 
 from __future__ import annotations
@@ -33,23 +33,32 @@ from vlmkernels.use.evaluate import evaluate
 NAME = "captioners"
 PAGE = experiment.ROOT / "docs" / "captioners.md"
 LANGUAGE, VISION = "--language-model", "--vision"
-SYSTEMS: dict[str, dict[str, str]] = {  # for each system the kinds of models that it starts from, by flag
+SYSTEMS: dict[str, dict[str, str]] = {  # for each system the models that it starts from, by flag
     "simvlm": {},
     "virtex": {},
     "visualgpt": {LANGUAGE: "lm"},
     "flamingo": {VISION: "clip", LANGUAGE: "lm"},
+    "flamingo-shots": {VISION: "clip", LANGUAGE: "lm-shots"},
 }
-TITLES = {"simvlm": "SimVLM", "virtex": "VirTex", "visualgpt": "VisualGPT", "flamingo": "Flamingo"}
+TITLES = {
+    "simvlm": "SimVLM",
+    "virtex": "VirTex",
+    "visualgpt": "VisualGPT",
+    "flamingo": "Flamingo",
+    "flamingo-shots": "Flamingo, for shots",
+}
 SCORES = {"slots": "slots", "objects": "objects", "relations": "relations", "scenes": "whole scenes"}
 GOAL = {"slots": 0.9, "minutes": 6.0}  # of Flamingo: frozen parts that hold what is where lose little
 
 
-def train(kind: str, seed: int, out: Path, quick: bool, *flags: str) -> tuple[Path, Result]:
-    """A model by its shipped configuration, trained unless an earlier call has: its folder, what it took."""
-    folder = out.absolute() / f"{kind}-seed{seed}"
-    figures = once(
-        folder.with_suffix(".json"), lambda: train_part(kind, f"{kind}-scenes", seed, folder, quick, *flags)
-    )
+def train(part: str, seed: int, out: Path, quick: bool, *flags: str) -> tuple[Path, Result]:
+    """A model by its shipped configuration, trained unless an earlier call has: its folder, what it took.
+
+    ``part`` is KIND, of the configuration KIND-scenes, or KIND-shots.
+    """
+    folder, kind = out.absolute() / f"{part}-seed{seed}", part.partition("-")[0]
+    config = f"{part}-scenes" if part == kind else part
+    figures = once(folder.with_suffix(".json"), lambda: train_part(kind, config, seed, folder, quick, *flags))
     return folder / "final", figures
 
 
@@ -57,8 +66,8 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
     """Train a system and the models it starts from; judge it on ``scenes`` test scenes, those of seed 0."""
     flags: list[str] = []
     trained = {}
-    for flag, kind in SYSTEMS[system].items():
-        final, trained[kind] = train(kind, seed, out, quick)
+    for flag, part in SYSTEMS[system].items():
+        final, trained[part] = train(part, seed, out, quick)
         flags += [flag, str(final)]
     final, trained[system] = train(system, seed, out, quick, *flags)
 
@@ -76,6 +85,7 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
             )
             judged["reading"] = reading.measure(final, language_model, 8 if quick else reading.SCENES)
             judged["tower"] = tower_probe.probe_tower(tower, (40, 20) if quick else tower_probe.SCENES)
+        if system == "flamingo-shots":
             judged["shots"] = shots.measure(bundle, 8 if quick else shots.EPISODES)
         return judged
 
@@ -143,12 +153,15 @@ def measured_on(results: Sequence[Result]) -> str:
 
 def with_tables(page: str, results: Sequence[Result]) -> str:
     """The page with the tables between their markers. ValueError if it has not these markers."""
-    flamingos = [result for result in results if result["system"] == "flamingo"]
+    flamingos, for_shots = (
+        [result for result in results if result["system"] == system]
+        for system in ("flamingo", "flamingo-shots")
+    )
     tables = {
         "table": f"{table(results)}\n\n{measured_on(results)}",
         "reading": reading.table(flamingos) if flamingos else "",
         "tower": tower_probe.table(flamingos) if flamingos else "",
-        "shots": shots.table(flamingos) if flamingos else "",
+        "shots": shots.table(for_shots) if for_shots else "",
     }
     end = "<!-- /captioners -->"
     for name, text in tables.items():

@@ -21,7 +21,7 @@ def result(system="flamingo", seed=0, slots=0.95, seconds=100.0, other=0.2):
         "seed": seed,
         "machine": {"processor": "a processor", "instruction sets": "avx2", "torch": "2.13"},
         "trained": {
-            kind: {"cpu_seconds": seconds} for kind in [*experiment.SYSTEMS[system].values(), system]
+            part: {"cpu_seconds": seconds} for part in [*experiment.SYSTEMS[system].values(), system]
         },
         "parameters": 2_000_000,
         "trained_parameters": 1_000_000,
@@ -47,6 +47,7 @@ def result(system="flamingo", seed=0, slots=0.95, seconds=100.0, other=0.2):
         ({"other": 0.256}, []),
         ({"other": 0.258}, ["seed 0: at most 10% of the gain with other images"]),
         ({"system": "virtex", "slots": 0.1, "seconds": 1e4}, []),
+        ({"system": "flamingo-shots", "slots": 0.1, "seconds": 1e4}, []),
     ],
 )
 def test_verdict(changes, failing):
@@ -67,8 +68,9 @@ def test_tables_stand_between_their_markers():
     end = "<!-- /captioners -->"
     page = f"a <!-- captioners: table --> old {end} b <!-- captioners: tower -->{end}"
     page += f"<!-- captioners: reading -->{end}<!-- captioners: shots -->{end} c"
-    written = experiment.with_tables(page, [result()])
-    assert experiment.with_tables(written, [result()]) == written
+    results = [result(), result("flamingo-shots")]
+    written = experiment.with_tables(page, results)
+    assert experiment.with_tables(written, results) == written
     assert "old" not in written
     assert written.index("| Flamingo |") < written.index(" b ") < written.index("| true |")
     assert "| the place of a patch | 80.0 % | 10.0 % |" in written
@@ -158,14 +160,16 @@ def test_prompts_are_padded_on_the_left():
 
 @pytest.mark.slow
 def test_the_experiment_runs(tmp_path, capsys):
-    arguments = ["--quick", "--systems", "flamingo", "--seeds", "3", "--out", str(tmp_path)]
+    systems = ("flamingo", "flamingo-shots")
+    arguments = ["--quick", "--systems", *systems, "--seeds", "3", "--out", str(tmp_path)]
     experiment.main(arguments)
-    (found,) = stored(tmp_path / "results", "*-seed-*.json")
-    assert found["seed"] == 3
-    assert found["evaluation"]["samples"] == 8
-    assert set(found["shots"]) == {"episodes", *shots.TASKS}
-    assert set(found["reading"]) == set(reading.ROWS) - {reading.OWN}
+    found = {each["system"]: each for each in stored(tmp_path / "results", "*-seed-*.json")}
+    assert set(found) == set(systems)
+    assert all(each["seed"] == 3 and each["evaluation"]["samples"] == 8 for each in found.values())
+    assert set(found["flamingo-shots"]["shots"]) == {"episodes", *shots.TASKS}
+    assert set(found["flamingo"]["reading"]) == set(reading.ROWS) - {reading.OWN}
     before = capsys.readouterr().out
     experiment.main(arguments)  # trains nothing again
-    assert stored(tmp_path / "results", "*-seed-*.json")[0]["trained"] == found["trained"]
+    for each in stored(tmp_path / "results", "*-seed-*.json"):
+        assert each["trained"] == found[each["system"]]["trained"]
     assert "| Flamingo | 3 |" in before
