@@ -109,8 +109,8 @@ def test_the_losses_of_the_parts_of_a_batch_add_up(clip, proposals, tmp_path, mo
 def uneven(clip, proposals, out):
     """7 pictures in joint batches of 5 and 2, with plain SGD."""
     data = {**DATA, "size": 7}
-    options = {"data_options": data, "batch_size": 5, "optimizer": "sgd", "lr": 0.01, "device": "cpu"}
-    return values(clip, out, proposals=proposals, **options)
+    options = {"data_options": data, "batch_size": 5, "epochs": 1, "device": "cpu"}
+    return values(clip, out, proposals=proposals, optimizer="sgd", lr=0.01, **options)
 
 
 def worker(rank, folder, clip, proposals):
@@ -131,7 +131,7 @@ def test_training_on_two_processes_is_training_on_one(clip, final, tmp_path):
     with per_sample_norm():
         train("vild", TrainConfig(**uneven(clip, proposals, tmp_path / "one")))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    assert [line["step"] for line in two] == [1, 2]
     for name in one[0]:
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
     expected = weights(tmp_path / "one")
