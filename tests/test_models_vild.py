@@ -101,7 +101,7 @@ def test_scores_of_every_variant_are_those_of_torch():
             found = heads.scores(pooled, features, classes())
             projected = heads.box_predictor["projection"](features)
             if variant != "image":
-                table = torch.cat([heads.background()[None], classes().embeddings])
+                table = torch.cat([heads.background.embedding[None], classes().embeddings])
                 text = oracle_logits(projected, table).softmax(1)[:, 1:]
             if variant == "ensemble":
                 projected = heads.image_projection(heads.image_head(pooled))

@@ -114,14 +114,14 @@ class Classes(NamedTuple):
 
 
 class Background(nn.Module):
-    """The learned embedding of what is no object, from a call, so that hooks can fetch it."""
+    """The learned embedding of what is no object, before those of classes; a module, whose hooks fetch it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(STD * torch.randn(width))
 
-    def forward(self) -> Tensor:  # [D]
-        return self.embedding
+    def forward(self, classes: Tensor) -> Tensor:  # [C, D] -> [1 + C, D]
+        return F.normalize(torch.cat([self.embedding[None].to(classes), classes]), dim=1)
 
 
 class ViLDHeads(RoIHeads):
@@ -152,7 +152,7 @@ class ViLDHeads(RoIHeads):
         if self.vild.variant == "image":
             return {}
         projected = wide(self.box_predictor["projection"](features))
-        table = self._table(classes, projected)
+        table = self.background(classes.embeddings.to(projected))
         scale = None
         if classes.novel is not None:
             scale = 1 - F.pad(classes.novel.to(projected), (1, 0))
@@ -171,7 +171,7 @@ class ViLDHeads(RoIHeads):
         if variant == "image":
             return self._image_scores(pooled, features, classes)
         projected = wide(self.box_predictor["projection"](features))
-        text = self._logits(projected, self._table(classes, projected)).softmax(1)[:, 1:]
+        text = self._logits(projected, self.background(classes.embeddings.to(projected))).softmax(1)[:, 1:]
         if variant != "ensemble":
             return text
         share = torch.full_like(text[0], self.vild.text_share)
@@ -210,9 +210,6 @@ class ViLDHeads(RoIHeads):
         """Over the classes alone: this branch has no background."""
         projected = wide(self.image_embeddings(pooled, features))
         return self._logits(projected, F.normalize(classes.embeddings.to(projected), dim=1)).softmax(1)
-
-    def _table(self, classes: Classes, like: Tensor) -> Tensor:  # [1 + C, D]
-        return F.normalize(torch.cat([self.background()[None].to(like), classes.embeddings.to(like)]), dim=1)
 
     def _logits(self, projected: Tensor, table: Tensor) -> Tensor:  # [K, D], [V, D] -> [K, V]
         with torch.autocast(projected.device.type, enabled=False):
