@@ -59,11 +59,11 @@ def batch(images: Sequence[Tensor], config: Any, multiple: int, dtype: torch.dty
     sizes = [size_for(size, config.min_size, config.max_size) for size in originals]
     height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
     pixels = images[0].new_zeros(len(images), 3, height, width, dtype=dtype)
-    for row, image, size in zip(pixels, images, sizes, strict=True):
+    for row, (image, size) in enumerate(zip(images, sizes, strict=True)):
         image = (image - mean) / std
         if size != image.shape[1:]:
             image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-        row[:, : size[0], : size[1]] = image
+        pixels[row, :, : size[0], : size[1]] = image
     return Batch(pixels, sizes, originals)
 
 
