@@ -4,8 +4,8 @@
     python -m benchmarks.demo_experiment --seeds 1   one seed; the mean is of all seeds that are kept
     python -m benchmarks.demo_experiment --quick     seconds, to try the script
 
-Results are kept in benchmarks/results/demo/, one file for each seed. A seed's file also says at which place the
-ten texts of the demo's report, evenly spaced over the concepts, have their picture.
+Results are kept in benchmarks/results/demo/, one file for each seed. It also says at which place the ten
+texts of the demo's report, evenly spaced over the concepts, have their picture.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ nothing is chosen: the scale of a key is its largest absolute value over 127, as
     names     the 1,852 names of emoji3, searched by the search tags of each
     pictures  its 3,704 Noto and Twemoji pictures, searched by the 1,852 Fluent ones
 
-The result is kept in benchmarks/results/int8/results.json, and the table of docs/topk_similarity.md is made of
-it; with another --results the page stays.
+The result is kept in benchmarks/results/int8/results.json, and the table of docs/topk_similarity.md is made
+of it; with another --results the page stays.
 """
 
 from __future__ import annotations
