@@ -2,10 +2,12 @@
 
     python -m benchmarks.demo_experiment             seeds 0, 1, 2, each the training of `make demo`
     python -m benchmarks.demo_experiment --seeds 1   one seed; the mean is of all seeds that are kept
+    python -m benchmarks.demo_experiment --table     trains nothing, makes the table of what is kept
     python -m benchmarks.demo_experiment --quick     seconds, to try the script
 
-Results are kept in benchmarks/results/demo/, one file for each seed. It also says at which place the ten
-texts of the demo's report, evenly spaced over the concepts, have their picture.
+Results are kept in benchmarks/results/demo/, one file for each seed, and the table of README.md is made of
+them; with another --results it stays. They also say at which place the ten texts of the demo's report, evenly
+spaced over the concepts, have their picture.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import demo, experiment
+from vlmkernels._files import write_text
 from vlmkernels.data import load_emoji3
 from vlmkernels.use.bundle import load_model
 from vlmkernels.use.evaluate import evaluate_model
@@ -24,6 +27,7 @@ from vlmkernels.use.evaluate import evaluate_model
 NAME = "demo"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALLS = ("R@1", "R@5", "R@10")
+README, MARKS = experiment.ROOT / "README.md", ("<!-- demo -->", "<!-- /demo -->")
 GOAL = 0.22  # R@10 without flags, both ways
 
 
@@ -72,6 +76,36 @@ def summary(runs: Sequence[experiment.Result]) -> str:
     return "\n".join(lines)
 
 
+def table(runs: Sequence[experiment.Result]) -> str:
+    """Markdown: the means, and what was run where."""
+    columns = (*RECALLS, "chance of R@10")
+    lines = [f"| {' | '.join(('', *columns))} |", "|---|" + "---:|" * len(columns)]
+    for label, row in means(runs).items():
+        cells = " | ".join(f"{100 * row[name]:.{2 if name not in RECALLS else 1}f} %" for name in columns)
+        lines.append(f"| {label} | {cells} |")
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    places = [sum(place <= demo.SHOWN for place in run["places"].values()) for run in runs]
+    cpu = statistics.fmean(run["training"]["cpu_seconds"] for run in runs) / 60
+    machines = sorted({run["machine"]["processor"] for run in runs})
+    whole = next(iter(runs[0]["evaluation"]))
+    groups = statistics.fmean(run["evaluation"][whole]["zero_shot"]["captions"]["top1"] for run in runs)
+    note = (
+        f"`{experiment.command_of(NAME)}`, mean of seeds {seeds}, {runs[0]['training']['steps']} steps each, "
+        f"{cpu:.1f} minutes of processor time ({', '.join(machines)}). Of the report's {demo.TEXTS} texts "
+        f"{', '.join(map(str, places))} have their picture among the first {demo.SHOWN}. Zero-shot "
+        f"classification into the 9 groups of emoji, described by their training names: {100 * groups:.1f} %."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def with_table(page: str, text: str) -> str:
+    """The page with the table between its markers."""
+    before, found, rest = page.partition(MARKS[0])
+    if not found:
+        raise ValueError(f"the page must have the marker {MARKS[0]}")
+    return f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
 def verdict(runs: Sequence[experiment.Result]) -> dict[str, bool]:
     """The claims about the mean, and that the report of every seed shows hits."""
     rows = means(runs)
@@ -88,10 +122,23 @@ def verdict(runs: Sequence[experiment.Result]) -> dict[str, bool]:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the seeds; returns whether every claim about all that are kept holds."""
-    args: Any = experiment.parser_of(NAME, __doc__).parse_args(arguments)
-    runs, _ = experiment.each_seed(
-        NAME, arguments, args, lambda seed: run_seed(seed, args.out / f"experiment-seed{seed}", args.quick)
-    )
+    parser = experiment.parser_of(NAME, __doc__)
+    parser.add_argument("--table", action="store_true", help="train nothing, make the table of what is kept")
+    args: Any = parser.parse_args(arguments)
+    folder = experiment.folder_of(NAME, args)
+    if args.table:
+        runs = experiment.stored(folder)
+    else:
+        runs, _ = experiment.each_seed(
+            NAME,
+            arguments,
+            args,
+            lambda seed: run_seed(seed, args.out / f"experiment-seed{seed}", args.quick),
+        )
+    if not runs:
+        raise ValueError(f"results must hold a seed, got the folder {folder} without any")
+    if folder == experiment.results_folder(NAME):
+        write_text(README, with_table(README.read_text(encoding="utf-8"), table(runs)))
     print(summary(runs))
     return experiment.show(verdict(runs))
 
