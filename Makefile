@@ -41,11 +41,11 @@ demo: setup
 
 test: setup $(VENV)/nvcc
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
-	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 2 -n 2 --dist loadfile $(OP_TESTS)
-	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 2")
+	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 4 -n 2 --dist loadfile $(OP_TESTS)
+	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 4")
 
-# The op tests (SHARE="--one-in 2": half of the cases of each) with every other instruction set that this machine has, and the
-# kernels without torch.
+# The op tests (SHARE="--one-in 4": a quarter of the cases of each) with every other instruction set that this
+# machine has, and the kernels without torch.
 .PHONY: test-native
 test-native: setup
 	set -e; for isa in $$($(BIN)/python -m tests.instruction_sets --others); do \

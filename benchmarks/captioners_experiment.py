@@ -7,11 +7,12 @@
 
 Each system is trained by its shipped configurations, each a call of `vlmkernels train`, and captions 1,000
 test scenes. Flamingo and VisualGPT start from the language model of `lm-scenes`, which is trained once and
-counted in both. A Flamingo then reads a few captioned scenes before the one to caption, in which an object
-has a name that no training caption has (`benchmarks.shots`), and linear classifiers read what the tokens of
-its frozen tower hold (`benchmarks.tower_probe`). A training or an evaluation whose result is in
---out is not repeated. Results are kept in benchmarks/results/captioners/, a file for each system and seed,
-and the tables are made of all that are there.
+counted in both. A Flamingo then captions scenes without their images (`benchmarks.reading`), and linear
+classifiers read what the tokens of its frozen tower hold (`benchmarks.tower_probe`). One that was trained on
+rows of several scenes reads a few captioned ones before the one to caption, in which an object has a name
+that no training caption has (`benchmarks.shots`). A training or an evaluation whose result is in --out is not
+repeated. Results are kept in benchmarks/results/captioners/, a file for each system and seed, and the tables
+are made of all that are there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import experiment, shots, tower_probe
+from benchmarks import experiment, reading, shots, tower_probe
 from benchmarks.experiment import Result, once, train_part
 from vlmkernels._files import write_text
 from vlmkernels.data import load_scenes
@@ -32,23 +33,32 @@ from vlmkernels.use.evaluate import evaluate
 NAME = "captioners"
 PAGE = experiment.ROOT / "docs" / "captioners.md"
 LANGUAGE, VISION = "--language-model", "--vision"
-SYSTEMS: dict[str, dict[str, str]] = {  # for each system the kinds of models that it starts from, by flag
+SYSTEMS: dict[str, dict[str, str]] = {  # for each system the models that it starts from, by flag
     "simvlm": {},
     "virtex": {},
     "visualgpt": {LANGUAGE: "lm"},
     "flamingo": {VISION: "clip", LANGUAGE: "lm"},
+    "flamingo-shots": {VISION: "clip", LANGUAGE: "lm-shots"},
 }
-TITLES = {"simvlm": "SimVLM", "virtex": "VirTex", "visualgpt": "VisualGPT", "flamingo": "Flamingo"}
+TITLES = {
+    "simvlm": "SimVLM",
+    "virtex": "VirTex",
+    "visualgpt": "VisualGPT",
+    "flamingo": "Flamingo",
+    "flamingo-shots": "Flamingo, for shots",
+}
 SCORES = {"slots": "slots", "objects": "objects", "relations": "relations", "scenes": "whole scenes"}
 GOAL = {"slots": 0.9, "minutes": 6.0}  # of Flamingo: frozen parts that hold what is where lose little
 
 
-def train(kind: str, seed: int, out: Path, quick: bool, *flags: str) -> tuple[Path, Result]:
-    """A model by its shipped configuration, trained unless an earlier call has: its folder, what it took."""
-    folder = out.absolute() / f"{kind}-seed{seed}"
-    figures = once(
-        folder.with_suffix(".json"), lambda: train_part(kind, f"{kind}-scenes", seed, folder, quick, *flags)
-    )
+def train(part: str, seed: int, out: Path, quick: bool, *flags: str) -> tuple[Path, Result]:
+    """A model by its shipped configuration, trained unless an earlier call has: its folder, what it took.
+
+    ``part`` is KIND, of the configuration KIND-scenes, or KIND-shots.
+    """
+    folder, kind = out.absolute() / f"{part}-seed{seed}", part.partition("-")[0]
+    config = f"{part}-scenes" if part == kind else part
+    figures = once(folder.with_suffix(".json"), lambda: train_part(kind, config, seed, folder, quick, *flags))
     return folder / "final", figures
 
 
@@ -56,8 +66,8 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
     """Train a system and the models it starts from; judge it on ``scenes`` test scenes, those of seed 0."""
     flags: list[str] = []
     trained = {}
-    for flag, kind in SYSTEMS[system].items():
-        final, trained[kind] = train(kind, seed, out, quick)
+    for flag, part in SYSTEMS[system].items():
+        final, trained[part] = train(part, seed, out, quick)
         flags += [flag, str(final)]
     final, trained[system] = train(system, seed, out, quick, *flags)
 
@@ -70,8 +80,12 @@ def run(system: str, seed: int, out: Path, scenes: int, quick: bool) -> Result:
             "evaluation": {**found.to_dict(), "captions": found.captions[:5]},
         }
         if system == "flamingo":
-            tower = out.absolute() / f"clip-seed{seed}" / "final"
+            tower, language_model = (
+                out.absolute() / f"{kind}-seed{seed}" / "final" for kind in ("clip", "lm")
+            )
+            judged["reading"] = reading.measure(final, language_model, 8 if quick else reading.SCENES)
             judged["tower"] = tower_probe.probe_tower(tower, (40, 20) if quick else tower_probe.SCENES)
+        if system == "flamingo-shots":
             judged["shots"] = shots.measure(bundle, 8 if quick else shots.EPISODES)
         return judged
 
@@ -85,7 +99,7 @@ def minutes(result: Result) -> float:
 
 
 def verdict(results: Sequence[Result]) -> dict[str, bool]:
-    """The claims about each Flamingo: near those that train everything, and as quickly."""
+    """The claims about each Flamingo: near those that train everything, as quickly, and from its images."""
     claims = {}
     for result in results:
         if result["system"] == "flamingo":
@@ -94,6 +108,8 @@ def verdict(results: Sequence[Result]) -> dict[str, bool]:
                 slots >= GOAL["slots"]
             )
             claims[f"seed {result['seed']}: within {GOAL['minutes']:g} minutes"] = taken <= GOAL["minutes"]
+            kept = f"at most {reading.KEPT:.0%} of the gain with other images"
+            claims[f"seed {result['seed']}: {kept}"] = reading.reads(result)
     return claims
 
 
@@ -137,11 +153,15 @@ def measured_on(results: Sequence[Result]) -> str:
 
 def with_tables(page: str, results: Sequence[Result]) -> str:
     """The page with the tables between their markers. ValueError if it has not these markers."""
-    flamingos = [result for result in results if result["system"] == "flamingo"]
+    flamingos, for_shots = (
+        [result for result in results if result["system"] == system]
+        for system in ("flamingo", "flamingo-shots")
+    )
     tables = {
         "table": f"{table(results)}\n\n{measured_on(results)}",
+        "reading": reading.table(flamingos) if flamingos else "",
         "tower": tower_probe.table(flamingos) if flamingos else "",
-        "shots": shots.table(flamingos) if flamingos else "",
+        "shots": shots.table(for_shots) if for_shots else "",
     }
     end = "<!-- /captioners -->"
     for name, text in tables.items():

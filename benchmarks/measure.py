@@ -210,6 +210,10 @@ def limits(device: str, dtypes: Iterable[torch.dtype], *, quick: bool = False) -
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         found[name] = _tile_products(name, quick) if device == "cpu" else {}
+        # Without an instruction for 16-bit products kernels multiply in float32, and torch.mm takes a minute
+        if not found[name] and device == "cpu" and dtype.itemsize == 2:
+            wide = _tile_products("float32", quick)
+            found[name] = wide and {**wide, "how": f"{wide['how']} in float32"}
         if not found[name]:
             found[name] = _matrix_products(dtype, device, quick)
     size = COPY_BYTES >> 4 if quick else COPY_BYTES

@@ -22,7 +22,7 @@ from vlmkernels.data.scenes import OBJECTS
 from vlmkernels.use.bundle import Bundle
 
 SHOTS = (0, 1, 2, 4)
-EPISODES = 300
+EPISODES = 200
 KNOWN = 24  # objects of the training scenes
 NAMES = ("blicket", "dax", "wug", "toma", "zorp", "fep", "gazzer", "kiki")  # in no caption of the scenes
 TASKS = {"known": "a known object, a new name", "unseen": "an unseen object, its own name"}

@@ -298,6 +298,14 @@ def test_measured_limits_are_positive():
     assert all(limit["rate"] > 0 and limit["how"] for limit in found.values())
 
 
+def test_without_16_bit_products_the_limit_is_that_of_float32(monkeypatch):
+    tiles = {"float32": {"rate": 1e11, "how": "tile products of 64x256x512"}, "bfloat16": {}, "float64": {}}
+    monkeypatch.setattr(measure, "_tile_products", lambda dtype, quick: tiles[dtype])
+    found = measure.limits("cpu", [torch.bfloat16, torch.float64], quick=True)
+    assert found["bfloat16"] == {"rate": 1e11, "how": "tile products of 64x256x512 in float32"}
+    assert found["float64"]["how"].startswith("torch.mm of")
+
+
 def test_results_merge_by_case_and_drop_unused_runs(tmp_path, header):
     path = tmp_path / "results" / "machine.json"
     first, second = {**header, "id": "1"}, {**header, "id": "2"}

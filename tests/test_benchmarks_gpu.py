@@ -450,5 +450,8 @@ def test_host_time_of_the_losses_is_printed():
     rows = [
         line for line in said.splitlines() if line.endswith(tuple("0123456789")) and " us, at best " in line
     ]
-    assert [row.split(" ")[0] for row in rows] == ["product_sum", "info_nce", "sigmoid_loss"]
+    measured = ("forward", "forward and backward")
+    assert [(row.split(" ")[0], row.partition(", ")[2].partition(":")[0]) for row in rows] == [
+        (name, what) for name in ("product_sum", "info_nce", "sigmoid_loss") for what in measured
+    ]
     assert "info_nce_bwd.py" in said

@@ -1,17 +1,19 @@
 """The captioners beside each other: what is claimed, the tables, and the episodes with new names."""
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import captioners_experiment as experiment
-from benchmarks import shots, tower_probe
+from benchmarks import reading, shots, tower_probe
 from benchmarks.experiment import results_folder, stored
-from vlmkernels.data import load_scenes
+from vlmkernels.data import load_scenes, slot_accuracy
 from vlmkernels.data.scenes import OBJECTS
 
 
-def result(system="flamingo", seed=0, slots=0.95, seconds=100.0):
+def result(system="flamingo", seed=0, slots=0.95, seconds=100.0, other=0.2):
     found = {"slots": slots, "objects": slots, "relations": slots, "scenes": slots / 2}
+    elsewhere = {reading.OTHER: other, reading.STYLE: 0.7, reading.ALONE: 0.15, "chance": 0.18}
     each = {str(count): count / 10 for count in shots.SHOTS}
     shuffled = {count: 0.0 for count in each if count != "0"}
     return {
@@ -19,11 +21,18 @@ def result(system="flamingo", seed=0, slots=0.95, seconds=100.0):
         "seed": seed,
         "machine": {"processor": "a processor", "instruction sets": "avx2", "torch": "2.13"},
         "trained": {
-            kind: {"cpu_seconds": seconds} for kind in [*experiment.SYSTEMS[system].values(), system]
+            part: {"cpu_seconds": seconds} for part in [*experiment.SYSTEMS[system].values(), system]
         },
         "parameters": 2_000_000,
         "trained_parameters": 1_000_000,
-        "evaluation": {"slots": found, "reference_scores": {"CIDEr": 1.0}},
+        "evaluation": {"slots": found, "perplexity": 1.1, "reference_scores": {"CIDEr": 1.0}},
+        "reading": {
+            name: {
+                **dict.fromkeys(reading.SCORES, share),
+                **({} if name == "chance" else {"perplexity": 1.7}),
+            }
+            for name, share in elsewhere.items()
+        },
         "tower": {"object": 0.9, "place": 0.8, "object_share": 0.2, "place_share": 0.1},
         "shots": {"episodes": 10, **{task: {"true": each, "shuffled": shuffled} for task in shots.TASKS}},
     }
@@ -35,7 +44,10 @@ def result(system="flamingo", seed=0, slots=0.95, seconds=100.0):
         ({}, []),
         ({"slots": 0.89}, ["seed 0: at least 90% of the slots"]),
         ({"seconds": 121.0}, ["seed 0: within 6 minutes"]),
+        ({"other": 0.256}, []),
+        ({"other": 0.258}, ["seed 0: at most 10% of the gain with other images"]),
         ({"system": "virtex", "slots": 0.1, "seconds": 1e4}, []),
+        ({"system": "flamingo-shots", "slots": 0.1, "seconds": 1e4}, []),
     ],
 )
 def test_verdict(changes, failing):
@@ -55,12 +67,15 @@ def test_table_has_systems_means_seeds_and_trainings():
 def test_tables_stand_between_their_markers():
     end = "<!-- /captioners -->"
     page = f"a <!-- captioners: table --> old {end} b <!-- captioners: tower -->{end}"
-    page += f"<!-- captioners: shots -->{end} c"
-    written = experiment.with_tables(page, [result()])
-    assert experiment.with_tables(written, [result()]) == written
+    page += f"<!-- captioners: reading -->{end}<!-- captioners: shots -->{end} c"
+    results = [result(), result("flamingo-shots")]
+    written = experiment.with_tables(page, results)
+    assert experiment.with_tables(written, results) == written
     assert "old" not in written
     assert written.index("| Flamingo |") < written.index(" b ") < written.index("| true |")
     assert "| the place of a patch | 80.0 % | 10.0 % |" in written
+    assert "| Flamingo, own images | 95.0 % | 95.0 % | 95.0 % | 47.5 % | 1.100 |" in written
+    assert "| captions of other scenes (chance) | 18.0 % | 18.0 % | 18.0 % | 18.0 % | – |" in written
     assert "| a known object, a new name | shuffled |  | 0.0 % | 0.0 % | 0.0 % |" in written
     with pytest.raises(ValueError, match="the page must have the markers"):
         experiment.with_tables("no markers", [result()])
@@ -73,6 +88,20 @@ def test_the_page_has_the_stored_results():
         assert experiment.with_tables(page, results) == page
     else:
         assert "| system |" not in page
+
+
+def test_other_images_are_those_of_other_scenes_and_chance_is_what_their_captions_score():
+    scenes = load_scenes("test", size=40)
+    other = reading.OtherImages(scenes)
+    assert len(other) == 40
+    assert sorted(other.image_of.values()) == list(range(40))
+    for i in range(40):
+        assert other.image_of[i] != i
+        assert other[i]["text"] == scenes[i]["text"]
+        found, wanted = other[i]["image"], scenes[other.image_of[i]]["image"]
+        assert (np.asarray(found) == np.asarray(wanted)).all()
+    captions = [scenes.names[other.image_of[i]] for i in range(40)]
+    assert reading.chance(scenes) == slot_accuracy(captions, scenes.names)
 
 
 @pytest.mark.parametrize("task", shots.TASKS)
@@ -131,13 +160,16 @@ def test_prompts_are_padded_on_the_left():
 
 @pytest.mark.slow
 def test_the_experiment_runs(tmp_path, capsys):
-    arguments = ["--quick", "--systems", "flamingo", "--seeds", "3", "--out", str(tmp_path)]
+    systems = ("flamingo", "flamingo-shots")
+    arguments = ["--quick", "--systems", *systems, "--seeds", "3", "--out", str(tmp_path)]
     experiment.main(arguments)
-    (found,) = stored(tmp_path / "results", "*-seed-*.json")
-    assert found["seed"] == 3
-    assert found["evaluation"]["samples"] == 8
-    assert set(found["shots"]) == {"episodes", *shots.TASKS}
+    found = {each["system"]: each for each in stored(tmp_path / "results", "*-seed-*.json")}
+    assert set(found) == set(systems)
+    assert all(each["seed"] == 3 and each["evaluation"]["samples"] == 8 for each in found.values())
+    assert set(found["flamingo-shots"]["shots"]) == {"episodes", *shots.TASKS}
+    assert set(found["flamingo"]["reading"]) == set(reading.ROWS) - {reading.OWN}
     before = capsys.readouterr().out
     experiment.main(arguments)  # trains nothing again
-    assert stored(tmp_path / "results", "*-seed-*.json")[0]["trained"] == found["trained"]
+    for each in stored(tmp_path / "results", "*-seed-*.json"):
+        assert each["trained"] == found[each["system"]]["trained"]
     assert "| Flamingo | 3 |" in before

@@ -17,6 +17,7 @@ from vlmkernels.data import (
     slot_accuracy,
 )
 from vlmkernels.data.scenes import OBJECTS, RELATIONS, Scene, held_out_pairs, load_scenes
+from vlmkernels.train import kinds
 
 
 def pixels(image):
@@ -56,6 +57,14 @@ def test_workers_and_augmentation_do_not_change_what_is_drawn():
         assert a["image"].equal(b["image"])
     scenes.set_epoch(1)
     assert not all(a["image"].equal(scenes[i]["image"]) for i, a in enumerate(loaded[0]))
+
+
+def test_without_images():
+    with_images, without = (load_scenes("test", size=4, seed=2, images=images) for images in (True, False))
+    assert [{**with_images[i], "image": None} for i in range(4)] == [without[i] for i in range(4)]
+    with pytest.raises(ValueError, match="clip needs images, which Scenes"):
+        kinds.find("clip").check_images(without)
+    kinds.find("lm").check_images(without)
 
 
 @pytest.mark.parametrize("objects", [12, 24, 32])

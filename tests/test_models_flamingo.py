@@ -91,6 +91,22 @@ def test_without_trained_embeddings():
     assert any(name.startswith("perceiver.") for name in names)
 
 
+def test_queries_and_keys_are_normalised():
+    """With ``qk_norm`` their scale plays no part, in the resampler and in the gated blocks."""
+    vision_x, lang_x = inputs()
+    for normalised in (True, False):
+        model = flamingo(qk_norm=normalised)
+        attentions = [attention for attention, _ in model.perceiver.layers]
+        attentions += [block.attn for block in model.gated_blocks()]
+        with torch.no_grad():
+            before = model(vision_x, lang_x)["logits"]
+            for attention in attentions:
+                attention.to_q.weight.mul_(8)
+            after = model(vision_x, lang_x)["logits"]
+            scale = before.abs().max()
+        assert ((before - after).abs().max() < 1e-3 * scale) == normalised
+
+
 @pytest.mark.parametrize("immediate", [True, False])
 def test_a_later_image_never_changes_earlier_logits(immediate):
     model = flamingo(only_attend_immediate_media=immediate)

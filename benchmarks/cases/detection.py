@@ -13,6 +13,7 @@ import vlmkernels
 from benchmarks import peers
 from benchmarks.cases.case import BF16, F32, Baseline, Case, cut, timed, type_name
 from vlmkernels import reference
+from vlmkernels.reference.roi_align import roi_align_bwd, roi_align_fwd
 
 THRESHOLD = 0.7
 LEVELS = 4  # of strides 4, 8, 16, 32
@@ -116,8 +117,23 @@ def _ours(ratio: int, features: Tensor, boxes: Tensor, scale: float) -> Tensor:
     return vlmkernels.roi_align(features, boxes, 7, spatial_scale=scale, sampling_ratio=ratio)
 
 
+class _Loop(torch.autograd.Function):
+    """The definition with its gradient in closed form: autograd's writes all features once for each box."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, boxes: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(boxes)
+        ctx.sizes, ctx.options = (len(features), *features.shape[2:]), options
+        return roi_align_fwd(features, boxes, 7, 7, *options)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (boxes,) = ctx.saved_tensors
+        return roi_align_bwd(dout, boxes, *ctx.sizes, *ctx.options, (True,)), None, None, None, None
+
+
 def _plain(ratio: int, features: Tensor, boxes: Tensor, scale: float) -> Tensor:
-    return reference.roi_align(features, boxes, 7, spatial_scale=scale, sampling_ratio=ratio)
+    return _Loop.apply(features, boxes, scale, ratio, True)
 
 
 def _torchvisions_python() -> Callable[..., Tensor]:

@@ -1,7 +1,7 @@
 """Host time of a training step of the losses: their Python, without Triton's launches and cuBLAS's calls.
 
-    python -m benchmarks.gpu.overhead            microseconds of the processor for a call and its backward
-    python -m benchmarks.gpu.overhead --profile  and where they go
+    python -m benchmarks.gpu.overhead            microseconds of the processor, without and with the backward
+    python -m benchmarks.gpu.overhead --profile  and where the latter go
 
 The public ops run on CPU tensors with their kernels for CUDA; a launch does nothing.
 """
@@ -61,8 +61,8 @@ def _product_sum(query: Tensor, key: Tensor) -> Tensor:
     return (query * key).sum(dtype=torch.float32)
 
 
-def step(op: Callable, scalars: int) -> Callable[[], object]:
-    """A call and its backward."""
+def calls(op: Callable, scalars: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A call, and one with its backward."""
     shapes = [(ROWS, WIDTH)] * 2 + [()] * scalars
     dtypes = [torch.bfloat16] * 2 + [torch.float32] * scalars
     inputs = [
@@ -70,7 +70,7 @@ def step(op: Callable, scalars: int) -> Callable[[], object]:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     dloss = torch.empty(())
-    return lambda: torch.autograd.grad(op(*inputs), inputs, dloss)
+    return lambda: op(*inputs), lambda: torch.autograd.grad(op(*inputs), inputs, dloss)
 
 
 def main() -> None:
@@ -80,15 +80,16 @@ def main() -> None:
     options = parser.parse_args()
     with launching_nothing():
         for op, scalars in ((_product_sum, 0), (vlmkernels.info_nce, 1), (vlmkernels.sigmoid_loss, 2)):
-            call = step(op, scalars)
-            times = timeit.repeat(call, timer=time.process_time, number=options.calls, repeat=9)
-            microseconds = [1e6 * x / options.calls for x in times]
-            middle, best = statistics.median(microseconds), min(microseconds)
-            name = op.__name__.lstrip("_")
-            sys.stdout.write(f"{name} N={ROWS} D={WIDTH} bf16: {middle:.0f} us, at best {best:.0f}\n")
+            forward, step = calls(op, scalars)
+            for what, call in (("forward", forward), ("forward and backward", step)):
+                times = timeit.repeat(call, timer=time.process_time, number=options.calls, repeat=9)
+                microseconds = [1e6 * x / options.calls for x in times]
+                middle, best = statistics.median(microseconds), min(microseconds)
+                name = f"{op.__name__.lstrip('_')} N={ROWS} D={WIDTH} bf16, {what}"
+                sys.stdout.write(f"{name}: {middle:.0f} us, at best {best:.0f}\n")
             if options.profile:
                 profile = cProfile.Profile(time.process_time)
-                profile.runcall(lambda c=call: [c() for _ in range(options.calls)])
+                profile.runcall(lambda c=step: [c() for _ in range(options.calls)])
                 pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(30)
 
 

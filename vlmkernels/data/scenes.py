@@ -138,6 +138,7 @@ class Scenes(Dataset[Sample]):
         objects: int,
         transform: Transform | None,
         seed: int,
+        images: bool,
     ) -> None:
         faults = []
         if split not in SCENE_SPLITS:
@@ -154,7 +155,7 @@ class Scenes(Dataset[Sample]):
             raise ValueError("; ".join(faults))
         self.split, self.size = split, SCENE_SPLITS[split] if size is None else size
         self.image_size, self.grid, self.objects = image_size, grid, OBJECTS[:objects]
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.has_images = transform, seed, images
         held_out = held_out_pairs(objects)
         self._partners = {
             a: [b for b in self.objects if b != a and (frozenset((a, b)) in held_out) == (split != "train")]
@@ -227,9 +228,11 @@ class Scenes(Dataset[Sample]):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         index %= len(self)
         scene = self.scene(index)
-        image = self._paint(scene, sample_rng("paint", self.seed, self.split, index))
-        rng = sample_rng(self.seed, self._epoch.get(), self.split, index)
-        view, text = apply_transform(self.transform, image, scene.caption, rng)
+        view, text = None, scene.caption
+        if self.has_images:
+            image = self._paint(scene, sample_rng("paint", self.seed, self.split, index))
+            rng = sample_rng(self.seed, self._epoch.get(), self.split, index)
+            view, text = apply_transform(self.transform, image, text, rng)
         return Sample(
             image=view,
             text=text,
@@ -251,6 +254,7 @@ def load_scenes(
     objects: int = 24,
     transform: Transform | None = None,
     seed: int = 0,
+    images: bool = True,
 ) -> Scenes:
     """Scenes of two or three emoji as a map-style `torch.utils.data.Dataset` of `Sample`.
 
@@ -261,9 +265,17 @@ def load_scenes(
     image_size: side of the images. grid: cells per side, 2 or 3. objects: number of names of `OBJECTS` to
         use, 12 to 32.
     transform: applied to the RGB `PIL.Image`. seed: of all scenes; the epoch changes augmentation only.
+    images: False leaves them out, for language models.
 
     Raises ValueError naming every invalid argument.
     """
     return Scenes(
-        split, size=size, image_size=image_size, grid=grid, objects=objects, transform=transform, seed=seed
+        split,
+        size=size,
+        image_size=image_size,
+        grid=grid,
+        objects=objects,
+        transform=transform,
+        seed=seed,
+        images=images,
     )

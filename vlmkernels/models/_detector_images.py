@@ -39,7 +39,7 @@ def faults_of(images: Sequence[Tensor], like: Tensor) -> list[str]:
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.numel():
             got = f"{image.dtype} {list(image.shape)}"
             return [f"images must be floating [3, H, W], got {got} as number {number}"]
-        if image.device != like.device:
+        if image.device != like.device and not like.is_meta:  # a weight that is fetched when it is used
             return [f"images must be on {like.device}, where the model is, got {image.device}"]
     return []
 

@@ -43,6 +43,7 @@ class FlamingoConfig:
     before layer n. `normalize_patches` sends the patch tokens through CLIP's last LayerNorm, as open_clip
     does from version 2.24 on; OpenFlamingo's weights were made without. `max_num_media`, `max_num_frames`
     and `max_num_patches` of None mean no embedding of the image's, the frame's and the patch's place.
+    `qk_norm`: a LayerNorm over each head of the queries and keys of all trained attention.
     `train_embeddings`: the rows of the two tokens in the input embedding are trained.
     """
 
@@ -67,6 +68,7 @@ class FlamingoConfig:
     normalize_patches: bool = False
     train_embeddings: bool = True
     max_num_patches: int | None = field(default=None, metadata=LATER)
+    qk_norm: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         nested: tuple[tuple[str, Any], ...] = (("vision", ClipConfig), ("language", DecoderConfig))
@@ -159,6 +161,7 @@ class Flamingo(Pretrained):
                 heads=c.heads,
                 ff_mult=c.ff_mult,
                 only_attend_immediate_media=c.only_attend_immediate_media,
+                qk_norm=c.qk_norm,
             )
             if (index + 1) % c.cross_attn_every_n_layers == 0
             else None
@@ -178,6 +181,7 @@ class Flamingo(Pretrained):
             max_num_frames=c.max_num_frames,
             max_num_patches=c.max_num_patches,
             ff_mult=c.ff_mult,
+            qk_norm=c.qk_norm,
         )
         self.lang_encoder = lang_encoder.requires_grad_(False)
         lm.insert_blocks(lang_encoder, blocks, self._condition)

@@ -143,8 +143,8 @@ class RowOptions(Options):
     )
     renamed: float = option(
         0.0,
-        "lm, flamingo: fraction of the rows of several pairs in which a word that two captions have is "
-        "replaced by a made-up one in all of them, so that a row has to be read to be understood",
+        "lm, flamingo: fraction of the words that several captions of a row have which are replaced by "
+        "made-up ones throughout the row, so that it has to be read to be understood",
     )
 
 
