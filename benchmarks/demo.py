@@ -38,7 +38,7 @@ from vlmkernels.use.bundle import load_model
 from vlmkernels.use.embed import encode_images, encode_texts
 from vlmkernels.use.evaluate import evaluate_model, ranks
 
-EPOCHS = 20
+CONFIG = "clip-emoji-demo"
 FLAGS = "flags"
 TEXTS = 10  # texts whose pictures are shown, evenly spaced over the concepts
 SHOWN = 6
@@ -81,15 +81,15 @@ def stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[title] = time.perf_counter() - start
 
 
-def train_model(run: Path, *, quick: bool, epochs: int, seed: int, progress: bool) -> dict[str, Any]:
-    """Train as the configuration clip-emoji says, into the folder ``run``, which is made anew."""
+def train_model(run: Path, *, quick: bool, epochs: int | None, seed: int, progress: bool) -> dict[str, Any]:
+    """Train as the configuration clip-emoji-demo says, into the folder ``run``, which is made anew."""
     options: dict[str, Any] = {
-        **read_config("clip-emoji"),
+        **read_config(CONFIG),
         "out": str(run),
         "seed": seed,
         "progress": progress,
     }
-    options |= {"epochs": epochs, "keep": 1, "tensorboard": False}
+    options |= {"keep": 1, "tensorboard": False} | ({} if epochs is None else {"epochs": epochs})
     if quick:
         options |= {"epochs": 1, "max_steps": 4, "batch_size": 32, "warmup_steps": 2}
     config = TrainConfig(**options)
@@ -179,7 +179,7 @@ def machine() -> dict[str, str]:
     return found
 
 
-def run(out: Path, *, quick: bool, epochs: int, seed: int, progress: bool = True) -> Path:
+def run(out: Path, *, quick: bool, epochs: int | None, seed: int, progress: bool = True) -> Path:
     """The whole demo; gives the path of the report."""
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the report and the model"
     )
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the training pictures")
+    parser.add_argument(
+        "--epochs", type=int, help=f"passes over the training pictures; {CONFIG}.yaml says how many"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--quick", action="store_true", help="seconds instead of minutes; the numbers mean nothing"

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests import flamingo_tiny, simvlm_tiny, virtex_tiny
+from tests import detector_tiny, flamingo_tiny, simvlm_tiny, virtex_tiny
 from tests.parity import randomize
 from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM
+from vlmkernels.models.vild import Classes, ViLD, ViLDConfig
 from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
 from vlmkernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from vlmkernels.nn.families import BLOCK_PRESETS, RESAMPLER_PRESETS
@@ -37,6 +38,9 @@ VISUALBERT_TINY = VisualBertConfig(
     visual_dim=16, vocab_size=97, context_length=12, max_positions=16, width=24, layers=2, heads=3,
     mlp_width=40, dropout=0.0,
 )  # fmt: skip
+
+
+VILD_TINY = ViLDConfig(detector=detector_tiny.TINY, variant="ensemble", embed_dim=6)
 
 
 @dataclass
@@ -109,6 +113,31 @@ def visualbert() -> Case:
     )
 
 
+class Detecting(nn.Module):
+    """A ViLD with what its images show and what is drawn of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vild = randomize(ViLD(VILD_TINY))
+        self.classes, self.taught = Classes(numbers(4, 6)), numbers(2, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        boxes = images.new_tensor([[4, 6, 30, 40], [20, 30, 60, 60]])
+        target = {
+            "boxes": boxes,
+            "labels": torch.tensor([1, 3], device=images.device),
+            "masks": images.new_ones(2, 64, 64, dtype=torch.bool),
+            "proposals": boxes + 3,
+            "embeddings": self.taught,
+        }
+        generators = [torch.Generator().manual_seed(row) for row in range(len(images))]
+        return self.vild(images, [target] * len(images), self.classes, generators=generators)["loss"]
+
+
+def vild() -> Case:
+    return Case(Detecting(), lambda rows=3, length=10: (numbers(rows, 3, 64, 64).sigmoid(),))
+
+
 def flamingo() -> Case:
     def batch(rows=3, length=14):
         vision_x, lang_x = flamingo_tiny.inputs(rows=rows, length=length)
@@ -151,6 +180,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "simvlm-prefix_lm": lambda: simvlm("prefix_lm"),
     "virtex": virtex,
     "visualbert": visualbert,
+    "vild": vild,
     "flamingo": flamingo,
     "decoder": decoder,
     "resampler": lambda: resampler("open_flamingo"),

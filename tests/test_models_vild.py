@@ -60,7 +60,7 @@ def test_the_classifier_and_its_gradients_are_those_of_torch():
     pooled, labels = torch.randn(9, TINY.width, 7, 7).double(), torch.tensor([0, 1, 3, 0, 0, 1, 3, 3, 0])
     features = heads.box_head(pooled).detach().requires_grad_()
     total, count = heads.class_losses(pooled, features, labels, classes())["class"]
-    leaves = [features, heads.background, *heads.box_predictor["projection"].parameters()]
+    leaves = [features, heads.background.embedding, *heads.box_predictor["projection"].parameters()]
     found = torch.autograd.grad(total / count, leaves)
 
     projected = F.linear(features, *leaves[2:])
@@ -101,7 +101,7 @@ def test_scores_of_every_variant_are_those_of_torch():
             found = heads.scores(pooled, features, classes())
             projected = heads.box_predictor["projection"](features)
             if variant != "image":
-                table = torch.cat([heads.background[None], classes().embeddings])
+                table = torch.cat([heads.background.embedding[None], classes().embeddings])
                 text = oracle_logits(projected, table).softmax(1)[:, 1:]
             if variant == "ensemble":
                 projected = heads.image_projection(heads.image_head(pooled))
@@ -252,6 +252,6 @@ def test_published_sizes():
     head = "detector.roi_heads."
     assert shapes[head + "image_projection.weight"] == (512, 1024)
     assert shapes[head + "image_head.5.weight"] == (1024, 256 * 49)
-    assert shapes[head + "background"] == (512,)
+    assert shapes[head + "background.embedding"] == (512,)
     assert shapes[head + "box_predictor.bbox_pred.weight"] == (4, 1024)
     assert shapes[head + "mask_predictor.mask_fcn_logits.weight"] == (1, 256, 1, 1)

@@ -53,6 +53,10 @@ def places(model, kinds=nn.Module) -> dict[str, nn.Module]:
 
 
 def bent(module, inputs, out):
+    if isinstance(out, list):
+        return [bent(module, inputs, each) for each in out]
+    if isinstance(out, dict):
+        return {**out, "loss": 2 * out["loss"]}
     return out + out.sin() if isinstance(out, torch.Tensor) else out._replace(logits=2 * out.logits)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kills import die_before
-from tests.train_tiny import assert_same_run, metrics, tiny_values, write_pairs
+from tests.train_tiny import TINY, assert_same_run, metrics, tiny_values, write_pairs
 from tests.two_processes import FORKED
 from vlmkernels._files import write_bytes
 from vlmkernels.train import checkpoint, load_bundle
@@ -56,11 +56,27 @@ def kill_somewhere(kind, values, run, rng):
     return process.exitcode != 0
 
 
+def boxes(table):
+    """What a ViLD is trained with: pictures in as many batches as the table has, and a teacher."""
+    from vlmkernels.train import TrainConfig, train
+
+    teacher = train("clip", TrainConfig(**tiny_values(table, table.parent / "teacher", max_steps=1)))
+    return {
+        "data": "composites",
+        "data_options": {"size": 6, "image_size": 64, "objects": 5},
+        "augment": {},
+        "batch_size": 2,
+        "clip": str(teacher.final),
+        "model_options": {**TINY["vild"], "variant": "text"},
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
         ("clip", 4),
         ("simvlm", 2),
+        ("vild", 1),
         pytest.param("clip", 20, marks=pytest.mark.slow),
         pytest.param("simvlm", 20, marks=pytest.mark.slow),
         pytest.param("visualgpt", 20, marks=pytest.mark.slow),
@@ -70,6 +86,8 @@ def test_killed_run_resumes_bit_for_bit(tmp_path, kind, kills):
     rng = random.Random(20)
     table = write_pairs(tmp_path)
     values = tiny_values(table, tmp_path / "whole", kind, epochs=20, save_every=4, ema_decay=0.9)  # 60 steps
+    if kind == "vild":
+        values |= boxes(table)
     whole = start(kind, values)
     whole.join()
     assert whole.exitcode == 0

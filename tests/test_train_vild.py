@@ -1,17 +1,28 @@
 """Training ViLD: variants, proposals, resuming, evaluation, the commands; on small composites."""
 
 import json
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.train_tiny import TINY, assert_same_run, metrics, tiny_values, write_pairs
+from tests.train_tiny import (
+    TINY,
+    assert_same_run,
+    metrics,
+    per_sample_norm,
+    tiny_values,
+    weights,
+    write_pairs,
+)
+from tests.two_processes import run_two
 from vlmkernels.cli import main
 from vlmkernels.data.composites import load_composites
 from vlmkernels.data.proposals import Proposals
 from vlmkernels.models.detector import Detections
 from vlmkernels.train import TrainConfig, kinds, load_bundle, objective, train
-from vlmkernels.use.detect import propose
+from vlmkernels.use.detect import detect, propose
 from vlmkernels.use.detection_scores import evaluate_detection
 from vlmkernels.use.evaluate import evaluate
 
@@ -93,6 +104,57 @@ def test_the_losses_of_the_parts_of_a_batch_add_up(clip, proposals, tmp_path, mo
         parts.append(task.loss(model, task.collate(part), 3, False)[0])
     assert (parts[1] == 0) == (first == 4)
     assert (sum(parts) / 2).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def uneven(clip, proposals, out):
+    """7 pictures in joint batches of 5 and 2, with plain SGD."""
+    data = {**DATA, "size": 7}
+    options = {"data_options": data, "batch_size": 5, "epochs": 1, "device": "cpu"}
+    return values(clip, out, proposals=proposals, optimizer="sgd", lr=0.01, **options)
+
+
+def worker(rank, folder, clip, proposals):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with per_sample_norm():
+        train("vild", TrainConfig(**uneven(clip, proposals, f"{folder}/two")))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_training_on_two_processes_is_training_on_one(clip, final, tmp_path):
+    """Norms take statistics of each picture alone: torch has no SyncBatchNorm on the CPU."""
+    proposals = str(tmp_path / "proposals.safetensors")
+    propose(final, load_composites(**{**DATA, "size": 7}), proposals, most=5)
+    run_two(worker, (str(tmp_path), clip, proposals))
+    with per_sample_norm():
+        train("vild", TrainConfig(**uneven(clip, proposals, tmp_path / "one")))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line["step"] for line in two] == [1, 2]
+    for name in one[0]:
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
+    expected = weights(tmp_path / "one")
+    for name, value in weights(tmp_path / "two").items():
+        if "num_batches_tracked" not in name:
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_align_teaches(tmp_path):
+    table = write_pairs(tmp_path)
+    align = str(train("align", TrainConfig(**tiny_values(table, tmp_path / "a", "align", max_steps=1))).final)
+    options = {"model_options": {"variant": "text"}, "max_steps": 1}
+    final = train("vild", TrainConfig(**values(align, tmp_path / "run", **options))).final
+    bundle, teacher = load_bundle(final), load_bundle(align).model
+    assert bundle.model.config.teacher == teacher.config
+    inside = bundle.model.teacher.state_dict()
+    assert all(inside[name].equal(value) for name, value in teacher.state_dict().items())
+    data = load_composites(**{**DATA, "size": 2})
+    propose(final, data, tmp_path / "proposals.safetensors", most=3)
+    assert Proposals(tmp_path / "proposals.safetensors").width == teacher.config.embed_dim
+    data.picture(0)[0].to_pil().save(tmp_path / "seen.png")
+    (found,) = detect(final, [tmp_path / "seen.png"], ["fox", "purple owl"], threshold=0).objects.values()
+    assert {each.category for each in found} <= {"fox", "purple owl"}
 
 
 def test_evaluation_and_commands(final, tmp_path, capsys):

@@ -114,7 +114,7 @@ def train(kind: str, config: str | None, allow_pipe: bool, **flags: Any) -> None
     """Train CLIP (softmax loss), ALIGN, SigLIP (CLIP's towers, sigmoid loss), a CLIP that learns from a
     trained model (distill, from --teacher), a language model of captions (lm), Flamingo (between the frozen
     --vision and --language-model), SimVLM, VirTex, VisualGPT, VisualBERT or ViLD
-    (vild, from the CLIP of --clip).
+    (vild, from the CLIP or ALIGN of --clip).
 
     Writes the run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/ and final/, the model
     that eval, probe, embed, search, caption and match take. A run that was stopped continues, bit for bit,

@@ -146,6 +146,7 @@ class Composites(Dataset[Sample]):
         return None
 
 
+@lru_cache(maxsize=1 << 13)  # of all names, styles and sides that a picture of 160 pixels has
 def _cut(name: str, style: str, side: int) -> tuple[Tensor, Tensor]:
     """An emoji [side, side, 3] uint8, and the pixels that are not its white ground [side, side]."""
     tile = Image.fromarray(_sheet(style)[_concept_ids()[name]].numpy())

@@ -39,7 +39,7 @@ def faults_of(images: Sequence[Tensor], like: Tensor) -> list[str]:
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.numel():
             got = f"{image.dtype} {list(image.shape)}"
             return [f"images must be floating [3, H, W], got {got} as number {number}"]
-        if image.device != like.device:
+        if image.device != like.device and not like.is_meta:  # a weight that is fetched when it is used
             return [f"images must be on {like.device}, where the model is, got {image.device}"]
     return []
 
@@ -59,11 +59,11 @@ def batch(images: Sequence[Tensor], config: Any, multiple: int, dtype: torch.dty
     sizes = [size_for(size, config.min_size, config.max_size) for size in originals]
     height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
     pixels = images[0].new_zeros(len(images), 3, height, width, dtype=dtype)
-    for row, image, size in zip(pixels, images, sizes, strict=True):
+    for row, (image, size) in enumerate(zip(images, sizes, strict=True)):
         image = (image - mean) / std
         if size != image.shape[1:]:
             image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-        row[:, : size[0], : size[1]] = image
+        pixels[row, :, : size[0], : size[1]] = image
     return Batch(pixels, sizes, originals)
 
 

@@ -32,7 +32,7 @@ from vlmkernels.models.parts import boxes as box
 from vlmkernels.models.parts.boxes import wide
 from vlmkernels.models.parts.pretrained import Pretrained, below, config_from_dict, naming
 from vlmkernels.models.parts.pyramid import Pyramid, RowNorm, convolution
-from vlmkernels.models.parts.resnet import FrozenBatchNorm, ResNet
+from vlmkernels.models.parts.resnet import FrozenBatchNorm, Trunk
 from vlmkernels.models.parts.weight_files import Source
 from vlmkernels.nn.dense import Linear
 
@@ -134,7 +134,7 @@ class Backbone(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         norm = partial(FrozenBatchNorm if config.frozen_norm else nn.BatchNorm2d, eps=config.norm_eps)
-        self.body = ResNet(config.conv_blocks, config.conv_width, norm=norm)
+        self.body = Trunk(config.conv_blocks, config.conv_width, norm=norm)
         channels = [4 * config.conv_width * 2**stage for stage in range(len(config.conv_blocks))]
         self.fpn = Pyramid(channels, config.width, config.head_norm != "none")
         parts = [("conv1", "bn1"), *((stage,) for stage in self.body.stages)]
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
                 self.body.get_submodule(name).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:  # [B, 3, H, W]
-        return self.fpn(self.body.maps(pixels))
+        return self.fpn(self.body(pixels))
 
 
 class Sampled(NamedTuple):

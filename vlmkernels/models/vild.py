@@ -1,4 +1,4 @@
-"""ViLD: a detector whose classes are texts, taught by the image embeddings of a CLIP.
+"""ViLD: a detector whose classes are texts, taught by the image embeddings of a CLIP or ALIGN.
 
 Gu et al. 2022 (arXiv:2104.13921). The box head of a two-stage detector ends in the space of a teacher's
 embeddings. A region e is classified by its cosines to the teacher's embeddings t_c of the names of classes,
@@ -31,6 +31,7 @@ import vlmkernels
 from vlmkernels.models._vild_teacher import TEMPLATES, TextEncoder, text_embeddings
 from vlmkernels.models._vild_teacher import crop_embeddings as crop_embeddings
 from vlmkernels.models._vild_teacher import relative_encoders as relative_encoders
+from vlmkernels.models.align import ALIGN, AlignConfig
 from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.detector import (
     BOX_SIDE,
@@ -74,8 +75,8 @@ class ViLDConfig:
     are not used. `embed_dim` is the width of the teacher's embeddings. `temperature` divides cosines,
     `distill_weight` is w. `text_share` is the exponent of the first head's probabilities for base classes in
     an ensemble, and of the second's for novel ones. `base` are the names of the classes that had boxes in
-    training, if it is known. With `teacher` the model contains that CLIP, frozen, so that its classes can be
-    any texts wherever it is loaded.
+    training, if it is known. With `teacher` the model contains that CLIP or ALIGN, frozen, so that its
+    classes can be any texts wherever it is loaded.
     """
 
     detector: DetectorConfig = field(default=DETECTOR)
@@ -85,7 +86,7 @@ class ViLDConfig:
     distill_weight: float = 0.5
     text_share: float = 2 / 3
     base: tuple[str, ...] = ()
-    teacher: ClipConfig | None = None
+    teacher: ClipConfig | AlignConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", tuple(self.base))
@@ -112,6 +113,17 @@ class Classes(NamedTuple):
     novel: Tensor | None = None  # [C] bool, of classes without boxes in training
 
 
+class Background(nn.Module):
+    """The learned embedding of what is no object, before those of classes; a module, whose hooks fetch it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(STD * torch.randn(width))
+
+    def forward(self, classes: Tensor) -> Tensor:  # [C, D] -> [1 + C, D]
+        return F.normalize(torch.cat([self.embedding[None].to(classes), classes]), dim=1)
+
+
 class ViLDHeads(RoIHeads):
     """Heads whose classifier is a projection to the teacher's space."""
 
@@ -120,7 +132,7 @@ class ViLDHeads(RoIHeads):
         super().__init__(sizes, {"projection": Linear(sizes.box_width, config.embed_dim)})
         self.vild = config
         if config.variant != "image":
-            self.background = nn.Parameter(STD * torch.randn(config.embed_dim))
+            self.background = Background(config.embed_dim)
         if config.variant == "ensemble":
             self.image_head = box_head(sizes)
             self.image_projection = Linear(sizes.box_width, config.embed_dim)
@@ -140,7 +152,7 @@ class ViLDHeads(RoIHeads):
         if self.vild.variant == "image":
             return {}
         projected = wide(self.box_predictor["projection"](features))
-        table = self._table(classes, projected)
+        table = self.background(classes.embeddings.to(projected))
         scale = None
         if classes.novel is not None:
             scale = 1 - F.pad(classes.novel.to(projected), (1, 0))
@@ -159,7 +171,7 @@ class ViLDHeads(RoIHeads):
         if variant == "image":
             return self._image_scores(pooled, features, classes)
         projected = wide(self.box_predictor["projection"](features))
-        text = self._logits(projected, self._table(classes, projected)).softmax(1)[:, 1:]
+        text = self._logits(projected, self.background(classes.embeddings.to(projected))).softmax(1)[:, 1:]
         if variant != "ensemble":
             return text
         share = torch.full_like(text[0], self.vild.text_share)
@@ -199,9 +211,6 @@ class ViLDHeads(RoIHeads):
         projected = wide(self.image_embeddings(pooled, features))
         return self._logits(projected, F.normalize(classes.embeddings.to(projected), dim=1)).softmax(1)
 
-    def _table(self, classes: Classes, like: Tensor) -> Tensor:  # [1 + C, D]
-        return F.normalize(torch.cat([self.background[None].to(like), classes.embeddings.to(like)]), dim=1)
-
     def _logits(self, projected: Tensor, table: Tensor) -> Tensor:  # [K, D], [V, D] -> [K, V]
         with torch.autocast(projected.device.type, enabled=False):
             return F.normalize(projected, dim=1) @ table.T / self.vild.temperature
@@ -217,9 +226,12 @@ class ViLD(Pretrained):
     def __init__(self, config: ViLDConfig) -> None:
         super().__init__(config)
         self.detector = Detector(config.detector, ViLDHeads(config))
-        self.teacher: CLIP | None = None
+        self.teacher: CLIP | ALIGN | None = None
         if config.teacher is not None:
-            self.teacher = CLIP(config.teacher).requires_grad_(False).eval()
+            teacher = (
+                ALIGN(config.teacher) if isinstance(config.teacher, AlignConfig) else CLIP(config.teacher)
+            )
+            self.teacher = teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ViLD:
         """The teacher stays in evaluation mode."""
@@ -358,24 +370,25 @@ CONFIGS: dict[str, ViLDConfig] = {
             conv_blocks=(1, 1, 1, 1),
             conv_width=16,
             frozen_norm=False,
-            width=48,
-            head_norm="none",
+            width=32,
+            head_norm="convolutions",
             box_convs=0,
             box_linears=2,
             box_width=256,
-            mask_convs=2,
+            mask_convs=1,
             min_size=160,
             max_size=160,
-            anchor_sides=(16, 32, 64, 96, 128),
+            anchor_sides=(32, 48, 72, 100, 128),
             rpn_before_nms=(200, 100),
             rpn_after_nms=(100, 50),
             rpn_samples=64,
-            box_samples=64,
+            box_samples=32,
             box_beta=1.0,
             score_threshold=0.0,
             candidates=500,
-            detections=20,
+            detections=50,
         ),
         embed_dim=128,
+        temperature=0.05,  # near that of a small teacher, as 0.01 is that of the published CLIP
     ),
 }

@@ -28,7 +28,8 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:  # [..., 4], (height, 
 
 def rescale(boxes: Tensor, size: Sequence[int], new: Sequence[int]) -> Tensor:  # [N, 4] -> [N, 4]
     """The boxes of an image of `size` (height, width) after it is resized to `new`."""
-    y, x = (torch.tensor(float(b)) / torch.tensor(float(a)) for a, b in zip(size, new, strict=True))
+    old, wanted = (torch.tensor(sides, dtype=torch.float32, device="cpu") for sides in (size, new))
+    y, x = wanted / old
     return boxes * torch.stack([x, y, x, y]).to(boxes)
 
 
@@ -87,7 +88,7 @@ def anchors(
 
     Those of a cell are around its top left corner; cells of a grid [h, w] are `size` // grid apart.
     """
-    root = torch.tensor(ratios, dtype=torch.float32).sqrt()
+    root = torch.tensor(ratios, dtype=torch.float32, device="cpu").sqrt()
     found = []
     for (height, width), side in zip(grids, sides, strict=True):
         half = torch.stack([1 / root * side, root * side], 1) / 2
@@ -157,14 +158,14 @@ def pool(
     size = areas(every).sqrt()
     level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIDE) + 1e-6)
     level = level.clamp(lowest, lowest + len(maps) - 1) - lowest
-    out = maps[0].new_zeros(len(rows), maps[0].shape[1], side, side)
-    for index, (each, stride) in enumerate(zip(maps, strides, strict=True)):
-        chosen = (level == index).nonzero()[:, 0]
-        pooled = vlmkernels.roi_align(
-            each, rows[chosen], side, spatial_scale=1 / stride, sampling_ratio=SAMPLES, aligned=False
+    chosen = [(level == index).nonzero()[:, 0] for index in range(len(maps))]
+    pooled = [
+        vlmkernels.roi_align(
+            each, rows[places], side, spatial_scale=1 / stride, sampling_ratio=SAMPLES, aligned=False
         )
-        out = out.index_copy(0, chosen, pooled.to(out.dtype))
-    return out
+        for each, stride, places in zip(maps, strides, chosen, strict=True)
+    ]
+    return torch.cat(pooled).index_select(0, torch.cat(chosen).argsort())
 
 
 def wide(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import reprlib
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -196,7 +196,7 @@ def config_from_dict(
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, dict) and nested:
-            value = config_from_dict(typing.cast(type, nested[0]), value, complete=complete)
+            value = config_from_dict(_with_fields(nested, value), value, complete=complete)
         if not _is_of(value, hints[name]):
             wanted = " or ".join(KINDS.get(kind) or str(kind) for kind in _options(hints[name]))
             faults.append(f"{name} must be {wanted}, got {reprlib.repr(value):.200}")
@@ -204,6 +204,11 @@ def config_from_dict(
     if faults:
         raise ValueError(f"{config_class.__name__}: " + "; ".join(faults))
     return config_class(**values)
+
+
+def _with_fields(classes: Sequence[Any], fields: Mapping[str, Any]) -> Any:
+    """The dataclass that has most of these fields, of equals the first."""
+    return max(classes, key=lambda each: sum(field.name in fields for field in dataclasses.fields(each)))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -133,6 +133,13 @@ class ResNet(nn.Module):
         return found
 
 
+class Trunk(ResNet):
+    """A ResNet that gives the map of every stage."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return self.maps(images)
+
+
 class AttentionPool(nn.Module):
     """Multi-head attention with one query, the mean of all positions, which is also a key and a value."""
 

@@ -1,4 +1,4 @@
-"""ViLD (Gu et al. 2022): a detector whose classes are texts, taught by a CLIP.
+"""ViLD (Gu et al. 2022): a detector whose classes are texts, taught by a CLIP or ALIGN.
 
 The variant "text" needs boxes alone. The others also need a file of proposals with the teacher's embeddings,
 which `vlmkernels propose` makes with a detector that was trained before, of the variant "text" for example.
@@ -20,7 +20,8 @@ from vlmkernels.data.pictures import Picture
 from vlmkernels.data.proposals import Proposals
 from vlmkernels.data.samples import sample_rng
 from vlmkernels.models import vild
-from vlmkernels.models.clip import CLIP
+from vlmkernels.models.align import ALIGN
+from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.detector import Detections
 from vlmkernels.models.parts.pretrained import read_config
 from vlmkernels.train import objective
@@ -34,13 +35,15 @@ from ._kind import Kind, Options, Values
 
 SCALES = (0.6, 1.4)
 AUGMENT = ("scales", "flip")
+TEACHERS = (CLIP.model_type, ALIGN.model_type)
 
 
 @dataclasses.dataclass(frozen=True)
 class VildOptions(Options):
     clip: str | None = option(
         None,
-        "vild: folder of a trained CLIP or SigLIP (RUN/final), the teacher, which becomes part of the model",
+        "vild: folder of a trained CLIP, SigLIP or ALIGN (RUN/final), the teacher, which becomes part of the "
+        "model",
     )
     proposals: str | None = option(None, "vild: file of vlmkernels propose; needed by all variants but text")
     prompt: str = option("{}", "vild: text of a class, {} being its name; several are separated by |")
@@ -81,9 +84,11 @@ class Vild(Kind):
         faults, options = super().faults(config), self.own_options(config)
         if config.init is None:
             if options.clip is None:
-                faults.append("clip must be the folder of a trained CLIP or SigLIP (RUN/final), got None")
-            elif (found := read_config(options.clip).get("model_type")) != CLIP.model_type:
-                faults.append(f"clip: {options.clip} must be of type {CLIP.model_type}, got {found}")
+                faults.append(
+                    "clip must be the folder of a trained CLIP, SigLIP or ALIGN (RUN/final), got None"
+                )
+            elif (found := read_config(options.clip).get("model_type")) not in TEACHERS:
+                faults.append(f"clip: {options.clip} must be of type {' or '.join(TEACHERS)}, got {found}")
         elif options.clip is not None:
             faults.append(f"clip may not be given with init, which contains one, got {options.clip}")
         if faults:
@@ -124,7 +129,7 @@ class Vild(Kind):
         return read_tokenizer(Path(self._teacher_folder(config)))
 
     def new_model(self, config: TrainConfig, tokenizer: Any) -> vild.ViLD:
-        teacher = CLIP.from_pretrained(self._teacher_folder(config))
+        teacher: Any = load_model(self._teacher_folder(config), "cpu")[0]
         base = load_pairs(config.data, **config.data_options).base  # type: ignore[union-attr]
         sizes = dataclasses.replace(
             self.sizes(config), embed_dim=teacher.config.embed_dim, teacher=teacher.config, base=base
@@ -148,7 +153,7 @@ class Vild(Kind):
         return config.teacher
 
     def image_side(self, config: Any) -> int | None:
-        return config.teacher.image_size
+        return config.teacher.image_size if isinstance(config.teacher, ClipConfig) else None
 
     def detector(self, model: Any, tokenizer: Any, templates: Sequence[str] | None = None) -> Any:
         """(image, categories) to `Detections`, by the teacher in the model."""
@@ -277,7 +282,7 @@ def _nothing(classes: vild.Classes) -> dict[str, Tensor]:
 
 
 def load_teacher(folder: str) -> tuple[Any, Any, Any]:
-    """The CLIP of a folder, or the one in a trained ViLD; with tokenizer and transform."""
+    """The model of a folder, or the teacher in a trained ViLD; with tokenizer and transform."""
     kind = Vild()
     if read_config(folder).get("model_type") == vild.ViLD.model_type:
         model, tokenizer, transform = load_model(folder, "cpu", fitting=[kind])
