@@ -96,8 +96,11 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 
 
 def origin(name: str, arguments: Sequence[str] | None) -> Result:
-    """When, by which command and on which machine a result was measured."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """When, by which command and on which machine a result was measured; where its files went is left out."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--out")
+    places.add_argument("--results")
+    _, words = places.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([*command_of(name).split(), *words]),

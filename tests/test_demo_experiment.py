@@ -61,3 +61,9 @@ def test_the_demo_is_the_shipped_configuration():
     config = TrainConfig(**read_config(demo.CONFIG))
     assert config.model == "emoji-tiny"
     assert config.data == "emoji3:style-train"
+
+
+def test_a_stored_command_does_not_tell_where_its_files_went():
+    words = ["--out", "somewhere", "--seeds", "0", "1", "--results=elsewhere", "--quick"]
+    command = experiment.origin("virtex", words)["command"]
+    assert command == "python -m benchmarks.virtex_experiment --seeds 0 1 --quick"

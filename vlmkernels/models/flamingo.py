@@ -141,7 +141,8 @@ class Flamingo(Pretrained):
         elif c.vision is not None:
             with torch.device("meta"):
                 wanted = image_tower(c.vision)
-            if _shapes(vision_encoder.state_dict()) != _shapes(wanted.state_dict()):
+            both = [{k: x.shape for k, x in each.state_dict().items()} for each in (vision_encoder, wanted)]
+            if both[0] != both[1]:
                 raise ValueError("Flamingo: vision_encoder has other tensors than the tower of config.vision")
             if _not_in_shapes(vision_encoder) != _not_in_shapes(wanted):
                 what = "heads, activations, epsilons or pooling"
@@ -440,10 +441,6 @@ class Flamingo(Pretrained):
         if faults:
             raise ValueError("state_dict does not match Flamingo: " + "; ".join(faults))
         self.load_state_dict({name: given[name] for name in given if name in own}, strict=False)
-
-
-def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state_dict.items()}
 
 
 def _not_in_shapes(tower: nn.Module) -> list[Any]:
