@@ -178,7 +178,7 @@ def with_table(page: str, results: Sequence[Result]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Runs the experiment; returns whether every claim holds."""
-    parser = experiment.parser_of(NAME, __doc__, scenes=1000)
+    parser = experiment.parser_of(NAME, __doc__, scenes=500)
     parser.add_argument("--write-docs", action="store_true", help="only write the table of docs/visualgpt.md")
     args = parser.parse_args(arguments)
     folder = experiment.folder_of(NAME, args)
