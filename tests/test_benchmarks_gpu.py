@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.gpu import attention_peers, ceilings, day, predict, sanitizer, timing, trials
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS
-from benchmarks.gpu.predict import TRAINING
+from benchmarks.gpu.workload import TRAINING
 from benchmarks.gpu.workloads import workloads
 from benchmarks.run import disagreement
 from tests.gpu import trials_cuda

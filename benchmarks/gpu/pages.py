@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu import published
 from benchmarks.gpu.cards import CARDS, Card, card_of
-from benchmarks.gpu.predict import FORWARD, PREDICTIONS, TRAINING, estimate
+from benchmarks.gpu.predict import PREDICTIONS, estimate
 from benchmarks.gpu.results import GREEN, row_name
 from benchmarks.gpu.workloads import workloads
 from benchmarks.measure import ROOT
@@ -178,8 +178,8 @@ TABLES = {"estimates": _estimates, "code": _code, "cards": _cards, "published": 
 
 
 def row_names() -> list[str]:
-    """Of every workload in both directions."""
-    return [row_name(w.op, w.form, w.type, x) for w in workloads() for x in (FORWARD, TRAINING)]
+    """Of every workload in its directions."""
+    return [row_name(w.op, w.form, w.type, x) for w in workloads() for x in w.directions]
 
 
 def in_order(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -251,6 +251,8 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
         if name in ("info_nce._stats", "contrastive_distillation._stats"):
             rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
             return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
+        if name == "_retrieval._best_matches":  # a query has a match in one tile of keys at least
+            return tile * _blocks(0, arguments["n"], config["BLOCK_M"]), False
         if name in ("_info_nce_small._grads", "_sigmoid_loss_small._pairs"):
             return _small_flops(launch, tile), True
         return tile * math.prod(launch.grid), True
