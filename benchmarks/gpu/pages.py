@@ -36,6 +36,14 @@ SHAPES = {
     "linear": "[{rows}, {inner}] -> {width}",
     "mlp": "[{rows}, {inner}] -> {width} -> {inner}",
     "gated_mlp": "[{rows}, {inner}] -> {width} -> {inner}",
+    "topk_similarity": "M={m} D={d}",
+    "retrieval_ranks": "D={d}",
+    "mine_hard_negatives": "M={m} D={d}",
+    "relative_representation": "{m} anchors, D={d}",
+    "relative_similarity": "{n} x {m} rows of {k} among {anchors} anchors",
+    "contrastive_search_score": "{k} candidates, {t} tokens, D={d}",
+    "nms": "boxes of a region proposal network",
+    "roi_align": "{channels} channels, 7 x 7 bins",
 }
 LABEL = "**Model, not measured.**"
 
