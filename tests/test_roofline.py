@@ -200,15 +200,27 @@ def test_a_kernel_in_cuda_is_predicted_by_its_launcher_in_triton(monkeypatch):
 
 def test_what_fits_the_cache_and_does_not_stay_is_not_moved():
     given, between, result = 1, 2, 3
-    this = trace.Pass(made={between: 80, result: 40}, stays={result}, read={given: 100, between: 80})
+    read = {given: {0: 100}, between: {0: 80}}
+    this = trace.Pass(made={between: 80, result: 40}, stays={result}, read=read, sizes={given: 100})
     this.steps = [
-        trace.Step("first", [(given, 100), (between, 80)]),
-        trace.Step("second", [(given, 100), (between, 80), (result, 40)]),
+        trace.Step("first", [(given, 0, 100), (between, 0, 80)]),
+        trace.Step("second", [(given, 0, 100), (between, 0, 80), (result, 0, 40)]),
     ]
     assert this.compulsory == 140
     assert this.from_memory(cache=1000) == [100, 40]
     assert this.from_memory(cache=90) == [100, 140]
     assert this.from_memory(cache=0) == [180, 220]
+
+
+def test_each_slice_of_a_memory_is_read_and_none_twice():
+    x, out = torch.zeros(3, 8), torch.zeros(8)
+    this = trace.Pass()
+    for i in (0, 1, 1):
+        this.add("sum", [x[i]], [out])
+    assert this.compulsory == 2 * x[0].nbytes
+    assert this.from_memory(cache=1000) == [x[0].nbytes + out.nbytes, x[0].nbytes, 0]
+    this.add("sum", [x], [out])
+    assert this.compulsory == x.nbytes
 
 
 def test_the_fullest_multiprocessor_decides_where_programs_are_even():
