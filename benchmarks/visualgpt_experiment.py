@@ -43,20 +43,22 @@ MARKS = "<!-- visualgpt: few captions -->", "<!-- /visualgpt -->"
 SCENES = 8000  # of training
 STEPS = {1: 120, 5: 250}  # on so many percent of the scenes, which are read 24 and 10 times
 FUSIONS = {"srau": "gates (srau)", "residual": "plain cross-attention"}
-LAST, MORE_STEPS = 5, 50
+LAST = 5
+MORE_STEPS, MORE_BATCH = 24, 64  # rewards are noise for the most part: many captions a step
 BATCH = 16
-FIXED = {"batch_size": BATCH, "warmup_steps": 20}
 BEFORE = 100  # seed of the scenes that the tower and the language model learn
+AFTER = {"lr": 2e-4, "warmup_steps": 4}
 MORE = {
-    "self_critical": ("self-critical training", {"self_critical": 5, "lr": 2e-4}),
-    "longer": ("as many more steps of cross-entropy", {"lr": 2e-4}),
+    "self_critical": ("self-critical training", {"self_critical": 5, **AFTER}),
+    "longer": ("as many more steps of cross-entropy", AFTER),
 }
 
 
-def flags(table: Path, size: int, steps: int, **values: Any) -> list[str]:
+def flags(table: Path, size: int, steps: int, batch: int = BATCH, **values: Any) -> list[str]:
     """Flags of `vlmkernels train` for so many steps, of `size` scenes in a table."""
-    epochs = -(-steps // -(-size // BATCH))
-    given = {"data": table, "epochs": epochs, "max_steps": steps, "save_every": steps, **FIXED, **values}
+    epochs = -(-steps // -(-size // batch))
+    steady = {"data": table, "epochs": epochs, "max_steps": steps, "save_every": steps, "batch_size": batch}
+    given = {**steady, "warmup_steps": 20, **values}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -103,9 +105,9 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> Result:
     width = numpy.load(out / "test" / "0.npy").shape[1]
     trained, judged = {}, {}
 
-    def train(name: str, share: int, steps: int, **values: Any) -> Path:
+    def train(name: str, share: int, *steps: int, **values: Any) -> Path:
         folder = out / f"{name}-seed{seed}"
-        words = flags(tables[share], SCENES * share // 100, steps, **values)
+        words = flags(tables[share], SCENES * share // 100, *steps, **values)
         trained[name] = train_once("visualgpt", "visualgpt-scenes", seed, folder, quick, *words)
         found = evaluate(folder / "final", test, device="cpu")
         pairs = [(each["caption"], each["references"][0]) for each in found.captions]
@@ -120,7 +122,7 @@ def run_seed(seed: int, out: Path, scenes: int, quick: bool) -> Result:
             final = train(f"{fusion}-{share}", share, steps, **start)
             if (fusion, share) == ("srau", LAST):
                 for name, (_, values) in MORE.items():
-                    train(name, LAST, MORE_STEPS, init=final, model_options="{}", **values)
+                    train(name, LAST, MORE_STEPS, MORE_BATCH, init=final, model_options="{}", **values)
     return {"before": before, "trained": trained, "evaluation": judged}
 
 

@@ -42,7 +42,7 @@ VISUALBERT_TINY = VisualBertConfig(
 
 VISUALGPT_TINY = VisualGPTConfig(
     image_size=16, conv_blocks=(1, 1), conv_width=4, conv_pool=False, width=24, encoder_layers=2,
-    encoder_mlp_width=32, layers=2, heads=3, context_length=12, vocab_size=97, start_id=1, end_id=EOT,
+    encoder_mlp_width=32, layers=1, heads=3, context_length=12, vocab_size=97, start_id=1, end_id=EOT,
     pad_id=0, dropout=0.0, cross_dropout=0.0,
 )  # fmt: skip
 

@@ -6,21 +6,26 @@ import pytest
 import torch
 
 from benchmarks import visualgpt_experiment as experiment
+from benchmarks.experiment import results_folder, stored
 from vlmkernels.data import CsvPairs, load_scenes
 
 
-def result(**changes):
+def result(seed=0, **changes):
     """A result with these (slots, CIDEr-D) of each model."""
     rows = {"srau-1": (0.3, 0.5), "residual-1": (0.2, 0.4), "srau-5": (0.6, 1.0), "residual-5": (0.5, 0.9)}
     rows |= {"self_critical": (0.7, 1.2), "longer": (0.6, 1.1), **changes}
     return {
+        "seed": seed,
+        "machine": {"processor": "a processor"},
+        "before": {"clip": {"cpu_seconds": 90.0}, "lm": {"cpu_seconds": 30.0}},
+        "trained": {name: {"cpu_seconds": 30.0} for name in rows},
         "evaluation": {
             name: {
                 "perplexity": 2.0, "reference_scores": {"CIDEr": cider},
                 "slots": {"slots": slots, "scenes": 0.1},
             }
             for name, (slots, cider) in rows.items()
-        }
+        },
     }  # fmt: skip
 
 
@@ -43,9 +48,18 @@ def test_each_claim_can_fail(changes, claim):
 
 
 def test_the_table_has_every_seed():
-    lines = experiment.table([result(), result(**{"srau-1": (0.5, 0.7)})]).splitlines()
-    assert len(lines) == 8
+    lines = experiment.table([result(), result(1, **{"srau-1": (0.5, 0.7)})]).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 8
     assert lines[2] == "| gates (srau), 1 % | 40.0 % (30.0, 50.0) | 10.0 % | 0.60 (0.50, 0.70) | 2.000 |"
+    assert lines[-1].startswith("Seeds 0, 1. CPU minutes of training: 3.0 a seed, 2.0 for the tower")
+
+
+def test_the_page_has_the_stored_results():
+    results = stored(results_folder(experiment.NAME))
+    page = experiment.PAGE.read_text(encoding="utf-8")
+    assert experiment.with_table(page, results) == page
+    with pytest.raises(ValueError, match="the page must have the markers"):
+        experiment.with_table("no markers", results)
 
 
 def test_steps_do_not_depend_on_the_share():
