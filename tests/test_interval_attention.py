@@ -33,7 +33,7 @@ SHAPES = {
     "square": (2, 2, 2, 130, 130, 64, 64),
     "grouped": (1, 6, 2, 37, 300, 20, 37),
     "long keys": (1, 1, 1, 9, 1100, 16, 8),
-    "few queries": (2, 4, 2, 3, 90, 32, 16),
+    "few queries": (2, 4, 2, 2, 90, 36, 20),  # keys are read as they are
     "one": (1, 1, 1, 1, 1, 1, 1),
 }
 
