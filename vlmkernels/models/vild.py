@@ -391,5 +391,6 @@ CONFIGS: dict[str, ViLDConfig] = {
         embed_dim=128,
         temperature=0.05,  # near that of a small teacher, as 0.01 is that of the published CLIP
         distill_weight=0.2,  # w sqrt(D) tau, the gradients' ratio, is as published
+        text_share=0.85,  # more for base classes than 2/3, hardly less for novel ones
     ),
 }
