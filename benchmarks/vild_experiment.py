@@ -6,12 +6,13 @@
     python -m benchmarks.vild_experiment --write-docs  only the tables of docs/vild.md, from stored results
 
 One CLIP teaches all: `clip-emoji` of seed 0, trained on with objects cut from other pictures, novel ones too,
-and their names. For each seed `vlmkernels train vild --config
-vild-composites` is run in the variant `text`, by boxes of base classes alone; its proposals with the
-teacher's embeddings of their crops (`vlmkernels propose`) train the distilled variant. Both are judged on the
-test pictures, which have boxes of all classes, and the distilled one again while every class has the
-embedding of another class's name. A part whose result is in --out is not repeated. Results are kept in
-benchmarks/results/vild/, a file for each seed, and the table is made of all that are there.
+and their names. For each seed `vlmkernels train vild --config vild-composites` is run in the variant `text`,
+by boxes of base classes alone, and in the distilled one, on the same pictures for as many steps. The latter
+also learns from proposals of the detector `text` of seed 0 with the teacher's embeddings of their crops,
+written once (`vlmkernels propose`). Both are judged on the test pictures, which have boxes of all classes,
+and the distilled one again while every class has the embedding of another class's name. A part whose result
+is in --out is not repeated. Results are kept in benchmarks/results/vild/, a file for each seed, and the table
+is made of all that are there.
 
 With VLMKERNELS_PHOTOS, a folder of photographs with annotations.json (boxes by names of categories), the
 detector of each seed also looks for these categories.
@@ -56,8 +57,10 @@ ROWS = {
     DISTILLED: "and the teacher (`ensemble`)",
     SHUFFLED: "and the teacher, names shuffled",
 }
-PICTURES = 1000  # of vild-composites
-PROPOSALS = 10  # of a picture
+PICTURES, PICTURES_SEED = 1000, 0  # of vild-composites
+FEW = 16  # pictures of a quick run
+PROPOSALS = 16  # of a picture
+PROPOSER = 0  # the seed of the detector whose proposals all learn from
 CROPPED = 1200  # pictures whose objects the teacher sees
 TEACHING = {"epochs": 4, "batch-size": 64, "lr": 5e-4, "data-options": "{}"}
 GROUPS = ("base", "novel")
@@ -68,7 +71,7 @@ def train(name: str, seed: int, out: Path, quick: bool, *flags: str) -> Result:
     folder = out / f"{name}-{seed}"
     flags = ("--clip", str(out / "teacher" / "final"), "--model-options", f"{{variant: {name}}}", *flags)
     if quick:
-        flags += ("--data-options", "{size: 16}")
+        flags += ("--data-options", f"{{size: {FEW}, seed: {PICTURES_SEED}}}")
     return once(folder.with_suffix(".json"), lambda: train_part("vild", CONFIG, seed, folder, quick, *flags))
 
 
@@ -135,23 +138,24 @@ def recognised(teacher: Path, data: Any) -> dict[str, float]:
     return {group: statistics.fmean(each) if each else 0.0 for group, each in right.items()}
 
 
-def proposals(seed: int, out: Path, quick: bool) -> Result:
-    """Write the proposals of the detector that learned boxes alone; how many, and what they took."""
-    folder = out / f"{TEXT}-{seed}" / "final"
+def proposals(out: Path, quick: bool) -> Result:
+    """Write the proposals of a detector that learned boxes alone; how many, and what they took."""
+    train(TEXT, PROPOSER, out, quick)
 
     def make() -> Result:
         start = time.process_time()
-        data = load_composites("train", size=16 if quick else PICTURES)
-        done = propose(folder, data, proposals_file(seed, out), most=PROPOSALS, device="cpu")
+        data = load_composites("train", size=FEW if quick else PICTURES, seed=PICTURES_SEED)
+        folder = out / f"{TEXT}-{PROPOSER}" / "final"
+        done = propose(folder, data, proposals_file(out), most=PROPOSALS, device="cpu")
         taken = time.process_time() - start
         return {"cpu_seconds": taken, "images": done.images, "proposals": done.proposals}
 
-    return once(out / f"proposals-{seed}.json", make)
+    return once(out / "proposals.json", make)
 
 
-def proposals_file(seed: int, out: Path) -> Path:
-    """Where the proposals of a seed are kept."""
-    return out / f"proposals-{seed}.safetensors"
+def proposals_file(out: Path) -> Path:
+    """Where the proposals are kept."""
+    return out / "proposals.safetensors"
 
 
 def other_places(count: int, seed: int) -> Tensor:  # [count] int64
@@ -188,8 +192,8 @@ def run_seed(seed: int, out: Path, quick: bool) -> Result:
 
     found: Result = {"teacher": teach(out, quick)}
     found[TEXT] = {**train(TEXT, seed, out, quick), "scores": judge(TEXT)}
-    found["proposals"] = proposals(seed, out, quick)
-    taught = train(DISTILLED, seed, out, quick, "--proposals", str(proposals_file(seed, out)))
+    found["proposals"] = proposals(out, quick)
+    taught = train(DISTILLED, seed, out, quick, "--proposals", str(proposals_file(out)))
     found[DISTILLED] = {**taught, "scores": judge(DISTILLED)}
     final = out / f"{DISTILLED}-{seed}" / "final"
     shuffled = once(out / f"{SHUFFLED}-{seed}-scores.json", lambda: judge_shuffled(final, data, seed))
@@ -286,11 +290,11 @@ def remarks(results: Sequence[Result]) -> list[str]:
     seeds = ", ".join(str(result["seed"]) for result in results)
     classes = " and ".join(f"{scores['classes'][group]} {group}" for group in GROUPS)
     known = " and ".join(f"{100 * teacher['crops']['recognised'][group]:.1f} % ({group})" for group in GROUPS)
-    taken = each(minutes([result["proposals"] for result in results]))
+    (taken,) = minutes([made])
     told = [
         f"Seeds {seeds}, {first[TEXT]['steps']} steps; {scores['samples']} test pictures, {classes} classes.",
         f"The teacher, once: {minutes([teacher])[0]:.1f} CPU minutes; it names {known} of their crops.",
-        f"Proposals: {made['proposals']} of {made['images']} pictures, {taken} CPU minutes.",
+        f"Proposals, once: {made['proposals']} of {made['images']} pictures, {taken:.1f} CPU minutes.",
     ]
     spread = base_within_spread(results)
     if spread is not None:

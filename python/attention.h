@@ -1,6 +1,5 @@
 #pragma once
 // Attention over one or two sources of keys: what the bridges of the attention ops share.
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -62,9 +61,6 @@ constexpr int64_t kGradTasks = 16;
 inline at::Tensor laid_out(const at::Tensor& like, at::IntArrayRef shape, at::ScalarType type) {
   return at::empty({shape[0], shape[2], shape[1], shape[3]}, like.options().dtype(type)).transpose(1, 2);
 }
-
-// Without features a product has no terms: one feature of zeros is the same.
-inline at::Tensor with_width(const at::Tensor& x) { return x.size(-1) ? x : at::constant_pad_nd(x, {0, 1}); }
 
 // In the operands' type, features side by side.
 template <class P>

@@ -2,6 +2,7 @@
 // What every op on a CPU needs: pointers and dtypes of tensors, scratch memory, the loop over tasks, and packed operands.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -22,14 +23,9 @@ template <class P>
 constexpr at::ScalarType scalar_type() {
   return sizeof(P) == 2 ? at::kBFloat16 : sizeof(P) == 4 ? at::kFloat : at::kDouble;
 }
-template <class P>
-P* data(const at::Tensor& t) {
-  return t.defined() && t.numel() ? static_cast<P*>(t.data_ptr()) : nullptr;
-}
-template <class P>
-P* data(const std::optional<at::Tensor>& t) {
-  return t ? data<P>(*t) : nullptr;
-}
+
+// Without features a product has no terms: one feature of zeros is the same.
+inline at::Tensor with_width(const at::Tensor& x) { return x.size(-1) ? x : at::constant_pad_nd(x, {0, 1}); }
 
 inline at::Tensor contiguous(const std::optional<at::Tensor>& t) { return t ? t->contiguous() : at::Tensor(); }
 

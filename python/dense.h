@@ -155,14 +155,13 @@ inline Tensor view_of(const Stored& m, int64_t rows, int64_t cols, const Tensor&
 inline bool same_type(const Stored& m, const Tensor& t) { return m.type == stored(t).type; }
 
 // A weight [o, k] as operand of products with its transpose in tiles, for some number of rows, which decides whether it is
-// packed.
+// packed. One that is not is widened block by block where it must be: the whole in float would be written to memory.
 template <class P>
 class ForwardTiles {
  public:
-  ForwardTiles(const Tensor& weight, int64_t rows)
-      : weight_(weight.to(scalar_type<P>()).contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
+  ForwardTiles(const Tensor& weight, int64_t rows) : weight_(weight.contiguous()), o_(weight.size(0)), k_(weight.size(1)) {
     // For few rows packing x and turning the tiles costs less than packing the weight.
-    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_, kBlockCols<P>);
+    if (rows * (o_ + k_) >= o_ * k_) packed_ = pack_transposed<P>(weight_.to(scalar_type<P>()), kBlockCols<P>);
   }
   // f of the product x weight^T of `rows` rows of x [*, k], those that f.index lists or the first.
   void apply(const Tensor& x_, int64_t rows, const LinearOutput<P>& f) const {
@@ -187,8 +186,15 @@ class ForwardTiles {
     const Memory memory = memory_of(x.bytes(1));
     Scratch scratch{memory.get()};
     const P* row = x.rows(0, 1, 1, scratch);
+    const Operand<P> w(weight_, k_, k_, nullptr);
     at::parallel_for(0, o_, std::max<int64_t>(64, (1 << 17) / k_), [&](int64_t begin, int64_t end) {
-      VLMK_CALL(linear_row, f, row, data<P>(weight_) + begin * k_, k_, begin, end - begin);
+      const int64_t step = w.direct ? end - begin : kWidened;
+      const Memory block = memory_of(w.direct ? 0 : w.bytes(step));
+      for (int64_t o0 = begin; o0 < end; o0 += step) {
+        const int64_t count = std::min(step, end - o0);
+        Scratch space{block.get()};
+        VLMK_CALL(linear_row, f, row, w.rows(o0, count, count, space), k_, o0, count);
+      }
     });
   }
 
@@ -196,7 +202,7 @@ class ForwardTiles {
     using A = acc_t<P>;
     const int64_t width = std::min<int64_t>(64, round_up(rows, 16)), blocks = ceil_div(rows, width), depth = x.depth;
     const Operand<P> w(weight_, k_, depth, nullptr);
-    const Tensor xt = at::empty({blocks * depth * width}, weight_.options());
+    const Tensor xt = at::empty({blocks * depth * width}, weight_.options().dtype(scalar_type<P>()));
     for_tasks(blocks, x.bytes(width), [&](int64_t block, Scratch& scratch) {
       const int64_t row = block * width, count = std::min(width, rows - row);
       VLMK_CALL(pack_transposed_b, x.rows(row, count, count, scratch), depth, count, depth, depth, width,
@@ -213,6 +219,7 @@ class ForwardTiles {
   }
 
   static constexpr int64_t kFewOutputs = 128;  // of a task with few rows: narrow layers have work for all threads
+  static constexpr int64_t kWidened = 32;      // outputs whose weights are widened at a time for one row
 
   Tensor weight_, packed_;
   int64_t o_, k_;

@@ -39,8 +39,9 @@ Divergence divergence_of(const Need& need, const Options& o) {
 }
 
 // A call's arguments, checked; tensors with the dtype of the kernel and rows without gaps within them.
-struct Call {
-  Call(const char* op, const Tensor& student_, const Tensor& teacher_, const optional<Tensor>& target_, const Options& options)
+struct DistillationCall {
+  DistillationCall(const char* op, const Tensor& student_, const Tensor& teacher_, const optional<Tensor>& target_,
+                   const Options& options)
       : o(options) {
     const Need need(op);
     divergence = divergence_of(need, o);
@@ -98,18 +99,14 @@ struct Call {
   }
 };
 
-Tensor new_gradient(const Call& call, bool need) {
-  return on_huge_pages(at::empty(need ? call.student.sizes() : at::IntArrayRef{0}, call.student.options()));
-}
-
 auto distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& target, double temperature,
                   std::string_view divergence, double beta, double hard_weight, int64_t ignore_index,
                   std::string_view reduction, bool need_student) {
-  const Call call("distillation", student, teacher, target,
-                  {temperature, divergence, beta, hard_weight, ignore_index, reduction});
+  const DistillationCall call("distillation", student, teacher, target,
+                              {temperature, divergence, beta, hard_weight, ignore_index, reduction});
   const auto options = student.options().dtype(sum_type(call.dtype));
   const Tensor losses = at::empty({call.rows}, options), stats = at::empty({call.rows, Distillation<float>::kStats}, options);
-  const Tensor dstudent = new_gradient(call, need_student);
+  const Tensor dstudent = new_gradient(call.student, need_student);
   Tensor loss = losses;
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
@@ -139,13 +136,13 @@ Tensor distillation_bwd(const Tensor& dloss_, const Tensor& student, const Tenso
                         const Tensor& stats_, double temperature, std::string_view divergence, double beta, double hard_weight,
                         int64_t ignore_index, std::string_view reduction, std::array<bool, 1> needs) {
   const Need need("distillation_bwd");
-  const Call call("distillation_bwd", student, teacher, target,
-                  {temperature, divergence, beta, hard_weight, ignore_index, reduction});
+  const DistillationCall call("distillation_bwd", student, teacher, target,
+                              {temperature, divergence, beta, hard_weight, ignore_index, reduction});
   const auto sums = sum_type(call.dtype);
   need.tensor("stats", stats_, {call.rows, Distillation<float>::kStats}, sums);
   need.tensor("dloss", dloss_, call.o.per_row() ? at::IntArrayRef(call.rows) : at::IntArrayRef(), kFloats);
   const Tensor dloss = dloss_.to(sums).contiguous(), stats = stats_.contiguous();
-  const Tensor dstudent = new_gradient(call, needs[0]);
+  const Tensor dstudent = new_gradient(call.student, needs[0]);
   if (dstudent.numel() == 0) return dstudent.to(student.scalar_type());
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);

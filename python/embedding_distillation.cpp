@@ -25,9 +25,9 @@ Distance distance_of(const Need& need, std::string_view name) {
 }
 
 // A call's arguments, checked; tensors contiguous and with the dtype of the kernel.
-struct Call {
-  Call(const Need& need, const Tensor& student_, const Tensor& teacher_, const optional<Tensor>& weight_, std::string_view name,
-       bool normalize_, std::string_view reduction)
+struct EmbeddingCall {
+  EmbeddingCall(const Need& need, const Tensor& student_, const Tensor& teacher_, const optional<Tensor>& weight_,
+                std::string_view name, bool normalize_, std::string_view reduction)
       : distance(distance_of(need, name)), normalize(normalize_ || distance == Distance::cosine), per_row(reduction == "none") {
     need.tensor("student", student_, {kAny, kAny}, kFloats);
     need.tensor("teacher", teacher_, student_.sizes(), kFloats);
@@ -74,15 +74,11 @@ struct Call {
   }
 };
 
-Tensor new_gradient(const Call& call, bool need) {
-  return on_huge_pages(at::empty(need ? call.student.sizes() : at::IntArrayRef{0}, call.student.options()));
-}
-
 auto embedding_distillation(const Tensor& student, const Tensor& teacher, const optional<Tensor>& weight,
                             std::string_view distance, bool normalize, std::string_view reduction, bool need_student) {
-  const Call call(Need("embedding_distillation"), student, teacher, weight, distance, normalize, reduction);
+  const EmbeddingCall call(Need("embedding_distillation"), student, teacher, weight, distance, normalize, reduction);
   const auto options = student.options().dtype(sum_type(call.dtype));
-  const Tensor losses = at::empty({call.rows}, options), dstudent = new_gradient(call, need_student);
+  const Tensor losses = at::empty({call.rows}, options), dstudent = new_gradient(call.student, need_student);
   Tensor loss = losses;
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
@@ -105,10 +101,10 @@ Tensor embedding_distillation_bwd(const Tensor& dloss_, const Tensor& student, c
                                   const optional<Tensor>& weight, std::string_view distance, bool normalize,
                                   std::string_view reduction, std::array<bool, 1> needs) {
   const Need need("embedding_distillation_bwd");
-  const Call call(need, student, teacher, weight, distance, normalize, reduction);
+  const EmbeddingCall call(need, student, teacher, weight, distance, normalize, reduction);
   need.tensor("dloss", dloss_, call.per_row ? at::IntArrayRef(call.rows) : at::IntArrayRef(), kFloats);
   const Tensor dloss = dloss_.to(sum_type(call.dtype)).contiguous();
-  const Tensor dstudent = new_gradient(call, needs[0]);
+  const Tensor dstudent = new_gradient(call.student, needs[0]);
   if (dstudent.numel() == 0) return dstudent.to(student.scalar_type());
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);

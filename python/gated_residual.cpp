@@ -36,11 +36,6 @@ struct Shape {
   int64_t d, rows, block, blocks;
 };
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 Tensor gated_residual(const Tensor& x_, const Tensor& y_, const Tensor& gate, const optional<Tensor>& row_mask) {
   need_gated_residual(Need("gated_residual"), "x", x_, y_, gate, row_mask);
   const auto dtype = c10::promoteTypes(x_.scalar_type(), y_.scalar_type());

@@ -30,9 +30,6 @@ inline at::ScalarType similarity_type(const at::Tensor& query, const at::Tensor&
   return wide ? at::kDouble : at::kFloat;
 }
 
-// A width of 0 is that of a single zero, since there are no products of width 0.
-inline at::Tensor with_width(const at::Tensor& x) { return x.size(1) ? x : at::zeros({x.size(0), 1}, x.options()); }
-
 // Calls f(operand, stored) with values of the types that products multiply and that the keys are stored in.
 template <class F>
 auto with_keys(const at::Tensor& query, const at::Tensor& key, F f) {
@@ -42,7 +39,7 @@ auto with_keys(const at::Tensor& query, const at::Tensor& key, F f) {
   };
   if (similarity_type(query, key) == at::kDouble) return stored(double());
   const bool paired = query.scalar_type() == at::kBFloat16 && key.scalar_type() == at::kBFloat16;
-  if (paired && query.size(0) > kFewQueries && tile_product<bf16>()) return f(bf16(), bf16());
+  if (paired && query.size(0) > kFewSearches && tile_product<bf16>()) return f(bf16(), bf16());
   return stored(float());
 }
 
@@ -96,7 +93,7 @@ struct Search {
   template <class F>
   void for_few(F f) const {
     const auto take = [&](Scratch& from) {
-      return std::tuple(from.take<A>(kFewKeys * g.d), from.take<A>(kFewKeys), from.take<A>(kFewQueries * kFewKeys));
+      return std::tuple(from.take<A>(kFewKeys * g.d), from.take<A>(kFewKeys), from.take<A>(kFewSearches * kFewKeys));
     };
     for_blocks(kFewKeys, true, take, [&](int64_t slot, int64_t j0, int64_t count, auto memory) {
       auto [widened, factors, scores] = memory;

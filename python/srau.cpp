@@ -22,15 +22,10 @@ using std::optional;
 // Of the language in one task, at all levels.
 constexpr int64_t kBlockElements = 1 << 14;
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 // The operands in one dtype and contiguous.
-struct Call {
-  Call(const Need& need, const optional<Tensor>& dout_, const Tensor& language_, const Tensor& visual_,
-       const Tensor& gate_logits_, const optional<Tensor>& row_mask, double tau_, std::string_view orientation)
+struct SrauCall {
+  SrauCall(const Need& need, const optional<Tensor>& dout_, const Tensor& language_, const Tensor& visual_,
+           const Tensor& gate_logits_, const optional<Tensor>& row_mask, double tau_, std::string_view orientation)
       : tau(tau_), negated(orientation == "paper") {
     need.tensor("language", language_, {kLeading, kAny}, kFloats);
     const auto sizes = language_.sizes();
@@ -93,7 +88,7 @@ struct Call {
 
 Tensor srau(const Tensor& language, const Tensor& visual, const Tensor& gate_logits, const optional<Tensor>& row_mask,
             double tau, std::string_view orientation) {
-  const Call call(Need("srau"), std::nullopt, language, visual, gate_logits, row_mask, tau, orientation);
+  const SrauCall call(Need("srau"), std::nullopt, language, visual, gate_logits, row_mask, tau, orientation);
   const Tensor out = call.made(call.language, true);
   with_storage(call.dtype, [&](auto type) {
     using T = decltype(type);
@@ -106,7 +101,7 @@ Tensor srau(const Tensor& language, const Tensor& visual, const Tensor& gate_log
 std::tuple<Tensor, Tensor, Tensor> srau_bwd(const Tensor& dout, const Tensor& language, const Tensor& visual,
                                             const Tensor& gate_logits, const optional<Tensor>& row_mask, double tau,
                                             std::string_view orientation, std::array<bool, 3> needs) {
-  const Call call(Need("srau_bwd"), dout, language, visual, gate_logits, row_mask, tau, orientation);
+  const SrauCall call(Need("srau_bwd"), dout, language, visual, gate_logits, row_mask, tau, orientation);
   const auto [need_language, need_visual, need_logits] = needs;
   const Tensor dlanguage = call.made(call.language, need_language), dvisual = call.made(call.visual, need_visual),
                dlogits = call.made(call.gate_logits, need_logits);

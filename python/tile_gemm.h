@@ -9,6 +9,12 @@ namespace vlmk {
 // Null for bf16 where no bf16 product exists: the caller widens to float.
 template <class P>
 TileProduct<P> tile_product();
+template <>
+TileProduct<float> tile_product<float>();
+template <>
+TileProduct<double> tile_product<double>();
+template <>
+TileProduct<bf16> tile_product<bf16>();
 // Whether it is ATen's, which may sum in another order for other shapes.
 template <class P>
 bool tile_product_is_mm();

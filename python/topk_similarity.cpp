@@ -38,7 +38,7 @@ auto topk_similarity(const Tensor& query_, const Tensor& key_, const optional<Te
   const Tensor key_indices = both ? at::empty({m, of_keys}, at::kLong) : at::empty({0}, at::kLong);
   const auto results = std::tuple(values, indices, key_values, key_indices);
   if (n == 0 || m == 0) return results;
-  const bool few = n <= kFewQueries && !both;
+  const bool few = n <= kFewSearches && !both;
   with_keys(query, key, [&](auto operand, auto stored) {
     using P = decltype(operand);
     using A = acc_t<P>;

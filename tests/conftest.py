@@ -128,6 +128,7 @@ def one_thread():
 
 def pytest_addoption(parser):
     parser.addoption("--one-in", type=int, default=1, metavar="N", help="one in N of the cases of each test")
+    parser.addoption("--kernels-alone", action="store_true", help="without the tests marked as `once`")
 
 
 def _left_out(items, share):
@@ -155,3 +156,8 @@ def pytest_collection_modifyitems(config, items):
         *_left_out(items, config.getoption("one_in")),
     ]:
         item.add_marker(skip)
+    if config.getoption("kernels_alone"):
+        other = pytest.mark.skip(reason="once: the same whichever instruction set the kernels use")
+        for item in items:
+            if "once" in item.keywords:
+                item.add_marker(other)

@@ -15,6 +15,7 @@ from vlmkernels.models.clip import CLIP, ClipConfig
 from vlmkernels.models.decoder import CausalLM
 from vlmkernels.models.vild import Classes, ViLD, ViLDConfig
 from vlmkernels.models.visualbert import VisualBERT, VisualBertConfig
+from vlmkernels.models.visualgpt import VisualGPT, VisualGPTConfig
 from vlmkernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from vlmkernels.nn.families import BLOCK_PRESETS, RESAMPLER_PRESETS
 
@@ -39,6 +40,11 @@ VISUALBERT_TINY = VisualBertConfig(
     mlp_width=40, dropout=0.0,
 )  # fmt: skip
 
+VISUALGPT_TINY = VisualGPTConfig(
+    image_size=16, conv_blocks=(1, 1), conv_width=4, conv_pool=False, width=24, encoder_layers=2,
+    encoder_mlp_width=32, layers=1, heads=3, context_length=12, vocab_size=97, start_id=1, end_id=EOT,
+    pad_id=0, dropout=0.0, cross_dropout=0.0,
+)  # fmt: skip
 
 VILD_TINY = ViLDConfig(detector=detector_tiny.TINY, variant="ensemble", embed_dim=6)
 
@@ -113,6 +119,13 @@ def visualbert() -> Case:
     )
 
 
+def visualgpt() -> Case:
+    def batch(rows=3, length=10):
+        return numbers(rows, 3, 16, 16), texts(rows, length, EOT)
+
+    return Case(randomize(VisualGPT(VISUALGPT_TINY)), batch, lambda out: out["loss"])
+
+
 class Detecting(nn.Module):
     """A ViLD with what its images show and what is drawn of it."""
 
@@ -180,6 +193,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "simvlm-prefix_lm": lambda: simvlm("prefix_lm"),
     "virtex": virtex,
     "visualbert": visualbert,
+    "visualgpt": visualgpt,
     "vild": vild,
     "flamingo": flamingo,
     "decoder": decoder,

@@ -35,6 +35,7 @@ def floats(values: dict) -> list[str]:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in FLOATS])
 @pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.once
 def test_other_dtypes_are_refused(op, dtype):
     values = arguments(op)
     for name in floats(values):
@@ -84,6 +85,7 @@ def test_layouts_are_refused(op):
 
 @pytest.mark.parametrize("value", [object(), "x", b"x", [], {}, (None, None), range(3)])
 @pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.once
 def test_arguments_of_another_kind_are_named(op, value):
     values = arguments(op)
     for name, valid in values.items():

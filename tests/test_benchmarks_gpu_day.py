@@ -27,7 +27,8 @@ from benchmarks.gpu import day, pages, predict, results, sanitizer, timing, tria
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.day import OPS, STEPS
 from benchmarks.gpu.workers import Deadline
-from benchmarks.gpu.workloads import Workload, workloads
+from benchmarks.gpu.workload import Workload
+from benchmarks.gpu.workloads import workloads
 from tests.gpu.interpreter import interpreting
 from tests.test_benchmarks_gpu_workers import in_this_process
 from vlmkernels._library import KERNELS

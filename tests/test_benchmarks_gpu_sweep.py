@@ -14,8 +14,9 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import day
 from benchmarks.gpu import sweep as sweeps
-from benchmarks.gpu.predict import TRAINING, traced
+from benchmarks.gpu.predict import traced
 from benchmarks.gpu.sweep import SWEEPS
+from benchmarks.gpu.workload import TRAINING
 from tests.test_benchmarks_gpu_workers import in_this_process
 
 SM90 = GPUTarget("cuda", 90, 32)

@@ -11,6 +11,7 @@ import vlmkernels
 from vlmkernels import _calibration, _native
 from vlmkernels.cli import commands
 
+FLOAT32, BOTH = "oneDNN micro-kernels (float32)", "oneDNN micro-kernels (float32, bfloat16)"
 needs_extension = pytest.mark.skipif(
     _native.extension is None, reason="there is one provider without C++ kernels"
 )
@@ -102,22 +103,24 @@ def test_a_file_with_other_names_is_ignored(cache):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "isa", "tiles", "float32", "bfloat16"),
+    ("cpu", "isa", "tiles", "fast", "float32", "bfloat16", "few"),  # fast: torch's products in bfloat16
     [
-        ("AuthenticAMD EPYC", "avx512", "oneDNN micro-kernels (float32, bfloat16)", "own", "own"),
-        ("AuthenticAMD EPYC", "avx512", "oneDNN micro-kernels (float32)", "own", "torch"),
-        ("AuthenticAMD EPYC", "avx2", "oneDNN micro-kernels (float32)", "torch", "torch"),
-        ("GenuineIntel Xeon", "avx512", "oneDNN micro-kernels (float32, bfloat16)", "torch", "torch"),
-        ("AuthenticAMD EPYC", "avx512", "ATen mm", "torch", "torch"),
+        ("AuthenticAMD EPYC", "avx512", BOTH, True, "own", "own", "torch"),
+        ("AuthenticAMD EPYC", "avx512", FLOAT32, True, "own", "torch", "torch"),
+        ("AuthenticAMD EPYC", "avx2", FLOAT32, False, "torch", "own", "own"),
+        ("GenuineIntel Core", "avx2", FLOAT32, True, "torch", "torch", "torch"),
+        ("GenuineIntel Xeon", "avx512", BOTH, True, "torch", "torch", "torch"),
+        ("AuthenticAMD EPYC", "avx512", "ATen mm", True, "torch", "torch", "torch"),
     ],
 )
-def test_the_rule_without_a_file(monkeypatch, cpu, isa, tiles, float32, bfloat16):
+def test_the_rule_without_a_file(monkeypatch, cpu, isa, tiles, fast, float32, bfloat16, few):
     monkeypatch.delenv("VLMKERNELS_CPU_ISA", raising=False)
+    monkeypatch.setattr(_calibration, "torch_multiplies_bf16", lambda: fast)
     facts = {"cpu": cpu, "instruction set": isa, "tile products": tiles}
     monkeypatch.setattr(_calibration, "machine", lambda: facts)
     choice, why = _calibration.by_rule()
     assert set(choice["float32"].values()) == {float32}
-    assert choice["bfloat16"].pop("few") == "torch"
+    assert choice["bfloat16"].pop("few") == few
     assert set(choice["bfloat16"].values()) == {bfloat16}
     assert why
 

@@ -128,6 +128,7 @@ def test_equals_the_formulas_of_torch(divergence):
     torch.testing.assert_close(got, want / 2)
 
 
+@pytest.mark.once
 def test_equals_the_distillation_of_open_clip():
     theirs = peer("open_clip.loss").DistillClipLoss()
     query, key, *teacher = problem(300, 300, 40)
@@ -210,6 +211,7 @@ def test_a_second_backward_gives_the_same():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     student, teacher = [torch.randn(6, 6) for _ in range(2)], [torch.randn(6, 6) for _ in range(2)]
     if permuted:
@@ -226,6 +228,7 @@ def test_registration(permuted):
             torch.library.opcheck(bwd, (torch.ones_like(loss), *bare, *stats, *options, needs))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     teacher = {n: problem(n, n, 16)[2:] for n in (5, 140)}
 
@@ -315,6 +318,7 @@ def test_kept_logits_give_the_same_bits():
 @pytest.mark.sampled(2)
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
 @pytest.mark.parametrize("store_bytes", [0, 2**24])
+@pytest.mark.once
 def test_memory(peak_memory, store_bytes):
     """Each of the matrices would take 256 MiB, more than the op may hold beyond its store."""
     script = """
@@ -326,6 +330,7 @@ run = lambda: vlmkernels.contrastive_distillation(
     assert peak_memory(script.format(store=store_bytes)) < 80 * 2**20 + store_bytes
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     query, key, *teacher = problem(1024, 1024, 128)
     assert busy_threads(lambda: op(query, key, 10.0, *teacher, 10.0)) >= 2
@@ -355,6 +360,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": torch.zeros(4, 5), "key": torch.zeros(4, 5), "scale": 1.0}
     good |= {"teacher_query": torch.zeros(4, 3), "teacher_key": torch.zeros(4, 3), "teacher_scale": 1.0}

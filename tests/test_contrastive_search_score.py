@@ -233,6 +233,7 @@ def test_results_have_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.once
 def test_registration(dtype):
     prob, hidden, context, similarity = sample(3, 5, 4, 12, dtype)
     lengths = torch.tensor([0, 2, 4])
@@ -242,6 +243,7 @@ def test_registration(dtype):
     torch.library.opcheck(raw.default, (*permuted, lengths, 0.5, 1.0))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(prob, hidden, context, similarity):
         return vlmkernels.contrastive_search_score(prob, hidden, context, similarity, alpha=0.4, beta=2.0)
@@ -253,6 +255,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Score(torch.nn.Module):
         def forward(self, prob, hidden, context, similarity):

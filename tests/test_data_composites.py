@@ -57,7 +57,9 @@ def test_a_transform_gets_the_picture_its_random_numbers_and_its_key():
     assert data[0]["image"].image.equal(first.image)
     data.set_epoch(1)
     assert not data[0]["image"].image.equal(first.image)
-    assert keys == ["composites/train/0"] * 3
+    assert keys == ["composites/0/train/0"] * 3
+    load_pairs("composites", size=2, image_size=64, transform=jitter, seed=1)[0]
+    assert keys[-1] == "composites/1/train/0"  # of another picture
     with pytest.raises(ValueError, match=r"split must be .*; size must .*; image_size must .*; objects must"):
         load_pairs("composites:all", size=0, image_size=8, objects=3)
 

@@ -311,6 +311,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.once
 def test_registration(dtype, permuted, reduction):
     student, teacher, target = sample(6, 8, dtype=dtype)
     if permuted:
@@ -357,6 +358,7 @@ def test_raw_ops_refuse(change, message):
         torch.ops.vlmkernels.distillation_bwd(*backward)
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(student, teacher, target):
         return vlmkernels.distillation(student, teacher, temperature=2.0, target=target, hard_weight=0.1)
@@ -373,6 +375,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, student, teacher, target):
@@ -402,6 +405,7 @@ def test_six_numbers_of_a_row_and_the_gradient_are_kept(reduction):
 @pytest.mark.sampled(3)
 @pytest.mark.skipif(not NATIVE, reason="the reference stores softmaxes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.once
 def test_softmaxes_are_not_stored(peak_memory, divergence):
     """The logits have 61 MiB each, and so has the gradient."""
     used = peak_memory(f"""
@@ -445,6 +449,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"student_logits": torch.zeros(3, 4), "teacher_logits": torch.zeros(3, 4)}
     good["target"] = torch.tensor([0, 3, -100])

@@ -244,6 +244,7 @@ def test_second_derivative_is_refused():
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.once
 def test_registration(permuted, reduction):
     student, teacher, weight = sample(6, 8)
     if permuted:
@@ -282,6 +283,7 @@ def test_raw_ops_refuse(change, message):
         torch.ops.vlmkernels.embedding_distillation_bwd(torch.ones(()), *values, [True])
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(student, teacher, weight):
         return vlmkernels.embedding_distillation(student, teacher, distance="smooth_l1", weight=weight)
@@ -298,6 +300,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, student, teacher, weight):
@@ -381,6 +384,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"student": torch.zeros(3, 4), "teacher": torch.zeros(3, 4), "weight": torch.ones(3)}
     vlmkernels.embedding_distillation(**good)

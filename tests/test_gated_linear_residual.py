@@ -239,6 +239,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+@pytest.mark.once
 def test_registration(permuted, vector):
     x, h, weight = torch.randn(5, 4, 6), torch.randn(5, 4, 10), torch.randn(6, 10)
     dout = torch.randn(5, 4, 6)
@@ -254,6 +255,7 @@ def test_registration(permuted, vector):
     torch.library.opcheck(raw_bwd, (dout, h, weight, gate, None, [True, True, False]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(x, h, weight, gate, mask):
         return op(x, h, weight, gate, row_mask=mask)
@@ -343,6 +345,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, dtype, rows,
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference forms the branch")
+@pytest.mark.once
 def test_the_branch_is_never_stored(peak_memory):
     """The result takes 64 MiB, and so would the branch, and its gradient."""
     script = """
@@ -358,6 +361,7 @@ run(512)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference may use torch's own threads")
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     x, h, weight, gate = (t.detach() for t in inputs((2048,), 512, 512))
     assert busy_threads(lambda: op(x, h, weight, gate)) >= 2
@@ -388,6 +392,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"gate": torch.zeros(1, device="meta")}, r"the same device, got \['cpu', 'meta'\]"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {
         "x": torch.zeros(3, 4), "h": torch.zeros(3, 5), "weight": torch.zeros(4, 5), "gate": torch.zeros(1)

@@ -154,6 +154,7 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     x, dout, w_gate, w_down = (torch.randn(s) for s in ((5, 4, 10), (5, 4, 6), (8, 10), (6, 8)))
     if permuted:
@@ -170,6 +171,7 @@ def test_registration(permuted):
     )
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     compiled = torch.compile(with_biases(op), fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 9):
@@ -224,6 +226,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dt
         ({"activation": None}, "activation must be one of none, gelu, .*, got None"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"x": torch.zeros(3, 5), "w_gate": torch.zeros(6, 5), "w_up": torch.zeros(6, 5)}
     good["w_down"] = torch.zeros(4, 6)

@@ -101,6 +101,7 @@ def test_second_derivative_is_refused():
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+@pytest.mark.once
 def test_registration(permuted, vector):
     x, y = torch.randn(5, 4, 6), torch.randn(5, 4, 6)
     if permuted:
@@ -116,6 +117,7 @@ def test_registration(permuted, vector):
     torch.library.opcheck(bwd, (dout, y.detach(), gate.detach(), None, [False, True]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(x, y, gate, mask):
         return vlmkernels.gated_residual(x, y, gate, row_mask=mask)
@@ -174,6 +176,7 @@ def test_deterministic_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     x, gate = torch.randn(4096, 1024), torch.randn(1)
     assert busy_threads(lambda: vlmkernels.gated_residual(x, x, gate)) >= 2
@@ -196,6 +199,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"x": torch.tensor(1.0), "y": torch.tensor(1.0)}, "the same shape"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"x": torch.zeros(3, 4), "y": torch.zeros(3, 4), "gate": torch.zeros(1)}
     with pytest.raises(ValueError, match=message):

@@ -227,6 +227,7 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     query, key = unit_features(6, 6, 6)
     if permuted:
@@ -265,6 +266,7 @@ def test_registration(permuted):
         )
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key, scale):
         return vlmkernels.info_nce(query, key, scale, label_smoothing=0.1) + vlmkernels.info_nce(
@@ -281,6 +283,7 @@ def test_compile_fullgraph_dynamic():
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.once
 def test_export():
     class Loss(torch.nn.Module):
         def forward(self, query, key):
@@ -397,6 +400,7 @@ def test_nan_is_not_hidden():
         assert dquery[150].isnan().any()
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     query, key = unit_features(1024, 1024, 128)
     assert busy_threads(lambda: vlmkernels.info_nce(query, key, 10.0)) >= 2
@@ -435,6 +439,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"query": torch.zeros(5)}, r"query must be \[N, D\]"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": torch.zeros(4, 5), "key": torch.zeros(4, 5), "scale": 1.0}
     with pytest.raises(ValueError, match=message):

@@ -33,7 +33,7 @@ SHAPES = {
     "square": (2, 2, 2, 130, 130, 64, 64),
     "grouped": (1, 6, 2, 37, 300, 20, 37),
     "long keys": (1, 1, 1, 9, 1100, 16, 8),
-    "few queries": (2, 4, 2, 3, 90, 32, 16),
+    "few queries": (2, 4, 2, 2, 90, 36, 20),  # keys are read as they are
     "one": (1, 1, 1, 1, 1, 1, 1),
 }
 
@@ -181,6 +181,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("tq", [3, 9])
+@pytest.mark.once
 def test_registration(permuted, tq):
     query, key, value = (t.detach() for t in inputs(2, 4, 2, tq, 8, 6, 5))
     if permuted:
@@ -200,6 +201,7 @@ def test_registration(permuted, tq):
     torch.library.opcheck(bwd.default, (torch.randn_like(out), None, *saved, [False, True, False, True]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key, value, lengths):
         return vlmkernels.interval_attention(
@@ -416,6 +418,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, shape):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
+@pytest.mark.once
 def test_memory(peak_memory):
     """Logits of 8192 x 8192 would take 256 MiB; inputs, result and gradients take 7 x 2 MiB."""
     script = """
@@ -428,6 +431,7 @@ run = lambda: vlmkernels.interval_attention(*tensors, *bounds).sum().backward()
     assert peak_memory(script) < 64 * 2**20
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     tensors = [t.detach() for t in inputs(1, 1, 1, 1024, 1024, 64, 64)]
     bounds = everything(1024, 1024)
@@ -468,6 +472,7 @@ def good():
         ({"grid": (2, 3)}, r"grid \(2, 3\) needs relative_bias"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         vlmkernels.interval_attention(**{**good(), **change})

@@ -212,6 +212,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.once
 def test_registration(permuted, activation):
     x, weight, dout = torch.randn(5, 4, 10), torch.randn(6, 10), torch.randn(5, 4, 6)
     if permuted:
@@ -225,6 +226,7 @@ def test_registration(permuted, activation):
     torch.library.opcheck(raw_bwd, (dout, x, weight, None, None, activation, [True, True, False]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(x, weight, bias, residual):
         return op(x, weight, bias, activation="gelu", residual=residual)
@@ -306,6 +308,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dt
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference may use torch's own threads")
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads, products):
     products("own")
     tensors = [t.detach() for t in inputs((2048,), 512, 512)]
@@ -333,6 +336,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads, products):
         ({"residual": torch.zeros(3, 4, device="meta")}, r"the same device, got \['cpu', 'meta'\]"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"x": torch.zeros(3, 5), "weight": torch.zeros(4, 5), "bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):

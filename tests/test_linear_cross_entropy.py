@@ -71,6 +71,7 @@ def test_options(op, dtype, reduction):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.once
 def test_many_chunks_of_rows(op, monkeypatch):
     """More rows than the workspace holds logits of: sums over chunks, in both precisions."""
     if op == "cuda":
@@ -297,6 +298,7 @@ def raw(dtype=torch.float32, permuted=False):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.once
 def test_registration(dtype, permuted):
     op = torch.ops.vlmkernels.linear_cross_entropy.default
     torch.library.opcheck(op, raw(dtype, permuted), test_utils=("test_schema", "test_faketensor"))
@@ -307,6 +309,7 @@ def test_registration(dtype, permuted):
     torch.library.opcheck(bwd, (dloss, *arguments, [True] * 3), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.once
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(hidden, weight, target, bias):
@@ -327,6 +330,7 @@ def test_compile():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Loss(torch.nn.Module):
         def forward(self, hidden, weight, target):
@@ -372,6 +376,7 @@ def test_nothing_is_kept_but_gradients():
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference has all logits")
+@pytest.mark.once
 def test_logits_are_never_all_there(peak_memory):
     """4,096 x 30,000 logits are 469 MiB; a chunk of them and the gradients of 512 x 30,000 are not."""
     used = peak_memory("""
@@ -414,6 +419,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "target": torch.tensor([0, 6, -100])}
     vlmkernels.linear_cross_entropy(**good)

@@ -117,6 +117,7 @@ def test_softmax_of_almost_no_temperature_is_the_largest_class(teacher, divergen
     ],
     ids=str,
 )
+@pytest.mark.once
 def test_many_chunks_of_rows(op, teacher, divergence, classes, dtype):
     """More rows than the workspace holds logits of: sums over chunks, in both precisions."""
     tensors = student(260, classes, 8, dtype=dtype)
@@ -343,6 +344,7 @@ def test_nothing_is_kept_but_gradients(teacher):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference has all logits")
+@pytest.mark.once
 def test_logits_are_never_all_there(peak_memory):
     """2,048 x 30,000 logits are 234 MiB, of student and of teacher; a chunk of both is at most 128 MiB."""
     used = peak_memory("""

@@ -94,6 +94,7 @@ def raw(teacher, dtype=torch.float32, permuted=False, reduction="mean"):
 @of_dtypes
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("teacher", ["hidden", "topk"])
+@pytest.mark.once
 def test_registration(dtype, permuted, teacher):
     op, bwd = (getattr(torch.ops.vlmkernels, f"linear_distillation{end}").default for end in ("", "_bwd"))
     some = ("test_schema", "test_faketensor")
@@ -106,6 +107,7 @@ def test_registration(dtype, permuted, teacher):
         torch.library.opcheck(bwd, (dloss, *values, needs), test_utils=some)
 
 
+@pytest.mark.once
 def test_compile():
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(hidden, weight, bias, taught):
@@ -123,6 +125,7 @@ def test_compile():
 
 @pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("teacher", ["hidden", "topk"])
+@pytest.mark.once
 def test_recorded(recorder, teacher):
     class Loss(torch.nn.Module):
         def forward(self, hidden, weight, first, second, target):
@@ -231,6 +234,7 @@ PUBLIC_BAD = [
 @pytest.mark.parametrize(
     ("change", "message"), BAD + PUBLIC_BAD, ids=[message for _, message in BAD + PUBLIC_BAD]
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     vlmkernels.linear_distillation(**GOOD)
     with pytest.raises(ValueError, match="linear_distillation: ") as error:

@@ -157,6 +157,7 @@ def test_the_reference_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     query, key = torch.randn(4, 6), torch.randn(9, 6)
     if permuted:
@@ -168,6 +169,7 @@ def test_registration(permuted):
             torch.library.opcheck(op, (query, key, *targets, 3, margin, True))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key):
         return vlmkernels.mine_hard_negatives(query, key, 5, margin=0.5)
@@ -179,6 +181,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Mine(torch.nn.Module):
         def forward(self, query, key):
@@ -239,6 +242,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": Q, "key": K, "k": 2}
     vlmkernels.mine_hard_negatives(**good, groups=IDS, positives=IDS, margin=0.1)

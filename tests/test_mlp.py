@@ -150,6 +150,7 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     x, w1, w2, dout = torch.randn(5, 4, 10), torch.randn(8, 10), torch.randn(6, 8), torch.randn(5, 4, 6)
     if permuted:
@@ -163,6 +164,7 @@ def test_registration(permuted):
     torch.library.opcheck(raw_bwd, (dout, x, w1, None, w2, None, "gelu", [True] * 5))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(*tensors):
         return op(*tensors, activation="gelu")
@@ -228,6 +230,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dt
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference holds the hidden layer")
+@pytest.mark.once
 def test_the_hidden_layer_is_never_stored_whole(peak_memory):
     """Without a backward it would take 128 MiB; the result takes 4, products of torch up to 48 more."""
     script = """
@@ -252,6 +255,7 @@ run(512)
         ({"activation": "swish"}, "activation must be one of none, gelu, .*, got 'swish'"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {
         "x": torch.zeros(3, 5), "w1": torch.zeros(6, 5), "b1": None, "w2": torch.zeros(4, 6), "b2": None,

@@ -13,7 +13,7 @@ from tests.detector_tiny import TINY
 from tests.parity import close
 from vlmkernels.models import ASIF, AnchorTensors
 from vlmkernels.models._vild_teacher import crop_embeddings, relative_encoders, text_embeddings, wider
-from vlmkernels.models.vild import CONFIGS, VARIANTS, Classes, ViLD, ViLDConfig, ViLDDetector
+from vlmkernels.models.vild import CONFIGS, VARIANTS, Classes, ViLD, ViLDConfig, ViLDDetector, ViLDHeads
 
 WIDTH, NOVEL = 6, torch.tensor([False, True, False, True])
 
@@ -135,6 +135,55 @@ def test_parts_of_the_loss_and_what_they_teach(variant):
     assert torch.equal(
         model(images, targets, classes(), generators=again)["objectness_loss"], out["objectness_loss"]
     )
+
+
+def regions(looks, count):
+    """Kinds of regions, and their pooled maps, which have more in common than differs between kinds."""
+    kinds = torch.randint(len(looks), (count,))
+    return kinds, (1 + 0.1 * (looks[kinds] + torch.randn(count, *looks.shape[1:]))).relu()
+
+
+@pytest.mark.parametrize(("variant", "least", "most"), [("text", 0.0, 0.3), ("ensemble", 0.9, 1.0)])
+def test_a_teacher_adds_classes_without_labels(variant, least, most):
+    """Heads of the size that is trained on composites, alone: 4 base classes, 2 novel ones, a background.
+
+    Fails if heads without the teacher name regions of novel classes as well as those with it, if these name
+    few, if base classes suffer, or if what they name does not follow the names' embeddings.
+    """
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIGS["emoji-tiny"], variant=variant)
+    heads = ViLDHeads(config)
+    looks = torch.randn(7, config.detector.width, 1, 1) + torch.randn(7, config.detector.width, 7, 7) / 2
+    teacher = F.normalize(torch.randn(7, config.embed_dim) + torch.randn(config.embed_dim), dim=1)
+    names = Classes(teacher[:6], torch.arange(6) >= 4)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=2e-3, betas=(0.9, 0.98))
+    for _ in range(25):
+        kinds, pooled = regions(looks, 48)
+        total, count = heads.class_losses(
+            pooled, heads.box_head(pooled), torch.where(kinds < 4, 1 + kinds, 0), names
+        )["class"]
+        loss = total / count
+        if variant == "ensemble":
+            student = heads.image_embeddings(pooled)
+            distance = vlmkernels.embedding_distillation(student, teacher[kinds], distance="l1")
+            loss = loss + config.distill_weight * distance
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    kinds, pooled = regions(looks, 100)
+    heads.eval()
+
+    @torch.no_grad()
+    def named(classes, wanted):
+        found = heads.scores(pooled, heads.box_head(pooled), classes).argmax(1)
+        return (found == kinds)[wanted].double().mean().item()
+
+    novel = (kinds >= 4) & (kinds < 6)
+    assert least <= named(names, novel) <= most
+    assert named(names, kinds < 4) > 0.9
+    shuffled = names._replace(embeddings=names.embeddings.roll(1, 0))
+    assert named(shuffled, kinds < 4) < 0.3
+    assert variant == "text" or named(shuffled, novel) < 0.3
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from tests.every_model import CASES, build, one_process
+from vlmkernels.models.visualgpt import Regions
 
 every = pytest.mark.parametrize("name", CASES)
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -57,7 +58,10 @@ def bent(module, inputs, out):
         return [bent(module, inputs, each) for each in out]
     if isinstance(out, dict):
         return {**out, "loss": 2 * out["loss"]}
-    return out + out.sin() if isinstance(out, torch.Tensor) else out._replace(logits=2 * out.logits)
+    if isinstance(out, torch.Tensor):
+        return out + out.sin()
+    name = "levels" if isinstance(out, Regions) else "logits"
+    return out._replace(**{name: 2 * getattr(out, name)})
 
 
 def gradients(model, out) -> list[torch.Tensor | None]:

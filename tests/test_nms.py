@@ -147,6 +147,7 @@ def test_empty(impl):
     assert none.dtype == torch.int64
 
 
+@pytest.mark.once
 def test_registration():
     boxes, scores = inputs(50)
     groups = torch.randint(3, (50,))
@@ -155,6 +156,7 @@ def test_registration():
         torch.library.opcheck(op, (*tensors, 0.5))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     compiled = torch.compile(
         lambda boxes, scores: boxes[vlmkernels.nms(boxes, scores, 0.5)] * 2,
@@ -186,6 +188,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference has one thread")
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     boxes, scores = torch.rand(10_000, 4), torch.rand(10_000)
     boxes[:, 2:] += boxes[:, :2]
@@ -193,6 +196,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference has temporaries")
+@pytest.mark.once
 def test_memory_grows_with_the_boxes(peak_memory):
     """A matrix of the pairs would have 100 MB, one of bits 12."""
     script = """
@@ -218,6 +222,7 @@ def run():
         ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, r"float16, got boxes torch.int64"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"boxes": torch.zeros(3, 4), "scores": torch.zeros(3), "iou_threshold": 0.5}
     with pytest.raises(ValueError, match=message):

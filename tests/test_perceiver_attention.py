@@ -108,6 +108,7 @@ def test_second_derivative_is_refused():
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     tensors = [t.detach() for t in inputs(2, 4, 2, 9, 8, 5, 6, 5)]
     if permuted:
@@ -122,6 +123,7 @@ def test_registration(permuted):
             torch.library.opcheck(bwd.default, (torch.randn_like(out), *tensors, given, out, lse, 0.4, needs))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(*t):
         return vlmkernels.perceiver_attention(*t[:-1], media_lengths=t[-1])
@@ -232,6 +234,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference joins by design")
+@pytest.mark.once
 def test_memory(peak_memory):
     """Joined keys and values would take 2 x 32 MiB beside the inputs."""
     script = """
@@ -267,6 +270,7 @@ def good():
         ({"media_lengths": torch.zeros(2)}, r"got torch.float32 \(2,\)"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         vlmkernels.perceiver_attention(**{**good(), **change})

@@ -384,6 +384,7 @@ def misaligned(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("op", "values", "message"), CALLS, ids=lambda value: value if isinstance(value, str) else ""
 )
+@pytest.mark.once
 def test_arguments_that_do_not_fit(op, values, message):
     with pytest.raises(ValueError, match=message) as error:
         getattr(ops, op)(*values)

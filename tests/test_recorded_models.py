@@ -17,7 +17,7 @@ every = pytest.mark.parametrize("name", CASES)
 # Which dimension of which argument is the length of the text, or the number of visual tokens.
 LENGTHS = {
     "clip": {1: 1}, "clip-resnet": {1: 1}, "align": {1: 1}, "simvlm": {1: 1}, "simvlm-prefix_lm": {1: 1},
-    "virtex": {1: 1}, "flamingo": {1: 1, 3: 1}, "decoder": {0: 1},
+    "virtex": {1: 1}, "visualgpt": {1: 1}, "flamingo": {1: 1, 3: 1}, "decoder": {0: 1},
     "resampler": {0: 3},
     "resampler-rms": {0: 3}, "resampler-squared_relu": {0: 3}, "block": {0: 1, 2: 1},
     "block-swiglu": {0: 1, 2: 1}, "block-all": {0: 1, 2: 1},

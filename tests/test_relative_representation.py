@@ -160,11 +160,13 @@ def test_results_have_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.once
 def test_registration(dtype):
     for similarities in (torch.rand(6, 8).to(dtype), torch.rand(8, 6).to(dtype).T, torch.rand(0, 3)):
         torch.library.opcheck(raw.default, (similarities, 8.0))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(x, anchors):
         return vlmkernels.relative_representation(x, anchors, k=9, p=3.0)
@@ -176,6 +178,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Relative(torch.nn.Module):
         def forward(self, x, anchors):

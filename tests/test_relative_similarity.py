@@ -159,6 +159,7 @@ def test_a_pair_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.once
 def test_registration(dtype):
     image, text = rep(6, 5, 20, dtype), rep(4, 7, 20, dtype)
     torch.library.opcheck(raw.default, (*image, *text))
@@ -166,6 +167,7 @@ def test_registration(dtype):
     torch.library.opcheck(raw.default, tuple(permuted))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(v, i, w, j):
         return vlmkernels.relative_similarity((v, i), (w, j))
@@ -177,6 +179,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Similarity(torch.nn.Module):
         def forward(self, v, i, w, j):

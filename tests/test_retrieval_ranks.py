@@ -158,6 +158,7 @@ def test_the_reference_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     query, key = torch.randn(4, 6), torch.randn(9, 6)
     if permuted:
@@ -168,6 +169,7 @@ def test_registration(permuted):
         torch.library.opcheck(op, (query, key, *targets))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key):
         return vlmkernels.retrieval_ranks(query, key)
@@ -179,6 +181,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Ranks(torch.nn.Module):
         def forward(self, query, key):
@@ -197,6 +200,7 @@ def test_no_change_by_autocast():
         assert all(map(torch.equal, vlmkernels.retrieval_ranks(query, key), want))
 
 
+@pytest.mark.once
 def test_memory(peak_memory):
     """The matrix of similarities would have 1.6 GB."""
     script = """
@@ -224,6 +228,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": Q, "key": K}
     vlmkernels.retrieval_ranks(**good)

@@ -211,6 +211,7 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     features, boxes = inputs()
     dout, features = torch.randn(len(boxes), 3, 2, 5), features.detach()
@@ -223,6 +224,7 @@ def test_registration(permuted):
         torch.library.opcheck(bwd, (dout, boxes, 2, 11, 19, 0.5, 2, False, [need]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(features, first, second):
         return vlmkernels.roi_align(features, [first, second], (3, 2), spatial_scale=0.5)
@@ -289,6 +291,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts):
         assert all(all(map(torch.equal, first, other)) for other in others)
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     features, boxes = torch.randn(1, 64, 64, 64), torch.tensor([[0.0, 0, 0, 60, 60]]).repeat(200, 1)
     assert busy_threads(lambda: vlmkernels.roi_align(features, boxes, 7)) >= 2
@@ -333,6 +336,7 @@ def test_boxes_of_no_picture(index):
         ),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"features": torch.zeros(2, 3, 4, 5), "boxes": torch.zeros(2, 5), "output_size": 2}
     with pytest.raises(ValueError, match=message):

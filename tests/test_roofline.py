@@ -15,9 +15,10 @@ from triton.runtime import interpreter as stock
 
 from benchmarks.cases.residual import residual_bytes
 from benchmarks.gpu import pages, predict, published, trace
+from benchmarks.gpu import workload as workload_module
 from benchmarks.gpu import workloads as declared
 from benchmarks.gpu.cards import CARDS, card_of
-from benchmarks.gpu.predict import FORWARD, TRAINING
+from benchmarks.gpu.workload import TRAINING
 from benchmarks.gpu.workloads import workloads
 from benchmarks.report import load_results
 from tests.gpu.interpreter import interpreting
@@ -37,7 +38,10 @@ WITHOUT_PRODUCTS = (
     "linear",
     "mlp",
     "gated_mlp",
-)  # of their own
+    "relative_similarity",
+    "contrastive_search_score",
+    "roi_align",
+)  # of their own, or none that the model counts
 COUNTS = ("bytes", "moved", "flops", "kernels")  # of a prediction, whatever the code
 
 
@@ -104,9 +108,10 @@ def test_the_model_counts_the_products_of_any_intervals(monkeypatch):
     end = start + torch.randint(-5, 60, (queries,), dtype=torch.int32)
     start[128:140], end[128:140] = 100, 130
     start[140:], end[140:] = 3, 3
-    monkeypatch.setattr(
-        declared, "bounds", lambda mask, queries, keys, device="cpu": (start.to(device), end.to(device))
-    )
+    for module in (workload_module, declared):
+        monkeypatch.setattr(
+            module, "bounds", lambda mask, queries, keys, device="cpu": (start.to(device), end.to(device))
+        )
     of = workload("interval_attention", "causal", batch=1, heads=1, queries=queries, keys=keys, width=16)
     passes = predict.traced(of, "sm_80", TRAINING)
     counted = sum(step.flops for this in passes for step in this.steps)
@@ -195,15 +200,27 @@ def test_a_kernel_in_cuda_is_predicted_by_its_launcher_in_triton(monkeypatch):
 
 def test_what_fits_the_cache_and_does_not_stay_is_not_moved():
     given, between, result = 1, 2, 3
-    this = trace.Pass(made={between: 80, result: 40}, stays={result}, read={given: 100, between: 80})
+    read = {given: {0: 100}, between: {0: 80}}
+    this = trace.Pass(made={between: 80, result: 40}, stays={result}, read=read, sizes={given: 100})
     this.steps = [
-        trace.Step("first", [(given, 100), (between, 80)]),
-        trace.Step("second", [(given, 100), (between, 80), (result, 40)]),
+        trace.Step("first", [(given, 0, 100), (between, 0, 80)]),
+        trace.Step("second", [(given, 0, 100), (between, 0, 80), (result, 0, 40)]),
     ]
     assert this.compulsory == 140
     assert this.from_memory(cache=1000) == [100, 40]
     assert this.from_memory(cache=90) == [100, 140]
     assert this.from_memory(cache=0) == [180, 220]
+
+
+def test_each_slice_of_a_memory_is_read_and_none_twice():
+    x, out = torch.zeros(3, 8), torch.zeros(8)
+    this = trace.Pass()
+    for i in (0, 1, 1):
+        this.add("sum", [x[i]], [out])
+    assert this.compulsory == 2 * x[0].nbytes
+    assert this.from_memory(cache=1000) == [x[0].nbytes + out.nbytes, x[0].nbytes, 0]
+    this.add("sum", [x], [out])
+    assert this.compulsory == x.nbytes
 
 
 def test_the_fullest_multiprocessor_decides_where_programs_are_even():
@@ -254,7 +271,7 @@ def test_the_page_shows_the_stored_predictions(stored):
 
 def test_every_workload_is_predicted_for_every_card(stored):
     found = [(x["op"], x["form"], x["type"], x["direction"]) for x in stored["entries"]]
-    assert found == [(w.op, w.form, w.type, d) for w in workloads() for d in (FORWARD, TRAINING)]
+    assert found == [(w.op, w.form, w.type, d) for w in workloads() if w.predicted for d in w.directions]
     assert all(list(entry["cards"]) == list(CARDS) for entry in stored["entries"])
     assert all(
         entry["cards"]["A100"]["code"] for entry in stored["entries"] if entry["op"] not in WITHOUT_PRODUCTS

@@ -134,6 +134,7 @@ def test_second_derivative_of_gradients_formed_ahead_is_refused():
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.once
 def test_registration(permuted):
     query, key = unit_features(6, 6, 6)
     if permuted:
@@ -178,6 +179,7 @@ def test_raw_op_without_flags_recomputes():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key, scale, bias):
         return vlmkernels.sigmoid_loss(query, key, scale, bias) + vlmkernels.sigmoid_loss(
@@ -263,6 +265,7 @@ def test_deterministic_for_any_number_of_threads(dtype):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the reference is dense by design")
+@pytest.mark.once
 def test_memory(peak_memory):
     """The full matrix would take 256 MiB, four times what the op may hold."""
     script = """
@@ -272,6 +275,7 @@ run = lambda: vlmkernels.sigmoid_loss(query, key, 0.1, 0.0).backward()
     assert peak_memory(script) < 64 * 2**20
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     query, key = unit_features(1024, 1024, 128)
     assert busy_threads(lambda: vlmkernels.sigmoid_loss(query, key, 10.0, -10.0)) >= 2
@@ -289,6 +293,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"bias": torch.ones(2)}, "bias must be a float or"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": torch.zeros(4, 5), "key": torch.zeros(4, 5), "scale": 1.0, "bias": 0.0}
     with pytest.raises(ValueError, match=message):

@@ -134,6 +134,7 @@ def test_second_derivative_is_refused():
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("levels", [(), (3,)], ids=["one level", "three levels"])
+@pytest.mark.once
 def test_registration(permuted, levels):
     tensors = [x.detach() for x in inputs((5, 4, 6), levels)]
     dout = torch.randn(5, 4, 6)
@@ -148,6 +149,7 @@ def test_registration(permuted, levels):
     torch.library.opcheck(bwd, (dout, *tensors, None, 0.2, "code", [True, False, False]))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(language, visual, logits, mask):
         return vlmkernels.srau(language, visual, logits, 0.2, row_mask=mask)
@@ -234,6 +236,7 @@ def test_deterministic_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.once
 def test_large_op_uses_more_than_one_thread(busy_threads):
     x = torch.randn(2048, 1024)
     assert busy_threads(lambda: vlmkernels.srau(x, x, x, 0.2)) >= 2
@@ -253,6 +256,7 @@ def test_large_op_uses_more_than_one_thread(busy_threads):
         ({"language": torch.tensor(1.0)}, r"language must be \[..., D\], got \(\)"),
     ],
 )
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {name: torch.zeros(3, 4) for name in ("language", "visual", "gate_logits")} | {"tau": 0.2}
     with pytest.raises(ValueError, match=message):

@@ -264,6 +264,7 @@ def test_no_gradient_and_no_change_by_autocast():
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 @pytest.mark.parametrize("both", [False, True])
+@pytest.mark.once
 def test_registration(permuted, both):
     query, key = torch.randn(4, 6), torch.randn(9, 6)
     if permuted:
@@ -275,6 +276,7 @@ def test_registration(permuted, both):
     torch.library.opcheck(op, (query.detach(), (9 * key).char(), scale, 30, False, True, both))
 
 
+@pytest.mark.once
 def test_compile_fullgraph_dynamic():
     def step(query, key):
         return vlmkernels.topk_similarity(query, key, 5, both=True)
@@ -286,6 +288,7 @@ def test_compile_fullgraph_dynamic():
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.once
 def test_recorded(recorder):
     class Search(torch.nn.Module):
         def forward(self, query, key):
@@ -334,6 +337,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.once
 def test_bad_input(change, message):
     good = {"query": torch.zeros(2, 2), "key": torch.zeros(4, 2), "k": 3}
     vlmkernels.topk_similarity(**good)

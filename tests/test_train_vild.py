@@ -18,10 +18,12 @@ from tests.train_tiny import (
 )
 from tests.two_processes import run_two
 from vlmkernels.cli import main
+from vlmkernels.data import load_pairs
 from vlmkernels.data.composites import load_composites
 from vlmkernels.data.proposals import Proposals
 from vlmkernels.models.detector import Detections
 from vlmkernels.train import TrainConfig, kinds, load_bundle, objective, train
+from vlmkernels.train.config import read_config
 from vlmkernels.use.detect import detect, propose
 from vlmkernels.use.detection_scores import evaluate_detection
 from vlmkernels.use.evaluate import evaluate
@@ -57,7 +59,7 @@ def proposals(final, tmp_path_factory):
     assert (done.images, done.proposals) == (6, 30)
     found = Proposals(path)
     assert list(found) == [data[i]["key"] for i in range(6)]
-    boxes, embeddings = found["composites/train/2"]
+    boxes, embeddings = found["composites/0/train/2"]
     assert embeddings.shape == (5, TINY["clip"]["embed_dim"])
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     return str(path)
@@ -223,6 +225,13 @@ def id_of(image):
     return float((image * torch.linspace(0, 1, image.numel()).view_as(image)).sum())
 
 
+def test_proposals_are_of_the_pictures_of_every_seed():
+    """Those that `propose --data composites:train` reads."""
+    config = read_config("vild-composites")
+    sources = [load_pairs(config["data"], **{"seed": seed, **config["data_options"]}) for seed in range(3)]
+    assert {source[0]["key"] for source in sources} == {load_pairs("composites:train")[0]["key"]}
+
+
 def test_other_kinds_refuse_boxes(clip, tmp_path):
     config = TrainConfig(**tiny_values("composites", tmp_path, data_options=DATA))
     with pytest.raises(ValueError, match="data: clip needs images with texts, got Composites"):
@@ -240,6 +249,9 @@ def test_errors_name_the_setting(clip, final, proposals, tmp_path):
     assert "clip must be the folder of a trained CLIP" in message(clip=None)
     assert "must be of type clip" in message(clip=str(final))
     assert "proposals must be a file of vlmkernels propose for the variant vild" in message()
+    other = message(proposals=proposals, data_options={**DATA, "seed": 1})
+    assert "has none of composites/1/train/" in other
+    assert "these are other pictures" in other
     text = {"model_options": {"variant": "text"}}
     assert "proposals must not be given for the variant text" in message(proposals=proposals, **text)
     found = message(prompt="a photo|{}", augment={"crop_scale": [1, 1]}, **text)

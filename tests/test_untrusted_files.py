@@ -196,7 +196,7 @@ def test_pictures_that_grow(tmp_path):
         read_image(path)
 
 
-# Each field of a config.json in turn becomes each of these; what loads all the same changed no size.
+# Each field of a config.json in turn becomes every third of these; what loads all the same changed no size.
 HUGE = """
 import json
 from pathlib import Path
@@ -225,8 +225,8 @@ def paths(fields, before=()):
 def count_refused(cls, folder):
     refused = 0
     whole = json.loads((folder / "config.json").read_text())
-    for *parents, name in paths(whole):
-        for value in VALUES:
+    for field, (*parents, name) in enumerate(paths(whole)):
+        for value in VALUES[field % 3 :: 3]:
             changed = json.loads(json.dumps(whole))
             part = changed
             for parent in parents:
@@ -243,7 +243,7 @@ def count_refused(cls, folder):
 def run():
     for number, model in enumerate(MODELS):
         refused = count_refused(type(model), folder_of(number))
-        assert refused >= 70, (type(model), refused)
+        assert refused >= 23, (type(model), refused)
 """
 
 

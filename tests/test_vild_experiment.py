@@ -64,7 +64,7 @@ def test_table_has_means_seeds_and_costs():
     assert row.endswith("| 5.0 (5.0, 5.0) |")
     text = "\n".join(lines)
     assert "it names 75.0 % (base) and 90.0 % (novel) of their crops" in text
-    assert "10000 of 1000 pictures, 1.5 (1.5, 1.5) CPU minutes" in text
+    assert "Proposals, once: 10000 of 1000 pictures, 1.5 CPU minutes" in text
     assert "photographs" not in text
 
 

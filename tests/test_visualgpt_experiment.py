@@ -1,22 +1,31 @@
 """The experiment with few captions: what it claims, and the table it writes."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from benchmarks import visualgpt_experiment as experiment
+from benchmarks.experiment import results_folder, stored
+from vlmkernels.data import CsvPairs, load_scenes
 
 
-def result(**changes):
+def result(seed=0, **changes):
     """A result with these (slots, CIDEr-D) of each model."""
     rows = {"srau-1": (0.3, 0.5), "residual-1": (0.2, 0.4), "srau-5": (0.6, 1.0), "residual-5": (0.5, 0.9)}
-    rows |= {"self_critical": (0.7, 1.2), **changes}
+    rows |= {"self_critical": (0.7, 1.2), "longer": (0.6, 1.1), **changes}
     return {
+        "seed": seed,
+        "machine": {"processor": "a processor"},
+        "before": {"clip": {"cpu_seconds": 90.0}, "lm": {"cpu_seconds": 30.0}},
+        "trained": {name: {"cpu_seconds": 30.0} for name in rows},
         "evaluation": {
             name: {
                 "perplexity": 2.0, "reference_scores": {"CIDEr": cider},
                 "slots": {"slots": slots, "scenes": 0.1},
             }
             for name, (slots, cider) in rows.items()
-        }
+        },
     }  # fmt: skip
 
 
@@ -25,7 +34,11 @@ def result(**changes):
     [
         ({"residual-1": (0.3, 0.1)}, "more slots right with gates at 1 %"),
         ({"residual-5": (0.9, 0.1)}, "more slots right with gates at 5 %"),
-        ({"self_critical": (0.9, 1.0)}, "CIDEr-D is higher after self-critical training"),
+        (
+            {"self_critical": (0.9, 1.0), "longer": (0.9, 0.9)},
+            "CIDEr-D is higher after self-critical training",
+        ),
+        ({"longer": (0.9, 1.2)}, "and higher than after as much more cross-entropy"),
     ],
 )
 def test_each_claim_can_fail(changes, claim):
@@ -35,15 +48,47 @@ def test_each_claim_can_fail(changes, claim):
 
 
 def test_the_table_has_every_seed():
-    lines = experiment.table([result(), result(**{"srau-1": (0.5, 0.7)})]).splitlines()
-    assert len(lines) == 7
+    lines = experiment.table([result(), result(1, **{"srau-1": (0.5, 0.7)})]).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 8
     assert lines[2] == "| gates (srau), 1 % | 40.0 % (30.0, 50.0) | 10.0 % | 0.60 (0.50, 0.70) | 2.000 |"
+    assert lines[-1].startswith("Seeds 0, 1. CPU minutes of training: 3.0 a seed, 2.0 for the tower")
 
 
-def test_steps_are_the_same_for_every_share():
-    for share in experiment.SHARES:
-        size = experiment.SCENES * share // 100
-        words = experiment.flags(size, experiment.STEPS)
-        epochs = int(words[words.index("--epochs") + 1])
-        steps = epochs * -(-size // experiment.BATCH)
-        assert experiment.STEPS <= steps < experiment.STEPS + size / experiment.BATCH + 1
+def test_the_page_has_the_stored_results():
+    results = stored(results_folder(experiment.NAME))
+    page = experiment.PAGE.read_text(encoding="utf-8")
+    assert experiment.with_table(page, results) == page
+    with pytest.raises(ValueError, match="the page must have the markers"):
+        experiment.with_table("no markers", results)
+
+
+def test_steps_do_not_depend_on_the_share():
+    """The epochs are those that the steps need, and end with them."""
+    for size in (80, 400):
+        words = experiment.flags("table.tsv", size, 30, lr=0.1)
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        batches = -(-size // experiment.BATCH)
+        assert (int(given["--epochs"]) - 1) * batches < 30 <= int(given["--epochs"]) * batches
+        assert (given["--max-steps"], given["--lr"]) == ("30", "0.1")
+
+
+def test_tables_name_the_regions_of_each_scene_and_their_places(tmp_path):
+    def transform(image):
+        return torch.tensor([sum(image.tobytes()) / 1e6])
+
+    def patch_tokens(images):
+        return torch.stack([images, 2 * images, 3 * images, 4 * images], 1)  # [N, 4, 1]
+
+    tower = SimpleNamespace(
+        transform=transform, model=SimpleNamespace(visual=SimpleNamespace(patch_tokens=patch_tokens))
+    )
+    scenes = load_scenes("train", size=3)
+    few, many = experiment.write_tables(tower, scenes, tmp_path / "scenes", [1, 3])
+    assert len(CsvPairs(few)) == 1
+    for sample, scene in zip(CsvPairs(many), scenes, strict=True):
+        value = transform(scene["image"])
+        regions = [[1, 1, 0, 1, 0], [2, 1, 0, 0, 1], [3, 0, 1, 1, 0], [4, 0, 1, 0, 1]]  # token, row, column
+        expected = torch.tensor(regions).float()
+        expected[:, 0] *= value
+        assert sample["text"] == scene["text"]
+        torch.testing.assert_close(sample["image"], expected)

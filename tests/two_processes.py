@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["vlmkernels.train.loop", "torch._dynamo", "tests.parity"])
+FORKED.set_forkserver_preload(
+    ["vlmkernels.train.loop", "torch._dynamo", "tests.parity", "tests.peers.preloaded"]
+)
 
 
 def run_two(worker: Callable[..., None], arguments: Sequence[Any]) -> None:

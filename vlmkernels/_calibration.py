@@ -59,7 +59,8 @@ def cpu_name() -> str:
 
 
 def by_rule() -> tuple[Choice, str]:
-    """Without a calibration: ours if tile products use micro-kernels on an AMD CPU with AVX-512."""
+    """Without a calibration: ours if tile products use micro-kernels on an AMD CPU with AVX-512; in bfloat16
+    also with AVX2 where torch has no fast product."""
     here = machine()
     name = here["tile products"]
     if os.environ.get("VLMKERNELS_CPU_ISA"):
@@ -72,7 +73,15 @@ def by_rule() -> tuple[Choice, str]:
             choice["bfloat16"] = all_products("torch")["bfloat16"]
         choice["bfloat16"]["few"] = "torch"  # the weight would be packed for each call
         return choice, "AMD with AVX-512"
+    if here["instruction set"] == "avx2" and not torch_multiplies_bf16():
+        choice = {**all_products("torch"), "bfloat16": all_products("own")["bfloat16"]}
+        return choice, "AVX2, where torch has no fast products in bfloat16"
     return all_products("torch"), f"no rule for {here['cpu']} with {here['instruction set']}"
+
+
+def torch_multiplies_bf16() -> bool:
+    """Whether torch hands products in bfloat16 to oneDNN; else it multiplies number by number."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def all_products(provider: str) -> Choice:

@@ -74,7 +74,7 @@ def _similarities(image_values, image_indices, text_values, text_indices) -> Ten
 
 
 def _rows_of(values: Tensor, indices: Tensor, anchors: int) -> Tensor:
-    return torch.zeros(len(values), anchors, dtype=values.dtype).scatter_(1, indices, values)
+    return values.new_zeros(len(values), anchors).scatter_(1, indices, values)
 
 
 def _dense_product(anchors: int, image_values, image_indices, text_values, text_indices) -> Tensor:
@@ -83,7 +83,7 @@ def _dense_product(anchors: int, image_values, image_indices, text_values, text_
 
 
 def _csr(values: Tensor, indices: Tensor, anchors: int) -> Tensor:
-    starts = torch.arange(len(values) + 1) * values.shape[1]
+    starts = torch.arange(len(values) + 1, device=values.device) * values.shape[1]
     size = (len(values), anchors)
     return torch.sparse_csr_tensor(starts, indices.flatten(), values.float().flatten(), size)
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gpu.timing import Timer, rounds_of, timer_for
-from benchmarks.gpu.workloads import TYPES, precision
+from benchmarks.gpu.workload import TYPES, precision
 
 DEPTHS = (512, 1024, 8192)
 KINDS = {"half": "bf16", "tf32": "tf32", "fp32": "fp32"}  # of products, and the type of their factors

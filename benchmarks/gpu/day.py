@@ -24,7 +24,6 @@ from benchmarks.gpu import pages, sanitizer
 from benchmarks.gpu import sweep as sweeps
 from benchmarks.gpu.cards import CARDS, Card, card_of
 from benchmarks.gpu.ceilings import measure_ceilings, shown
-from benchmarks.gpu.predict import FORWARD, TRAINING
 from benchmarks.gpu.results import RED, UNTESTED, Results, fingerprint, read, row_name
 from benchmarks.gpu.timing import Settings, compare, measure_named
 from benchmarks.gpu.verdicts import WORKERS, by_sanitizer, by_tests, summary
@@ -151,7 +150,7 @@ class Day:
         settings = Settings(self.device, self.quick, compiled, self.options.seconds)
         tasks, facts = {}, {}
         for w in workloads(quick=self.quick, device=self.device):
-            for direction in (FORWARD, TRAINING):
+            for direction in w.directions:
                 name = row_name(w.op, w.form, w.type, direction)
                 row = self.known("rows", name, w.op)
                 done = row and row["sizes"] == dict(w.sizes) and row["compiled"] >= compiled

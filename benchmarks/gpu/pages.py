@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu import published
 from benchmarks.gpu.cards import CARDS, Card, card_of
-from benchmarks.gpu.predict import FORWARD, PREDICTIONS, TRAINING, estimate
+from benchmarks.gpu.predict import PREDICTIONS, estimate
 from benchmarks.gpu.results import GREEN, row_name
 from benchmarks.gpu.workloads import workloads
 from benchmarks.measure import ROOT
@@ -36,6 +36,14 @@ SHAPES = {
     "linear": "[{rows}, {inner}] -> {width}",
     "mlp": "[{rows}, {inner}] -> {width} -> {inner}",
     "gated_mlp": "[{rows}, {inner}] -> {width} -> {inner}",
+    "topk_similarity": "M={m} D={d}",
+    "retrieval_ranks": "D={d}",
+    "mine_hard_negatives": "M={m} D={d}",
+    "relative_representation": "{m} anchors, D={d}",
+    "relative_similarity": "{n} x {m} rows of {k} among {anchors} anchors",
+    "contrastive_search_score": "{k} candidates, {t} tokens, D={d}",
+    "nms": "boxes of a region proposal network",
+    "roi_align": "{channels} channels, 7 x 7 bins",
 }
 LABEL = "**Model, not measured.**"
 
@@ -178,8 +186,8 @@ TABLES = {"estimates": _estimates, "code": _code, "cards": _cards, "published": 
 
 
 def row_names() -> list[str]:
-    """Of every workload in both directions."""
-    return [row_name(w.op, w.form, w.type, x) for w in workloads() for x in (FORWARD, TRAINING)]
+    """Of every workload in its directions."""
+    return [row_name(w.op, w.form, w.type, x) for w in workloads() for x in w.directions]
 
 
 def in_order(rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

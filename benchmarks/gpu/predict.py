@@ -19,7 +19,8 @@ import triton
 from benchmarks.gpu import trace
 from benchmarks.gpu.cards import CARDS, Card
 from benchmarks.gpu.trace import Pass, Step
-from benchmarks.gpu.workloads import Workload, workloads
+from benchmarks.gpu.workload import FORWARD, TRAINING, Workload
+from benchmarks.gpu.workloads import workloads
 from benchmarks.measure import ROOT
 from benchmarks.run import git
 from tests.gpu.launches import Launch
@@ -27,7 +28,6 @@ from tests.gpu.machine_code import TARGETS, machine_code
 from tests.gpu.matrix import on
 from tests.gpu.model import RATES, TURNS, Bound, bound, row_clocks
 
-FORWARD, TRAINING = "forward", "training"
 PREDICTIONS = ROOT / "benchmarks" / "gpu" / "predictions.json"
 _BOUNDS: dict[str, Bound] = {}  # launches of equal code compile once
 _CLOCKS: dict[str, dict[str, float]] = {}
@@ -163,8 +163,8 @@ def entries(
     chosen: Iterable[Workload], cards: Iterable[Card], say: Callable[[str], None] = lambda line: None
 ) -> Iterator[dict[str, Any]]:
     cards = list(cards)
-    for workload in chosen:
-        for direction in (FORWARD, TRAINING):
+    for workload in (w for w in chosen if w.predicted):
+        for direction in workload.directions:
             say(f"{workload.name}, {direction}")
             yield {
                 "op": workload.op,

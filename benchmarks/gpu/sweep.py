@@ -20,9 +20,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import measure
 from benchmarks.gpu import pages, trace
-from benchmarks.gpu.predict import TRAINING, traced
+from benchmarks.gpu.predict import traced
 from benchmarks.gpu.timing import Timer, rounds_of, timer_for
-from benchmarks.gpu.workloads import TYPES, Workload, workloads
+from benchmarks.gpu.workload import TRAINING, TYPES, Workload
+from benchmarks.gpu.workloads import workloads
 from benchmarks.run import disagreement
 from tests.gpu.interpreter import interpreting
 from tests.gpu.launches import Launch

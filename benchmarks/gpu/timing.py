@@ -19,8 +19,9 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.gpu.cards import Card
-from benchmarks.gpu.predict import TRAINING, estimate
-from benchmarks.gpu.workloads import TYPES, Workload, workloads
+from benchmarks.gpu.predict import estimate
+from benchmarks.gpu.workload import TRAINING, TYPES, Workload
+from benchmarks.gpu.workloads import workloads
 from benchmarks.run import disagreement
 
 OURS = "vlmkernels"

@@ -34,7 +34,7 @@ class Step:
     """One kernel, Triton's or torch's."""
 
     name: str
-    operands: list[tuple[int, int]]  # storage and bytes of what it reads and of what it writes
+    operands: list[tuple[int, int, int]]  # storage, offset and bytes of what it reads and of what it writes
     flops: float = 0  # of its products, with those of padded tiles and masked pairs
     kind: str = ""  # of the products: "half", "tf32", "tf32x3", "fp32"
     launch: Launch | None = None
@@ -43,7 +43,7 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        return sum(size for _, size in self.operands)
+        return sum(size for _, _, size in self.operands)
 
 
 @dataclasses.dataclass
@@ -51,7 +51,8 @@ class Pass:
     """The forward or the backward."""
 
     steps: list[Step] = dataclasses.field(default_factory=list)
-    read: dict[int, int] = dataclasses.field(default_factory=dict)  # storage -> bytes
+    read: dict[int, dict[int, int]] = dataclasses.field(default_factory=dict)  # storage -> offset -> bytes
+    sizes: dict[int, int] = dataclasses.field(default_factory=dict)  # of storages that are read
     made: dict[int, int] = dataclasses.field(default_factory=dict)
     stays: set[int] = dataclasses.field(default_factory=set)  # what is made and read after the pass
     held: list[Tensor] = dataclasses.field(default_factory=list)  # a freed storage may become another's
@@ -62,14 +63,18 @@ class Pass:
 
     def add(self, name: str, reads: Iterable[Tensor], writes: Iterable[Tensor], **facts: Any) -> None:
         reads, writes = list(reads), list(writes)
-        self.steps.append(Step(name, [(storage(x), touched(x)) for x in reads + writes], **facts))
+        operands = [(storage(x), x.storage_offset(), touched(x)) for x in reads + writes]
+        self.steps.append(Step(name, operands, **facts))
         for x in reads:
-            self.read[storage(x)] = max(self.read.get(storage(x), 0), touched(x))
+            parts = self.read.setdefault(storage(x), {})
+            parts[x.storage_offset()] = max(parts.get(x.storage_offset(), 0), touched(x))
+            self.sizes[storage(x)] = x.untyped_storage().nbytes()
 
     @property
     def compulsory(self) -> int:
         """Bytes of what was there before and is read, and of what is made and stays, each once."""
-        read = sum(size for at, size in self.read.items() if at not in self.made)
+        known = (at for at in self.read if at not in self.made)
+        read = sum(min(sum(self.read[at].values()), self.sizes[at]) for at in known)
         return read + sum(size for at, size in self.made.items() if at in self.stays)
 
     def from_memory(self, cache: int) -> list[int]:
@@ -77,15 +82,15 @@ class Pass:
 
         What fits is read from memory once; what fits and does not outlive the pass is never there.
         """
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         moved = []
         for step in self.steps:
             total = 0
-            for at, size in step.operands:
+            for at, offset, size in step.operands:
                 passing = at in self.made and at not in self.stays
-                if max(size, self.made.get(at, 0)) > cache or not (passing or at in seen):
+                if max(size, self.made.get(at, 0)) > cache or not (passing or (at, offset) in seen):
                     total += size
-                seen.add(at)
+                seen.add((at, offset))
             moved.append(total)
         return moved
 
@@ -251,6 +256,8 @@ def _products_of(launch: Launch, bounds: Bounds | None) -> tuple[float, bool]:
         if name in ("info_nce._stats", "contrastive_distillation._stats"):
             rows = _blocks(arguments["start"], arguments["stop"], config["BLOCK_M"])
             return tile * rows * _blocks(0, arguments["m"], config["BLOCK_N"]), True
+        if name == "_retrieval._best_matches":  # a query has a match in one tile of keys at least
+            return tile * _blocks(0, arguments["n"], config["BLOCK_M"]), False
         if name in ("_info_nce_small._grads", "_sigmoid_loss_small._pairs"):
             return _small_flops(launch, tile), True
         return tile * math.prod(launch.grid), True

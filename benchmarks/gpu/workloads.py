@@ -5,10 +5,7 @@ A workload is a case of `benchmarks.cases`; peers are imported when they are cal
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -23,64 +20,14 @@ from benchmarks.cases import pairwise as pairwise_cases
 from benchmarks.cases import residual as residual_cases
 from benchmarks.cases import rows as rows_cases
 from benchmarks.cases.attention import bounds
-from benchmarks.cases.case import BF16, F32, Baseline
-from benchmarks.gpu import attention_peers
+from benchmarks.cases.case import Baseline
+from benchmarks.gpu import attention_peers, retrieval_workloads
+from benchmarks.gpu.workload import Workload, peer
+from benchmarks.gpu.workload import cut as cut_if
 from vlmkernels import reference
 from vlmkernels.reference.interval_attention import visible
 
-TYPES = {"bf16": BF16, "fp32": F32, "tf32": F32}
 SCALE = 1 / 0.07  # where CLIP begins
-QUICK = 64  # what --quick cuts every size to
-
-
-@dataclass(frozen=True)
-class Workload:
-    op: str
-    form: str
-    type: str  # "bf16", "fp32", or "tf32": float32 whose products may be rounded
-    sizes: Mapping[str, int]
-    make: Callable[..., dict[str, Tensor]]  # (device, dtype, **sizes)
-    ours: Callable[..., Tensor]
-    peers: tuple[Baseline, ...]
-    mask: str = ""  # of interval_attention
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}, {self.form}, {self.type}"
-
-    def tensors(self, device: str) -> dict[str, Tensor]:
-        """The arguments."""
-        torch.manual_seed(0)
-        return self.make(device, TYPES[self.type], **self.sizes)
-
-    def intervals(self) -> tuple[list[int], list[int]] | None:
-        """Start and end of each query, which meta tensors do not contain."""
-        if not self.mask:
-            return None
-        start, end = bounds(self.mask, self.sizes["queries"], self.sizes["keys"])
-        return start.tolist(), end.tolist()
-
-    def precision(self) -> AbstractContextManager:
-        return precision(self.type)
-
-
-@contextlib.contextmanager
-def precision(type: str) -> Iterator[None]:
-    """The setting under which workloads of this type run, ours and theirs."""
-    matmul = torch.backends.cuda.matmul
-    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
-    # Not fp32_precision = "tf32": under it torch.compile refuses to read the older setting
-    torch.set_float32_matmul_precision("high" if type == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        matmul.fp32_precision = before[1]
-
-
-def _peer(name: str, make: Callable[[], Callable[..., Tensor]]) -> tuple[Baseline, Baseline]:
-    """Eager and compiled."""
-    return Baseline(name, make), Baseline(f"torch.compile of {name}", make, True)
 
 
 # Losses
@@ -137,8 +84,8 @@ def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Worklo
     if op == "info_nce":
         bias, ours = None, vlmkernels.info_nce
         others = (
-            *_peer("one product", one_product),
-            *_peer("open_clip ClipLoss", partial(pairwise_cases._open_clip_loss, "ClipLoss")),
+            *peer("one product", one_product),
+            *peer("open_clip ClipLoss", partial(pairwise_cases._open_clip_loss, "ClipLoss")),
             Baseline("2 x F.linear_cross_entropy, chunked", chunked),
             Baseline("memeff", _memeff),
             Baseline("2 x Liger fused linear cross-entropy", _liger),
@@ -146,8 +93,8 @@ def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Worklo
     else:
         bias, ours = -10.0, vlmkernels.sigmoid_loss
         others = (
-            *_peer("dense SigLIP", dense_sigmoid),
-            *_peer("open_clip SigLipLoss", partial(pairwise_cases._open_clip_loss, "SigLipLoss")),
+            *peer("dense SigLIP", dense_sigmoid),
+            *peer("open_clip SigLipLoss", partial(pairwise_cases._open_clip_loss, "SigLipLoss")),
             Baseline("siglip-kernel", _siglip_kernel),
         )
     make = partial(pairwise_cases._features, frozen=False, scale=SCALE, bias=bias)
@@ -157,8 +104,8 @@ def _pairwise(op: str, form: str, sizes: Mapping[str, int], type: str) -> Worklo
 def _contrastive_distillation(form: str, sizes: Mapping[str, int], type: str) -> Workload:
     divergence = {"divergence": "cross_entropy"}  # open_clip's
     others = (
-        *_peer("distillation term of open_clip DistillClipLoss", pairwise_cases._open_clip_distillation),
-        *_peer("reference", lambda: partial(reference.contrastive_distillation, **divergence)),
+        *peer("distillation term of open_clip DistillClipLoss", pairwise_cases._open_clip_distillation),
+        *peer("reference", lambda: partial(reference.contrastive_distillation, **divergence)),
     )
     make = partial(pairwise_cases._distilled, frozen=False)
     ours = partial(vlmkernels.contrastive_distillation, **divergence)
@@ -173,7 +120,7 @@ def _liger_linear_cross_entropy() -> Callable[..., Tensor]:
 def _linear_cross_entropy(form: str, sizes: Mapping[str, int], type: str, ignored: float = 0.0) -> Workload:
     of_torch = pairwise_cases._torch_linear_cross_entropy
     others = (
-        *_peer("F.linear, F.cross_entropy", lambda: pairwise_cases._eager_cross_entropy),
+        *peer("F.linear, F.cross_entropy", lambda: pairwise_cases._eager_cross_entropy),
         Baseline("F.linear_cross_entropy", partial(of_torch, chunked=False)),
         Baseline("F.linear_cross_entropy, chunked", partial(of_torch, chunked=True)),
         Baseline("Liger fused linear cross-entropy", _liger_linear_cross_entropy),
@@ -200,11 +147,11 @@ def _distillation(form: str, sizes: Mapping[str, int], type: str, **options: obj
     options = {"temperature": rows_cases.T} | options
     divergence = str(options.get("divergence", "forward_kl"))
     if "hard_weight" in options:
-        others = _peer("F.kl_div of F.log_softmax, F.cross_entropy", lambda: rows_cases._kl_and_targets)
+        others = peer("F.kl_div of F.log_softmax, F.cross_entropy", lambda: rows_cases._kl_and_targets)
     elif divergence == "forward_kl":
-        others = _peer("F.kl_div of F.log_softmax", lambda: rows_cases._kl)
+        others = peer("F.kl_div of F.log_softmax", lambda: rows_cases._kl)
     else:
-        others = _peer("reference", lambda: partial(reference.distillation, **options))
+        others = peer("reference", lambda: partial(reference.distillation, **options))
     if divergence != "reverse_kl" and "hard_weight" not in options:
         name = "Liger JSD" if divergence == "jsd" else "Liger KL"
         others += (Baseline(f"{name} of F.log_softmax", partial(_liger_distillation, divergence)),)
@@ -232,9 +179,9 @@ def _linear_distillation(
     options = {"temperature": pairwise_cases.T, "divergence": divergence}
     of = partial(pairwise_cases._offline if k else partial, **options)
     if k or divergence != "forward_kl":
-        others = _peer("reference", lambda: of(reference.linear_distillation))
+        others = peer("reference", lambda: of(reference.linear_distillation))
     else:
-        others = _peer("F.linear, F.kl_div of F.log_softmax", lambda: pairwise_cases._eager_distillation)
+        others = peer("F.linear, F.kl_div of F.log_softmax", lambda: pairwise_cases._eager_distillation)
     if divergence == "jsd" and not k:
         others += (Baseline("Liger fused linear JSD", _liger_linear_distillation),)
     make, ours = partial(pairwise_cases._two_models, k=k), of(vlmkernels.linear_distillation)
@@ -248,7 +195,7 @@ def _embedding_distillation(distance: str, sizes: Mapping[str, int], type: str) 
     }[distance]
     ours = partial(vlmkernels.embedding_distillation, distance=distance)
     make = rows_cases._pairs_of_features
-    return Workload("embedding_distillation", distance, type, sizes, make, ours, _peer(name, lambda: plain))
+    return Workload("embedding_distillation", distance, type, sizes, make, ours, peer(name, lambda: plain))
 
 
 # Attention
@@ -319,7 +266,7 @@ def _gated_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
     def plain() -> Callable[..., Tensor]:
         return lambda x, y, gate: x + gate.tanh() * y
 
-    others = (*_peer("x + gate.tanh() * y", plain), Baseline("reference", lambda: reference.gated_residual))
+    others = (*peer("x + gate.tanh() * y", plain), Baseline("reference", lambda: reference.gated_residual))
     return Workload(
         "gated_residual", form, type, sizes,
         partial(residual_cases._residual, vector=False, masked=False), vlmkernels.gated_residual, others,
@@ -329,7 +276,7 @@ def _gated_residual(form: str, sizes: Mapping[str, int], type: str) -> Workload:
 def _srau(form: str, sizes: Mapping[str, int], type: str) -> Workload:
     ours = partial(vlmkernels.srau, tau=0.2)
     others = (
-        *_peer("the authors' lines", lambda: residual_cases._eager_tail),
+        *peer("the authors' lines", lambda: residual_cases._eager_tail),
         Baseline("reference", lambda: partial(reference.srau, tau=0.2)),
     )
     return Workload("srau", form, type, sizes, residual_cases._levels, ours, others)
@@ -343,7 +290,7 @@ def _gated_linear_residual(form: str, sizes: Mapping[str, int], type: str) -> Wo
         return lambda x, h, weight, gate: vlmkernels.gated_residual(x, linear(h, weight), gate)
 
     others = (
-        *_peer("x + gate.tanh() * F.linear(h, weight)", plain),
+        *peer("x + gate.tanh() * F.linear(h, weight)", plain),
         Baseline("F.linear, then gated_residual", two),
     )
     return Workload(
@@ -372,16 +319,13 @@ def _layer(op: str, form: str, sizes: Mapping[str, int], type: str) -> Workload:
         "gated_mlp": (dense_cases._gated, gated, "F.linear(F.silu(F.linear) * F.linear)"),
     }[op]
     ours = partial(getattr(vlmkernels, op), activation="silu" if op == "gated_mlp" else "gelu")
-    return Workload(op, form, type, sizes, make, ours, _peer(name, lambda: plain))
+    return Workload(op, form, type, sizes, make, ours, peer(name, lambda: plain))
 
 
 def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
     """All of them; `quick` keeps the forms and cuts the sizes, for a CPU."""
 
-    def cut(**sizes: int) -> dict[str, int]:
-        limits = {"batch": 1, "heads": 2}
-        return {k: min(size, limits.get(k, QUICK)) for k, size in sizes.items()} if quick else sizes
-
+    cut = partial(cut_if, quick)
     every = ("bf16", "fp32", "tf32")
     found = []
     for op, d, type in [("info_nce", 512, t) for t in every] + [("sigmoid_loss", 768, t) for t in every]:
@@ -442,4 +386,4 @@ def workloads(*, quick: bool = False, device: str = "cuda") -> list[Workload]:
         sizes = cut(rows=16384, inner=1024, width=4096)
         found += [_layer(op, "ViT-L", sizes, type) for op in ("linear", "mlp")]
         found.append(_layer("gated_mlp", "TinyLlama", cut(rows=8192, inner=2048, width=5632), type))
-    return found
+    return found + retrieval_workloads.of(quick)

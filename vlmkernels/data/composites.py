@@ -120,7 +120,7 @@ class Composites(Dataset[Sample]):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         index %= len(self)
         picture, names = self.picture(index)
-        key = f"composites/{self.split}/{index}"
+        key = f"composites/{self.seed}/{self.split}/{index}"
         if self.split == "train":
             known = picture.labels <= len(self.base)
             picture = Picture(

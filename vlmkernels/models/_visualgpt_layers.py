@@ -139,13 +139,14 @@ class EncoderLayer(nn.Module):
         self.norm_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, D], [B, N] bool -> [B, N, D]
-        whole = intervals.full(x.shape[1], device=x.device)
-        seen = whole if mask is None else intervals.padding(mask.sum(1), x.shape[1])
-        attended = self.attn.mix(x, None if self.strict else seen, None, mask=mask)
+        seen = None
+        if not self.strict:
+            whole = intervals.full(x.shape[1], device=x.device)
+            seen, mask = whole if mask is None else intervals.padding(mask.sum(1), x.shape[1]), None
         if not (self.training and self.dropout):
-            x = self.norm_1(add(x, self.attn.out_proj, attended))
+            x = self.norm_1(add(x, self.attn, x, seen, None, None, False, mask))
             return self.norm_2(add(x, self.mlp, x))
-        x = self.norm_1(x + F.dropout(self.attn.out_proj(attended), self.dropout))
+        x = self.norm_1(x + F.dropout(self.attn(x, seen, mask=mask), self.dropout))
         return self.norm_2(x + F.dropout(self.mlp(x), self.dropout))
 
 
@@ -196,10 +197,10 @@ class MeshedAttention(CrossAttention):
     def forward(  # type: ignore[override]
         self,
         x: Tensor,  # [B, T, D]
-        memory: tuple[Tensor, Tensor],  # [B, L heads, N, Dh] each
+        memory: Tensor | tuple[Tensor, Tensor],  # [B, L, N, D], or its keys_values
         regions: Regions,
     ) -> Tensor:  # [L, B, T, D]
-        key, value = memory
+        key, value = self.keys_values(memory) if isinstance(memory, Tensor) else memory
         levels = key.shape[1] // self.heads
         (query,) = split_heads(self.q_proj(x), self.heads)
         query = query.repeat(1, levels, 1, 1)  # [B, L heads, T, Dh]
@@ -242,17 +243,17 @@ class VisualBlock(nn.Module):
         self,
         x: Tensor,  # [B k, T, D]
         seen: Intervals,
-        memory: tuple[Tensor, Tensor],  # [B, L heads, N, Dh] each
+        memory: tuple[Tensor, Tensor] | None,  # [B, L heads, N, Dh] each: keys_values, if they are kept
         regions: Regions,
         row_mask: Tensor | None = None,  # [B k, T] bool
         keep: Keep | None = None,
     ) -> Tensor:  # [B k, T, D]
         rate = self.config.dropout if self.training else 0.0
         a = _drop(add(x, self.attn, self.ln_1(x), seen, None, keep), rate)
-        together, images = self.ln_1(a), memory[0].shape[0]
+        together, images = self.ln_1(a), regions.levels.shape[0]
         if images != a.shape[0]:  # the texts of an image in one row
             together = together.reshape(images, a.shape[0] // images * a.shape[1], a.shape[2])
-        e = self.cross(together, memory, regions)
+        e = self.cross(together, self.ln_1(regions.levels) if memory is None else memory, regions)
         if images != a.shape[0]:
             e = e.reshape(e.shape[0], *a.shape)  # [L, B k, T, D]
         r = self.fused(a, e, row_mask)

@@ -371,7 +371,7 @@ CONFIGS: dict[str, ViLDConfig] = {
             conv_width=16,
             frozen_norm=False,
             width=32,
-            head_norm="convolutions",
+            head_norm="all",
             box_convs=0,
             box_linears=2,
             box_width=256,
@@ -390,5 +390,6 @@ CONFIGS: dict[str, ViLDConfig] = {
         ),
         embed_dim=128,
         temperature=0.05,  # near that of a small teacher, as 0.01 is that of the published CLIP
+        distill_weight=0.2,  # w sqrt(D) tau, the gradients' ratio, is as published
     ),
 }

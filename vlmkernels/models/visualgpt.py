@@ -158,7 +158,7 @@ class VisualGPT(Pretrained):
         x = self._embed(tokens)
         seen = intervals.causal(tokens.shape[1], device=tokens.device)
         for block in self.blocks:
-            x = block(x, seen, block.keys_values(regions), regions, kept)
+            x = block(x, seen, None, regions, kept)
         return self.transformer["ln_f"](x)
 
     @torch.no_grad()

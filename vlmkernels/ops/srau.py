@@ -50,9 +50,12 @@ def srau(
     tensors = {"language": language, "visual": visual, "gate_logits": gate_logits}
     faults = []
     shape = tuple(language.shape)
+    # In code recorded with symbolic sizes, L is not to be compared with the size of a batch
+    levels = visual.shape[: visual.dim() - language.dim()]
+    fits = len(levels) <= 1 and 0 not in levels and tuple(visual.shape[len(levels) :]) == shape
     if language.dim() == 0:
         faults.append("language must be [..., D], got ()")
-    elif tuple(visual.shape) != shape and (tuple(visual.shape[1:]) != shape or visual.shape[0] == 0):
+    elif not fits:
         expected = f"[L, {', '.join(map(str, shape))}] with L ≥ 1, or as language {shape}"
         faults.append(f"visual must be {expected}, got {tuple(visual.shape)}")
     if gate_logits.shape != visual.shape:

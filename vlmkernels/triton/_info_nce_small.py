@@ -147,7 +147,7 @@ def gradients(
     """Fills what is not None of dquery [N, D], dkey [M, D] and dscale."""
     (n, depth), m = query.shape, key.shape[0]
     q, k = tiles.operand(query), tiles.operand(key)
-    options = small.launch_options(q, k, depth, positives is not None, fuse=False)
+    options = small.launch_options(q, depth, positives is not None, fuse=False)
     parts = tiles.cdiv(depth, options["BLOCK_D"])
     programs = parts * sum(
         tiles.cdiv(size, small.ROWS) for size, x in zip((n, m), grads[:2], strict=True) if x is not None

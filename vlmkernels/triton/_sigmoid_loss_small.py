@@ -147,7 +147,7 @@ def run(
     """Fills what is not None of `grads` and `sums`."""
     (n, depth), m = query.shape, key.shape[0]
     q, k = tiles.operand(query), tiles.operand(key)
-    options = small.launch_options(q, k, depth, positives is not None, fuse=True)
+    options = small.launch_options(q, depth, positives is not None, fuse=True)
     parts, (dquery, dkey) = tiles.cdiv(depth, options["BLOCK_D"]), grads
     of_queries = parts if dquery is not None else int(any(x is not None for x in sums))
     programs = tiles.cdiv(n, small.ROWS) * of_queries

@@ -164,12 +164,17 @@ def launch_options(
     `fuse` lets the compiler turn a product and a sum into one instruction. Softmaxes must not use it: a logit
     has to be the same number when its maximum is computed and when the maximum is subtracted.
     """
-    kind = "half" if query.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
+    kind = kind_of_product(query)
     own = exceptions.get(architecture(query), {})
     tile = own.get((kind, True), table[kind, True])
     if not large or query.shape[0] * key.shape[0] < LARGE * tile.block_m * tile.block_n:
         tile = own.get((kind, False), table[kind, False])
     return tile.options(query.shape[1], "tf32" if kind == "tf32" else "ieee", fuse)
+
+
+def kind_of_product(x: Tensor) -> str:
+    """By which the tables choose: "half", "tf32" or "ieee"."""
+    return "half" if x.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ struct Similarities {
 };
 
 // Queries are in blocks of up to kTileCols; this many of few are no product.
-constexpr int64_t kFewQueries = 16;
+constexpr int64_t kFewSearches = 16;
 // Keys that are worked on at a time then.
 constexpr int64_t kFewKeys = 64;
 

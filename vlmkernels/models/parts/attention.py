@@ -158,13 +158,14 @@ class MultiheadSelfAttention(SelfAttention):
     def forward(
         self,
         x: Tensor,  # [B, T, D]
-        seen: Intervals,
+        seen: Intervals | None,
         wanted: Tensor | None = None,  # [B, n] int64
         keep: Keep | None = None,
         has_image: bool = False,
+        mask: Tensor | None = None,  # [B, T] bool
         residual: Tensor | None = None,  # [B, n or T, D]
     ) -> Tensor:  # [B, n or T, D]
-        options: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
+        options: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0, "mask": mask}
         if has_image:
             options |= {"relative_bias": self.relative_bias, "grid": self.grid}
         return add(residual, self.out_proj, self.mix(x, seen, wanted, keep, **options))

@@ -59,7 +59,8 @@ class Jitter:
     def __call__(self, picture: Picture, rng: random.Random, key: str) -> Picture:
         if self.proposals is not None:
             if key not in self.proposals:
-                raise BrokenImageError(f"proposals: {self.file} has none of {key}", key=key)
+                reason = f"{self.file} has none of {key}; these are other pictures (data_options)"
+                raise BrokenImageError(f"proposals: {reason}", key=key)
             boxes, embeddings = self.proposals[key]
             picture = dataclasses.replace(picture, proposals=boxes, embeddings=embeddings)
         return picture.jittered(self.side, rng, scales=self.scales, flip=self.flip)
