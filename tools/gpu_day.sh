@@ -21,7 +21,9 @@ day() {
   1) day --only ceilings --only tests --minutes 7 "$@" ;;
   2) day info_nce sigmoid_loss contrastive_distillation linear_cross_entropy distillation linear_distillation \
     embedding_distillation gated_residual gated_linear_residual --only timing --minutes 7 "$@" ;;
-  3) day interval_attention perceiver_attention linear mlp gated_mlp srau --only timing --minutes 7 "$@" ;;
+  3) day interval_attention perceiver_attention linear mlp gated_mlp srau topk_similarity retrieval_ranks \
+    mine_hard_negatives relative_representation relative_similarity contrastive_search_score nms roi_align \
+    --only timing --minutes 7 "$@" ;;
   4)
     day sweep --minutes 3.5 "$@"
     day --only sanitizer --minutes 3.5 "$@"
