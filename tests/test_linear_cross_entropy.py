@@ -71,6 +71,7 @@ def test_options(op, dtype, reduction):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.sampled(2)
 @pytest.mark.once
 def test_many_chunks_of_rows(op, monkeypatch):
     """More rows than the workspace holds logits of: sums over chunks, in both precisions."""
