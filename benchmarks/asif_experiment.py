@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import asif_picture, demo
+from benchmarks import asif_picture, demo, experiment
 from benchmarks.asif_tasks import Pairs, tasks
 from vlmkernels._files import write_text
 from vlmkernels.models import ASIF, AnchorTensors
@@ -147,10 +147,7 @@ def with_tables(page: str, results: dict[str, Any]) -> str:
     """The page with the table of each task between its markers."""
     for name, rows in results["tasks"].items():
         marks = f"<!-- asif: {name} -->", "<!-- /asif -->"
-        before, found, rest = page.partition(marks[0])
-        if not found:
-            raise ValueError(f"the page must have the marker {marks[0]}")
-        page = f"{before}{marks[0]}\n\n{table(rows)}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+        page = experiment.between(page, marks, table(rows))
     return page
 
 

@@ -165,13 +165,8 @@ def with_tables(page: str, results: Sequence[Result]) -> str:
         "tower": tower_probe.table(flamingos) if flamingos else "",
         "shots": shots.table(for_shots) if for_shots else "",
     }
-    end = "<!-- /captioners -->"
     for name, text in tables.items():
-        start = f"<!-- captioners: {name} -->"
-        before, found, rest = page.partition(start)
-        if not found or end not in rest:
-            raise ValueError(f"the page must have the markers {start} and {end}")
-        page = f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+        page = experiment.between(page, (f"<!-- captioners: {name} -->", "<!-- /captioners -->"), text)
     return page
 
 

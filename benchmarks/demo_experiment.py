@@ -100,10 +100,7 @@ def table(runs: Sequence[experiment.Result]) -> str:
 
 def with_table(page: str, text: str) -> str:
     """The page with the table between its markers."""
-    before, found, rest = page.partition(MARKS[0])
-    if not found:
-        raise ValueError(f"the page must have the marker {MARKS[0]}")
-    return f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    return experiment.between(page, MARKS, text)
 
 
 def verdict(runs: Sequence[experiment.Result]) -> dict[str, bool]:

@@ -132,6 +132,31 @@ def each_seed(
     return stored(folder), held
 
 
+def seeds_or_page(
+    name: str,
+    arguments: Sequence[str] | None,
+    args: argparse.Namespace,
+    run_seed: Callable[[int], Result],
+    verdict: Callable[[Result], dict[str, bool]],
+    page: Path,
+    with_table: Callable[[str, Sequence[Result]], str],
+) -> tuple[list[Result], bool]:
+    """As `each_seed`; with --write-docs what is stored, which the page shows then."""
+    if not args.write_docs:
+        return each_seed(name, arguments, args, run_seed, verdict)
+    results = stored(folder_of(name, args))
+    write_text(page, with_table(page.read_text(encoding="utf-8"), results))
+    return results, True
+
+
+def between(page: str, marks: tuple[str, str], text: str) -> str:
+    """The page with a text between two markers. ValueError if it has not these markers."""
+    before, found, rest = page.partition(marks[0])
+    if not found or marks[1] not in rest:
+        raise ValueError(f"the page must have the markers {' and '.join(marks)}")
+    return f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+
+
 def show(claims: Mapping[str, bool]) -> bool:
     """Print each claim with whether it holds; whether all do."""
     for claim, holds in claims.items():

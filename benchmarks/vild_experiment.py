@@ -318,11 +318,7 @@ def measured_on(results: Sequence[Result]) -> str:
 
 def with_table(page: str, results: Sequence[Result]) -> str:
     """The page with the table between its markers. ValueError if it has not these markers."""
-    start, end = f"<!-- {NAME}: table -->", f"<!-- /{NAME} -->"
-    before, found, rest = page.partition(start)
-    if not found or end not in rest:
-        raise ValueError(f"the page must have the markers {start} and {end}")
-    return f"{before}{start}\n\n{table(results)}\n\n{end}{rest.partition(end)[2]}"
+    return experiment.between(page, (f"<!-- {NAME}: table -->", f"<!-- /{NAME} -->"), table(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> bool:
@@ -330,15 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     parser = experiment.parser_of(NAME, __doc__)
     parser.add_argument("--write-docs", action="store_true", help="only write the table of docs/vild.md")
     args = parser.parse_args(arguments)
-    folder = experiment.folder_of(NAME, args)
-    if args.write_docs:
-        results, held = experiment.stored(folder), True
-        write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), results))
-    else:
-        results, held = experiment.each_seed(
-            NAME, arguments, args, lambda seed: run_seed(seed, args.out, args.quick), verdict
-        )
-    print(f"{table(results)}\nResults: {folder}")
+    results, held = experiment.seeds_or_page(
+        NAME,
+        arguments,
+        args,
+        lambda seed: run_seed(seed, args.out, args.quick),
+        verdict,
+        PAGE,
+        with_table,
+    )
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
     return held and base_within_spread(results) is not False
 
 

@@ -172,10 +172,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def with_table(page: str, results: Sequence[Result]) -> str:
     """The page with the table between its markers. ValueError if it has not these markers."""
-    before, found, rest = page.partition(MARKS[0])
-    if not found or MARKS[1] not in rest:
-        raise ValueError(f"the page must have the markers {' and '.join(MARKS)}")
-    return f"{before}{MARKS[0]}\n\n{table(results)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    return experiment.between(page, MARKS, table(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> bool:
@@ -183,16 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     parser = experiment.parser_of(NAME, __doc__, scenes=500)
     parser.add_argument("--write-docs", action="store_true", help="only write the table of docs/visualgpt.md")
     args = parser.parse_args(arguments)
-    folder = experiment.folder_of(NAME, args)
-    if args.write_docs:
-        results, held = experiment.stored(folder), True
-        write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), results))
-    else:
-        scenes = 8 if args.quick else args.scenes
-        results, held = experiment.each_seed(
-            NAME, arguments, args, lambda seed: run_seed(seed, args.out, scenes, args.quick), verdict
-        )
-    print(f"{table(results)}\nResults: {folder}")
+    scenes = 8 if args.quick else args.scenes
+    results, held = experiment.seeds_or_page(
+        NAME,
+        arguments,
+        args,
+        lambda seed: run_seed(seed, args.out, scenes, args.quick),
+        verdict,
+        PAGE,
+        with_table,
+    )
+    print(f"{table(results)}\nResults: {experiment.folder_of(NAME, args)}")
     return held
 
 

@@ -157,7 +157,7 @@ def pytest_collection_modifyitems(config, items):
     ]:
         item.add_marker(skip)
     if config.getoption("kernels_alone"):
-        other = pytest.mark.skip(reason="once: the same whichever instruction set the kernels use")
+        other = pytest.mark.skip(reason="once: on one instruction set here, on all by `make test-all`")
         for item in items:
             if "once" in item.keywords:
                 item.add_marker(other)
