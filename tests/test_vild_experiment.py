@@ -87,6 +87,13 @@ def test_the_page_has_the_stored_results():
         assert "| trained by |" not in page
 
 
+def test_the_stored_results_hold_what_the_page_claims():
+    """Fails once novel classes gain nothing in a seed, or base ones lose more than seeds differ."""
+    results = stored(results_folder(experiment.NAME))
+    assert all(all(experiment.verdict(result).values()) for result in results)
+    assert len(results) < 2 or experiment.base_within_spread(results)
+
+
 def test_no_class_keeps_its_name():
     for seed in range(3):
         places = experiment.other_places(32, seed)
