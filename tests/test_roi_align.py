@@ -357,3 +357,11 @@ def test_wrong_types_name_their_argument(argument, value):
     good = {"features": torch.zeros(2, 3, 4, 5), "boxes": torch.zeros(2, 5), "output_size": 2}
     with pytest.raises(TypeError, match=f"roi_align: {argument} must be"):
         vlmkernels.roi_align(**{**good, argument: value})
+
+
+@pytest.mark.parametrize(("size", "number"), [(True, 1), ((True, 3), (1, 3))])
+def test_true_counts_as_one(size, number):
+    features, boxes = torch.randn(2, 3, 4, 5), torch.tensor([[0, 1.0, 1, 4, 3], [1, 100, 100, 200, 200]])
+    want = vlmkernels.roi_align(features, boxes, number)
+    assert vlmkernels.roi_align(features, boxes, size).equal(want)
+    assert reference.roi_align(features, boxes, size).equal(reference.roi_align(features, boxes, number))

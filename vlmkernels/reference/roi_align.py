@@ -36,7 +36,8 @@ def roi_align(
     aligned: bool = True,
 ) -> Tensor:  # [K, C, h, w]
     """The definition, differentiable by autograd with respect to the features."""
-    h, w = output_size if isinstance(output_size, tuple) else (output_size, output_size)
+    size = output_size if isinstance(output_size, tuple) else (output_size, output_size)
+    h, w = (+n for n in size)  # True counts as 1, as for the op, but torch makes no tensors of size True
     rows = boxes if isinstance(boxes, Tensor) else with_pictures(features, boxes)
     return roi_align_fwd(features, rows, h, w, spatial_scale, sampling_ratio, aligned)
 
