@@ -365,3 +365,11 @@ def test_true_counts_as_one(size, number):
     want = vlmkernels.roi_align(features, boxes, number)
     assert vlmkernels.roi_align(features, boxes, size).equal(want)
     assert reference.roi_align(features, boxes, size).equal(reference.roi_align(features, boxes, number))
+
+
+@every
+def test_boxes_may_be_zeros_without_memory(impl):
+    features, zeros = torch.randn(1, 2, 4, 5, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
+    without = torch._efficientzerotensor(zeros.shape, dtype=zeros.dtype)
+    got, want = (IMPLEMENTATIONS[impl](features, boxes, 3, aligned=False) for boxes in (without, zeros))
+    assert got.equal(want)

@@ -134,14 +134,14 @@ def _parts(
     """Of each box."""
     check_pictures(op, boxes[:, 0], batch)
     corners = (boxes[:, 1:] * spatial_scale).clamp(-FAR, FAR) - (0.5 if aligned else 0.0)
-    for picture, (left, top, right, bottom) in zip(boxes[:, 0].tolist(), corners, strict=True):
+    for picture, (left, top, right, bottom) in zip(boxes[:, 0].long().tolist(), corners, strict=True):
         down, across = (
             _Axis(start, end, of, sampling_ratio, aligned, length)
             for start, end, of, length in zip((top, left), (bottom, right), bins, sizes, strict=True)
         )
         count = max(down.samples * across.samples, 1)
         (rows, y), (cols, x) = down.weights(), across.weights()
-        yield _Part(int(picture), rows, cols, y / count, x)
+        yield _Part(picture, rows, cols, y / count, x)
 
 
 class _Axis:
