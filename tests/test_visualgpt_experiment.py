@@ -9,15 +9,20 @@ from benchmarks import visualgpt_experiment as experiment
 from benchmarks.experiment import results_folder, stored
 from vlmkernels.data import CsvPairs, load_scenes
 
+ROWS = {
+    "few": {"srau-1": (0.3, 0.5), "residual-1": (0.2, 0.4), "srau-5": (0.6, 1.0), "residual-5": (0.5, 0.9)},
+    "rewards": {"srau-5": (0.6, 1.0), "self_critical": (0.7, 1.2), "longer": (0.6, 1.1)},
+}
 
-def result(seed=0, **changes):
-    """A result with these (slots, CIDEr-D) of each model."""
-    rows = {"srau-1": (0.3, 0.5), "residual-1": (0.2, 0.4), "srau-5": (0.6, 1.0), "residual-5": (0.5, 0.9)}
-    rows |= {"self_critical": (0.7, 1.2), "longer": (0.6, 1.1), **changes}
+
+def result(part, seed=0, **changes):
+    """A result of a part with these (slots, CIDEr-D) of each model."""
+    rows = {**ROWS[part], **changes}
+    before = {"few": {"clip": {"cpu_seconds": 90.0}}, "rewards": {}}[part]
     return {
         "seed": seed,
         "machine": {"processor": "a processor"},
-        "before": {"clip": {"cpu_seconds": 90.0}, "lm": {"cpu_seconds": 30.0}},
+        "before": {**before, "lm": {"cpu_seconds": 30.0}},
         "trained": {name: {"cpu_seconds": 30.0} for name in rows},
         "evaluation": {
             name: {
@@ -30,36 +35,54 @@ def result(seed=0, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "claim"),
+    ("part", "changes", "claim"),
     [
-        ({"residual-1": (0.3, 0.1)}, "more slots right with gates at 1 %"),
-        ({"residual-5": (0.9, 0.1)}, "more slots right with gates at 5 %"),
+        ("few", {"residual-1": (0.3, 0.1)}, "more slots right with gates at 1 %"),
+        ("few", {"residual-5": (0.9, 0.1)}, "more slots right with gates at 5 %"),
+        ("few", {"residual-1": (0.1, 0.5)}, "CIDEr-D is higher with gates at 1 %"),
+        ("few", {"residual-5": (0.1, 1.0)}, "CIDEr-D is higher with gates at 5 %"),
         (
-            {"self_critical": (0.9, 1.0), "longer": (0.9, 0.9)},
+            "rewards",
+            {"srau-5": (0.1, 1.2), "longer": (0.1, 1.1)},
             "CIDEr-D is higher after self-critical training",
         ),
-        ({"longer": (0.9, 1.2)}, "and higher than after as much more cross-entropy"),
+        ("rewards", {"longer": (0.1, 1.2)}, "and higher than after as much more cross-entropy"),
     ],
 )
-def test_each_claim_can_fail(changes, claim):
-    assert all(experiment.verdict(result()).values())
-    failed = [name for name, held in experiment.verdict(result(**changes)).items() if not held]
+def test_each_claim_can_fail(part, changes, claim):
+    verdict = experiment.PARTS[part].verdict
+    assert all(verdict(result(part)).values())
+    failed = [name for name, held in verdict(result(part, **changes)).items() if not held]
     assert failed == [claim]
 
 
 def test_the_table_has_every_seed():
-    lines = experiment.table([result(), result(1, **{"srau-1": (0.5, 0.7)})]).splitlines()
-    assert len([line for line in lines if line.startswith("|")]) == 8
+    lines = experiment.table("few", [result("few"), result("few", 1, **{"srau-1": (0.5, 0.7)})]).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 6
     assert lines[2] == "| gates (srau), 1 % | 40.0 % (30.0, 50.0) | 10.0 % | 0.60 (0.50, 0.70) | 2.000 |"
-    assert lines[-1].startswith("Seeds 0, 1. CPU minutes of training: 3.0 a seed, 2.0 for the tower")
+    assert lines[-1].startswith(
+        "Seeds 0, 1. CPU minutes of training: 2.0 a seed, 2.0 for the tower and the l"
+    )
+    lines = experiment.table("rewards", [result("rewards")]).splitlines()
+    assert lines[3] == "| then self-critical training | 70.0 % (70.0) | 10.0 % | 1.20 (1.20) | 2.000 |"
+    assert lines[-1].startswith("Seeds 0. CPU minutes of training: 1.5 a seed, 0.5 for what they start from.")
 
 
 def test_the_page_has_the_stored_results():
-    results = stored(results_folder(experiment.NAME))
+    folder = results_folder(experiment.NAME)
     page = experiment.PAGE.read_text(encoding="utf-8")
-    assert experiment.with_table(page, results) == page
+    assert experiment.with_tables(page, folder) == page
     with pytest.raises(ValueError, match="the page must have the markers"):
-        experiment.with_table("no markers", results)
+        experiment.with_tables("no markers", folder)
+
+
+def test_self_critical_training_raises_held_out_cider_in_every_stored_seed():
+    """Fails if a seed's CIDEr-D on test scenes is not above that of its cross-entropy start."""
+    results = stored(results_folder(experiment.NAME), experiment.PARTS["rewards"].pattern)
+    assert [one["seed"] for one in results] == [0, 1, 2]
+    for one in results:
+        cider, _ = experiment.scores(one)
+        assert cider["self_critical"] > cider[experiment.START], f"seed {one['seed']}"
 
 
 def test_steps_do_not_depend_on_the_share():
