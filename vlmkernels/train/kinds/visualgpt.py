@@ -152,9 +152,10 @@ class SelfCritical(Captioning):
 
         L = mean over images and captions of (r - mean of r over the image's other captions) * sum_t -log p_t
 
-    whose gradient is an unbiased estimate of that of the negated expected score: a mean over t would give the
-    tokens of short captions more weight. VisualGPT and Meshed-Memory Transformer take the beams of a search
-    instead of samples, and the same number of tokens for each, padded ones counting 0.
+    whose gradient is an unbiased estimate of that of the negated expected score, but for the dropout and the
+    batch statistics of its pass, and for the start and padding tokens, which are never drawn. A mean over t
+    would give the tokens of short captions more weight. VisualGPT and Meshed-Memory Transformer take the
+    beams of a search instead of samples, and the same number of tokens for each, padded ones counting 0.
     """
 
     scores = ("reward",)
