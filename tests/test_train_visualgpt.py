@@ -154,10 +154,12 @@ def test_cider_d_is_that_of_the_coco_evaluation():
 
 
 def test_self_critical_gradient_is_that_of_the_drawn_captions(learned, table):
-    """Against the sum over captions of advantage times log-probability, each caption alone."""
+    """Against the sum of advantage times log-probability over captions of several lengths, each alone."""
     bundle = load_bundle(learned / "final")
     kind, model = kinds.find("visualgpt"), bundle.model.double()
-    torch.nn.init.normal_(model.transformer["wte"].weight, std=0.05)  # so that captions differ
+    with torch.no_grad():  # smaller logits, so that captions differ
+        for parameter in model.transformer["ln_f"].parameters():
+            parameter.mul_(0.5)
     pairs = CsvPairs(table, transform=bundle.transform)
     task = kind.build_task(TrainConfig(data=str(table), self_critical=3), bundle.tokenizer)
     assert isinstance(task, SelfCritical)
@@ -172,6 +174,7 @@ def test_self_critical_gradient_is_that_of_the_drawn_captions(learned, table):
     assert measure()["reward"] == pytest.approx(rewards.mean().item())
     assert not torch.equal(tokens, task._drawn(model, batch["images"][:, 0, 0], batch, 8)[0])
     total = 0.0
+    assert len((tokens != bundle.tokenizer.pad_id).sum(1).unique()) > 1 < len(rewards.unique())
     for i, row in enumerate(tokens):
         length = next(
             (t for t in range(1, len(row)) if row[t] == bundle.tokenizer.endofchunk_id), len(row) - 1
@@ -179,8 +182,9 @@ def test_self_critical_gradient_is_that_of_the_drawn_captions(learned, table):
         logits = model(batch["images"][i // 3, :, 0], row[None, : length + 1], return_logits=True)["logits"][
             0
         ]
-        logp = logits[:-1].log_softmax(-1)[torch.arange(length), row[1 : length + 1]].mean()
-        advantage = rewards[i // 3, i % 3] - rewards[i // 3].mean()
+        logp = logits[:-1].log_softmax(-1)[torch.arange(length), row[1 : length + 1]].sum()
+        others = [rewards[i // 3, other] for other in range(3) if other != i % 3]
+        advantage = rewards[i // 3, i % 3] - sum(others) / 2
         total = total - advantage * logp / len(tokens)
     model.zero_grad()
     total.backward()

@@ -150,10 +150,12 @@ class SelfCritical(Captioning):
     For each image `count` captions are drawn from the model in evaluation mode, from the seed, the step and
     the sample's key, so that every process draws as one would. With r their scores against the sample's text,
 
-        L = mean over images and captions of (r - mean of r over the image's captions) * mean_t -log p_t
+        L = mean over images and captions of (r - mean of r over the image's other captions) * sum_t -log p_t
 
-    which VisualGPT and Meshed-Memory Transformer take over the beams of a search; of samples the estimate is
-    that of the gradient of the expected score.
+    whose gradient is an unbiased estimate of that of the negated expected score, but for the dropout and the
+    batch statistics of its pass, and for the start and padding tokens, which are never drawn. A mean over t
+    would give the tokens of short captions more weight. VisualGPT and Meshed-Memory Transformer take the
+    beams of a search instead of samples, and the same number of tokens for each, padded ones counting 0.
     """
 
     scores = ("reward",)
@@ -177,11 +179,10 @@ class SelfCritical(Captioning):
         if not batch["keys"] and not joint:
             return None
         tokens, rewards = self._drawn(_bare(model), images, batch, step)
-        advantage = rewards - rewards.mean(1, keepdim=True)
+        advantage = (rewards - rewards.mean(1, keepdim=True)) * (self.count / (self.count - 1))
         labels = kind.labels(self.tokenizer, tokens)
         nll = model(images, tokens, labels, per_token=True)["loss"]  # [B count, T]
-        length = (labels[:, 1:] >= 0).sum(1).clamp_min(1)
-        each = advantage.flatten().to(nll.dtype) * nll.sum(1) / length
+        each = advantage.flatten().to(nll.dtype) * nll.sum(1)
         scale = objective.process_count() / (joint * self.count)
 
         def measure() -> Values:
