@@ -44,8 +44,8 @@ test: setup $(VENV)/nvcc
 	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 4 -n 2 --dist loadfile $(OP_TESTS)
 	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 4 --kernels-alone")
 
-# The op tests (in `make test` a quarter of the cases of each, and none that is the same everywhere) with every other instruction set that this
-# machine has, and the kernels without torch.
+# The op tests (in `make test` a quarter of the cases of each, and none that is the same everywhere) with every
+# other instruction set that this machine has, and the kernels without torch.
 .PHONY: test-native
 test-native: setup
 	set -e; for isa in $$($(BIN)/python -m tests.instruction_sets --others); do \

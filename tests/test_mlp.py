@@ -233,7 +233,7 @@ def test_deterministic_for_any_number_of_threads(for_thread_counts, products, dt
 @pytest.mark.once
 @pytest.mark.parametrize(("who", "mebibytes"), [("own", 32), ("torch", 112)])
 def test_the_hidden_layer_is_never_stored_whole(peak_memory, who, mebibytes):
-    """Without a backward it would take 128 MiB beside the result's 4; torch's products take what they like."""
+    """Without a backward it would take 128 MiB beside the result's 4; what torch's products take varies."""
     script = f"""
 from vlmkernels import _calibration
 _calibration.apply(_calibration.all_products({who!r}))
