@@ -62,7 +62,7 @@ struct Search {
     g.n = q.size(0), g.d = q.size(1), g.depth = depth_of<P>(g.d);
     g.width = std::min<int64_t>(kTileCols, whole_units(g.n));
     if (!few) packed = pack_transposed<P>(query, g.width);
-    g.queries = data<P>(packed), g.a = data<A>(a), g.product = tile_product<P>();
+    g.queries = data<P>(packed), g.a = data<A>(a), g.product = search_product<P>();
   }
 
   int64_t slots(bool few) const { return std::min<int64_t>(at::get_num_threads(), ceil_div(m, few ? kFewKeys : kTileRows)); }

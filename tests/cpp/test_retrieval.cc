@@ -69,6 +69,27 @@ struct Searched {
   }
 };
 
+// Small integers, whose sums are exact: every number of rows and of columns that is left, and more than one part of the depth.
+void test_tile_product() {
+  for (const int64_t m : {1, 2, 3, 4, 5, 6, 12, 13, 29}) {
+    for (const int64_t n : {1, 16, 21, 64, 67}) {
+      for (const int64_t k : {0, 1, 256, 300}) {
+        for (const bool accumulate : {false, true}) {
+          const int64_t lda = k + 3, ldb = n + 5, ldc = n + 2;
+          std::vector<float> a(m * lda), b(k * ldb + 1), got(m * ldc), want;
+          for (size_t i = 0; i < a.size(); ++i) a[i] = float(i * 7 % 5) - 2;
+          for (size_t i = 0; i < b.size(); ++i) b[i] = float(i * 11 % 7) - 3;
+          for (size_t i = 0; i < got.size(); ++i) got[i] = float(i % 9);
+          want = got;
+          plain_product<float>(m, n, k, lda, ldb, ldc, accumulate, a.data(), b.data(), want.data());
+          VLMK_CALL(tile_product, m, n, k, lda, ldb, ldc, accumulate, a.data(), b.data(), got.data());
+          for (size_t i = 0; i < got.size(); ++i) check("tile product", got[i], want[i], 0);
+        }
+      }
+    }
+  }
+}
+
 template <class P>
 void test_topk() {
   Searched<P> s;
@@ -168,6 +189,7 @@ void test_ranks_and_hard_negatives() {
 }  // namespace
 
 void test_retrieval() {
+  test_tile_product();
   test_topk<float>();
   test_topk<double>();
   test_ranks_and_hard_negatives<float>();

@@ -1,4 +1,7 @@
 #pragma once
+#include <cstdint>
+
+#include "vlmkernels/isa.h"
 #include "vlmkernels/types.h"
 
 namespace vlmk {
@@ -8,5 +11,9 @@ namespace vlmk {
 template <class P>
 using TileProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate,
                              const P* a, const P* b, acc_t<P>* c);
+
+// One for float that needs no library. Its sums run over k in order, whatever m and n are.
+VLMK_PER_ISA(void tile_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate,
+                               const float* a, const float* b, float* c);)
 
 }  // namespace vlmk
