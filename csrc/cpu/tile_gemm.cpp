@@ -64,11 +64,11 @@ void add_some_rows(int64_t rows, bool fresh, int64_t k, const float* a, int64_t 
 void tile_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool accumulate, const float* a,
                   const float* b, float* c) {
   alignas(64) float panel[kDepth * kCols];
-  for (int64_t e = 0; e < std::max<int64_t>(k, 1); e += kDepth) {
+  for (int64_t e = 0; e < (k > 0 ? k : 1); e += kDepth) {
     const bool fresh = e == 0 && !accumulate;
-    const int64_t depth = std::min(kDepth, k - e);
+    const int64_t depth = min_(kDepth, k - e);
     for (int64_t j = 0; j < n; j += kCols) {
-      const int64_t cols = std::min(kCols, n - j);
+      const int64_t cols = min_(kCols, n - j);
       const float* from = b + e * ldb + j;
       const bool copied = m > 2 * kRows || cols < kCols;
       for (int64_t p = 0; p < (copied ? depth : 0); ++p) {
@@ -81,7 +81,7 @@ void tile_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int
       const float* columns = copied ? panel : from;
       const int64_t step = copied ? kCols : ldb;
       for (int64_t i = 0; i < m; i += kRows) {
-        const int64_t rows = std::min(kRows, m - i);
+        const int64_t rows = min_(kRows, m - i);
         const float* left = a + i * lda + e;
         float* out = c + i * ldc + j;
         if (cols == kCols) {
