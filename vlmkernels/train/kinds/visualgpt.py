@@ -228,4 +228,5 @@ class SelfCritical(Captioning):
         texts = [tokenizer.decode(row) for row in tokens[:, 1:].tolist()]
         wanted = [text for text in batch["texts"] for _ in range(self.count)]
         scores = [self.reward(text, [reference]) for text, reference in zip(texts, wanted, strict=True)]
-        return tokens, torch.tensor(scores, device=tokens.device).view(len(batch["texts"]), self.count)
+        values = torch.tensor(scores, dtype=torch.float64, device=tokens.device)
+        return tokens, values.view(len(batch["texts"]), self.count)
