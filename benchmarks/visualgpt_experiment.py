@@ -51,8 +51,8 @@ BATCHES = {1: 16, 5: 16, 80: 32}
 FUSIONS = {"srau": "gates (srau)", "residual": "plain cross-attention"}
 BEFORE = 100  # seed of the scenes that the tower and the language model learn
 OTHERS = 200  # seed of the scenes for rewards, plus the seed
-MORE_STEPS, MORE_BATCH = 48, 64
-AFTER = {"epochs": 1, "batch_size": MORE_BATCH, "lr": 2e-5, "warmup_steps": 4, "model_options": "{}"}
+MORE_STEPS, MORE_BATCH = 32, 64
+AFTER = {"epochs": 1, "batch_size": MORE_BATCH, "lr": 3e-5, "warmup_steps": 4, "model_options": "{}"}
 START = f"srau-{MOST}"
 MORE: dict[str, tuple[str, Result]] = {
     "self_critical": ("self-critical training", {"self_critical": 5}),
