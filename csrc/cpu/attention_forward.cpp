@@ -136,7 +136,7 @@ void add_values_once(const Attention<P>& g, const Source<P>& source, int64_t b, 
   while (padded < rows) padded *= 2;
   if constexpr (kPaired<P>) {
     for (int64_t r = 0; r < padded; ++r) {
-      for (int64_t c = 0; c < keys; c += 16) {
+      for (int64_t c = 0; c < keys; c += Vectors<float>::lanes) {
         store_rounded(load<Vec<float>>(w.turned + r * g.key_block + c), w.p + r * g.key_block + c);
       }
     }
@@ -296,11 +296,15 @@ void few_logits(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_
         for (int64_t i = 0; i < 4; ++i) sum[i] += part * widened(row[i] + c, half);
       }
     }
-    A totals[4];
-    sums_of(sum, totals);
-    for (int64_t i = 0; i < here; ++i) {
-      for (int64_t c = full; c < d; ++c) totals[i] += q[c] * to_acc(row[i][c]);
-      s[x + i] = totals[i];
+    constexpr int width = min_<int>(4, Vectors<A>::lanes);
+#pragma GCC unroll 2
+    for (int64_t i0 = 0; i0 < 4; i0 += width) {
+      const Vec<A> totals = sums_of<width, A>(sum + i0);
+      for (int64_t i = i0; i < min_(here, i0 + width); ++i) {
+        A total = totals[i - i0];
+        for (int64_t c = full; c < d; ++c) total += q[c] * to_acc(row[i][c]);
+        s[x + i] = total;
+      }
     }
   }
 }
