@@ -77,7 +77,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     Vec<A> total{};
     for (int64_t j0 = 0; j0 < keys; j0 += 2 * kSumRows) {
       Vec<A> sum[2] = {};
-      for (int64_t j = j0; j < j0 + 2 * kSumRows; j += 2) {
+      for (int64_t j = j0; j < min_(j0 + 2 * kSumRows, keys); j += 2) {
         A* at = s + j * width + i;
         const A rest = kMasked ? A(1) : factor;
         const Vec<A> first = exp_or_zero(logits_at<P>(at, rest) - finite),
@@ -190,7 +190,7 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
       const Span span = span_of(begin, end, rows);
       bounds_of<A>(begin, end, rows, w.from, w.to);
       for (int64_t j0 = span.lo / block * block; j0 < span.hi; j0 += block) {
-        const auto [c0, c1] = columns_of(span, j0, block);
+        const auto [c0, c1] = columns_of<P>(span, j0, block);
         const int64_t keys = c1 - c0;
         const int64_t index = before + j0 / block, slot = index % w.slots, count = min_(block, source.count - j0);
         const bool as_it_is = count == block && g.depth == g.dh;
