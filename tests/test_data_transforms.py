@@ -188,6 +188,26 @@ def test_jitter_keeps_the_picture_recognisable():
         assert torch.corrcoef(torch.stack([changed.flatten(), plain.flatten()]))[0, 1] > 0.95
 
 
+@pytest.mark.skipif(bool(peers.why_not("torchvision")), reason=str(peers.why_not("torchvision")))
+def test_hue_and_grayscale_are_torchvisions():
+    functional = peers.load("torchvision").transforms.functional
+    image, whole = picture((48, 48)), {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+    plain, hue, gray = (
+        image_transform(48, train=True, **whole, **options) for options in ({}, {"hue": 0.2}, {"grayscale": 0.5})
+    )
+    dropped = 0
+    for seed in range(20):
+        rng = random.Random(seed)
+        plain(image, rng)
+        turned = functional.adjust_hue(image, rng.uniform(-0.2, 0.2))
+        assert torch.equal(hue(image, random.Random(seed)), plain(turned, random.Random(seed)))
+        colourless = plain(functional.to_grayscale(image, 3), random.Random(seed))
+        result = gray(image, random.Random(seed))
+        dropped += torch.equal(result, colourless)
+        assert torch.equal(result, colourless) or torch.equal(result, plain(image, random.Random(seed)))
+    assert 4 <= dropped <= 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -201,6 +221,8 @@ def test_jitter_keeps_the_picture_recognisable():
         ({"image_size": 8, "crop_ratio": (2, 1)}, "crop_ratio must satisfy 0 < low <= high, got"),
         ({"image_size": 8, "flip": 2}, "flip must be a probability, got 2"),
         ({"image_size": 8, "jitter": 1}, r"jitter must be in \[0, 1\), got 1"),
+        ({"image_size": 8, "hue": 0.6}, r"hue must be in \[0, 0.5\], got 0.6"),
+        ({"image_size": 8, "grayscale": -1}, "grayscale must be a probability, got -1"),
     ],
 )
 def test_bad_arguments(arguments, message):

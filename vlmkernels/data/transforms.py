@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageOps
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -83,6 +83,8 @@ class ImageTransform:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     jitter: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
     caption_flip: bool = False
 
     def __post_init__(self) -> None:
@@ -113,6 +115,10 @@ class ImageTransform:
             raise ValueError(f"flip must be a probability, got {self.flip!r}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter!r}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must be in [0, 0.5], got {self.hue!r}")
+        if not 0 <= self.grayscale <= 1:
+            raise ValueError(f"grayscale must be a probability, got {self.grayscale!r}")
         if not isinstance(self.caption_flip, bool):
             raise ValueError(f"caption_flip must be a bool, got {self.caption_flip!r}")
 
@@ -214,6 +220,13 @@ class ImageTransform:
         if self.jitter > 0:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
+        if self.hue > 0:
+            turn = int(255 * rng.uniform(-self.hue, self.hue))
+            hue, saturation, value = image.convert("HSV").split()
+            hue = ImageChops.add_modulo(hue, Image.new("L", hue.size, turn % 256))
+            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        if self.grayscale > 0 and rng.random() < self.grayscale:
+            image = image.convert("L").convert("RGB")
         return image
 
 
@@ -264,6 +277,8 @@ def image_transform(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
     jitter: float = 0.0,
+    hue: float = 0.0,
+    grayscale: float = 0.0,
     caption_flip: bool = False,
 ) -> ImageTransform:
     """PIL image -> float32 [3, H, W], values (x / 255 - mean) / std.
@@ -278,7 +293,8 @@ def image_transform(
     Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
     target; flipped horizontally with probability `flip` (0: captions may contain left and right, which
     `caption_flip` exchanges with every flip, as in VirTex); brightness, contrast and saturation are each
-    scaled by a factor in 1 +- `jitter`.
+    scaled by a factor in 1 +- `jitter`, hues turn by a part of the colour circle in +- `hue`, and with
+    probability `grayscale` colours are dropped.
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -295,6 +311,8 @@ def image_transform(
         crop_ratio=crop_ratio,
         flip=flip,
         jitter=jitter,
+        hue=hue,
+        grayscale=grayscale,
         caption_flip=caption_flip,
     )
 
