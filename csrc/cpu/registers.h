@@ -1,5 +1,5 @@
 #pragma once
-// Vectors of one register of the instruction set: wider ones (vector.h) go through memory where they have no register.
+// Vectors of one register of the instruction set: what is wider goes through memory.
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

@@ -1,5 +1,5 @@
 #pragma once
-// Vectors of one register with operators, for loops whose shape the compiler must not guess.
+// Loops over registers whose shape the compiler must not guess: masks, exponentials, rounding.
 #include <type_traits>
 
 #include "registers.h"
@@ -8,14 +8,12 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 template <class A>
-struct Vectors {
-  static constexpr int64_t lanes = kRegisterBytes / sizeof(A);
+struct Vectors : Registers<A> {
   using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef A type __attribute__((vector_size(kRegisterBytes)));
   typedef Index index_type __attribute__((vector_size(kRegisterBytes)));
 };
 template <class A>
-using Vec = typename Vectors<A>::type;
+using Vec = Register<A>;
 template <class A>
 using IndexVec = typename Vectors<A>::index_type;
 
