@@ -41,10 +41,10 @@ demo: setup
 
 test: setup $(VENV)/nvcc
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
-	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 4 -n 2 --dist loadfile $(OP_TESTS)
-	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 4 --kernels-alone")
+	VLMKERNELS_NATIVE=0 OMP_NUM_THREADS=1 $(PYTEST) --one-in 6 -n 2 --dist loadfile $(OP_TESTS)
+	$(if $(NATIVE),$(MAKE) test-native SHARE="--one-in 6 --kernels-alone")
 
-# The op tests (in `make test` a quarter of the cases of each, and none that is the same everywhere) with every
+# The op tests (in `make test` a sixth of the cases of each, and none that is the same everywhere) with every
 # other instruction set that this machine has, and the kernels without torch.
 .PHONY: test-native
 test-native: setup

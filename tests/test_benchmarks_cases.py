@@ -48,7 +48,7 @@ def test_every_declared_case_runs_at_a_small_size(declared):
     assert bool(wanted) == declared.backward
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("declared", registry.all_cases(quick=True), ids=lambda declared: declared.id)
 def test_every_peer_gives_what_ours_gives(declared):
     found = run.measure_case(replace(declared, memory=False), device="cpu", seconds=0.0, quick=True)

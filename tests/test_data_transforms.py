@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from benchmarks import peers
 from vlmkernels.data import (
@@ -188,6 +188,67 @@ def test_jitter_keeps_the_picture_recognisable():
         assert torch.corrcoef(torch.stack([changed.flatten(), plain.flatten()]))[0, 1] > 0.95
 
 
+WHOLE = {
+    "train": True,
+    "crop_scale": (1.0, 1.0),
+    "crop_ratio": (1.0, 1.0),
+    "mean": (0, 0, 0),
+    "std": (1, 1, 1),
+}
+
+
+def pale():
+    """A picture whose colours no change takes out of 0-255."""
+    return Image.fromarray(np.random.default_rng(0).integers(90, 160, (48, 48, 3), dtype=np.uint8))
+
+
+def drawn_after_the_crop(seed, count, least, most):
+    """The numbers that the colours of a transform with seed `seed` draw."""
+    rng = random.Random(seed)
+    image_transform(48, **WHOLE)(pale(), rng)
+    return [rng.uniform(least, most) for _ in range(count)]
+
+
+def test_jitter_is_pillows_brightness_contrast_and_saturation():
+    jitter, plain = image_transform(48, **WHOLE, jitter=0.3), image_transform(48, **WHOLE)
+    for seed in range(10):
+        changed = pale()
+        for enhance, factor in zip(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color),
+            drawn_after_the_crop(seed, 3, 0.7, 1.3),
+            strict=True,
+        ):
+            changed = enhance(changed).enhance(factor)
+        difference = jitter(pale(), random.Random(seed)) - plain(changed)
+        assert difference.abs().max() <= 3.5 / 255  # Pillow rounds down, three times
+
+
+def test_hues_turn_and_the_luma_stays():
+    hue, plain = image_transform(48, **WHOLE, hue=0.2), image_transform(48, **WHOLE)(pale())
+    luma = torch.tensor([0.299, 0.587, 0.114])
+
+    def chroma(pixels):  # in the plane of I and Q
+        i, q = torch.tensor([0.595716, -0.274453, -0.321263]), torch.tensor([0.211456, -0.522591, 0.311135])
+        return torch.complex(*(torch.einsum("c,chw->hw", axis, pixels) for axis in (i, q)))
+
+    for seed in range(10):
+        turned = hue(pale(), random.Random(seed))
+        (part,) = drawn_after_the_crop(seed, 1, -0.2, 0.2)
+        assert torch.einsum("c,chw->hw", luma, turned - plain).abs().max() <= 1 / 255
+        expected = chroma(plain) * torch.exp(torch.tensor(2j * torch.pi * part))
+        assert (chroma(turned) - expected).abs().max() <= 1 / 255
+
+
+def test_grayscale_drops_the_colours_of_some_pictures():
+    transform, plain = image_transform(48, **WHOLE, grayscale=0.5), image_transform(48, **WHOLE)
+    results = [transform(pale(), random.Random(seed)) for seed in range(20)]
+    grey = plain(pale().convert("L").convert("RGB"))
+    dropped = [bool((result - grey).abs().max() <= 1 / 255) for result in results]
+    assert 4 <= sum(dropped) <= 16
+    kept = [result for result, is_grey in zip(results, dropped, strict=True) if not is_grey]
+    assert all(torch.equal(result, plain(pale())) for result in kept)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -201,6 +262,8 @@ def test_jitter_keeps_the_picture_recognisable():
         ({"image_size": 8, "crop_ratio": (2, 1)}, "crop_ratio must satisfy 0 < low <= high, got"),
         ({"image_size": 8, "flip": 2}, "flip must be a probability, got 2"),
         ({"image_size": 8, "jitter": 1}, r"jitter must be in \[0, 1\), got 1"),
+        ({"image_size": 8, "hue": 0.6}, r"hue must be in \[0, 0.5\], got 0.6"),
+        ({"image_size": 8, "grayscale": -1}, "grayscale must be a probability, got -1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -34,7 +34,7 @@ def fuzz(*options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("kind", "count"), [("raw", 200), ("public", 200)])
+@pytest.mark.parametrize(("kind", "count"), [("raw", 100), ("public", 100)])
 @pytest.mark.once
 def test_calls_end_in_a_result_or_an_error(kind, count):
     assert f"{count} calls: " in fuzz(kind, "--count", str(count))

@@ -106,7 +106,7 @@ def test_softmax_of_almost_no_temperature_is_the_largest_class(teacher, divergen
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("teacher", "divergence", "classes", "dtype"),

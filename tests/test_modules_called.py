@@ -83,7 +83,7 @@ def test_layers_passed_over_compute_what_their_calls_would(name):
             close(a, b)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @every
 def test_hooks_and_replaced_forwards_change_the_result(name):
     case = build(name)
@@ -101,7 +101,7 @@ def test_hooks_and_replaced_forwards_change_the_result(name):
         del module.forward
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @every
 def test_other_hooks_of_layers_are_called(name):
     case = build(name)
@@ -158,7 +158,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @every
 def test_parametrized_and_pruned_weights_are_used(name):
     case = build(name)

@@ -53,12 +53,14 @@ inline Span span_of(const int32_t* begin, const int32_t* end, int64_t rows) {
   return span;
 }
 
-// The keys [c0, c1) of the block at j0 that a span touches, in units.
+// The keys [c0, c1) of the block at j0 that a span touches, in units: those of paired operands are whole tiles of AMX.
 struct Columns {
   int64_t c0, c1;
 };
-inline Columns columns_of(const Span& span, int64_t j0, int64_t block) {
-  return {max_<int64_t>(span.lo - j0, 0) / kKeyUnit * kKeyUnit, min_(round_up(span.hi - j0, kKeyUnit), block)};
+template <class P>
+Columns columns_of(const Span& span, int64_t j0, int64_t block) {
+  constexpr int64_t unit = kPaired<P> ? kKeyUnit : Vectors<float>::lanes;
+  return {max_<int64_t>(span.lo - j0, 0) / unit * unit, min_(round_up(span.hi - j0, unit), block)};
 }
 
 // Queries of a tile's row: whole vectors, and few distinct shapes of products.

@@ -169,7 +169,7 @@ void backward_keys(const AttentionGrads<P>& grads, const BackwardScratch<P>& w, 
       A* dqt = dq ? dq + (member * blocks + qb) * g.dh * kQueryBlock : nullptr;
       for (int64_t jb = (span.lo - first) / kGradKeys; jb * kGradKeys + first < span.hi; ++jb) {
         const int64_t j0 = first + jb * kGradKeys, local = jb * kGradKeys;
-        const auto [c0, c1] = columns_of(span, j0, kGradKeys);
+        const auto [c0, c1] = columns_of<P>(span, j0, kGradKeys);
         const int64_t keys = c1 - c0;
         P *k = w.k + local * g.depth, *v = w.v + local * g.width, *kt = w.kt + local * g.dh;
         A *dk = w.dk + local * g.depth, *dv = w.dv + local * g.width;

@@ -77,7 +77,7 @@ bool join_softmax(acc_t<P>* s, int64_t keys, int64_t width, int64_t j0, acc_t<P>
     Vec<A> total{};
     for (int64_t j0 = 0; j0 < keys; j0 += 2 * kSumRows) {
       Vec<A> sum[2] = {};
-      for (int64_t j = j0; j < j0 + 2 * kSumRows; j += 2) {
+      for (int64_t j = j0; j < min_(j0 + 2 * kSumRows, keys); j += 2) {
         A* at = s + j * width + i;
         const A rest = kMasked ? A(1) : factor;
         const Vec<A> first = exp_or_zero(logits_at<P>(at, rest) - finite),
@@ -136,7 +136,7 @@ void add_values_once(const Attention<P>& g, const Source<P>& source, int64_t b, 
   while (padded < rows) padded *= 2;
   if constexpr (kPaired<P>) {
     for (int64_t r = 0; r < padded; ++r) {
-      for (int64_t c = 0; c < keys; c += 16) {
+      for (int64_t c = 0; c < keys; c += Vectors<float>::lanes) {
         store_rounded(load<Vec<float>>(w.turned + r * g.key_block + c), w.p + r * g.key_block + c);
       }
     }
@@ -190,7 +190,7 @@ void attention_forward(const Attention<P>& g, int64_t b, int64_t h, int64_t part
       const Span span = span_of(begin, end, rows);
       bounds_of<A>(begin, end, rows, w.from, w.to);
       for (int64_t j0 = span.lo / block * block; j0 < span.hi; j0 += block) {
-        const auto [c0, c1] = columns_of(span, j0, block);
+        const auto [c0, c1] = columns_of<P>(span, j0, block);
         const int64_t keys = c1 - c0;
         const int64_t index = before + j0 / block, slot = index % w.slots, count = min_(block, source.count - j0);
         const bool as_it_is = count == block && g.depth == g.dh;
@@ -296,11 +296,15 @@ void few_logits(const acc_t<P>* q, const P* k, int64_t ld, int64_t count, int64_
         for (int64_t i = 0; i < 4; ++i) sum[i] += part * widened(row[i] + c, half);
       }
     }
-    A totals[4];
-    sums_of(sum, totals);
-    for (int64_t i = 0; i < here; ++i) {
-      for (int64_t c = full; c < d; ++c) totals[i] += q[c] * to_acc(row[i][c]);
-      s[x + i] = totals[i];
+    constexpr int width = min_<int>(4, Vectors<A>::lanes);
+#pragma GCC unroll 2
+    for (int64_t i0 = 0; i0 < 4; i0 += width) {
+      const Vec<A> totals = sums_of<width, A>(sum + i0);
+      for (int64_t i = i0; i < min_(here, i0 + width); ++i) {
+        A total = totals[i - i0];
+        for (int64_t c = full; c < d; ++c) total += q[c] * to_acc(row[i][c]);
+        s[x + i] = total;
+      }
     }
   }
 }

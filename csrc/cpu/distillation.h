@@ -35,7 +35,7 @@ VLMK_INLINE Vec<float> log1p_of(Vec<float> low, Vec<float> high) {
 }
 VLMK_INLINE Vec<double> log1p_of(Vec<double> low, Vec<double> high) {
   Vec<double> out{};
-  for (int i = 0; i < 8; ++i) out[i] = std::log1p(low[i] / high[i]);
+  for (int64_t i = 0; i < Vectors<double>::lanes; ++i) out[i] = std::log1p(low[i] / high[i]);
   return out;
 }
 

@@ -10,15 +10,15 @@ void pack_transposed_a(const P* x, int64_t ldx, int64_t count, int64_t d, int64_
         out[2 * pair * block + r].bits = static_cast<uint16_t>(word.bits);
         out[(2 * pair + 1) * block + r].bits = static_cast<uint16_t>(word.bits >> 16);
       };
-      const auto part16 = [&](int64_t pair, int64_t r, Vector words) {
+      const auto part_words = [&](int64_t pair, int64_t r, Vector words) {
         P *first = out + 2 * pair * block + r, *second = first + block;
 #pragma omp simd
-        for (int64_t i = 0; i < 16; ++i) {
+        for (int64_t i = 0; i < kWords; ++i) {
           first[i].bits = static_cast<uint16_t>(words[i]);
           second[i].bits = static_cast<uint16_t>(words[i] >> 16);
         }
       };
-      for_columns(reinterpret_cast<const Pair*>(x), ldx / 2, count, d / 2, part16, part);
+      for_columns(reinterpret_cast<const Pair*>(x), ldx / 2, count, d / 2, part_words, part);
     } else {
       transpose(x, ldx, count, d, out, block);
     }

@@ -1,6 +1,8 @@
 #pragma once
 // Blocks of rows turned into the operands of tile products.
-#include "simd.h"
+#include <utility>
+
+#include "registers.h"
 #include "vlmkernels/pack.h"
 
 namespace vlmk::VLMK_ISA {
@@ -20,44 +22,47 @@ VLMK_INLINE void put_pair(float first, float second, Pair& out) {
   out.bits = static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
 }
 
-using Vector = uint32_t __attribute__((vector_size(64)));
+constexpr int kWords = kRegisterBytes / 4;  // of a register
+using Vector = uint32_t __attribute__((vector_size(kRegisterBytes)));
 template <int... J>
-struct Words {};
-using AllWords = Words<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+using Words = std::integer_sequence<int, J...>;
 
-// Indices into the 32 words of (upper row, lower row) that a stage takes for word j of each.
-constexpr int upper_word(int s, int j) { return j & s ? 16 + j - s : j; }
-constexpr int lower_word(int s, int j) { return j & s ? 16 + j : j + s; }
+// Indices into the words of (upper row, lower row) that a stage takes for word j of each.
+constexpr int upper_word(int s, int j) { return j & s ? kWords + j - s : j; }
+constexpr int lower_word(int s, int j) { return j & s ? kWords + j : j + s; }
 
-// One stage of transposing 16 rows of 16 words: swaps the off-diagonal blocks of size S of every pair of rows S apart.
+// The stages of transposing as many rows of words: blocks of size S off the diagonal of every pair of rows S apart are swapped.
 template <int S, int... J>
-VLMK_INLINE void swap_blocks(Vector (&row)[16], Words<J...>) {
-  for (int i = 0; i < 16; ++i) {
-    if (i & S) continue;
-    const Vector upper = row[i], lower = row[i + S];
-    row[i] = __builtin_shufflevector(upper, lower, upper_word(S, J)...);
-    row[i + S] = __builtin_shufflevector(upper, lower, lower_word(S, J)...);
+VLMK_INLINE void swap_blocks(Vector (&row)[kWords], Words<J...> words) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWords; ++i) {
+      if (i & S) continue;
+      const Vector upper = row[i], lower = row[i + S];
+      row[i] = __builtin_shufflevector(upper, lower, upper_word(S, J)...);
+      row[i + S] = __builtin_shufflevector(upper, lower, lower_word(S, J)...);
+    }
+    swap_blocks<S / 2>(row, words);
   }
 }
 
-// For every column c of x [rows][cols], words `ldx` apart, and 16 rows at a time: store16(c, r, words of rows r .. r + 15), and
-// store1(c, r, word) for what is left.
-template <class W, class Store16, class Store1>
-void for_columns(const W* x, int64_t ldx, int64_t rows, int64_t cols, Store16 store16, Store1 store1) {
+// For every column c of x [rows][cols], words `ldx` apart, and kWords rows at a time: store_words(c, r, words of rows r, r + 1,
+// ...), and store1(c, r, word) for what is left.
+template <class W, class StoreWords, class Store1>
+void for_columns(const W* x, int64_t ldx, int64_t rows, int64_t cols, StoreWords store_words, Store1 store1) {
   static_assert(sizeof(W) == 4);
-  const int64_t full_rows = rows / 16 * 16, full_cols = cols / 16 * 16;
-  for (int64_t r = 0; r < full_rows; r += 16) {
-    for (int64_t c = 0; c < full_cols; c += 16) {
-      Vector block[16];
-      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(&block[i], x + (r + i) * ldx + c, 64);
-      swap_blocks<8>(block, AllWords());
-      swap_blocks<4>(block, AllWords());
-      swap_blocks<2>(block, AllWords());
-      swap_blocks<1>(block, AllWords());
-      for (int64_t i = 0; i < 16; ++i) store16(c + i, r, block[i]);
+  const int64_t full_rows = rows / kWords * kWords, full_cols = cols / kWords * kWords;
+  for (int64_t r = 0; r < full_rows; r += kWords) {
+    for (int64_t c = 0; c < full_cols; c += kWords) {
+      Vector block[kWords];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWords; ++i) __builtin_memcpy(&block[i], x + (r + i) * ldx + c, sizeof(Vector));
+      swap_blocks<kWords / 2>(block, std::make_integer_sequence<int, kWords>());
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWords; ++i) store_words(c + i, r, block[i]);
     }
     for (int64_t c = full_cols; c < cols; ++c) {
-      for (int64_t i = r; i < r + 16; ++i) store1(c, i, x[i * ldx + c]);
+      for (int64_t i = r; i < r + kWords; ++i) store1(c, i, x[i * ldx + c]);
     }
   }
   for (int64_t r = full_rows; r < rows; ++r) {
@@ -70,7 +75,8 @@ template <class W>
 void transpose(const W* x, int64_t ldx, int64_t rows, int64_t cols, W* out, int64_t ldo) {
   if constexpr (sizeof(W) == 4) {
     for_columns(
-        x, ldx, rows, cols, [&](int64_t c, int64_t r, Vector words) { __builtin_memcpy(out + c * ldo + r, &words, 64); },
+        x, ldx, rows, cols,
+        [&](int64_t c, int64_t r, Vector words) { __builtin_memcpy(out + c * ldo + r, &words, sizeof(words)); },
         [&](int64_t c, int64_t r, W word) { out[c * ldo + r] = word; });
   } else {
     for (int64_t r = 0; r < rows; ++r) {

@@ -61,14 +61,14 @@ void put_transposed(const PairwiseSmall<P>& g, int64_t ib, const acc_t<P>* block
   for (int64_t r = 0; r < rows; ++r) a[r] = p.a ? p.a[i0 + r] : A(1);
   const auto put = [&](int64_t c, int64_t r, A value) { round_to(a[r] * value, out[c * g.ldt + r]); };
   if constexpr (sizeof(A) == 4) {
-    const auto put16 = [&](int64_t c, int64_t r, Vector words) {
-      float values[16];
-      __builtin_memcpy(values, &words, 64);
+    const auto put_words = [&](int64_t c, int64_t r, Vector words) {
+      float values[kWords];
+      __builtin_memcpy(values, &words, sizeof(words));
       P* to = out + c * g.ldt + r;
 #pragma omp simd
-      for (int64_t k = 0; k < 16; ++k) round_to(a[r + k] * values[k], to[k]);
+      for (int64_t k = 0; k < kWords; ++k) round_to(a[r + k] * values[k], to[k]);
     };
-    for_columns(block, g.ldx, rows, p.m, put16, put);
+    for_columns(block, g.ldx, rows, p.m, put_words, put);
   } else {
     for (int64_t c = 0; c < p.m; ++c) {
       for (int64_t r = 0; r < rows; ++r) put(c, r, block[r * g.ldx + c]);

@@ -1,8 +1,10 @@
 #pragma once
-// Vectors of one register of the instruction set: wider ones (vector.h) go through memory where they have no register.
+// Vectors of one register of the instruction set: what is wider goes through memory.
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -31,6 +33,33 @@ VLMK_INLINE Register<A> from_memory(const A* from) {
   __builtin_memcpy(&x, from, sizeof(x));
   return x;
 }
+
+// Lane l of x, or of y where `l & half`, plus the lane `half` away: two registers in one, of half as many sums.
+template <int half, class A>
+VLMK_INLINE Register<A> fold(Register<A> x, Register<A> y) {
+  using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  constexpr Lane lanes = Registers<A>::lanes;
+  typedef Lane Lanes __attribute__((vector_size(kRegisterBytes)));
+  Lanes here, there, away;
+#pragma GCC unroll 16
+  for (Lane l = 0; l < lanes; ++l) here[l] = l & half ? lanes + l : l, there[l] = l & half ? l : lanes + l, away[l] = l ^ half;
+  return __builtin_shuffle(x, y, here) + __builtin_shuffle(__builtin_shuffle(x, y, there), away);
+}
+
+// Lane l of the result is the sum of the lanes of x[l % count], formed in one order whatever the count, a power of two.
+template <int count, class A, int half = 1>
+VLMK_INLINE Register<A> sums_of(const Register<A>* x) {
+  if constexpr (half == Registers<A>::lanes) {
+    return x[0];
+  } else {
+    constexpr int left = count > 1 ? count / 2 : 1;
+    Register<A> folded[left];
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i) folded[i] = fold<half, A>(x[2 * i], x[count > 1 ? 2 * i + 1 : 0]);
+    return sums_of<left, A, 2 * half>(folded);
+  }
+}
+
 VLMK_INLINE Register<float> floats_from_memory(const float* from) { return from_memory(from); }
 VLMK_INLINE Register<double> floats_from_memory(const double* from) { return from_memory(from); }
 VLMK_INLINE Register<float> floats_from_memory(const int8_t* from) {

@@ -8,8 +8,8 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int64_t kFewAtOnce = 8;  // keys that stay in the first cache while queries go by
-constexpr int kQueriesAtOnce = 4;
+constexpr int kQueriesAtOnce = 4, kKeysAtOnce = 2;
+constexpr int64_t kKeysAhead = 8;  // keys on their way from memory: with two and eight queries they fit into the first cache
 
 VLMK_INLINE float to_acc(int8_t x) { return x; }
 
@@ -27,14 +27,6 @@ double square(const S* x, int64_t count) {
     sum += part;
   }
   return sum;
-}
-
-template <class A>
-A sum_of(const A (&lane)[Registers<A>::lanes]) {
-  A total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t l = 0; l < Registers<A>::lanes; ++l) total += lane[l];
-  return total;
 }
 
 template <class A, class S>
@@ -57,9 +49,7 @@ A dot_of_one(const A* x, const S* y, int64_t d) {
       for (int u = 0; u < 4; ++u) some[u] += from_memory(x + c + u * lanes) * floats_from_memory(y + c + u * lanes);
     }
     const Register<A> all = (some[0] + some[1]) + (some[2] + some[3]);
-    A lane[lanes];
-    __builtin_memcpy(lane, &all, sizeof(all));
-    sum += sum_of(lane) + dot_of_rest(x + whole, y + whole, end - whole);
+    sum += sums_of<1, A>(&all)[0] + dot_of_rest(x + whole, y + whole, end - whole);
   }
   return sum;
 }
@@ -104,15 +94,16 @@ __attribute__((noinline)) void dots(const A* x, const A* y, int64_t d, const A* 
         for (int j = 0; j < Y; ++j) some[i][j] += v * w[j];
       }
     }
-    A lane[X][Y][lanes];
-#pragma GCC unroll 4
-    for (int i = 0; i < X; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Y; ++j) __builtin_memcpy(lane[i][j], &some[i][j], sizeof(some[i][j]));
-    }
-    for (int i = 0; i < X; ++i) {
-      for (int j = 0; j < Y; ++j) {
-        sums[i][j] += sum_of(lane[i][j]) + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);
+    constexpr int count = X * Y, width = min_(count > 4 ? 8 : count > 2 ? 4 : count, static_cast<int>(lanes));
+#pragma GCC unroll 8
+    for (int p0 = 0; p0 < count; p0 += width) {
+      Register<A> folded[width];
+#pragma GCC unroll 8
+      for (int p = 0; p < width; ++p) folded[p] = some[min_(p0 + p, count - 1) / Y][min_(p0 + p, count - 1) % Y];
+      const Register<A> lane = sums_of<width, A>(folded);
+      for (int p = p0; p < min_(p0 + width, count); ++p) {
+        const int i = p / Y, j = p % Y;
+        sums[i][j] += lane[p - p0] + dot_of_rest(x + i * d + whole, y + j * d + whole, end - whole);
       }
     }
   }
@@ -121,30 +112,37 @@ __attribute__((noinline)) void dots(const A* x, const A* y, int64_t d, const A* 
   }
 }
 
-// out[i][j] = <x_i, y_j> of the keys y that the first cache holds: each group of queries fetches its share of the next.
+// out[i][j] = <x_i, y_j> of one or two keys y. Each group of queries fetches its share of two that come later.
 template <class A>
 void dots_of_few(const A* x, int64_t n, const A* y, int64_t count, int64_t d, A* out, int64_t ldo) {
   constexpr int64_t lanes = Registers<A>::lanes;
-  const int64_t groups = ceil_div(n, kQueriesAtOnce), stride = ceil_div(2 * lanes, groups), share = 2 * d / groups;
-  for (int64_t i = 0; i < n; i += kQueriesAtOnce) {
-    const auto rows = [&](auto keys, int64_t j) {
-      constexpr int Y = decltype(keys)::value;
-      const A* ahead = y + (j + kFewAtOnce) * d + i / kQueriesAtOnce * share;
-      A* to = out + i * ldo + j;
-      switch (n - i) {
+  const int64_t groups = ceil_div(n, kQueriesAtOnce), stride = ceil_div(kKeysAtOnce * lanes, groups);
+  const A* ahead = y + kKeysAhead * d;
+  const auto group = [&](auto keys, auto queries) {
+    dots<decltype(queries)::value, decltype(keys)::value>(x, y, d, ahead, stride, out, ldo);
+  };
+  const auto groups_of = [&](auto keys) {
+    for (; n > 0; n -= kQueriesAtOnce) {
+      switch (n) {
         case 1:
-          return dots<1, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+          group(keys, std::integral_constant<int, 1>());
+          break;
         case 2:
-          return dots<2, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+          group(keys, std::integral_constant<int, 2>());
+          break;
         case 3:
-          return dots<3, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+          group(keys, std::integral_constant<int, 3>());
+          break;
         default:
-          return dots<kQueriesAtOnce, Y>(x + i * d, y + j * d, d, ahead, stride, to, ldo);
+          group(keys, std::integral_constant<int, kQueriesAtOnce>());
       }
-    };
-    int64_t j = 0;
-    for (; j + 2 <= count; j += 2) rows(std::integral_constant<int, 2>(), j);
-    if (j < count) rows(std::integral_constant<int, 1>(), j);
+      x += kQueriesAtOnce * d, out += kQueriesAtOnce * ldo, ahead += kKeysAtOnce * d / groups;
+    }
+  };
+  if (count == kKeysAtOnce) {
+    groups_of(std::integral_constant<int, kKeysAtOnce>());
+  } else {
+    groups_of(std::integral_constant<int, 1>());
   }
 }
 
@@ -207,8 +205,8 @@ void retrieval_few(const A* queries, int64_t n, const S* keys, int64_t count, in
       }
     }
   } else {
-    for (int64_t j0 = 0; j0 < count; j0 += kFewAtOnce) {
-      const int64_t some = min_(kFewAtOnce, count - j0);
+    for (int64_t j0 = 0; j0 < count; j0 += kKeysAtOnce) {
+      const int64_t some = min_<int64_t>(kKeysAtOnce, count - j0);
       const A* rows;
       if constexpr (same) {
         rows = keys + j0 * d;

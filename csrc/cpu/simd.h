@@ -92,7 +92,7 @@ VLMK_INLINE A max_(A a, A b) {
   return a > b ? a : b;
 }
 template <class A>
-VLMK_INLINE A min_(A a, A b) {
+VLMK_INLINE constexpr A min_(A a, A b) {
   return a < b ? a : b;
 }
 

@@ -1,21 +1,19 @@
 #pragma once
-// Vectors of 64 bytes with operators, for loops whose shape the compiler must not guess.
+// Loops over registers whose shape the compiler must not guess: masks, exponentials, rounding.
 #include <type_traits>
 
-#include "simd.h"
+#include "registers.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
 template <class A>
-struct Vectors {
-  static constexpr int64_t lanes = 64 / sizeof(A);
+struct Vectors : Registers<A> {
   using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef A type __attribute__((vector_size(64)));
-  typedef Index index_type __attribute__((vector_size(64)));
+  typedef Index index_type __attribute__((vector_size(kRegisterBytes)));
 };
 template <class A>
-using Vec = typename Vectors<A>::type;
+using Vec = Register<A>;
 template <class A>
 using IndexVec = typename Vectors<A>::index_type;
 
@@ -48,26 +46,8 @@ VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x, float factor) {
 VLMK_INLINE Vec<float> exp_or_zero(Vec<float> x) { return exp_or_zero(x, 1.44269504088896f); }
 VLMK_INLINE Vec<double> exp_or_zero(Vec<double> x) {
   Vec<double> out{};
-  for (int i = 0; i < 8; ++i) out[i] = std::exp(x[i]);
+  for (int64_t i = 0; i < Vectors<double>::lanes; ++i) out[i] = std::exp(x[i]);
   return out;
-}
-
-// The sums of the lanes of four vectors.
-VLMK_INLINE void sums_of(const Vec<float> (&x)[4], float* out) {
-  const auto halves = [](Vec<float> a, Vec<float> b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  };
-  const Vec<float> a = halves(x[0], x[1]), b = halves(x[2], x[3]);
-  const Vec<float> fours = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  for (int i = 0; i < 4; ++i) out[i] = (fours[4 * i] + fours[4 * i + 1]) + (fours[4 * i + 2] + fours[4 * i + 3]);
-}
-VLMK_INLINE void sums_of(const Vec<double> (&x)[4], double* out) {
-  for (int i = 0; i < 4; ++i) {
-    out[i] = 0;
-    for (int lane = 0; lane < 8; ++lane) out[i] += x[i][lane];
-  }
 }
 
 // Rounded to bf16, ties away from zero: the upper halves of the words.
@@ -78,7 +58,7 @@ VLMK_INLINE Vec<uint32_t> paired(Vec<float> first, Vec<float> second) {
   return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
 }
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 VLMK_INLINE void store_rounded(Vec<float> x, bf16* to) { store(__builtin_convertvector(rounded(x) >> 16, Halves), to); }
 
 }  // namespace

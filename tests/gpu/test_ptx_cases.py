@@ -10,7 +10,7 @@ from .test_cases import SUMS, features, kernels
 from .trials import DTYPES
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[pytest.mark.slow] * (name not in SIMULATED)) for name, case in CASES.items()],

@@ -15,7 +15,7 @@ from .interpreter import interpreting
 from .trials import DTYPES, check, grid
 from .trials_attention import Interval, Perceiver, any_intervals, heads_last, problem
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 SIZES = [
     (1, 1, 1, 1, 1, 1, 1),

@@ -20,7 +20,7 @@ from .launches import recording
 from .trials import DTYPES, check, sanitized
 from .trials_pairwise import Distillation
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 SIZES = [(1, 1, 1, 1), (37, 130, 37, 5), (65, 63, 16, 96)]
 ROWS = {"symmetric": False, "divergence": "cross_entropy"}

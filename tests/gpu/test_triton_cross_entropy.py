@@ -19,7 +19,7 @@ from .launches import recording
 from .trials import DTYPES, check, grid, sanitized
 from .trials_pairwise import CrossEntropy
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 EVERY = {"bias": True, "column_scale": True, "smoothing": 0.2}
 ALL = (True, True, True)

@@ -18,7 +18,7 @@ from .interpreter import interpreting
 from .trials import check
 from .trials_dense import OPS, Layer
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SIZES = {"linear": (20, 45), "mlp": (20, 45, 6), "gated_mlp": (20, 45, 6)}

@@ -12,7 +12,7 @@ from .interpreter import interpreting
 from .trials import DTYPES, check
 from .trials_gated import Linear
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,7 @@ from .test_triton_rows import REDUCTIONS, kernels_of
 from .trials import DTYPES, check, grid, sanitized
 from .trials_pairwise import TwoModels
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 ONLINE = [{"divergence": name} for name in ("forward_kl", "reverse_kl", "jsd")]
 OFFLINE = [{"divergence": name, "k": 20} for name in ("forward_kl", "jsd")]

@@ -29,7 +29,7 @@ from .trials import DTYPES, check, grid
 from .trials_gated import Residual
 from .trials_pairwise import InfoNCE, Problem, Sigmoid
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 HALF = (torch.bfloat16, torch.float16)
 SIZES = [(1, 1, 1), (37, 130, 37), (65, 63, 96)]

@@ -11,7 +11,7 @@ from .launches import recording
 from .trials import DTYPES, check, sanitized
 from .trials_relative import Powers, Search, Sparse
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 
 @pytest.fixture

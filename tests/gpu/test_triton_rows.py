@@ -20,7 +20,7 @@ from .launches import recording
 from .trials import DTYPES, check, grid, sanitized
 from .trials_rows import Features, Logits
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 

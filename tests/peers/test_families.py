@@ -25,7 +25,7 @@ def _cells():
             yield pytest.param(family, behaviour, id=f"{family.name}-{behaviour}", marks=marks)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("family", "behaviour"), list(_cells()))
 @pytest.mark.filterwarnings("ignore")
 def test_a_cell_of_the_table(family, behaviour):

@@ -6,11 +6,12 @@ import math
 import random
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -37,6 +38,23 @@ def _numbers(values: Any, count: int, kind: Any = (int, float)) -> bool:
     """Whether `values` are `count` finite numbers."""
     right = isinstance(values, (tuple, list)) and len(values) == count
     return right and all(isinstance(value, kind) and math.isfinite(value) for value in values)
+
+
+_GREY = np.tile([0.299, 0.587, 0.114], (3, 1))  # the luma of Rec. 601 in each channel
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+_RGB = np.linalg.inv(_YIQ)
+
+
+def _turn_hues(part: float) -> np.ndarray:
+    """The map of RGB that turns hues by a part of the circle and keeps the luma: a rotation in YIQ."""
+    cos, sin = math.cos(2 * math.pi * part), math.sin(2 * math.pi * part)
+    return _RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _YIQ
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    """float32 [3, 1, 1]."""
+    return torch.tensor(values).view(3, 1, 1)
 
 
 def swap_sides(text: str) -> str:
@@ -83,6 +101,8 @@ class ImageTransform:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     jitter: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
     caption_flip: bool = False
 
     def __post_init__(self) -> None:
@@ -113,6 +133,10 @@ class ImageTransform:
             raise ValueError(f"flip must be a probability, got {self.flip!r}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must be in [0, 1), got {self.jitter!r}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must be in [0, 0.5], got {self.hue!r}")
+        if not 0 <= self.grayscale <= 1:
+            raise ValueError(f"grayscale must be a probability, got {self.grayscale!r}")
         if not isinstance(self.caption_flip, bool):
             raise ValueError(f"caption_flip must be a bool, got {self.caption_flip!r}")
 
@@ -132,8 +156,7 @@ class ImageTransform:
         else:
             image = self._resize_and_crop(image).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
-        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std), text
+        return pixels.sub_(_per_channel(self.mean)).div_(_per_channel(self.std)), text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -211,10 +234,23 @@ class ImageTransform:
         return (ImageOps.mirror(image) if flipped else image), flipped
 
     def _colour(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """Every change is an affine map of a pixel's colour, so all of them are one."""
+        if not (self.jitter or self.hue or self.grayscale):
+            return image
+        of_pixel, added = np.eye(3), 0.0  # what is added is a grey, which no later change alters
         if self.jitter > 0:
-            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                image = enhance(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
-        return image
+            brightness, contrast, saturation = (
+                rng.uniform(1 - self.jitter, 1 + self.jitter) for _ in range(3)
+            )
+            grey = brightness * np.asarray(image.convert("L")).mean()
+            of_pixel *= brightness * contrast
+            added = (1 - contrast) * grey
+            of_pixel = (saturation * np.eye(3) + (1 - saturation) * _GREY) @ of_pixel
+        if self.hue > 0:
+            of_pixel = _turn_hues(rng.uniform(-self.hue, self.hue)) @ of_pixel
+        if self.grayscale > 0 and rng.random() < self.grayscale:
+            of_pixel = _GREY @ of_pixel
+        return image.convert("RGB", tuple(value for row in of_pixel.tolist() for value in (*row, added)))
 
 
 @dataclass(frozen=True)
@@ -264,6 +300,8 @@ def image_transform(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
     jitter: float = 0.0,
+    hue: float = 0.0,
+    grayscale: float = 0.0,
     caption_flip: bool = False,
 ) -> ImageTransform:
     """PIL image -> float32 [3, H, W], values (x / 255 - mean) / std.
@@ -278,7 +316,8 @@ def image_transform(
     Training: a random box of `crop_scale` of the area and an aspect ratio in `crop_ratio` is resized to the
     target; flipped horizontally with probability `flip` (0: captions may contain left and right, which
     `caption_flip` exchanges with every flip, as in VirTex); brightness, contrast and saturation are each
-    scaled by a factor in 1 +- `jitter`.
+    scaled by a factor in 1 +- `jitter`, hues turn in YIQ by a part of the circle in +- `hue`, and with
+    probability `grayscale` colours are dropped.
 
     Raises ValueError naming the argument that is out of range.
     """
@@ -295,6 +334,8 @@ def image_transform(
         crop_ratio=crop_ratio,
         flip=flip,
         jitter=jitter,
+        hue=hue,
+        grayscale=grayscale,
         caption_flip=caption_flip,
     )
 

@@ -103,8 +103,8 @@ class TrainConfig:
     samples_per_epoch: int | None = option(None, "tars: how many samples count as one epoch", least=1)
     augment: dict[str, Any] = option(
         {},
-        "options of image_transform in training: crop_scale, crop_ratio, flip, caption_flip, jitter; none: "
-        "no augmentation",
+        "options of image_transform in training: crop_scale, crop_ratio, flip, caption_flip, jitter, hue, "
+        "grayscale; none: no augmentation",
     )
     out: str | None = option(None, "run folder; runs/<kind>-<date>-<time> when not given")
     resume: str | None = option(None, "'auto' (newest checkpoint in --out, if any) or a checkpoint folder")

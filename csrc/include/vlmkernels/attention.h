@@ -57,7 +57,7 @@ struct AttentionGrads {
 
 constexpr int64_t kFewQueries = 2;   // with so few, packing keys and values would cost more than the products
 constexpr int64_t kQueryBlock = 64;  // queries of a tile
-constexpr int64_t kKeyUnit = 64;     // tiles have a multiple of this many keys
+constexpr int64_t kKeyUnit = 64;     // blocks of keys are a multiple of it
 constexpr int64_t kHeldKeys = 4096;  // packed keys that the forward holds at most
 constexpr int64_t kGradKeys = 128;   // keys of a tile of the backward
 
