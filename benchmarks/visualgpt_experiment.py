@@ -12,9 +12,8 @@ are the patch tokens of the frozen tower, each with its row and column, computed
 VisualGPT starts from the language model and learns 1 % and 5 % of 8,000 training scenes, other ones for each
 seed, once with gates and once with plain cross-attention, as many steps each.
 
-Rewards: one with gates learns 80 % once, the start of all seeds. For each seed it goes on by self-critical
-training on scenes that it has not learned, once each, and, for comparison, by cross-entropy for as many steps
-of the same scenes.
+Rewards: one with gates learns 80 % and goes on by self-critical training on scenes that it has not learned,
+once each, and, for comparison, by cross-entropy for as many steps of the same scenes.
 
 All are judged on unseen combinations of the test scenes. A training that is in --out is not repeated. Results
 are kept in benchmarks/results/visualgpt/, a file for each seed and part, and the tables are made of all that
@@ -51,7 +50,6 @@ STEPS = {1: 120, 5: 250, 80: 600}  # on so many percent of the scenes, which are
 BATCHES = {1: 16, 5: 16, 80: 32}
 FUSIONS = {"srau": "gates (srau)", "residual": "plain cross-attention"}
 BEFORE = 100  # seed of the scenes that the tower and the language model learn
-STARTS = 0  # seed of the model that all rewards start from
 OTHERS = 200  # seed of the scenes for rewards, plus the seed
 MORE_STEPS, MORE_BATCH = 32, 64
 AFTER = {"epochs": 1, "batch_size": MORE_BATCH, "lr": 3e-5, "warmup_steps": 4, "model_options": "{}"}
@@ -157,9 +155,9 @@ def few(seed: int, out: Path, scenes: int, quick: bool) -> Result:
 
 
 def rewards(seed: int, out: Path, scenes: int, quick: bool) -> Result:
-    """Train and judge what goes on, on a seed's scenes, from the model with gates on most scenes."""
-    parts = prepare(STARTS, out, scenes, quick, [MOST])
-    start, took = learn(parts, "srau", MOST, STARTS, out, quick)
+    """Train and judge what goes on from a seed's model with gates on most scenes."""
+    parts = prepare(seed, out, scenes, quick, [MOST])
+    start, took = learn(parts, "srau", MOST, seed, out, quick)
     size = MORE_STEPS * MORE_BATCH
     others = load_scenes("train", seed=OTHERS + seed, size=size)
     (table,) = write_tables(parts.tower, others, out / f"others-seed{seed}", [size])
