@@ -12,8 +12,8 @@ are the patch tokens of the frozen tower, each with its row and column, computed
 VisualGPT starts from the language model and learns 1 % and 5 % of 8,000 training scenes, other ones for each
 seed, once with gates and once with plain cross-attention, as many steps each.
 
-Rewards: the one with gates on 5 % goes on by self-critical training on scenes that it has not learned, once
-each, and, for comparison, by cross-entropy for as many steps of the same scenes.
+Rewards: one with gates learns 80 % and goes on by self-critical training on scenes that it has not learned,
+once each, and, for comparison, by cross-entropy for as many steps of the same scenes.
 
 All are judged on unseen combinations of the test scenes. A training that is in --out is not repeated. Results
 are kept in benchmarks/results/visualgpt/, a file for each seed and part, and the tables are made of all that
@@ -45,14 +45,15 @@ from vlmkernels.use.evaluate import evaluate
 NAME = "visualgpt"
 PAGE = experiment.ROOT / "docs" / "visualgpt.md"
 SCENES = 8000  # of training
-STEPS = {1: 120, 5: 250}  # on so many percent of the scenes, which are read 24 and 10 times
+FEW, MOST = (1, 5), 80  # percent of the scenes
+STEPS = {1: 120, 5: 250, 80: 600}  # on so many percent of the scenes, which are read 24, 10 and 3 times
+BATCHES = {1: 16, 5: 16, 80: 32}
 FUSIONS = {"srau": "gates (srau)", "residual": "plain cross-attention"}
-BATCH = 16
 BEFORE = 100  # seed of the scenes that the tower and the language model learn
 OTHERS = 200  # seed of the scenes for rewards, plus the seed
-MORE_STEPS, MORE_BATCH = 16, 64
-AFTER = {"epochs": 1, "batch_size": MORE_BATCH, "lr": 7e-5, "warmup_steps": 4, "model_options": "{}"}
-START = "srau-5"
+MORE_STEPS, MORE_BATCH = 32, 64
+AFTER = {"epochs": 1, "batch_size": MORE_BATCH, "lr": 3e-5, "warmup_steps": 4, "model_options": "{}"}
+START = f"srau-{MOST}"
 MORE: dict[str, tuple[str, Result]] = {
     "self_critical": ("self-critical training", {"self_critical": 5}),
     "longer": ("as many more steps of cross-entropy", {}),
@@ -64,10 +65,10 @@ def words_of(values: Result) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def flags(table: Path, size: int, steps: int, **values: Any) -> list[str]:
-    """Flags of `vlmkernels train` for so many steps, of `size` scenes in a table."""
-    epochs = -(-steps // -(-size // BATCH))
-    steady = {"data": table, "epochs": epochs, "max_steps": steps, "save_every": steps, "batch_size": BATCH}
+def flags(table: Path, size: int, steps: int, batch: int, **values: Any) -> list[str]:
+    """Flags of `vlmkernels train` for so many steps, of `size` scenes in a table, `batch` a step."""
+    epochs = -(-steps // -(-size // batch))
+    steady = {"data": table, "epochs": epochs, "max_steps": steps, "save_every": steps, "batch_size": batch}
     return words_of({**steady, "warmup_steps": 20, **values})
 
 
@@ -120,13 +121,13 @@ class Parts(NamedTuple):
     width: int  # of a region
 
 
-def prepare(seed: int, out: Path, scenes: int, quick: bool) -> Parts:
+def prepare(seed: int, out: Path, scenes: int, quick: bool, shares: Sequence[int]) -> Parts:
     """Language model and tower, trained once, and the tables of a seed and of ``scenes`` test scenes."""
     before = {kind: train_once(kind, f"{kind}-scenes", BEFORE, out / kind, quick) for kind in ("lm", "clip")}
     tower = load_bundle(out / "clip" / "final")
-    sizes = [SCENES * share // 100 for share in STEPS]
+    sizes = [SCENES * share // 100 for share in shares]
     learned = load_scenes("train", size=max(sizes), seed=seed)
-    tables = dict(zip(STEPS, write_tables(tower, learned, out / f"train-seed{seed}", sizes), strict=True))
+    tables = dict(zip(shares, write_tables(tower, learned, out / f"train-seed{seed}", sizes), strict=True))
     (test,) = write_tables(tower, load_scenes("test", size=scenes), out / "test", [scenes])
     return Parts(before, tower, tables, test, numpy.load(out / "test" / "0.npy").shape[1])
 
@@ -135,7 +136,7 @@ def learn(parts: Parts, fusion: str, share: int, seed: int, out: Path, quick: bo
     """The model of a seed that has learned so many percent, and what its training took."""
     options = {"image_size": None, "region_width": parts.width, "fusion": fusion}
     start = {"language_model": out / "lm" / "final", "model_options": json.dumps(options)}
-    words = flags(parts.tables[share], SCENES * share // 100, STEPS[share], **start)
+    words = flags(parts.tables[share], SCENES * share // 100, STEPS[share], BATCHES[share], **start)
     folder = out / f"{fusion}-{share}-seed{seed}"
     took = train_once("visualgpt", "visualgpt-scenes", seed, folder, quick, *words)
     return folder / "final", took
@@ -143,9 +144,9 @@ def learn(parts: Parts, fusion: str, share: int, seed: int, out: Path, quick: bo
 
 def few(seed: int, out: Path, scenes: int, quick: bool) -> Result:
     """Train and judge a seed's models of few captions."""
-    parts = prepare(seed, out, scenes, quick)
+    parts = prepare(seed, out, scenes, quick, FEW)
     trained, found = {}, {}
-    for share in STEPS:
+    for share in FEW:
         for fusion in FUSIONS:
             name = f"{fusion}-{share}"
             model, trained[name] = learn(parts, fusion, share, seed, out, quick)
@@ -154,9 +155,9 @@ def few(seed: int, out: Path, scenes: int, quick: bool) -> Result:
 
 
 def rewards(seed: int, out: Path, scenes: int, quick: bool) -> Result:
-    """Train and judge what goes on from a seed's model with gates on 5 %."""
-    parts = prepare(seed, out, scenes, quick)
-    start, took = learn(parts, "srau", 5, seed, out, quick)
+    """Train and judge what goes on from a seed's model with gates on most scenes."""
+    parts = prepare(seed, out, scenes, quick, [MOST])
+    start, took = learn(parts, "srau", MOST, seed, out, quick)
     size = MORE_STEPS * MORE_BATCH
     others = load_scenes("train", seed=OTHERS + seed, size=size)
     (table,) = write_tables(parts.tower, others, out / f"others-seed{seed}", [size])
@@ -180,7 +181,7 @@ def few_verdict(run: Result) -> dict[str, bool]:
     """The claims for each seed about few captions."""
     cider, slots = scores(run)
     claims = {}
-    for share in STEPS:
+    for share in FEW:
         gates, plain = f"srau-{share}", f"residual-{share}"
         claims[f"CIDEr-D is higher with gates at {share} %"] = cider[gates] > cider[plain]
         claims[f"more slots right with gates at {share} %"] = slots[gates] > slots[plain]
@@ -212,14 +213,14 @@ PARTS = {
         few_verdict,
         "seed-*.json",
         "few captions",
-        {f"{fusion}-{share}": f"{title}, {share} %" for share in STEPS for fusion, title in FUSIONS.items()},
+        {f"{fusion}-{share}": f"{title}, {share} %" for share in FEW for fusion, title in FUSIONS.items()},
     ),
     "rewards": Part(
         rewards,
         rewards_verdict,
         "rewards-seed-*.json",
         "self-critical training",
-        {START: "gates (srau), 5 %", **{name: f"then {title}" for name, (title, _) in MORE.items()}},
+        {START: f"gates (srau), {MOST} %", **{name: f"then {title}" for name, (title, _) in MORE.items()}},
     ),
 }
 

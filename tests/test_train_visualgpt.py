@@ -174,6 +174,8 @@ def test_self_critical_gradient_is_that_of_the_drawn_captions(learned, table):
     assert measure()["reward"] == pytest.approx(rewards.mean().item())
     assert not torch.equal(tokens, task._drawn(model, batch["images"][:, 0, 0], batch, 8)[0])
     total = 0.0
+    longest = max(len(bundle.tokenizer.encode(text)) for text in pairs.names)
+    assert tokens.shape[1] == longest + 2 < bundle.tokenizer.context_length  # with start and end
     assert len((tokens != bundle.tokenizer.pad_id).sum(1).unique()) > 1 < len(rewards.unique())
     for i, row in enumerate(tokens):
         length = next(

@@ -148,7 +148,8 @@ class SelfCritical(Captioning):
     """Policy gradient (Rennie et al. 2017) of CIDEr-D, whose document frequencies are those of the data.
 
     For each image `count` captions are drawn from the model in evaluation mode, from the seed, the step and
-    the sample's key, so that every process draws as one would. With r their scores against the sample's text,
+    the sample's key, so that every process draws as one would; they end at the length of the longest caption
+    of the data, in tokens, with its end. With r their scores against the sample's text,
 
         L = mean over images and captions of (r - mean of r over the image's other captions) * sum_t -log p_t
 
@@ -166,9 +167,12 @@ class SelfCritical(Captioning):
         super().__init__(kind, tokenizer, collate, seed)
         self.count = count
         self.reward: CiderD | None = None
+        self.room = tokenizer.context_length - 1  # tokens of a drawn caption
 
     def prepare(self, source: Any, device: torch.device) -> None:
-        self.reward = CiderD(source.names)
+        names = source.names
+        self.reward = CiderD(names)
+        self.room = min(self.room, 1 + max(len(self.tokenizer.encode(name)) for name in names))
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], step: int, measured: bool
@@ -197,7 +201,7 @@ class SelfCritical(Captioning):
         self, model: Any, images: Tensor, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Tensor]:  # [B count, T] int64, [B, count]
         """Captions with start and end, and their scores."""
-        tokenizer, room = self.tokenizer, self.tokenizer.context_length - 1
+        tokenizer, room = self.tokenizer, self.room
         numbers = []
         for key in batch["keys"]:
             rng = sample_rng(self.seed, "self-critical", step, key)
@@ -224,4 +228,5 @@ class SelfCritical(Captioning):
         texts = [tokenizer.decode(row) for row in tokens[:, 1:].tolist()]
         wanted = [text for text in batch["texts"] for _ in range(self.count)]
         scores = [self.reward(text, [reference]) for text, reference in zip(texts, wanted, strict=True)]
-        return tokens, torch.tensor(scores, device=tokens.device).view(len(batch["texts"]), self.count)
+        values = torch.tensor(scores, dtype=torch.float64, device=tokens.device)
+        return tokens, values.view(len(batch["texts"]), self.count)
