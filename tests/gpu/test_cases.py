@@ -73,7 +73,6 @@ SUMS = {
 ALONE = {"_rows._total", "info_nce._total", "_info_nce_bwd._coefficients", "nms._scan"}  # one program
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case",
     [
