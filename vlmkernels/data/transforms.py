@@ -6,7 +6,6 @@ import math
 import random
 import re
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,12 +48,6 @@ def _turn_hues(part: float) -> np.ndarray:
     """The map of RGB that turns hues by a part of the circle and keeps the luma: a rotation in YIQ."""
     cos, sin = math.cos(2 * math.pi * part), math.sin(2 * math.pi * part)
     return _RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _YIQ
-
-
-@lru_cache
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    """float32 [3, 1, 1]."""
-    return torch.tensor(values).view(3, 1, 1)
 
 
 def swap_sides(text: str) -> str:
@@ -156,7 +149,8 @@ class ImageTransform:
         else:
             image = self._resize_and_crop(image).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
-        return pixels.sub_(_per_channel(self.mean)).div_(_per_channel(self.std)), text
+        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std), text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
