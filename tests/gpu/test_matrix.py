@@ -185,7 +185,6 @@ in_turn = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.sampled(2)
 @in_turn
 def test_no_kernel_breaks_a_rule(kernel, target):
     assert matrix.measure(first_of_each_kernel(target)[kernel][1])[1] == []

@@ -26,7 +26,6 @@ SPELLED_OTHERWISE = dataclasses.replace(
 FIRST = {mutation.kernel: mutation.name for mutation in reversed(MUTANTS)}  # a fault of every kernel
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "mutation",
     [pytest.param(m, marks=[pytest.mark.slow] * (FIRST[m.kernel] != m.name), id=m.name) for m in MUTANTS],
