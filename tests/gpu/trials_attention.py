@@ -9,7 +9,7 @@ from vlmkernels.triton import perceiver_attention as triton_perceiver
 
 from .trials import judge, widened
 
-STATS = ("lse", "dbias")  # results of sums alone, no rounded factor enters them
+STATS = ("lse", "dbias")  # results of sums alone, which round no factor of their own
 
 
 def heads_last(b, h, t, d, dtype, padding=3):
@@ -75,11 +75,12 @@ class Interval:
         saved = (self.dout, self.dlse, *self.inputs, out, lse, *self.rest)
         return out, lse, *triton_interval.interval_attention_bwd(*saved, self.needs)
 
-    def expected(self, work):
+    def expected(self, work, kept=None):
+        """Results and gradients; the latter from the result `kept`, whose rounding enters them."""
         dout, dlse, *inputs = widened((self.dout, self.dlse, *self.inputs), work)
         rest = widened(self.rest, work)
         out, lse = interval_attention_fwd(*inputs, *rest)
-        kept = out.to(self.dout.dtype).to(work) if work == torch.float32 else out
+        kept = out if kept is None else kept.to(work)
         return out, lse, *interval_attention_bwd(dout, dlse, *inputs, kept, lse, *rest, self.needs)
 
     def judge(self, got):
@@ -87,7 +88,7 @@ class Interval:
         assert out.transpose(1, 2).is_contiguous()
         assert len({id(x) for x in got}) == 6
         names, dtype = ("out", "lse", "dquery", "dkey", "dvalue", "dbias"), self.dout.dtype
-        low, exact = self.expected(torch.float32), self.expected(torch.float64)
+        low, exact = self.expected(torch.float32, out), self.expected(torch.float64)
         judge_attention(names, got, low, exact, dtype, [True, True, *self.needs], self.tf32)
         _, key, _, start, end = self.inputs
         empty = ~visible(start, end, key.shape[2]).any(-1)
