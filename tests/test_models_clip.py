@@ -81,6 +81,8 @@ def test_equals_open_clip(base, quick_gelu, training):
     model = CLIP(config).train(training)
     model.load_openai_state_dict(peer.state_dict())
     images, tokens = inputs(config)
+    if training and base is RESNET:  # in float32 a ReLU may cut a value of one side alone
+        model, peer, images = model.double(), peer.double(), images.double()
     ours, theirs = model(images, tokens), peer(images, tokens)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
