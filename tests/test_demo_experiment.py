@@ -59,7 +59,7 @@ def test_readme_has_the_table_of_the_kept_seeds():
 
 def test_the_demo_is_the_shipped_configuration():
     config = TrainConfig(**read_config(demo.CONFIG))
-    assert config.model == "emoji-tiny"
+    assert config.model == "emoji-resnet"
     assert config.data == "emoji3:style-train"
 
 

@@ -81,6 +81,8 @@ def test_equals_open_clip(base, quick_gelu, training):
     model = CLIP(config).train(training)
     model.load_openai_state_dict(peer.state_dict())
     images, tokens = inputs(config)
+    if training and base is RESNET:  # in float32 a ReLU may cut a value of one side alone
+        model, peer, images = model.double(), peer.double(), images.double()
     ours, theirs = model(images, tokens), peer(images, tokens)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -171,6 +173,8 @@ COUNTS = {
     "ViT-H-14": 986_109_441,
     "ViT-g-14": 1_366_678_273,
     "ViT-bigG-14": 2_539_567_105,
+    "emoji-tiny": 1_780_993,
+    "emoji-resnet": 2_303_769,
 }
 
 
@@ -180,10 +184,7 @@ def test_published_sizes(name):
         count = sum(p.numel() for p in CLIP(CONFIGS[name]).parameters())
     base = name.removesuffix("-quickgelu")
     assert CONFIGS[name].quick_gelu == (base != name)
-    if base in COUNTS:
-        assert count == COUNTS[base]
-    else:
-        assert (base, count) == ("emoji-tiny", 1_780_993)
+    assert count == COUNTS[base]
 
 
 def test_initial_weights():

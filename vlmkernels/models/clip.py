@@ -420,6 +420,21 @@ LARGER = {
     ),
 }
 
+_TINY = ClipConfig(
+    embed_dim=128,
+    image_size=48,
+    vision_layers=4,
+    vision_width=128,
+    vision_heads=4,
+    patch_size=8,
+    context_length=32,
+    vocab_size=4096,
+    eot_id=4095,
+    text_width=128,
+    text_layers=2,
+    text_heads=4,
+)
+
 # open_clip's names: OpenAI's own weights belong to the "-quickgelu" ones.
 CONFIGS: dict[str, ClipConfig] = {
     **OPENAI,
@@ -429,18 +444,8 @@ CONFIGS: dict[str, ClipConfig] = {
         for name, config in {**OPENAI, **LARGER}.items()
         if name != "ViT-g-14"  # open_clip has none
     },
-    "emoji-tiny": ClipConfig(
-        embed_dim=128,
-        image_size=48,
-        vision_layers=4,
-        vision_width=128,
-        vision_heads=4,
-        patch_size=8,
-        context_length=32,
-        vocab_size=4096,
-        eot_id=4095,
-        text_width=128,
-        text_layers=2,
-        text_heads=4,
+    "emoji-tiny": _TINY,
+    "emoji-resnet": replace(
+        _TINY, image_size=64, vision_layers=(1, 1, 1, 1), vision_width=16, vision_heads=8, patch_size=None
     ),
 }
